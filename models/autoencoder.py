@@ -1,0 +1,192 @@
+"""The convolutional encoder and decoder that the VAR and LlamaGen tokenizers share.
+
+Both tokenizers use the VQGAN family (Esser et al., 2021, arXiv 2012.09841): residual blocks
+with GroupNorm and SiLU, self-attention at the coarsest resolution and in the middle. The two
+published checkpoints differ in state-dict key names alone; ``KeyNames`` holds the difference.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class KeyNames:
+    """How a published checkpoint names the parts of its autoencoder."""
+
+    encoder_stages: str
+    decoder_stages: str
+    blocks: str
+    mid: tuple[str, str, str]
+    fused_qkv: bool
+    # Decoder stages are numbered from the finest resolution (VAR) or in running order (LlamaGen).
+    decoder_finest_first: bool
+
+
+VAR_KEYS = KeyNames("down", "up", "block", ("block_1", "attn_1", "block_2"), fused_qkv=True, decoder_finest_first=True)
+LLAMAGEN_KEYS = KeyNames("conv_blocks", "conv_blocks", "res", ("0", "1", "2"), fused_qkv=False, decoder_finest_first=False)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Sizes of encoder and decoder.
+
+    ``channels`` is the width at full resolution, ``multipliers`` its factor per resolution level
+    (each further level halves the side), ``z_channels`` the width of the encoder's output, and
+    ``blocks`` the residual blocks per level (the decoder has one more).
+    """
+
+    channels: int
+    multipliers: tuple[int, ...]
+    z_channels: int
+    keys: KeyNames
+    blocks: int = 2
+
+    @property
+    def downsampling(self) -> int:
+        """Image side over latent side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all positions of a feature map."""
+
+    def __init__(self, channels: int, fused_qkv: bool):
+        super().__init__()
+        self.norm = _norm(channels)
+        if fused_qkv:
+            self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        else:
+            self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1) for _ in range(3))
+        self.fused_qkv = fused_qkv
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = self.qkv(h).chunk(3, dim=1) if self.fused_qkv else (self.q(h), self.k(h), self.v(h))
+        q, k, v = (t.flatten(2).transpose(1, 2).contiguous() for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """All residual blocks of one resolution, then the change to the next one if there is one."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, resample: str | None, keys: KeyNames):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * (blocks - 1)
+        residual = nn.ModuleList(ResidualBlock(width, out_channels) for width in widths)
+        self.add_module(keys.blocks, residual)
+        self.attn = nn.ModuleList(SpatialAttention(out_channels, keys.fused_qkv) for _ in range(blocks if attention else 0))
+        if resample:
+            self.add_module(resample, Downsample(out_channels) if resample == "downsample" else Upsample(out_channels))
+        self.blocks_name, self.resample_name = keys.blocks, resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(getattr(self, self.blocks_name)):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        return getattr(self, self.resample_name)(x) if self.resample_name else x
+
+
+def _middle(channels: int, keys: KeyNames) -> nn.Sequential:
+    parts = (ResidualBlock(channels, channels), SpatialAttention(channels, keys.fused_qkv), ResidualBlock(channels, channels))
+    return nn.Sequential(OrderedDict(zip(keys.mid, parts)))
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, H, W] in [-1, 1] to latents [B, z_channels, H/f, W/f]."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        keys, widths = config.keys, [config.channels * m for m in config.multipliers]
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        stages, width, last = [], config.channels, len(widths) - 1
+        for level, out in enumerate(widths):
+            stages.append(Stage(width, out, config.blocks, level == last, "downsample" if level != last else None, keys))
+            width = out
+        self.add_module(keys.encoder_stages, nn.ModuleList(stages))
+        self.mid = _middle(width, keys)
+        self.norm_out = _norm(width)
+        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
+        self.stages_name = keys.encoder_stages
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for stage in getattr(self, self.stages_name):
+            h = stage(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """Latents [B, z_channels, H/f, W/f] to images [B, 3, H, W], not clamped."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        keys, widths = config.keys, [config.channels * m for m in reversed(config.multipliers)]
+        width = widths[0]
+        self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
+        self.mid = _middle(width, keys)
+        stages, last = [], len(widths) - 1
+        for level, out in enumerate(widths):
+            stages.append(Stage(width, out, config.blocks + 1, level == 0, "upsample" if level != last else None, keys))
+            width = out
+        self.finest_first = keys.decoder_finest_first
+        self.add_module(keys.decoder_stages, nn.ModuleList(reversed(stages) if self.finest_first else stages))
+        self.norm_out = _norm(width)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.stages_name = keys.decoder_stages
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        stages = getattr(self, self.stages_name)
+        for stage in reversed(stages) if self.finest_first else stages:
+            h = stage(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the codebook row nearest in Euclidean distance: [N, C], [V, C] -> [N] int64."""
+    distance = latents.square().sum(1, keepdim=True) + codebook.square().sum(1)
+    return torch.addmm(distance, latents, codebook.T, alpha=-2).argmin(1)

@@ -1,0 +1,183 @@
+"""What every backbone offers to the loss, the trainer, the sampler and the evaluator."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cca.losses import sequence_logprob
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are drawn.
+
+    cfg_scale s: logits = uncond + s * (cond - uncond); 1 is guidance-free and runs no
+        unconditional pass (Ho & Salimans, 2022, arXiv 2207.12598, in LlamaGen's notation).
+    cfg_schedule: "constant", or "linear": s - 1 grows from 0 at the first decoding step to its
+        full value at the last (VAR's schedule; its own cfg is s - 1).
+    cfg_interval: guide only the first this many decoding steps (LlamaGen: tokens, VAR: levels);
+        None guides all.
+    top_k: keep the k likeliest tokens, 0 keeps all. top_p: then the smallest set with this much
+        of the remaining probability, in (0, 1]. temperature: divides the logits first, > 0.
+    """
+
+    cfg_scale: float = 1.0
+    cfg_schedule: str = "constant"
+    cfg_interval: int | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    temperature: float = 1.0
+
+    def scale_at(self, step: int, steps: int) -> float:
+        """Guidance scale of decoding step ``step`` out of ``steps``."""
+        if self.cfg_interval is not None and step >= self.cfg_interval:
+            return 1.0
+        progress = 1.0 if self.cfg_schedule == "constant" else step / max(steps - 1, 1)
+        return 1.0 + (self.cfg_scale - 1.0) * progress
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once at their final size.
+
+    ``append`` takes [rows, heads, n, head_dim] for one layer and returns everything stored so
+    far; ``advance`` moves the write position after the last layer.
+    """
+
+    def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
+        shape = (layers, 2, rows, heads, length, head_dim)
+        self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + k.shape[2]
+        self.store[layer, 0, :, :, self.length : end] = k
+        self.store[layer, 1, :, :, self.length : end] = v
+        return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
+
+    def advance(self, n: int) -> None:
+        self.length += n
+
+    def keep_rows(self, rows: int) -> None:
+        self.store = self.store[:, :, :rows]
+
+
+def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
+    """Temperature, then top-k, then top-p on what is left; removed tokens get -inf.
+
+    logits [..., V] -> [..., V] float32. At least one token is kept.
+    """
+    logits = logits.float() / options.temperature
+    vocab = logits.shape[-1]
+    if 0 < options.top_k < vocab:
+        threshold = logits.topk(options.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if options.top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(-1)
+        remove = probs.cumsum(-1) - probs > options.top_p  # mass before this token already suffices
+        remove[..., 0] = False
+        logits = logits.masked_fill(remove.scatter(-1, order, remove), -torch.inf)
+    return logits
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-CDF draw: logits [..., V], uniforms [...] in [0, 1) -> token indices [...] int64.
+
+    One uniform number decides one token, so a sample depends on its own random stream alone,
+    never on what else is in the batch. The sum runs in float64: in float32 a vocabulary of
+    16,384 loses the tail of the distribution.
+    """
+    cumulative = logits.softmax(-1).double().cumsum(-1)
+    target = uniforms.double().unsqueeze(-1) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+
+
+class ARImageModel(nn.Module, ABC):
+    """A class-conditional autoregressive image model: a transformer and its frozen tokenizer.
+
+    Class labels run from 0 to ``num_classes - 1``; ``null_class`` = ``num_classes`` stands for
+    "no condition". Tokens are int64 [B, sequence_length]; images are [B, 3, H, W] in [-1, 1].
+    """
+
+    transformer: nn.Module
+    tokenizer: nn.Module
+    num_classes: int
+    vocab_size: int
+    step_sizes: tuple[int, ...]  # tokens produced by each decoding step
+    image_size: int
+    default_cfg_schedule: str
+    checkpoint_name: str  # the file a trainer writes, as the official code names it
+
+    @property
+    def null_class(self) -> int:
+        return self.num_classes
+
+    @property
+    def sequence_length(self) -> int:
+        return sum(self.step_sizes)
+
+    @abstractmethod
+    def logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
+        """Teacher-forced float32 logits [B, L, V] of tokens [B, L] under labels [B]."""
+
+    @abstractmethod
+    def begin(self, labels: Tensor) -> object:
+        """Decoding state for one row per label [rows]; it has ``cache``, a KVCache."""
+
+    @abstractmethod
+    def step(self, state: object, step: int, tokens: Tensor) -> Tensor:
+        """Logits [rows, step_sizes[step], V], given all earlier tokens [rows, n]."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> tokens [B, L] int64."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, L] -> images [B, 3, H, W] in [-1, 1]."""
+
+    @abstractmethod
+    def to_uint8(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] -> uint8, rounded as the backbone's published sampling script does."""
+
+    def sequence_logprob(self, labels: Tensor, tokens: Tensor) -> Tensor:
+        """log p(tokens | label), summed over all tokens of an image: [B], [B, L] -> [B] float32."""
+        return sequence_logprob(self.logits(labels, tokens), tokens)
+
+    forward = sequence_logprob  # what DistributedDataParallel calls
+
+    @torch.inference_mode()
+    def generate(self, labels: Tensor, uniforms: Tensor, options: SamplingOptions = SamplingOptions()) -> Tensor:
+        """Sample tokens.
+
+        Args:
+            labels: classes [B] int64.
+            uniforms: one random number in [0, 1) per token [B, L].
+            options: guidance and filters.
+
+        Returns:
+            tokens [B, L] int64.
+        """
+        rows, steps = labels.shape[0], len(self.step_sizes)
+        scales = [options.scale_at(step, steps) for step in range(steps)]
+        # The unconditional rows must run up to the last guided step, to have their cache filled.
+        guided_steps = max((step + 1 for step, scale in enumerate(scales) if scale != 1.0), default=0)
+        if guided_steps:
+            state = self.begin(torch.cat([labels, torch.full_like(labels, self.null_class)]))
+        else:
+            state = self.begin(labels)
+        tokens = labels.new_empty(rows, 0)
+        for step, size in enumerate(self.step_sizes):
+            if step < guided_steps:
+                cond, uncond = self.step(state, step, tokens.repeat(2, 1)).float().chunk(2)
+                logits = uncond + scales[step] * (cond - uncond)
+            else:
+                if step and step == guided_steps:
+                    state.keep_rows(rows)
+                logits = self.step(state, step, tokens)
+            noise = uniforms[:, tokens.shape[1] : tokens.shape[1] + size]
+            tokens = torch.cat([tokens, draw_tokens(filter_logits(logits, options), noise)], dim=1)
+        return tokens

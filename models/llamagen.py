@@ -1,0 +1,246 @@
+"""LlamaGen (Sun et al., 2024, arXiv 2406.06525): raster-order next-token prediction.
+
+State-dict keys are those of the published checkpoints, so their files load and what is saved
+here loads in the official code with ``strict=True``.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.autoencoder import AutoencoderConfig, Decoder, Encoder, nearest_code
+from models.base import ARImageModel, KVCache
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """``grid`` is the side of the token map; dropout is the training dropout of the paper."""
+
+    dim: int
+    layers: int
+    heads: int
+    grid: int
+    vocab_size: int = 16384
+    num_classes: int = 1000
+    dropout: float = 0.1
+
+    @property
+    def hidden(self) -> int:
+        return 256 * math.ceil(int(8 * self.dim / 3) / 256)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    autoencoder: AutoencoderConfig
+    vocab_size: int = 16384
+    code_dim: int = 8
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=1e-5).type_as(x) * self.weight
+
+
+def rotary_table(grid: int, head_dim: int) -> Tensor:
+    """cos and sin of the 2-D rotary embedding: [1 + grid * grid, head_dim / 2, 2] float32.
+
+    The first half of the pairs turns with the row, the second with the column, base 10000.
+    Position 0, the class token, has cos = sin = 0, so its query and key vanish; the published
+    weights were trained that way.
+    """
+    half = head_dim // 2
+    frequency = 10000.0 ** (-torch.arange(0, half, 2).float() / half)
+    angle = torch.arange(grid).float()[:, None] * frequency
+    rows, columns = angle[:, None].expand(grid, grid, -1), angle[None].expand(grid, grid, -1)
+    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    return torch.cat([torch.zeros_like(table[:1]), table])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn interleaved pairs: x [B, heads, n, head_dim], table [n, head_dim / 2, 2]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table.unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, table: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, table), rotate(k, table)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        return self.dropout(self.wo(out.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden, bias=False)
+        self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim)
+        self.ffn_norm = RMSNorm(config.dim)
+
+    def forward(self, x: Tensor, table: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), table, cache, layer)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class ClassEmbedding(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)[:, None]
+
+
+class LlamaGenTransformer(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.cls_embedding = ClassEmbedding(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.token_dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.register_buffer("rotary", rotary_table(config.grid, config.dim // config.heads), persistent=False)
+
+    def init_weights(self) -> None:
+        """Random start for pretraining: normal with deviation 0.02, output layer zero."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(self, embeddings: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Embeddings [B, n, dim] of the next n positions -> float32 logits [B, n, V]."""
+        start = cache.length if cache is not None else 0
+        x, table = self.token_dropout(embeddings), self.rotary[start : start + embeddings.shape[1]]
+        for layer, block in enumerate(self.layers):
+            x = block(x, table, cache, layer)
+        if cache is not None:
+            cache.advance(embeddings.shape[1])
+        return self.output(self.norm(x)).float()
+
+
+class Codebook(nn.Module):
+    """L2-normalised codebook; ``codebook_used`` is a training statistic of the published files."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.code_dim)
+        self.register_buffer("codebook_used", torch.zeros(65536))
+
+    def vectors(self) -> Tensor:
+        return F.normalize(self.embedding.weight, dim=-1)
+
+
+class LlamaGenTokenizer(nn.Module):
+    """VQGAN with normalised codes: images [B, 3, H, W] <-> tokens [B, (H/f) * (W/f)]."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        z = config.autoencoder.z_channels
+        self.encoder = Encoder(config.autoencoder)
+        self.decoder = Decoder(config.autoencoder)
+        self.quantize = Codebook(config)
+        self.quant_conv = nn.Conv2d(z, config.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, z, 1)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Encoder output after quant_conv [B, code_dim, H/f, W/f]."""
+        return self.quant_conv(self.encoder(images))
+
+    def quantise(self, latents: Tensor) -> Tensor:
+        """Latents [B, code_dim, h, w] -> tokens [B, h * w]."""
+        flat = F.normalize(latents.permute(0, 2, 3, 1).flatten(0, 2), dim=-1)
+        return nearest_code(flat, self.quantize.vectors()).view(len(latents), -1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.quantise(self.latents(images))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latents))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, h * h] -> images [B, 3, H, W], not clamped."""
+        side = math.isqrt(tokens.shape[1])
+        codes = F.embedding(tokens, self.quantize.vectors())
+        return self.decode_latents(codes.transpose(1, 2).unflatten(2, (side, side)))
+
+
+@dataclass
+class DecodingState:
+    labels: Tensor
+    cache: KVCache
+
+    def keep_rows(self, rows: int) -> None:
+        self.labels = self.labels[:rows]
+        self.cache.keep_rows(rows)
+
+
+class LlamaGen(ARImageModel):
+    default_cfg_schedule = "constant"
+    checkpoint_name = "model.pt"
+
+    def __init__(self, transformer: TransformerConfig, tokenizer: TokenizerConfig):
+        super().__init__()
+        self.transformer = LlamaGenTransformer(transformer)
+        self.tokenizer = LlamaGenTokenizer(tokenizer)
+        self.num_classes, self.vocab_size = transformer.num_classes, transformer.vocab_size
+        self.step_sizes = (1,) * transformer.grid**2
+        self.image_size = transformer.grid * tokenizer.autoencoder.downsampling
+
+    def logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
+        net = self.transformer
+        return net(torch.cat([net.cls_embedding(labels), net.tok_embeddings(tokens[:, :-1])], dim=1))
+
+    def begin(self, labels: Tensor) -> DecodingState:
+        config, weight = self.transformer.config, self.transformer.tok_embeddings.weight
+        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+        like = weight.new_empty(0, dtype=dtype)
+        head_dim = config.dim // config.heads
+        return DecodingState(labels, KVCache(config.layers, len(labels), config.heads, config.grid**2, head_dim, like))
+
+    def step(self, state: DecodingState, step: int, tokens: Tensor) -> Tensor:
+        net = self.transformer
+        embeddings = net.cls_embedding(state.labels) if step == 0 else net.tok_embeddings(tokens[:, -1:])
+        return net(embeddings, state.cache)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.tokenizer.encode(images)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self.tokenizer.decode(tokens).clamp(-1, 1)
+
+    def to_uint8(self, images: Tensor) -> Tensor:
+        return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,353 @@
+"""VAR (Tian et al., 2024, arXiv 2404.02905): next-scale prediction.
+
+State-dict keys are those of the published checkpoints, so their files load and what is saved
+here loads in the official code with ``strict=True``.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.autoencoder import AutoencoderConfig, Decoder, Encoder, nearest_code
+from models.base import ARImageModel, KVCache
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """``drop_path_rate`` is the stochastic depth of the last block (0 in the first)."""
+
+    dim: int
+    depth: int
+    heads: int
+    vocab_size: int = 4096
+    num_classes: int = 1000
+    shared_adaln: bool = False
+    drop_path_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """``patch_nums`` are the sides of the token maps, coarse to fine."""
+
+    autoencoder: AutoencoderConfig
+    patch_nums: tuple[int, ...]
+    vocab_size: int = 4096
+
+    @property
+    def code_dim(self) -> int:
+        return self.autoencoder.z_channels
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): drops the whole residual branch of some rows."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+
+
+class Attention(nn.Module):
+    """Attention with L2-normalised queries and keys and a learned temperature per head."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
+        self.mat_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("zero_k_bias", torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+        qkv = F.linear(x, self.mat_qkv.weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        temperature = self.scale_mul_1H11.clamp_max(math.log(100.0)).exp()
+        q, k = (F.normalize(q.float(), dim=-1) * temperature).type_as(v), F.normalize(k.float(), dim=-1).type_as(v)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm block whose norms and residual gains come from the class (adaptive LayerNorm)."""
+
+    def __init__(self, config: TransformerConfig, drop_path: float):
+        super().__init__()
+        self.dim = config.dim
+        self.attn = Attention(config.dim, config.heads)
+        self.ffn = FeedForward(config.dim)
+        self.drop_path = DropPath(drop_path)
+        if config.shared_adaln:
+            self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, config.dim))
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
+
+    def modulation(self, condition: Tensor, shared: Tensor | None) -> tuple[Tensor, ...]:
+        """gamma1, gamma2, scale1, scale2, shift1, shift2, each [B, 1, dim]; class alone decides."""
+        if shared is not None:
+            return (self.ada_gss + shared).unbind(2)
+        return self.ada_lin(condition).view(-1, 1, 6, self.dim).unbind(2)
+
+    def forward(self, x: Tensor, modulation: tuple[Tensor, ...], mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        attended = self.attn(_norm(x) * (1 + scale1) + shift1, mask, cache, layer)
+        x = x + self.drop_path(attended * gamma1)
+        return x + self.drop_path(self.ffn(_norm(x) * (1 + scale2) + shift2) * gamma2)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class HeadNorm(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
+        return self.ada_lin(condition)[:, None].chunk(2, dim=-1)
+
+
+@dataclass
+class DecodingState:
+    """What stays fixed while an image is decoded: everything that depends on the class alone."""
+
+    condition: Tensor
+    modulations: list[tuple[Tensor, ...]]
+    head_modulation: tuple[Tensor, ...]
+    cache: KVCache | None = None
+    # Residual sum of the levels decoded so far; kept so that each level is added only once.
+    reconstruction: Tensor | None = None
+
+    def keep_rows(self, rows: int) -> None:
+        self.condition = self.condition[:rows]
+        self.modulations = [tuple(t[:rows] for t in m) for m in self.modulations]
+        self.head_modulation = tuple(t[:rows] for t in self.head_modulation)
+        self.cache.keep_rows(rows)
+        if self.reconstruction is not None:
+            self.reconstruction = self.reconstruction[:rows]
+
+
+class VARTransformer(nn.Module):
+    def __init__(self, config: TransformerConfig, patch_nums: tuple[int, ...], code_dim: int):
+        super().__init__()
+        dim, length = config.dim, sum(p * p for p in patch_nums)
+        self.config = config
+        self.pos_start = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_1LC = nn.Parameter(torch.zeros(1, length, dim))
+        level = torch.cat([torch.full((p * p,), k) for k, p in enumerate(patch_nums)])
+        self.register_buffer("lvl_1L", level[None])
+        causal = torch.where(level[:, None] >= level[None], 0.0, -torch.inf)
+        self.register_buffer("attn_bias_for_masking", causal[None, None])
+        self.word_embed = nn.Linear(code_dim, dim)
+        self.class_emb = nn.Embedding(config.num_classes + 1, dim)
+        self.lvl_embed = nn.Embedding(len(patch_nums), dim)
+        if config.shared_adaln:
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        rates = torch.linspace(0, config.drop_path_rate, config.depth).tolist()
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.head_nm = HeadNorm(dim)
+        self.head = nn.Linear(dim, config.vocab_size)
+
+    def init_weights(self) -> None:
+        """Random start for pretraining; gains start at 0.5 so that few steps already train all blocks."""
+        std = math.sqrt(1 / (3 * self.config.dim))
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for parameter in (self.pos_start, self.pos_1LC):
+            nn.init.trunc_normal_(parameter, std=std)
+        self.head.weight.data.mul_(0.02)
+        for block in self.blocks:
+            block.attn.proj.weight.data.div_(math.sqrt(2 * self.config.depth))
+            block.ffn.fc2.weight.data.div_(math.sqrt(2 * self.config.depth))
+            if not self.config.shared_adaln:
+                block.ada_lin[1].weight.data.mul_(0.5)
+                block.ada_lin[1].bias.data[: 2 * self.config.dim] = 0.5
+
+    def condition(self, labels: Tensor) -> DecodingState:
+        """Everything that the class decides, computed once per image: labels [B]."""
+        c = self.class_emb(labels)
+        shared = self.shared_ada_lin(c).view(-1, 1, 6, self.config.dim) if self.config.shared_adaln else None
+        with torch.autocast(c.device.type, enabled=False):
+            head = self.head_nm.modulation(c.float())
+        return DecodingState(c, [block.modulation(c, shared) for block in self.blocks], head)
+
+    def forward(self, inputs: Tensor | None, state: DecodingState) -> Tensor:
+        """Float32 logits [B, n, V] of the next n positions.
+
+        inputs: [B, n, code_dim], or [B, n - 1, code_dim] where position 0, the class, is among
+        them (None for that position alone).
+        """
+        start = state.cache.length if state.cache else 0
+        parts = [] if start else [state.condition[:, None] + self.pos_start]
+        parts += [] if inputs is None else [self.word_embed(inputs)]
+        x = torch.cat(parts, dim=1)
+        end = start + x.shape[1]
+        x = x + self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]
+        mask = None if state.cache else self.attn_bias_for_masking[:, :, :end, :end].to(x.dtype)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, state.modulations[layer], mask, state.cache, layer)
+        if state.cache:
+            state.cache.advance(end - start)
+        with torch.autocast(x.device.type, enabled=False):
+            scale, shift = state.head_modulation
+            return self.head(_norm(x.float()) * (1 + scale) + shift)
+
+
+class ResidualConvs(nn.Module):
+    """The convolutions phi that follow the upsampling of each level; few are shared by all levels."""
+
+    def __init__(self, dim: int, levels: int, count: int = 4):
+        super().__init__()
+        self.qresi_ls = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(count))
+        ticks = torch.linspace(1 / 12, 11 / 12, count, dtype=torch.float64)
+        self.chosen = [int((ticks - level / max(levels - 1, 1)).abs().argmin()) for level in range(levels)]
+
+    def forward(self, h: Tensor, level: int) -> Tensor:
+        return 0.5 * h + 0.5 * self.qresi_ls[self.chosen[level]](h)
+
+
+class MultiScaleQuantizer(nn.Module):
+    """Residual quantiser over levels (VAR, algorithms 1 and 2).
+
+    ``ema_vocab_hit_SV`` is a training statistic of the published files.
+    """
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.patch_nums, self.levels = config.patch_nums, len(config.patch_nums)
+        self.embedding = nn.Embedding(config.vocab_size, config.code_dim)
+        self.quant_resi = ResidualConvs(config.code_dim, self.levels)
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(self.levels, config.vocab_size))
+
+    def expand(self, level: int, tokens: Tensor) -> Tensor:
+        """What one level's tokens [B, p * p] add to the latents: [B, code_dim, P, P]."""
+        p, finest = self.patch_nums[level], self.patch_nums[-1]
+        h = self.embedding(tokens).transpose(1, 2).unflatten(2, (p, p))
+        if p != finest:
+            h = F.interpolate(h, size=(finest, finest), mode="bicubic")
+        return self.quant_resi(h, level)
+
+    def shrink(self, latents: Tensor, level: int) -> Tensor:
+        """Area-interpolate latents [B, C, P, P] to the side of a level."""
+        p = self.patch_nums[level]
+        return latents if p == self.patch_nums[-1] else F.interpolate(latents, size=(p, p), mode="area")
+
+    def quantise(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, P, P] -> tokens of all levels [B, L]."""
+        rest, tokens = latents, []
+        for level in range(self.levels):
+            small = self.shrink(rest, level)
+            flat = small.permute(0, 2, 3, 1).flatten(0, 2)
+            tokens.append(nearest_code(flat, self.embedding.weight).view(len(latents), -1))
+            rest = rest - self.expand(level, tokens[-1])
+        return torch.cat(tokens, dim=1)
+
+    def partial_sums(self, tokens: Tensor) -> list[Tensor]:
+        """Latents after each level [B, C, P, P], from tokens [B, L]."""
+        sums, total = [], 0
+        for level, part in enumerate(tokens.split([p * p for p in self.patch_nums], dim=1)):
+            total = total + self.expand(level, part)
+            sums.append(total)
+        return sums
+
+
+class VARTokenizer(nn.Module):
+    """Multi-scale VQGAN: images [B, 3, H, W] <-> tokens of all levels [B, L]."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        dim = config.code_dim
+        self.encoder = Encoder(config.autoencoder)
+        self.decoder = Decoder(config.autoencoder)
+        self.quantize = MultiScaleQuantizer(config)
+        self.quant_conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Encoder output after quant_conv [B, code_dim, H/f, W/f]."""
+        return self.quant_conv(self.encoder(images))
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.quantize.quantise(self.latents(images))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latents))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, L] -> images [B, 3, H, W], not clamped."""
+        return self.decode_latents(self.quantize.partial_sums(tokens)[-1])
+
+    def teacher_forcing_input(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, L] -> what predicts levels 1 to K-1: [B, L - 1, code_dim]."""
+        quantizer = self.quantize
+        sums = quantizer.partial_sums(tokens)[:-1]
+        inputs = [quantizer.shrink(total, level + 1).flatten(2).transpose(1, 2) for level, total in enumerate(sums)]
+        return torch.cat(inputs, dim=1)
+
+
+class VAR(ARImageModel):
+    default_cfg_schedule = "linear"
+    checkpoint_name = "model.pth"
+
+    def __init__(self, transformer: TransformerConfig, tokenizer: TokenizerConfig):
+        super().__init__()
+        self.tokenizer = VARTokenizer(tokenizer)
+        self.transformer = VARTransformer(transformer, tokenizer.patch_nums, tokenizer.code_dim)
+        self.num_classes, self.vocab_size = transformer.num_classes, transformer.vocab_size
+        self.step_sizes = tuple(p * p for p in tokenizer.patch_nums)
+        self.image_size = tokenizer.patch_nums[-1] * tokenizer.autoencoder.downsampling
+
+    def logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            inputs = self.tokenizer.teacher_forcing_input(tokens)
+        return self.transformer(inputs, self.transformer.condition(labels))
+
+    def begin(self, labels: Tensor) -> DecodingState:
+        config = self.transformer.config
+        state = self.transformer.condition(labels)
+        like = state.modulations[0][0]
+        state.cache = KVCache(config.depth, len(labels), config.heads, self.sequence_length, config.dim // config.heads, like)
+        return state
+
+    def step(self, state: DecodingState, step: int, tokens: Tensor) -> Tensor:
+        if step == 0:
+            return self.transformer(None, state)
+        quantizer = self.tokenizer.quantize
+        added = quantizer.expand(step - 1, tokens[:, -self.step_sizes[step - 1] :])
+        state.reconstruction = added if state.reconstruction is None else state.reconstruction + added
+        return self.transformer(quantizer.shrink(state.reconstruction, step).flatten(2).transpose(1, 2), state)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.tokenizer.encode(images)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self.tokenizer.decode(tokens).clamp(-1, 1)
+
+    def to_uint8(self, images: Tensor) -> Tensor:
+        return ((images + 1) * 0.5 * 255).to(torch.uint8)
