@@ -110,6 +110,7 @@ class ARImageModel(nn.Module, ABC):
     image_size: int
     default_cfg_schedule: str
     checkpoint_name: str  # the file a trainer writes, as the official code names it
+    no_decay: tuple[str, ...] = ()  # parameters of two or more dimensions without weight decay
 
     @property
     def null_class(self) -> int:
@@ -118,6 +119,12 @@ class ARImageModel(nn.Module, ABC):
     @property
     def sequence_length(self) -> int:
         return sum(self.step_sizes)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether training mode draws random numbers (dropout, stochastic depth)."""
+        rates = (getattr(m, "p", 0) or getattr(m, "rate", 0) for m in self.transformer.modules())
+        return any(rate > 0 for rate in rates)
 
     @abstractmethod
     def logits(self, labels: Tensor, tokens: Tensor) -> Tensor:

@@ -314,6 +314,7 @@ class VARTokenizer(nn.Module):
 class VAR(ARImageModel):
     default_cfg_schedule = "linear"
     checkpoint_name = "model.pth"
+    no_decay = ("pos_start", "pos_1LC", "lvl_embed", "scale_mul", "ada_gss")
 
     def __init__(self, transformer: TransformerConfig, tokenizer: TokenizerConfig):
         super().__init__()

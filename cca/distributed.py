@@ -1,0 +1,42 @@
+"""One process or several under torchrun: rank, device, and the few collectives that are needed."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Processes:
+    """This process among all of the run; starts the process group where torchrun set one up."""
+
+    def __init__(self):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def main(self) -> bool:
+        """Whether this process does what only one may do: print, and write shared files."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """This process's contiguous part of ``count`` items; parts differ by at most one."""
+        return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()

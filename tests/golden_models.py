@@ -1,0 +1,55 @@
+"""The tiny models of the golden figures, filled with weights made from tensor names."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models import llamagen, var
+from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
+from models.base import ARImageModel
+from models.checkpoints import CONSTANTS
+
+GOLDEN = Path(__file__).parent / "golden"
+LLAMAGEN_CASES = ("llamagen_tiny_vq16", "llamagen_tiny_vq8")
+VAR_CASES = ("var_tiny_a", "var_tiny_b_shared_adaln")
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+
+
+@torch.no_grad()
+def fill_by_name(module: nn.Module) -> None:
+    for key, tensor in module.state_dict().items():
+        if key.split(".")[-1] in CONSTANTS:
+            continue
+        z = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(tensor.shape)).astype(np.float32)
+        if z.ndim >= 2:
+            z = z / np.sqrt(np.prod(z.shape[1:])).astype(np.float32)
+        else:
+            z = 1 + 0.1 * z if key.endswith(".weight") else 0.1 * z
+        tensor.copy_(torch.from_numpy(z.astype(np.float32)))
+
+
+def build(name: str) -> ARImageModel:
+    sizes = json.loads((GOLDEN / f"{name}.json").read_text())
+    if name.startswith("llamagen"):
+        t, k = sizes["transformer"], sizes["tokenizer"]
+        model = llamagen.LlamaGen(
+            llamagen.TransformerConfig(t["dim"], t["n_layer"], t["n_head"], int(t["block_size"] ** 0.5), t["vocab_size"], t["num_classes"], dropout=0.0),
+            llamagen.TokenizerConfig(AutoencoderConfig(k["ch"], tuple(k["ch_mult"]), k["z_channels"], LLAMAGEN_KEYS), k["vocab_size"], k["codebook_dim"]),
+        )
+    else:
+        model = var.VAR(
+            var.TransformerConfig(sizes["embed_dim"], sizes["depth"], sizes["num_heads"], sizes["vocab_size"], sizes["num_classes"], sizes["shared_aln"]),
+            var.TokenizerConfig(AutoencoderConfig(sizes["ch"], (1, 1, 2, 2, 4), sizes["latent_dim"], VAR_KEYS), tuple(sizes["patch_nums"]), sizes["vocab_size"]),
+        )
+    fill_by_name(model.transformer)
+    fill_by_name(model.tokenizer)
+    model.tokenizer.requires_grad_(False)
+    return model.eval()

@@ -1,0 +1,54 @@
+"""The trainer's own step against six micro-steps of training with the published code."""
+
+import pytest
+import torch
+from golden_models import build, golden
+
+from cca.distributed import Processes
+from cca.losses import pair_labels
+from cca.trainer import Trainer, TrainingConfig, lr_factor
+
+
+def config_of(backbone: str, loss: str) -> TrainingConfig:
+    is_var = backbone == "var"
+    return TrainingConfig(
+        loss=loss, beta=0.1, lam=10.0, uncond_ratio=0.1, batch_size=8, lr=1e-3, weight_decay=0.05,
+        grad_clip=2.0 if is_var else 1.0, warmup=2 / 6 if is_var else 0.0, final_lr=0.1 if is_var else 1.0,
+        schedule_accumulation=2, max_steps=3, seed=0, dtype="float32",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", ["cca", "dpo", "unlearning"])
+@pytest.mark.parametrize("backbone, model_name", [("var", "var_tiny_a"), ("llamagen", "llamagen_tiny_vq16")])
+def test_training_trace(backbone, model_name, loss):
+    trace = golden(f"train_trace_{backbone}_{loss}")
+    trainer = Trainer(build(model_name), config_of(backbone, loss), micro_batch_size=4, processes=Processes())
+    micro_losses = []
+    micro_loss = trainer.micro_loss
+
+    def record(*batch):
+        value = micro_loss(*batch)
+        micro_losses.append(value[0].item())
+        return value
+
+    trainer.micro_loss = record
+    for step in range(3):
+        pairs = [pair_labels(trace["labels"][i], trace["uncond_mask"][i], 7) for i in (2 * step, 2 * step + 1)]
+        labels, negatives = (torch.cat(part) for part in zip(*pairs))
+        both = slice(2 * step, 2 * step + 2)
+        metrics = trainer.step(step, trace["tokens"][both].flatten(0, 1), labels, negatives, trace["uncond_mask"][both].flatten())
+        assert metrics["grad_norm"] == pytest.approx(float(trace["grad_norms"][step]), rel=1e-3)
+        if backbone == "var":
+            assert metrics["lr"] == pytest.approx(float(trace["lrs"][2 * step + 1]), rel=1e-9)
+    # The published runs back-propagate half of each micro-batch's loss and record the whole.
+    torch.testing.assert_close(torch.tensor(micro_losses, dtype=torch.float64), trace["losses"], rtol=0, atol=1e-4)
+    weights = trainer.model.transformer.state_dict()
+    for key, expected in trace.items():
+        if key.startswith("final/"):
+            torch.testing.assert_close(weights[key.removeprefix("final/")].flatten()[:64], expected, rtol=0, atol=1e-5)
+
+
+def test_schedule_of_every_micro_step():
+    expected = golden("train_trace_var_cca")["lrs"]
+    found = [1e-3 * lr_factor(i, 2, 6, 0.1) for i in range(6)]
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-9, atol=0)
