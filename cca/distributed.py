@@ -1,5 +1,6 @@
 """One process or several under torchrun: rank, device, and the few collectives that are needed."""
 
+import atexit
 import os
 
 import torch
@@ -16,8 +17,9 @@ class Processes:
         self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if self.world > 1:
+        if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)
 
     @property
     def main(self) -> bool:
@@ -36,7 +38,3 @@ class Processes:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
-
-    def close(self) -> None:
-        if self.world > 1 and dist.is_initialized():
-            dist.destroy_process_group()

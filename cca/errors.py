@@ -1,5 +1,6 @@
 """Users' mistakes: one line on stderr, exit status 2, no traceback."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -13,5 +14,6 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":  # all processes make the same mistake; one says so
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -139,16 +139,19 @@ class ARImageModel(nn.Module, ABC):
         """Logits [rows, step_sizes[step], V], given all earlier tokens [rows, n]."""
 
     @abstractmethod
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] -> tokens [B, L] int64."""
-
-    @abstractmethod
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, L] -> images [B, 3, H, W] in [-1, 1]."""
-
-    @abstractmethod
     def to_uint8(self, images: Tensor) -> Tensor:
         """Images in [-1, 1] -> uint8, rounded as the backbone's published sampling script does."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> tokens [B, L] int64."""
+        return self.tokenizer.encode(images)
+
+    def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:
+        """Tokens [B, L] -> images [B, 3, H, W] in [-1, 1], resized (bicubic) to side ``size`` if given."""
+        images = self.tokenizer.decode(tokens).float()
+        if size and size != images.shape[-1]:
+            images = F.interpolate(images, size=(size, size), mode="bicubic")
+        return images.clamp(-1, 1)  # after resizing, as the published LlamaGen script does
 
     def sequence_logprob(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """log p(tokens | label), summed over all tokens of an image: [B], [B, L] -> [B] float32."""

@@ -236,11 +236,5 @@ class LlamaGen(ARImageModel):
         embeddings = net.cls_embedding(state.labels) if step == 0 else net.tok_embeddings(tokens[:, -1:])
         return net(embeddings, state.cache)
 
-    def encode(self, images: Tensor) -> Tensor:
-        return self.tokenizer.encode(images)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        return self.tokenizer.decode(tokens).clamp(-1, 1)
-
     def to_uint8(self, images: Tensor) -> Tensor:
         return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)

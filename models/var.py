@@ -344,11 +344,5 @@ class VAR(ARImageModel):
         state.reconstruction = added if state.reconstruction is None else state.reconstruction + added
         return self.transformer(quantizer.shrink(state.reconstruction, step).flatten(2).transpose(1, 2), state)
 
-    def encode(self, images: Tensor) -> Tensor:
-        return self.tokenizer.encode(images)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        return self.tokenizer.decode(tokens).clamp(-1, 1)
-
     def to_uint8(self, images: Tensor) -> Tensor:
         return ((images + 1) * 0.5 * 255).to(torch.uint8)

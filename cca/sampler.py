@@ -1,0 +1,151 @@
+"""The sampler of both backbones: images by index, in ranges, over any number of processes.
+
+Image i is a function of (seed, i, its class, the model, the options) alone. Finished ranges are
+stored as they come, so an interrupted run goes on where it stopped.
+"""
+
+import json
+import shutil
+import time
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cca.distributed import Processes
+from cca.errors import UserError
+from cca.random import CLASSES, TOKENS, stream
+from models.base import ARImageModel, SamplingOptions
+from models.checkpoints import atomic_write
+
+RANGE = 256  # images per stored part
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What is to be sampled; ``classes`` lists the classes in use, ``eval_size`` resizes (bicubic)."""
+
+    num_samples: int
+    classes: tuple[int, ...]
+    class_order: str
+    seed: int
+    eval_size: int | None
+    dtype: str
+    sampling: SamplingOptions
+
+
+def class_of(index: int, request: SampleRequest) -> int:
+    """Class of image ``index``: in turn (balanced and interleaved), or drawn uniformly."""
+    if request.class_order == "balanced":
+        return request.classes[index % len(request.classes)]
+    return request.classes[int(stream(request.seed, CLASSES, index).integers(len(request.classes)))]
+
+
+def token_noise(index: int, length: int, seed: int) -> np.ndarray:
+    """The uniform numbers [length] that decide the tokens of image ``index``."""
+    return stream(seed, TOKENS, index).random(length)
+
+
+@torch.inference_mode()
+def sample_images(model: ARImageModel, indices: range, request: SampleRequest, device: torch.device) -> Tensor:
+    """uint8 images [n, H, W, 3] of these indices, as one batch."""
+    labels = torch.tensor([class_of(i, request) for i in indices], device=device)
+    noise = np.stack([token_noise(i, model.sequence_length, request.seed) for i in indices])
+    with torch.autocast(device.type, getattr(torch, request.dtype), enabled=request.dtype != "float32"):
+        tokens = model.generate(labels, torch.from_numpy(noise).to(device), request.sampling)
+        images = model.decode(tokens, request.eval_size)
+    return model.to_uint8(images).permute(0, 2, 3, 1).cpu()
+
+
+class PartStore:
+    """Finished ranges beside the output file, and the options they were made with."""
+
+    def __init__(self, output: Path, options: dict, processes: Processes):
+        self.folder, self.output, self.options = output.with_name(output.name + ".parts"), output, options
+        self.marker = self.folder / "options.json"
+        if self.marker.exists():
+            before = json.loads(self.marker.read_text())
+            changed = [k for k in {**before, **options} if before.get(k) != options.get(k)]
+            if changed:
+                name = changed[0]
+                raise UserError(
+                    f"--output: {self.folder} holds an unfinished run with {name} {before.get(name)} instead of "
+                    f"{options.get(name)}; repeat its command, or remove that folder"
+                )
+        processes.barrier()
+        if processes.main and not self.marker.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.marker, lambda temporary: temporary.write_text(json.dumps(options)))
+        processes.barrier()
+
+    def path(self, part: range) -> Path:
+        return self.folder / f"{part.start:08d}.npy"
+
+    def write(self, part: range, images: np.ndarray) -> None:
+        def save(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                np.save(file, images)
+
+        atomic_write(self.path(part), save)
+
+    def assemble(self, parts: list[range], labels: np.ndarray, shape: tuple[int, ...]) -> None:
+        """Join the parts into one .npz, one part in memory at a time."""
+
+        def write(temporary: Path) -> None:
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for part in parts:
+                        file.write(np.load(self.path(part)).tobytes())
+                with archive.open("arr_1.npy", "w") as file:
+                    np.lib.format.write_array(file, labels)
+
+        atomic_write(self.output, write)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+def run_sampling(model: ARImageModel, request: SampleRequest, batch_size: int, output: Path, provenance: dict, processes: Processes) -> None:
+    """Sample, store, assemble ``output`` (.npz) and write its ``.json`` beside it."""
+    started = time.perf_counter()
+    model = model.to(processes.device)
+    options = {**{k: v for k, v in asdict(request).items() if k != "sampling"}, **asdict(request.sampling), **provenance}
+    options = json.loads(json.dumps(options))  # as it reads back: tuples become lists
+    store = PartStore(output, options, processes)
+    parts = [range(i, min(i + RANGE, request.num_samples)) for i in range(0, request.num_samples, RANGE)]
+    mine = [part for part in parts[processes.rank :: processes.world] if not store.path(part).exists()]
+    made = sum(map(len, mine))
+    began = time.perf_counter()
+    with tqdm(total=made, desc=f"sampling {output.name}", unit="image", disable=not processes.main) as bar:
+        for part in mine:
+            images = []
+            for start in range(part.start, part.stop, batch_size):
+                batch = range(start, min(start + batch_size, part.stop))
+                images.append(sample_images(model, batch, request, processes.device))
+                bar.update(len(batch))
+            store.write(part, torch.cat(images).numpy())
+    seconds = time.perf_counter() - began
+    totals = processes.sum(torch.tensor([float(made), seconds], dtype=torch.float64, device=processes.device)).tolist()
+    if processes.main:
+        size = request.eval_size or model.image_size
+        labels = np.array([class_of(i, request) for i in range(request.num_samples)], np.int64)
+        store.assemble(parts, labels, (request.num_samples, size, size, 3))
+        report = {
+            "options": options,
+            "batch_size": batch_size,
+            "processes": processes.world,
+            "threads": torch.get_num_threads(),
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+            "images_made_by_this_run": int(totals[0]),
+            "images_per_second": totals[0] / (totals[1] / processes.world) if made else None,
+            "wall_seconds": time.perf_counter() - started,
+        }
+        atomic_write(output.with_suffix(".json"), lambda temporary: temporary.write_text(json.dumps(report, indent=2) + "\n"))
+        store.remove()
+    processes.barrier()

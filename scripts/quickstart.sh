@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# One command from a fresh clone to the report in runs/quickstart/. Options go to scripts/quickstart.py:
+#   bash scripts/quickstart.sh [--control] [--seed N] [--samples N] [--output DIR]
+source "$(dirname "${BASH_SOURCE[0]}")/setup_environment.sh"
+cores=$(getconf _NPROCESSORS_ONLN)
+processes=$((cores < 4 ? cores : 4))
+export OMP_NUM_THREADS=$((cores / processes))
+exec .venv/bin/torchrun --standalone --nproc_per_node "$processes" -m scripts.quickstart "$@"

@@ -1,0 +1,115 @@
+"""The quickstart's report: a Markdown table, a picture per backbone, a chart of FID over guidance scale."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from models.checkpoints import atomic_write
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+MODELS = ("llamagen-mini", "var-mini")
+CLASS_NAMES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+ROWS = {
+    "base": "base, no guidance",
+    "base_cfg": "base, best guidance",
+    "cca": "CCA, no guidance",
+    "sft": "control: maximum likelihood, no guidance",
+}
+COLUMNS = (("fid", "FID ↓", ".3f"), ("is", "IS ↑", ".3f"), ("precision", "precision ↑", ".3f"), ("recall", "recall ↑", ".3f"),
+           ("accuracy", "class accuracy ↑", ".3f"), ("seconds_per_image", "ms per image ↓", ".2f"))  # fmt: skip
+
+
+def gap_closed(results: dict) -> float:
+    """Share of the FID gap between base and best guided base that CCA closes without guidance."""
+    base, guided, cca = (results[k]["fid"] for k in ("base", "base_cfg", "cca"))
+    return (base - cca) / (base - guided)
+
+
+def table_row(label: str, metrics: dict) -> str:
+    cells = []
+    for name, _, form in COLUMNS:
+        value = metrics.get(name)
+        cells.append("–" if value is None else format(1000 * value if name == "seconds_per_image" else value, form))
+    return f"| {label} | {' | '.join(cells)} |"
+
+
+def model_table(model: str, results: dict) -> list[str]:
+    lines = [f"## {model}", "", "| samples | " + " | ".join(title for _, title, _ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for kind, label in ROWS.items():
+        if kind in results:
+            scale = f" (scale {results[kind]['cfg_scale']})" if kind == "base_cfg" else ""
+            lines.append(table_row(label + scale, results[kind]))
+    for temperature, metrics in results.get("temperature", {}).items():
+        lines.append(table_row(f"control: base at temperature {temperature}", metrics))
+    ratio = results["cca"]["seconds_per_image"] / results["base_cfg"]["seconds_per_image"]
+    lines += [
+        "",
+        f"CCA without guidance has {results['cca']['fid'] / results['base_cfg']['fid']:.2f} × the FID of the best guided base, "
+        f"closes {gap_closed(results):.0%} of the gap, and takes {ratio:.2f} × its time.",
+        "",
+        f"![samples]({model}.png)",
+        "",
+    ]
+    return lines
+
+
+def write_table(folder: Path, summary: dict) -> None:
+    lines = ["# Quickstart", ""]
+    lines += [f"{summary['samples']:,} samples per row against the 10,000 Fashion-MNIST test images; features of the bundled network; "
+              f"seed {summary['seed']}, {summary['threads']} CPU threads, {summary['wall_seconds']:.0f} s in all.", ""]  # fmt: skip
+    for model in MODELS:
+        lines += model_table(model, summary[model])
+    lines += ["![FID over guidance scale](fid.png)", ""]
+    atomic_write(folder / "report.md", lambda temporary: temporary.write_text("\n".join(lines)))
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight"))
+    plt.close(figure)
+
+
+def write_picture(folder: Path, model: str, results: dict, rows: int = 4) -> None:
+    """The same classes (columns) and random numbers (rows) from the three ways of sampling."""
+    scale = results["base_cfg"]["cfg_scale"]
+    panels = (
+        ("base", "base, no guidance", f"{model}-base"),
+        ("base_cfg", f"base, guidance {scale}", f"{model}-base-cfg{scale}"),
+        ("cca", "CCA, no guidance", f"{model}-cca"),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(17, 3.2))
+    for axis, (kind, title, name) in zip(axes, panels):
+        with np.load(folder / "samples" / f"{name}.npz") as file:
+            images = file["arr_0"][: 10 * rows]  # balanced order: image i has class i mod 10
+        sheet = images.reshape(rows, 10, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(rows * 32, 320, 3)
+        axis.imshow(sheet, interpolation="nearest")
+        axis.set_title(f"{title}   (FID {results[kind]['fid']:.2f})")
+        axis.set_xticks(np.arange(16, 320, 32), CLASS_NAMES, rotation=40, ha="right", fontsize=8)
+        axis.set_yticks([])
+    save_figure(figure, folder / f"{model}.png")
+
+
+def write_chart(folder: Path, summary: dict) -> None:
+    figure, axes = plt.subplots(1, len(MODELS), figsize=(11, 3.8))
+    for axis, model in zip(axes, MODELS):
+        results = summary[model]
+        scales = [1.0, *map(float, results["sweep"])]
+        fids = [results["base"]["fid"], *(m["fid"] for m in results["sweep"].values())]
+        axis.plot(scales, fids, "o-", color="tab:blue", label="base, guided (two passes per image)")
+        axis.plot([1.0], [results["cca"]["fid"]], "*", markersize=15, color="tab:red", label="CCA, no guidance (one pass)")
+        axis.axhline(results["cca"]["fid"], color="tab:red", linestyle=":", linewidth=1)
+        if "sft" in results:
+            axis.plot([1.0], [results["sft"]["fid"]], "x", markersize=9, color="tab:gray", label="maximum likelihood, no guidance")
+        axis.set(title=model, xlabel="guidance scale", ylabel="FID (bundled feature network)", ylim=(0, None))
+        axis.legend(fontsize=8)
+    save_figure(figure, folder / "fid.png")
+
+
+def write_report(folder: Path, summary: dict) -> None:
+    write_table(folder, summary)
+    for model in MODELS:
+        write_picture(folder, model, summary[model])
+    write_chart(folder, summary)
+    print(f"\n{(folder / 'report.md').read_text()}\nreport: {folder}/report.md, {folder}/summary.json, pictures beside them")

@@ -1,0 +1,10 @@
+# Sourced by the other scripts: a virtual environment in the checkout that matches requirements.txt.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+stamp=.venv/requirements.sha256
+if ! { [ -f "$stamp" ] && sha256sum --status -c "$stamp"; } 2>/dev/null; then
+    echo "setting up .venv (the first time this downloads PyTorch: a few minutes, about 6 GB)"
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    sha256sum requirements.txt >"$stamp"
+fi

@@ -1,0 +1,22 @@
+"""Fine-tune LlamaGen with Condition Contrastive Alignment (arXiv 2410.09347).
+
+    python -m scripts.extract_codes --model llamagen-mini --data assets/fashion-mnist-train-10k.npz --output runs/codes
+    python train_llamagen_cca.py --model llamagen-mini --codes runs/codes --output runs/llamagen-mini-cca
+    torchrun --nproc_per_node 2 train_llamagen_cca.py --model llamagen-mini --codes ... --output ...
+
+Writes DIR/model.pt in the published format, metrics.jsonl, tensorboard/, config.json and state/.
+"""
+
+from cca.data import PackedCodes
+from cca.errors import run_command
+from cca.training_command import make_parser, run_training
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__, "llamagen", "--codes", "folder of packed codes that scripts/extract_codes.py wrote")
+    args = parser.parse_args(argv)
+    run_training(args, "llamagen", args.codes, PackedCodes)
+
+
+if __name__ == "__main__":
+    run_command(main)

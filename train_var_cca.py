@@ -1,0 +1,21 @@
+"""Fine-tune VAR with Condition Contrastive Alignment (arXiv 2410.09347).
+
+    python train_var_cca.py --model var-mini --data assets/fashion-mnist-train-10k.npz --output runs/var-mini-cca
+    torchrun --nproc_per_node 2 train_var_cca.py --model var-mini --data ... --output ...
+
+Writes DIR/model.pth in the published format, metrics.jsonl, tensorboard/, config.json and state/.
+"""
+
+from cca.data import ImageTokens
+from cca.errors import run_command
+from cca.training_command import make_parser, run_training
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__, "var", "--data", "images: an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]")
+    args = parser.parse_args(argv)
+    run_training(args, "var", args.data, lambda path, model, seed: ImageTokens(path, model))
+
+
+if __name__ == "__main__":
+    run_command(main)
