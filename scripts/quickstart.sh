@@ -3,6 +3,6 @@
 #   bash scripts/quickstart.sh [--control] [--seed N] [--samples N] [--output DIR]
 source "$(dirname "${BASH_SOURCE[0]}")/setup_environment.sh"
 cores=$(getconf _NPROCESSORS_ONLN)
-processes=$((cores < 4 ? cores : 4))
-export OMP_NUM_THREADS=$((cores / processes))
+processes=$(.venv/bin/python -c "import torch; print(torch.cuda.device_count() or min($cores, 4))")
+export OMP_NUM_THREADS=$((cores / processes > 0 ? cores / processes : 1))
 exec .venv/bin/torchrun --standalone --nproc_per_node "$processes" -m scripts.quickstart "$@"

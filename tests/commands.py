@@ -1,0 +1,25 @@
+"""Runs the commands as users do: real processes, alone or under torchrun with gloo."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TRAIN = "assets/fashion-mnist-train-10k.npz"
+REFERENCE = "assets/fashion-mnist-test-10k.npz"
+
+
+def command_line(arguments: list, processes: int = 1) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(torchrun if processes > 1 else []), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(*arguments, processes: int = 1) -> subprocess.CompletedProcess:
+    result = subprocess.run(command_line(arguments, processes), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result

@@ -1,0 +1,105 @@
+"""Weights files: every layout that occurs, and every way a file can be wrong."""
+
+import argparse
+import pickle
+
+import pytest
+import torch
+from golden_models import build
+from safetensors.torch import save_file
+
+from cca.errors import UserError
+from models.checkpoints import CONSTANTS, load_weights, read_state_dict, save_transformer
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("var_tiny_a")
+
+
+def wrapped(state, layout):
+    return {
+        "bare": state,
+        "model": {"model": state, "args": argparse.Namespace(lr=1e-4), "steps": 3},
+        "module": {"module": state},
+        "state_dict": {"state_dict": state},
+        "trainer": {"epoch": 1, "trainer": {"var_wo_ddp": state}},
+    }[layout]
+
+
+@pytest.mark.parametrize("constants", [True, False])
+@pytest.mark.parametrize("layout", ["bare", "model", "module", "state_dict", "trainer"])
+def test_layouts(model, tmp_path, layout, constants):
+    state = {k: v for k, v in model.transformer.state_dict().items() if constants or k.split(".")[-1] not in CONSTANTS}
+    torch.save(wrapped({**state, "freqs_cis": torch.zeros(3)}, layout), tmp_path / "weights.bin")
+    other = build("var_tiny_a")
+    torch.nn.init.zeros_(other.transformer.head.weight)
+    load_weights(other.transformer, tmp_path / "weights.bin", "it")
+    assert all(torch.equal(a, b) for a, b in zip(other.transformer.state_dict().values(), model.transformer.state_dict().values()))
+
+
+def test_safetensors_under_any_name(model, tmp_path):
+    save_file(model.transformer.state_dict(), tmp_path / "weights.pth")
+    assert torch.equal(read_state_dict(tmp_path / "weights.pth")["pos_1LC"], model.transformer.pos_1LC)
+
+
+@pytest.mark.parametrize("name, wrapper", [("var_tiny_a", None), ("llamagen_tiny_vq8", "model")])
+def test_export_is_in_the_published_format(tmp_path, name, wrapper):
+    model = build(name)
+    save_transformer(model, tmp_path / "out.pt")
+    content = torch.load(tmp_path / "out.pt", weights_only=True)
+    content = content[wrapper] if wrapper else content
+    assert content.keys() == model.transformer.state_dict().keys()
+    assert [p.name for p in tmp_path.iterdir()] == ["out.pt"]
+
+
+class Hostile:
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+def broken_files(folder, model):
+    state = model.transformer.state_dict()
+    torch.save(state, folder / "good.pth")
+    data = (folder / "good.pth").read_bytes()
+    (folder / "truncated.pth").write_bytes(data[: len(data) // 2])
+    save_file(state, folder / "good.safetensors")
+    (folder / "truncated.safetensors").write_bytes((folder / "good.safetensors").read_bytes()[:5000])
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "junk.pt").write_bytes(bytes(range(256)) * 8)
+    (folder / "text.pt").write_text("not weights at all")
+    torch.save([1, 2], folder / "list.pt")
+    torch.save({"epoch": 3}, folder / "nothing.pt")
+    torch.save({"model": state, "extra": Hostile()}, folder / "hostile.pt")
+    (folder / "hostile-pickle.pt").write_bytes(pickle.dumps(Hostile()))
+    torch.save({**state, "surprise": torch.zeros(1)}, folder / "unexpected.pt")
+    torch.save({k: v for k, v in state.items() if k != "head.bias"}, folder / "missing.pt")
+    torch.save({**state, "head.bias": torch.zeros(3)}, folder / "shape.pt")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("absent.pt", "no such file"),
+        (".", "is a folder"),
+        ("truncated.pth", "or truncated"),
+        ("truncated.safetensors", "or truncated"),
+        ("empty.pt", "not a weights file"),
+        ("junk.pt", "not a weights file"),
+        ("text.pt", "not a weights file"),
+        ("list.pt", "holds a list"),
+        ("nothing.pt", "no state dict"),
+        ("hostile.pt", "executable content"),
+        ("hostile-pickle.pt", "executable content"),
+        ("unexpected.pt", "1 unexpected .surprise."),
+        ("missing.pt", "1 missing .head.bias."),
+        ("shape.pt", r"head.bias \[3\] instead of \[64\]"),
+    ],
+)
+def test_bad_files(model, tmp_path, monkeypatch, name, message):
+    broken_files(tmp_path, model)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        load_weights(build("var_tiny_a").transformer, tmp_path / name, "var-tiny")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()

@@ -1,0 +1,103 @@
+"""Sampling: images belong to (seed, index), not to batches, processes or interruptions."""
+
+import json
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from commands import ROOT, command_line, environment, run
+
+from cca.errors import UserError
+from cca.sampler import SampleRequest, class_of, sample_images
+from models import SamplingOptions, load_model
+
+MODELS = ("llamagen-mini", "var-mini")
+
+
+def request(samples=64, order="balanced", seed=0, size=None, **options):
+    return SampleRequest(samples, tuple(range(10)), order, seed, size, "float32", SamplingOptions(**options))
+
+
+def in_batches(model, batch_size, asked):
+    parts = [range(i, min(i + batch_size, asked.num_samples)) for i in range(0, asked.num_samples, batch_size)]
+    return torch.cat([sample_images(model, part, asked, torch.device("cpu")) for part in parts])
+
+
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 2.0, "top_k": 100, "top_p": 0.9, "temperature": 0.9}])
+@pytest.mark.parametrize("name", MODELS)
+def test_batch_size_does_not_matter(name, options):
+    model = load_model(name)
+    whole = in_batches(model, 64, request(**options))
+    for batch_size in (1, 17):
+        differs = (in_batches(model, batch_size, request(**options)) != whole).flatten(1).any(1)
+        assert differs.sum() <= 0.005 * len(whole)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_seed_and_class_matter(name):
+    model = load_model(name)
+    first, other = (in_batches(model, 10, request(10, seed=seed)) for seed in (0, 1))
+    assert (first != other).flatten(1).any(1).all()
+
+
+def test_classes():
+    assert [class_of(i, request()) for i in (0, 9, 10, 25)] == [0, 9, 0, 5]
+    drawn = [class_of(i, request(order="random")) for i in range(2000)]
+    assert drawn[:50] == [class_of(i, request(order="random")) for i in range(50)]
+    counts = np.bincount(drawn, minlength=10)
+    assert ((counts - 200) ** 2 / 200).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
+
+
+def test_resizing_and_8_bit():
+    model = load_model("llamagen-mini")
+    images = in_batches(model, 4, request(4, size=20))
+    assert images.shape == (4, 20, 20, 3) and images.dtype == torch.uint8
+
+
+def test_8_bit_conversions():
+    x = torch.tensor([-1.0, 0.0, 0.5, 1.0])
+    assert load_model("var-mini").to_uint8(x).tolist() == [0, 127, 191, 255]
+    assert load_model("llamagen-mini").to_uint8(x).tolist() == [0, 128, 191, 255]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_processes_and_interruption_do_not_matter(name, tmp_path):
+    options = ["sample.py", "--model", name, "--num-samples", 600, "--seed", 3]
+    run(*options, "--output", tmp_path / "one.npz", "--grid", tmp_path / "grid.png")
+    run(*options, "--output", tmp_path / "two.npz", "--batch-size", 50, processes=2)
+    cut = tmp_path / "cut.npz"
+    process = subprocess.Popen(command_line([*options, "--output", cut]), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    parts = tmp_path / "cut.npz.parts"
+    while process.poll() is None and len(list(parts.glob("*.npy"))) < 1:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(list(parts.glob("*.npy"))) >= 1 and not cut.exists()
+    run(*options, "--output", cut)
+    made = json.loads(cut.with_suffix(".json").read_text())["images_made_by_this_run"]
+    assert made in (600 - 256, 600 - 512)
+    with np.load(tmp_path / "one.npz") as one:
+        assert one["arr_0"].shape == (600, 32, 32, 3) and one["arr_0"].dtype == np.uint8
+        assert one["arr_1"].tolist() == [i % 10 for i in range(600)]
+        for other in ("two.npz", "cut.npz"):
+            with np.load(tmp_path / other) as file:
+                assert (file["arr_0"] != one["arr_0"]).any((1, 2, 3)).sum() <= 3  # 0.5 %: tokens flipped by rounding
+                assert np.array_equal(file["arr_1"], one["arr_1"])
+    assert not parts.exists() and (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_unfinished_run_with_other_options_is_refused(tmp_path):
+    import sample
+
+    parts = tmp_path / "s.npz.parts"
+    parts.mkdir()
+    arguments = ["--model", "var-mini", "--num-samples", "10", "--output", str(tmp_path / "s.npz")]
+    sample.main(arguments)
+    (parts / "options.json").parent.mkdir()
+    options = json.loads((tmp_path / "s.json").read_text())["options"]
+    (parts / "options.json").write_text(json.dumps({**options, "seed": 5}))
+    with pytest.raises(UserError, match="unfinished run with seed 5 instead of 0"):
+        sample.main(arguments)

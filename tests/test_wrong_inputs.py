@@ -1,0 +1,101 @@
+"""Users' mistakes: one line on stderr, exit status 2, no traceback, nothing half-written."""
+
+import subprocess
+
+import numpy as np
+import pytest
+from commands import REFERENCE, ROOT, TRAIN, command_line, environment
+
+import eval_fid
+import sample
+import train_llamagen_cca
+import train_var_cca
+from cca.errors import run_command
+from scripts import extract_codes
+
+SAMPLE = ["--model", "var-mini", "--num-samples", "5", "--output", "out/s.npz"]
+VAR = ["--model", "var-mini", "--output", "out", "--data"]
+LLAMAGEN = ["--model", "llamagen-mini", "--output", "out", "--codes"]
+EVAL = ["--reference", REFERENCE, "--features", "mini", "--samples"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Broken inputs in the current folder; the bundled files are reachable as from the checkout."""
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "junk.npz").write_bytes(b"junk" * 100)
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.savez("wrong-name.npz", images=np.zeros((9, 32, 32), np.uint8))
+    np.savez("float.npz", arr_0=np.zeros((9, 32, 32)), arr_1=np.zeros(9, np.int64))
+    np.savez("large.npz", arr_0=np.zeros((9, 64, 64), np.uint8), arr_1=np.zeros(9, np.int64))
+    np.savez("labels.npz", arr_0=np.zeros((9, 32, 32), np.uint8), arr_1=np.full(9, 10))
+    np.savez("few.npz", arr_0=np.zeros((3, 32, 32), np.uint8), arr_1=np.zeros(3, np.int64))
+    with np.load(ROOT / TRAIN) as file:
+        whole = {key: file[key][:50] for key in file.files}
+    np.savez("good.npz", **whole)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:20000])
+    return tmp_path
+
+
+CASES = [
+    (sample, ["--model", "var-d99", "--output", "s.npz"], "--model: invalid choice: 'var-d99'"),
+    (sample, SAMPLE[:-1] + ["out/s.png"], "--output: out/s.png does not end in .npz"),
+    (sample, [*SAMPLE, "--classes", "0,10"], "--classes: 0,10 goes beyond 0 … 9"),
+    (sample, [*SAMPLE, "--classes", "shoes"], "--classes: 'shoes' is neither"),
+    (sample, [*SAMPLE, "--cfg-sclae", "2"], "unrecognized arguments: --cfg-sclae"),
+    (sample, [*SAMPLE, "--cfg", "2"], "unrecognized arguments: --cfg"),
+    (sample, [*SAMPLE, "--top-p", "0"], "--top-p: 0 must be above 0"),
+    (sample, [*SAMPLE, "--top-k", "some"], "--top-k: 'some' is not an integer"),
+    (sample, [*SAMPLE, "--temperature", "nan"], "--temperature: nan must be above 0"),
+    (sample, [*SAMPLE, "--weights", "cca"], "no CCA weights are published for var-mini"),
+    (sample, [*SAMPLE, "--weights", "none.pth"], "none.pth: no such file"),
+    (sample, [*SAMPLE, "--weights", "assets/llamagen-mini.safetensors"], "does not fit var-mini"),
+    (sample, [*SAMPLE, "--tokenizer-weights", "junk.npz"], "junk.npz: not a weights file"),
+    (train_var_cca, VAR[:-1], "the following arguments are required: --data"),
+    (train_var_cca, [*VAR, "none.npz"], "none.npz: no such file"),
+    (train_var_cca, [*VAR, "junk.npz"], "junk.npz: not a readable .npz"),
+    (train_var_cca, [*VAR, "empty.npz"], "empty.npz: not a readable .npz"),
+    (train_var_cca, [*VAR, "cut.npz"], "cut.npz: not a readable .npz"),
+    (train_var_cca, [*VAR, "wrong-name.npz"], "wrong-name.npz: holds no array arr_0"),
+    (train_var_cca, [*VAR, "float.npz"], "expected uint8"),
+    (train_var_cca, [*VAR, "large.npz"], "images of 64 x 64, the model takes 32 x 32"),
+    (train_var_cca, [*VAR, "labels.npz"], "labels must lie in 0 … 9"),
+    (train_var_cca, [*VAR, "good.npz"], "--batch-size: 64 is more than the 50 images"),
+    (train_var_cca, [*VAR, "good.npz", "--beta", "0"], "--beta: 0 must be above 0"),
+    (train_var_cca, [*VAR, "good.npz", "--uncond-ratio", "1.5"], "--uncond-ratio: 1.5 must be at least 0 and at most 1"),
+    (train_var_cca, [*VAR, "good.npz", "--epochs", "1", "--max-steps", "1"], "not allowed with argument"),
+    (train_llamagen_cca, [*LLAMAGEN, "none"], "--codes: none is not a folder of packed codes"),
+    (train_llamagen_cca, ["--model", "var-mini", *LLAMAGEN[2:], "none"], "--model: invalid choice: 'var-mini'"),
+    (eval_fid, [*EVAL, "none.npz"], "none.npz: no such file"),
+    (eval_fid, [*EVAL, "few.npz"], "holds 3 images; at least 5"),
+    (eval_fid, [*EVAL, "large.npz"], "images are 64 x 64, --features mini takes 32 x 32"),
+    (eval_fid, [*EVAL, "good.npz", "--metrics", "fid,kid"], "--metrics: 'kid' is not one of"),
+    (extract_codes, ["--model", "llamagen-mini", "--output", "out", "--data", "labels.npz"], "labels must lie in 0 … 9"),
+]
+
+
+@pytest.mark.parametrize("module, arguments, message", CASES, ids=lambda value: None)
+def test_one_line(folder, capsys, module, arguments, message):
+    before = sorted(folder.iterdir())
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: module.main(arguments))
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("script", ["sample.py", "train_var_cca.py", "train_llamagen_cca.py", "eval_fid.py"])
+def test_in_a_process_of_its_own(script):
+    result = subprocess.run(command_line([script, "--model", "gpt"]), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
+
+
+def test_codes_of_another_model_are_refused(folder, capsys):
+    extract_codes.main(["--model", "var-mini", "--data", "good.npz", "--output", "codes"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_command(lambda: train_llamagen_cca.main([*LLAMAGEN, "codes"]))
+    assert "the model takes 64 per image" in capsys.readouterr().err
