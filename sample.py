@@ -20,8 +20,8 @@ from cca.errors import UserError, run_command
 from cca.options import Parser, count, number
 from cca.sampler import SampleRequest, run_sampling
 from models.base import ARImageModel, SamplingOptions
-from models.checkpoints import atomic_write, file_sha256
-from models.zoo import ZOO, load_model, transformer_path, zoo_entry
+from models.checkpoints import atomic_write
+from models.zoo import ZOO, load_files, locate
 
 
 def make_parser() -> Parser:
@@ -29,7 +29,8 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--model", required=True, choices=sorted(ZOO), help="model to sample from")
     add("--weights", default="base", metavar="base|cca|PATH", help="transformer weights (default base)")
-    add("--tokenizer-weights", metavar="PATH", help="tokenizer weights (default: the model's own)")
+    add("--tokenizer-weights", metavar="PATH|NAME", help="tokenizer weights, or vq_ds16_c2i, vq_ds8_c2i for LlamaGen (default: the model's own)")
+    add("--image-size", type=count(), metavar="PIXELS", help="side the model works at; LlamaGen: 256, 384 or 512 (default: the model's)")
     add("--num-samples", type=count(), default=50_000, help="images (default 50000)")
     add("--classes", default="all", metavar="all|0,7,8", help="classes to sample (default all)")
     add("--class-order", choices=("balanced", "random"), default="balanced", help="classes in turn, or drawn uniformly (default balanced)")
@@ -73,20 +74,16 @@ def main(argv: list[str] | None = None) -> None:
     for option, path, suffix in (("--output", args.output, ".npz"), ("--grid", args.grid, ".png")):
         if path and path.suffix != suffix:
             raise UserError(f"{option}: {path} does not end in {suffix}")
-    model = load_model(args.model, args.weights, args.tokenizer_weights)
+    files = locate(args.model, args.weights, args.tokenizer_weights, args.image_size)
+    model = load_files(files)
     schedule = args.cfg_schedule or model.default_cfg_schedule
     sampling = SamplingOptions(args.cfg_scale, schedule, args.cfg_interval, args.top_k, args.top_p, args.temperature)
     classes = parse_classes(args.classes, model)
     request = SampleRequest(args.num_samples, classes, args.class_order, args.seed, args.eval_size, args.dtype, sampling)
     for path in filter(None, (args.output, args.grid)):
         path.parent.mkdir(parents=True, exist_ok=True)
-    provenance = {
-        "model": args.model,
-        "weights_sha256": file_sha256(transformer_path(args.model, args.weights)),
-        "tokenizer_sha256": file_sha256(Path(args.tokenizer_weights or zoo_entry(args.model).tokenizer_weights)),
-    }
     processes = Processes()
-    run_sampling(model, request, args.batch_size, args.output, provenance, processes)
+    run_sampling(model, request, args.batch_size, args.output, files.describe(), processes)
     if args.grid and processes.main:
         write_grid(args.output, args.grid, len(classes))
 

@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from models.base import ARImageModel, SamplingOptions
 from models.checkpoints import atomic_write
 
 RANGE = 256  # images per stored part
+DECODED_PIXELS = 2**21  # of one batch of the tokenizer's decoder: 32 images of 256 x 256
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,45 @@ def token_noise(index: int, length: int, seed: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def sample_images(model: ARImageModel, indices: range, request: SampleRequest, device: torch.device) -> Tensor:
-    """uint8 images [n, H, W, 3] of these indices, as one batch."""
+def sample_tokens(model: ARImageModel, indices: range, request: SampleRequest, device: torch.device) -> Tensor:
+    """Tokens [n, L] of these indices, as one batch."""
     labels = torch.tensor([class_of(i, request) for i in indices], device=device)
     noise = np.stack([token_noise(i, model.sequence_length, request.seed) for i in indices])
-    with torch.autocast(device.type, getattr(torch, request.dtype), enabled=request.dtype != "float32"):
-        tokens = model.generate(labels, torch.from_numpy(noise).to(device), request.sampling)
-        images = model.decode(tokens, request.eval_size)
-    return model.to_uint8(images).permute(0, 2, 3, 1).cpu()
+    with precision(device, request.dtype):
+        return model.generate(labels, torch.from_numpy(noise).to(device), request.sampling)
+
+
+@torch.inference_mode()
+def decode_tokens(model: ARImageModel, tokens: Tensor, request: SampleRequest) -> Tensor:
+    """Tokens [n, L] -> uint8 images [n, H, W, 3] on the CPU.
+
+    Decoding runs in batches of one fixed size, the last one filled up: convolutions round
+    differently from one batch size to another, and a pixel must not.
+    """
+    size = max(1, min(64, DECODED_PIXELS // model.image_size**2))
+    images = []
+    for part in tokens.split(size):
+        full = torch.cat([part, part[:1].expand(size - len(part), -1)])
+        with precision(tokens.device, request.dtype if model.decodes_in_half_precision else "float32"):
+            decoded = model.decode(full, request.eval_size)
+        images.append(model.to_uint8(decoded[: len(part)]).permute(0, 2, 3, 1).cpu())
+    return torch.cat(images)
+
+
+def precision(device: torch.device, dtype: str) -> torch.autocast:
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+def sample_images(
+    model: ARImageModel, indices: range, request: SampleRequest, batch_size: int, device: torch.device, progress: Callable[[int], object] = lambda n: None
+) -> Tensor:
+    """uint8 images [n, H, W, 3] of these indices; ``progress`` hears of each finished batch."""
+    tokens = []
+    for start in range(indices.start, indices.stop, batch_size):
+        batch = range(start, min(start + batch_size, indices.stop))
+        tokens.append(sample_tokens(model, batch, request, device))
+        progress(len(batch))
+    return decode_tokens(model, torch.cat(tokens), request)
 
 
 class PartStore:
@@ -124,12 +157,7 @@ def run_sampling(model: ARImageModel, request: SampleRequest, batch_size: int, o
     began = time.perf_counter()
     with tqdm(total=made, desc=f"sampling {output.name}", unit="image", disable=not processes.main) as bar:
         for part in mine:
-            images = []
-            for start in range(part.start, part.stop, batch_size):
-                batch = range(start, min(start + batch_size, part.stop))
-                images.append(sample_images(model, batch, request, processes.device))
-                bar.update(len(batch))
-            store.write(part, torch.cat(images).numpy())
+            store.write(part, sample_images(model, part, request, batch_size, processes.device, bar.update).numpy())
     seconds = time.perf_counter() - began
     totals = processes.sum(torch.tensor([float(made), seconds], dtype=torch.float64, device=processes.device)).tolist()
     if processes.main:

@@ -27,7 +27,7 @@ from cca.errors import UserError
 from cca.losses import CONTRASTIVE_LOSSES, diagnostics, pair_labels
 from cca.random import DATA_ORDER, DROPOUT, UNCONDITIONAL, stream
 from models.base import ARImageModel
-from models.checkpoints import atomic_write, save_transformer
+from models.checkpoints import atomic_write, save_published
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -229,7 +229,7 @@ class RunFolder:
         if self.processes.main:
             content = {"step": done, **trainer.state()}
             atomic_write(self.state_path, lambda temporary: torch.save(content, temporary))
-            save_transformer(trainer.model, self.path / trainer.model.checkpoint_name)
+            save_published(trainer.model.transformer.state_dict(), self.path / trainer.model.checkpoint_name)
             self.writer.flush()
         self.processes.barrier()
 

@@ -11,8 +11,7 @@ from cca.losses import LOSSES
 from cca.options import Parser, count, number
 from cca.trainer import DTYPES, RunFolder, TrainingConfig, describe, train
 from models.base import ARImageModel
-from models.checkpoints import file_sha256
-from models.zoo import ZOO, Recipe, load_model, transformer_path, zoo_entry
+from models.zoo import ZOO, Recipe, load_files, locate, zoo_entry
 
 
 def make_parser(description: str, backbone: str, data_option: str, data_help: str) -> Parser:
@@ -80,19 +79,14 @@ def run_training(args: argparse.Namespace, backbone: str, path: Path, open_data:
     entry = zoo_entry(args.model, backbone)
     if args.weights == "cca":
         raise UserError("--weights: training starts from base or from a path")
-    model = load_model(args.model, args.weights, args.tokenizer_weights)
+    files = locate(args.model, args.weights, args.tokenizer_weights)
+    model = load_files(files)
     data = open_data(path, model, args.seed)
     config = training_config(args, entry.recipe, len(data.labels), scale_lr=backbone == "var")
     processes = Processes()
     if config.batch_size < processes.world:
         raise UserError(f"--batch-size: {config.batch_size} is less than the {processes.world} processes")
-    weights = {
-        "model": args.model,
-        "weights_sha256": file_sha256(transformer_path(args.model, args.weights)),
-        "tokenizer_sha256": file_sha256(Path(args.tokenizer_weights or entry.tokenizer_weights)),
-        "data": str(path),
-        "images": len(data.labels),
-    }
-    folder = RunFolder(args.output, processes, describe(config, weights))
+    provenance = {**files.describe(), "data": str(path), "images": len(data.labels)}
+    folder = RunFolder(args.output, processes, describe(config, provenance))
     micro = args.micro_batch_size or config.batch_size
     train(model, data, config, micro, folder, processes, args.save_every, args.log_every)

@@ -187,6 +187,11 @@ class Decoder(nn.Module):
 
 
 def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codebook row nearest in Euclidean distance: [N, C], [V, C] -> [N] int64."""
-    distance = latents.square().sum(1, keepdim=True) + codebook.square().sum(1)
-    return torch.addmm(distance, latents, codebook.T, alpha=-2).argmin(1)
+    """Index of the codebook row nearest in Euclidean distance: [N, C], [V, C] -> [N] int64.
+
+    Always in float32: tokens must not depend on the precision of what surrounds them.
+    """
+    with torch.autocast(latents.device.type, enabled=False):
+        latents, codebook = latents.float(), codebook.float()
+        distance = latents.square().sum(1, keepdim=True) + codebook.square().sum(1)
+        return torch.addmm(distance, latents, codebook.T, alpha=-2).argmin(1)

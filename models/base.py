@@ -110,6 +110,7 @@ class ARImageModel(nn.Module, ABC):
     image_size: int
     default_cfg_schedule: str
     checkpoint_name: str  # the file a trainer writes, as the official code names it
+    decodes_in_half_precision: bool  # whether published sampling decodes in the transformer's precision
     no_decay: tuple[str, ...] = ()  # parameters of two or more dimensions without weight decay
 
     @property

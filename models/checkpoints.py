@@ -4,12 +4,14 @@ import argparse
 import hashlib
 import os
 import pickle
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cca.errors import UserError
@@ -38,17 +40,25 @@ def file_sha256(path: Path) -> str:
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """State dict of a ``.safetensors`` or PyTorch file, out of whatever wraps it.
 
-    Nothing in the file is executed: only tensors, containers and ``argparse.Namespace`` (which
-    LlamaGen's files hold) are accepted. Raises UserError for anything else.
+    Tensors stay memory-mapped where the file allows it. Nothing in the file is executed: only
+    tensors, containers and ``argparse.Namespace`` (which LlamaGen's files hold) are accepted.
+    Raises UserError for anything else.
     """
+    return read_weights(path)[0]
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
+    """State dict of a file as in ``read_state_dict``, and the key it stood under ("" for a bare one)."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
             head = file.read(9)
         if head[8:9] == b"{":  # safetensors: eight bytes of length, then a JSON header
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with safe_open(path, "pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys()}
+                return state, (file.metadata() or {}).get("wrapper", published_wrapper(state))
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -59,38 +69,67 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a weights file (.pt, .pth or .safetensors), or truncated") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError):
         raise UserError(f"{path}: not a weights file (.pt, .pth or .safetensors), or truncated") from None
-    while isinstance(content, dict) and not any(isinstance(v, Tensor) for v in content.values()):
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            raise UserError(f"{path}: holds no state dict; its entries are {', '.join(map(str, list(content)[:4])) or 'none'}")
-        content = inner
+    wrapper = ""
+    while isinstance(content, dict) and (inner := next((k for k in WRAPPERS if isinstance(content.get(k), dict)), None)):
+        content, wrapper = content[inner], wrapper or inner
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    return content
+    if not content or not all(isinstance(v, Tensor) for v in content.values()):
+        entries = ", ".join(map(str, list(content)[:4])) or "none"
+        raise UserError(f"{path}: holds no state dict; its entries are {entries}")
+    return content, wrapper
 
 
-def load_weights(module: nn.Module, path: str | Path, what: str) -> None:
-    """Load a file into ``module``, every tensor accounted for; ``what`` names the module in errors."""
-    state = read_state_dict(path)
+def published_wrapper(state: dict[str, Tensor]) -> str:
+    """The key under which the official code expects a state dict: LlamaGen's "model", VAR's bare ("")."""
+    return "model" if "tok_embeddings.weight" in state or "quantize.codebook_used" in state else ""
+
+
+def is_constant(key: str) -> bool:
+    """Whether a key names a constant buffer or a usage statistic."""
+    return key.split(".")[-1] in CONSTANTS
+
+
+def mismatch(module: nn.Module, state: dict[str, Tensor]) -> str | None:
+    """The first few missing, unexpected and wrongly shaped tensors of a state dict; None if it fits."""
     own = module.state_dict()
-    state = {k: v for k, v in state.items() if k.split(".")[-1] not in CONSTANTS}
-    needed = [k for k in own if k.split(".")[-1] not in CONSTANTS]
+    needed = [k for k in own if not is_constant(k)]
     missing = [k for k in needed if k not in state]
-    unexpected = [k for k in state if k not in own]
+    unexpected = [k for k in state if k not in own and not is_constant(k)]
     wrong = [f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}" for k in needed if k in state and state[k].shape != own[k].shape]
-    problems = [f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-                for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong)) if names]
-    if problems:
-        raise UserError(f"{path}: does not fit {what}: tensors {'; '.join(problems)}")
-    module.load_state_dict(state, strict=False)
+    kinds = (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong))
+    return "; ".join(f"{len(n)} {kind} ({', '.join(n[:3])}{', …' if len(n) > 3 else ''})" for kind, n in kinds if n) or None
 
 
-def save_transformer(model: nn.Module, path: Path) -> None:
-    """Write the transformer as the official code loads it: VAR bare, LlamaGen under "model"."""
-    state = {k: v.detach().cpu().clone() for k, v in model.transformer.state_dict().items()}
-    content = {"model": state} if model.checkpoint_name == "model.pt" else state
-    atomic_write(path, lambda temporary: torch.save(content, temporary))
+def assign_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Make the tensors of a state dict that fits the module's own, without a copy where they are float32."""
+    wanted = {k: v.float() if v.is_floating_point() else v for k, v in state.items() if not is_constant(k)}
+    module.load_state_dict(wanted, strict=False, assign=True)
 
 
-def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
-    atomic_write(path, lambda temporary: save_file({k: v.contiguous() for k, v in tensors.items()}, temporary))
+def load_weights(module: nn.Module, path: str | Path, what: str, guess: Callable[[dict[str, Tensor]], str | None] = lambda state: None) -> None:
+    """Load a file into ``module``, every tensor accounted for.
+
+    ``what`` names the module in errors; ``guess`` may name the model that a wrong file belongs to.
+    Raises UserError.
+    """
+    state = read_state_dict(path)
+    problem = mismatch(module, state)
+    if problem:
+        other = guess(state)
+        raise UserError(f"{path}: does not fit {what}: tensors {problem}" + (f"; it looks like {other}" if other else ""))
+    assign_weights(module, state)
+
+
+def save_published(state: dict[str, Tensor], path: Path, wrapper: str | None = None) -> None:
+    """Write a state dict as the official code loads it; ``wrapper`` overrules where it stands."""
+    key = published_wrapper(state) if wrapper is None else wrapper
+    state = {k: v.detach().cpu().clone() for k, v in state.items()}
+    atomic_write(path, lambda temporary: torch.save({key: state} if key else state, temporary))
+
+
+def save_safetensors(state: dict[str, Tensor], path: Path, wrapper: str | None = None) -> None:
+    """Write a state dict as .safetensors, which remembers where it stood in the published file."""
+    metadata = {"format": "pt", "wrapper": published_wrapper(state) if wrapper is None else wrapper}
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+    atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))

@@ -132,7 +132,9 @@ class LlamaGenTransformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.register_buffer("rotary", rotary_table(config.grid, config.dim // config.heads), persistent=False)
+        with torch.device("cpu"):  # constants are real even where the parameters are built on the meta device
+            table = rotary_table(config.grid, config.dim // config.heads)
+        self.register_buffer("rotary", table, persistent=False)
 
     def init_weights(self) -> None:
         """Random start for pretraining: normal with deviation 0.02, output layer zero."""
@@ -158,7 +160,7 @@ class Codebook(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.code_dim)
-        self.register_buffer("codebook_used", torch.zeros(65536))
+        self.register_buffer("codebook_used", torch.zeros(65536, device="cpu"))
 
     def vectors(self) -> Tensor:
         return F.normalize(self.embedding.weight, dim=-1)
@@ -211,6 +213,7 @@ class DecodingState:
 class LlamaGen(ARImageModel):
     default_cfg_schedule = "constant"
     checkpoint_name = "model.pt"
+    decodes_in_half_precision = False
 
     def __init__(self, transformer: TransformerConfig, tokenizer: TokenizerConfig):
         super().__init__()

@@ -7,6 +7,7 @@ here loads in the official code with ``strict=True``.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class Attention(nn.Module):
         self.mat_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
-        self.register_buffer("zero_k_bias", torch.zeros(dim))
+        self.register_buffer("zero_k_bias", torch.zeros(dim, device="cpu"))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
@@ -157,16 +158,17 @@ class VARTransformer(nn.Module):
         self.config = config
         self.pos_start = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_1LC = nn.Parameter(torch.zeros(1, length, dim))
-        level = torch.cat([torch.full((p * p,), k) for k, p in enumerate(patch_nums)])
+        with torch.device("cpu"):  # constants are real even where the parameters are built on the meta device
+            level = torch.arange(len(patch_nums)).repeat_interleave(torch.tensor([p * p for p in patch_nums]))
+            causal = torch.where(level[:, None] >= level[None], 0.0, -torch.inf)
         self.register_buffer("lvl_1L", level[None])
-        causal = torch.where(level[:, None] >= level[None], 0.0, -torch.inf)
         self.register_buffer("attn_bias_for_masking", causal[None, None])
         self.word_embed = nn.Linear(code_dim, dim)
         self.class_emb = nn.Embedding(config.num_classes + 1, dim)
         self.lvl_embed = nn.Embedding(len(patch_nums), dim)
         if config.shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        rates = torch.linspace(0, config.drop_path_rate, config.depth).tolist()
+        rates = np.linspace(0, config.drop_path_rate, config.depth).tolist()
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.head_nm = HeadNorm(dim)
         self.head = nn.Linear(dim, config.vocab_size)
@@ -225,8 +227,8 @@ class ResidualConvs(nn.Module):
     def __init__(self, dim: int, levels: int, count: int = 4):
         super().__init__()
         self.qresi_ls = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(count))
-        ticks = torch.linspace(1 / 12, 11 / 12, count, dtype=torch.float64)
-        self.chosen = [int((ticks - level / max(levels - 1, 1)).abs().argmin()) for level in range(levels)]
+        ticks = np.linspace(1 / 12, 11 / 12, count)
+        self.chosen = [int(np.abs(ticks - level / max(levels - 1, 1)).argmin()) for level in range(levels)]
 
     def forward(self, h: Tensor, level: int) -> Tensor:
         return 0.5 * h + 0.5 * self.qresi_ls[self.chosen[level]](h)
@@ -243,7 +245,7 @@ class MultiScaleQuantizer(nn.Module):
         self.patch_nums, self.levels = config.patch_nums, len(config.patch_nums)
         self.embedding = nn.Embedding(config.vocab_size, config.code_dim)
         self.quant_resi = ResidualConvs(config.code_dim, self.levels)
-        self.register_buffer("ema_vocab_hit_SV", torch.zeros(self.levels, config.vocab_size))
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(self.levels, config.vocab_size, device="cpu"))
 
     def expand(self, level: int, tokens: Tensor) -> Tensor:
         """What one level's tokens [B, p * p] add to the latents: [B, code_dim, P, P]."""
@@ -314,6 +316,7 @@ class VARTokenizer(nn.Module):
 class VAR(ARImageModel):
     default_cfg_schedule = "linear"
     checkpoint_name = "model.pth"
+    decodes_in_half_precision = True
     no_decay = ("pos_start", "pos_1LC", "lvl_embed", "scale_mul", "ada_gss")
 
     def __init__(self, transformer: TransformerConfig, tokenizer: TokenizerConfig):

@@ -16,7 +16,7 @@ from cca.data import ImageTokens
 from cca.errors import run_command
 from cca.options import Parser, count
 from models.checkpoints import atomic_write, file_sha256
-from models.zoo import ZOO, load_model, zoo_entry
+from models.zoo import ZOO, load_files, locate
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the codes")
     parser.add_argument("--batch-size", type=count(), default=128, help="images encoded at once (default %(default)s)")
     args = parser.parse_args(argv)
-    model = load_model(args.model, tokenizer_weights=args.tokenizer_weights)
+    files = locate(args.model, tokenizer_weights=args.tokenizer_weights)
+    model = load_files(files)
     source = ImageTokens(args.data, model)
     size = len(source.labels)
     codes = np.empty((size, 1, model.sequence_length), np.uint16)
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         "model": args.model,
         "image_size": model.image_size,
         "vocab_size": model.vocab_size,
-        "tokenizer_sha256": file_sha256(Path(args.tokenizer_weights or zoo_entry(args.model).tokenizer_weights)),
+        "tokenizer_sha256": file_sha256(files.tokenizer_weights),
         "images": size,
         "crops": 1,
     }

@@ -33,7 +33,7 @@ from models.var import VARTokenizer
 from cca.distributed import Processes
 from cca.trainer import RunFolder, TrainingConfig, describe, train
 from models.checkpoints import load_weights
-from models.zoo import ZOO
+from models.zoo import build_model
 
 ASSETS = Path("assets")
 TRAINING, TUNING = slice(0, 50_000), slice(50_000, 60_000)
@@ -95,17 +95,17 @@ class PerceptualNetwork(nn.Module):
 
     def __init__(self):
         super().__init__()
-        widths = (1, 24, 48, 64)
+        widths = (1, 24, 48, 64, 80, 128)
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 5, stride=1 + (a == 1), padding=2), nn.LeakyReLU(0.1), nn.Conv2d(b, b, 3, padding=1), nn.LeakyReLU(0.1))
-            for a, b in zip(widths, widths[1:])
+            nn.Sequential(nn.Conv2d(a, b, 3, stride=1 + i % 2, padding=1, bias=False), nn.BatchNorm2d(b), nn.GELU())
+            for i, (a, b) in enumerate(zip(widths, widths[1:]))
         )
-        self.classifier = nn.Linear(64, 10)
+        self.classifier = nn.Linear(widths[-1], 10)
 
     def activations(self, images: Tensor) -> list[Tensor]:
         x, out = images.mean(1, keepdim=True), []
-        for i, stage in enumerate(self.stages):
-            x = stage(x if i == 0 else F.avg_pool2d(x, 2))
+        for stage in self.stages:
+            x = stage(x)
             out.append(x)
         return out
 
@@ -114,11 +114,13 @@ class PerceptualNetwork(nn.Module):
         return features, self.classifier(features)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Squared distance of channel-normalised activations (as in LPIPS, arXiv 1801.03924)."""
+        """Squared distance of channel-normalised activations (as in LPIPS, arXiv 1801.03924) and of
+        the pooled features."""
         with torch.no_grad():
             target = self.activations(b)
-        pairs = zip(self.activations(a), target)
-        return sum((F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean() for x, y in pairs)
+        found = self.activations(a)
+        local = sum((F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean() for x, y in zip(found, target))
+        return local + 3 * (found[-1].mean((2, 3)) - target[-1].mean((2, 3))).square().mean()
 
 
 def augment(images: Tensor) -> Tensor:
@@ -144,7 +146,7 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def vq_loss(tokenizer: LlamaGenTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
     """Reconstruction and quantisation loss of the single-scale tokenizer (VQ-VAE, arXiv 1711.00937)."""
-    z = F.normalize(tokenizer.latents(images), dim=1)
+    z = F.normalize(tokenizer.latents(images).float(), dim=1)
     tokens = tokenizer.quantise(z.detach())
     side = z.shape[-1]
     codes = F.embedding(tokens, tokenizer.quantize.vectors()).transpose(1, 2).unflatten(2, (side, side))
@@ -154,7 +156,7 @@ def vq_loss(tokenizer: LlamaGenTokenizer, images: Tensor) -> tuple[Tensor, Tenso
 
 def multi_scale_vq_loss(tokenizer: VARTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
     """Reconstruction and quantisation loss of the residual tokenizer, averaged over the levels."""
-    z = tokenizer.latents(images)
+    z = tokenizer.latents(images).float()
     sums = tokenizer.quantize.partial_sums(tokenizer.quantize.quantise(z.detach()))
     loss = sum((total - z.detach()).square().mean() + 0.25 * (total.detach() - z).square().mean() for total in sums) / len(sums)
     return tokenizer.decode_latents(z + (sums[-1] - z).detach()), loss
@@ -203,9 +205,11 @@ def train_tokenizer(model: ARImageModel, perceptual: PerceptualNetwork, images: 
             dead = revive_codes(model, used, batch)
             tqdm.write(f"{name}: step {done}, {dead} unused codes moved")
             used.zero_()
-        reconstruction, quantisation = objective(tokenizer, batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            reconstruction, quantisation = objective(tokenizer, batch)
+            perceived = perceptual.distance(reconstruction, batch).float()
         pixels = (reconstruction - batch).abs().mean() + (reconstruction - batch).square().mean()
-        return pixels + 0.3 * perceptual.distance(reconstruction, batch) + quantisation
+        return pixels + perceived + quantisation
 
     fit(tokenizer.parameters(), loss, steps, 32, 1.5e-3, name)
     tokenizer.eval()
@@ -225,8 +229,8 @@ class TokenArray:
 
 def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, seed: int) -> ARImageModel:
     """Maximum likelihood with 10 % label dropout: the trainer's own ``sft`` loss from a random start."""
-    model = ZOO[name].build()
-    load_weights(model.tokenizer, ZOO[name].tokenizer_weights, f"the tokenizer of {name}")
+    model = build_model(name, device="cpu")
+    load_weights(model.tokenizer, ASSETS / f"{name}-tokenizer.safetensors", f"the tokenizer of {name}")
     model.tokenizer.requires_grad_(False)
     model.transformer.init_weights()
     data = TokenArray(model, images, labels)
@@ -254,14 +258,14 @@ def save(path: Path, module: nn.Module) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("data", "networks", "tokenizer", "transformer"))
-    parser.add_argument("--model", choices=sorted(ZOO), help="for the stages tokenizer and transformer")
+    parser.add_argument("--model", choices=sorted(DEFAULT_STEPS), help="for the stages tokenizer and transformer")
     parser.add_argument("--raw", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="folder of the four files (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="optimizer steps (tokenizer 2,400)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (tokenizer 3,600)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default %(default)s)")
     args = parser.parse_args()
     if args.stage in ("tokenizer", "transformer") and not args.model:
-        raise UserError(f"--model: the stage {args.stage} needs one of {', '.join(sorted(ZOO))}")
+        raise UserError(f"--model: the stage {args.stage} needs one of {', '.join(sorted(DEFAULT_STEPS))}")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     raw_images, raw_labels = read_raw(args.raw, "train")
@@ -274,17 +278,17 @@ def main() -> None:
     if args.stage == "networks":
         test_images, test_labels = read_raw(args.raw, "t10k")
         perceptual_path.parent.mkdir(exist_ok=True)
-        for build, path, epochs in ((PerceptualNetwork, perceptual_path, 5), (FeatureNetwork, MINI_WEIGHTS, 8)):
+        for build, path, epochs in ((PerceptualNetwork, perceptual_path, 8), (FeatureNetwork, MINI_WEIGHTS, 8)):
             torch.manual_seed(args.seed)
             network = build()
             train_classifier(network, images, labels, epochs, path.stem)
             save(path, network)
             print(f"{path.stem}: accuracy {accuracy(network, to_model_input(test_images), torch.from_numpy(test_labels)):.4f} on the test images")
     elif args.stage == "tokenizer":
-        model = ZOO[args.model].build()
+        model = build_model(args.model, device="cpu")
         perceptual = PerceptualNetwork()
         perceptual.load_state_dict(load_file(perceptual_path))
-        train_tokenizer(model, perceptual.requires_grad_(False), images, args.steps or 2400, f"{args.model} tokenizer")
+        train_tokenizer(model, perceptual.eval().requires_grad_(False), images, args.steps or 3600, f"{args.model} tokenizer")
         save(ASSETS / f"{args.model}-tokenizer.safetensors", model.tokenizer)
     else:
         model = train_transformer(args.model, images, labels, args.steps or DEFAULT_STEPS[args.model], args.seed)

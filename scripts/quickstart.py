@@ -106,11 +106,7 @@ def timed_run(model: str, weights: str, cfg_scale: float, seed: int, device: tor
     options = SamplingOptions(cfg_scale, loaded.default_cfg_schedule)
     request = SampleRequest(TIMED_IMAGES, tuple(range(loaded.num_classes)), "balanced", seed, None, "float32", options)
 
-    def run() -> None:
-        for start in range(0, TIMED_IMAGES, 64):
-            sample_images(loaded, range(start, start + 64), request, device)
-
-    return run
+    return lambda: sample_images(loaded, range(TIMED_IMAGES), request, 64, device)
 
 
 def run_backbone(job: Quickstart, model: str, control: bool) -> dict:

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from golden_models import build
 from safetensors.torch import save_file
 
 from cca.errors import UserError
-from models.checkpoints import CONSTANTS, load_weights, read_state_dict, save_transformer
+from models.checkpoints import CONSTANTS, load_weights, read_state_dict, save_published
+from scripts import convert_weights
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def test_safetensors_under_any_name(model, tmp_path):
 @pytest.mark.parametrize("name, wrapper", [("var_tiny_a", None), ("llamagen_tiny_vq8", "model")])
 def test_export_is_in_the_published_format(tmp_path, name, wrapper):
     model = build(name)
-    save_transformer(model, tmp_path / "out.pt")
+    save_published(model.transformer.state_dict(), tmp_path / "out.pt")
     content = torch.load(tmp_path / "out.pt", weights_only=True)
     content = content[wrapper] if wrapper else content
     assert content.keys() == model.transformer.state_dict().keys()
@@ -71,7 +73,8 @@ def broken_files(folder, model):
     torch.save([1, 2], folder / "list.pt")
     torch.save({"epoch": 3}, folder / "nothing.pt")
     torch.save({"model": state, "extra": Hostile()}, folder / "hostile.pt")
-    (folder / "hostile-pickle.pt").write_bytes(pickle.dumps(Hostile()))
+    (folder / "hostile-pickle2.pt").write_bytes(pickle.dumps(Hostile(), protocol=2))
+    (folder / "hostile-pickle4.pt").write_bytes(pickle.dumps(Hostile(), protocol=4))
     torch.save({**state, "surprise": torch.zeros(1)}, folder / "unexpected.pt")
     torch.save({k: v for k, v in state.items() if k != "head.bias"}, folder / "missing.pt")
     torch.save({**state, "head.bias": torch.zeros(3)}, folder / "shape.pt")
@@ -90,7 +93,8 @@ def broken_files(folder, model):
         ("list.pt", "holds a list"),
         ("nothing.pt", "no state dict"),
         ("hostile.pt", "executable content"),
-        ("hostile-pickle.pt", "executable content"),
+        ("hostile-pickle2.pt", "executable content"),
+        ("hostile-pickle4.pt", "not a weights file"),
         ("unexpected.pt", "1 unexpected .surprise."),
         ("missing.pt", "1 missing .head.bias."),
         ("shape.pt", r"head.bias \[3\] instead of \[64\]"),
@@ -99,7 +103,19 @@ def broken_files(folder, model):
 def test_bad_files(model, tmp_path, monkeypatch, name, message):
     broken_files(tmp_path, model)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=message) as caught:
+    with warnings.catch_warnings(action="error"), pytest.raises(UserError, match=message) as caught:
         load_weights(build("var_tiny_a").transformer, tmp_path / name, "var-tiny")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name, layout", [("var_tiny_a", "bare"), ("llamagen_tiny_vq8", "model"), ("llamagen_tiny_vq8", "bare")])
+def test_conversion_is_lossless(tmp_path, name, layout):
+    original = wrapped(build(name).transformer.half().state_dict(), layout)
+    torch.save(original, tmp_path / "a.pt")
+    convert_weights.main([str(tmp_path / "a.pt"), str(tmp_path / "b.safetensors")])
+    convert_weights.main([str(tmp_path / "b.safetensors"), str(tmp_path / "c.pt")])
+    back = torch.load(tmp_path / "c.pt", weights_only=True)
+    before, after = (content.get("model", content) for content in (original, back))
+    assert ("model" in back) == ("model" in original) and list(before) == list(after)
+    assert all(before[k].dtype == after[k].dtype and torch.equal(before[k], after[k]) for k in before)

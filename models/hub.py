@@ -1,0 +1,44 @@
+"""Weights files: bundled in ``assets/``, or on the Hugging Face hub behind its ordinary cache."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from cca.errors import UserError
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file of a hub repository, or of ``assets/`` where ``repository`` is None."""
+
+    file: str
+    repository: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repository}/{self.file}" if self.repository else f"assets/{self.file}"
+
+    def cached(self) -> Path | None:
+        """The file if it is on this machine already."""
+        found = try_to_load_from_cache(self.repository, self.file) if self.repository else str(ASSETS / self.file)
+        return Path(found) if isinstance(found, str) and Path(found).exists() else None
+
+    def fetch(self, option: str) -> Path:
+        """Path of the file, downloaded if need be; ``option`` is where a user may give a path.
+
+        HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE work as everywhere. Raises UserError.
+        """
+        if self.repository is None:
+            return ASSETS / self.file
+        try:
+            return Path(hf_hub_download(self.repository, self.file))
+        except LocalEntryNotFoundError:
+            reason = "it is not in the cache and the hub is out of reach"
+        except (EntryNotFoundError, RepositoryNotFoundError):
+            reason = "the hub has no such file"
+        except Exception as error:  # the hub's client lets many kinds through: HTTP, file system, consistency checks
+            reason = f"the download failed: {' '.join(str(error).split())[:120]}"
+        raise UserError(f"{option}: {self}: {reason}; fetch that file by hand and give its path with {option} PATH")
