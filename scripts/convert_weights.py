@@ -1,294 +1,33 @@
-"""Makes everything in ``assets/`` again, from Fashion-MNIST and a seed.
+"""Convert weights between the published PyTorch format and .safetensors, both ways, tensor for tensor.
 
-    python -m scripts.pretrain_mini data --raw /usr/share/datasets/fashion-mnist
-    python -m scripts.pretrain_mini networks --raw ...
-    python -m scripts.pretrain_mini tokenizer --model var-mini --raw ...
-    python -m scripts.pretrain_mini transformer --model var-mini --raw ...
+    python -m scripts.convert_weights var_d16.pth var_d16.safetensors
+    python -m scripts.convert_weights var_d16.safetensors var_d16.pth
 
-``--raw`` is a folder with the four ``*-ubyte.gz`` files (Debian: package dataset-fashion-mnist).
-Training images 0-49,999 train every network; 50,000-59,999 are for tuning; the 10,000 test
-images are the evaluation reference and are seen by no stage.
+The state dict keeps its keys, shapes, dtypes and buffers. What LlamaGen's files hold besides it
+(options, step counters) is left out. The published layout, bare or under "model", is put back.
 """
 
-import argparse
-import gzip
-import math
-import zipfile
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from cca.data import to_model_input
 from cca.errors import UserError, run_command
-from cca.features import MINI_WEIGHTS, FeatureNetwork
-from models.base import ARImageModel
-from models.llamagen import LlamaGen, LlamaGenTokenizer
-from models.var import VARTokenizer
-from cca.distributed import Processes
-from cca.trainer import RunFolder, TrainingConfig, describe, train
-from models.checkpoints import is_constant, load_weights, save_safetensors
-from models.zoo import build_model
+from cca.options import Parser
+from models.checkpoints import read_weights, save_published, save_safetensors
 
-ASSETS = Path("assets")
-TRAINING, TUNING = slice(0, 50_000), slice(50_000, 60_000)
-BUNDLED_TRAINING = slice(0, 10_000)
-DEFAULT_STEPS = {"llamagen-mini": 10_000, "var-mini": 5_000}
+SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
-def read_raw(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images padded to [N, 32, 32] uint8 and labels [N] int64 of split "train" or "t10k"."""
-    try:
-        images = gzip.decompress((folder / f"{split}-images-idx3-ubyte.gz").read_bytes())[16:]
-        labels = gzip.decompress((folder / f"{split}-labels-idx1-ubyte.gz").read_bytes())[8:]
-    except FileNotFoundError as error:
-        raise UserError(f"--raw: {error.filename} is missing; Debian's package dataset-fashion-mnist has it") from None
-    pixels = np.frombuffer(images, np.uint8).reshape(-1, 28, 28)
-    return np.pad(pixels, ((0, 0), (2, 2), (2, 2))), np.frombuffer(labels, np.uint8).astype(np.int64)
-
-
-def write_images(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """An .npz that numpy reads; LZMA makes it 15 % smaller than numpy's own compression."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
-        for name, array in (("arr_0", images), ("arr_1", labels)):
-            member = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
-            member.compress_type = zipfile.ZIP_LZMA
-            with archive.open(member, "w") as file:
-                np.lib.format.write_array(file, np.ascontiguousarray(array))
-
-
-def fit(parameters: Iterable[nn.Parameter], loss: Callable[[Tensor], Tensor], steps: int, batch: int, lr: float, name: str) -> None:
-    """AdamW over random training images; the rate rises over 2 % of the steps, then falls as a cosine.
-
-    ``loss`` takes the indices of a batch.
-    """
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    warm = max(steps // 50, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(i - warm, 0) / (steps - warm)))
-    )
-    bar, smooth = tqdm(range(steps), desc=name, mininterval=2), None
-    count = TRAINING.stop
-    for step in bar:
-        if step % (count // batch) == 0:
-            order = torch.randperm(count)
-        start = step % (count // batch) * batch
-        value = loss(order[start : start + batch])
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        smooth = value.item() if smooth is None else 0.98 * smooth + 0.02 * value.item()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{smooth:.4f}")
-
-
-class PerceptualNetwork(nn.Module):
-    """A second classifier, of another shape than the scoring one, for the tokenizers' perceptual term."""
-
-    def __init__(self):
-        super().__init__()
-        widths = (1, 24, 48, 64, 80, 128)
-        self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, stride=1 + i % 2, padding=1, bias=False), nn.BatchNorm2d(b), nn.GELU())
-            for i, (a, b) in enumerate(zip(widths, widths[1:]))
-        )
-        self.classifier = nn.Linear(widths[-1], 10)
-
-    def activations(self, images: Tensor) -> list[Tensor]:
-        x, out = images.mean(1, keepdim=True), []
-        for stage in self.stages:
-            x = stage(x)
-            out.append(x)
-        return out
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.activations(images)[-1].mean((2, 3))
-        return features, self.classifier(features)
-
-    def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Squared distance of channel-normalised activations (as in LPIPS, arXiv 1801.03924) and of
-        the pooled features."""
-        with torch.no_grad():
-            target = self.activations(b)
-        found = self.activations(a)
-        local = sum((F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean() for x, y in zip(found, target))
-        return local + 3 * (found[-1].mean((2, 3)) - target[-1].mean((2, 3))).square().mean()
-
-
-def augment(images: Tensor) -> Tensor:
-    """Shift by up to two pixels and mirror: a batch [B, 3, 32, 32] with one shift for all."""
-    dy, dx = torch.randint(-2, 3, (2,)).tolist()
-    images = images.roll((dy, dx), dims=(2, 3))
-    return images.flip(3) if torch.rand(()) < 0.5 else images
-
-
-def train_classifier(network: nn.Module, images: Tensor, labels: Tensor, epochs: int, name: str) -> nn.Module:
-    def loss(index: Tensor) -> Tensor:
-        return F.cross_entropy(network(augment(images[index]))[1], labels[index], label_smoothing=0.05)
-
-    fit(network.train().parameters(), loss, epochs * TRAINING.stop // 128, 128, 2e-3, name)
-    return network.eval().requires_grad_(False)
-
-
-@torch.inference_mode()
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    right = sum((network(x)[1].argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500)))
-    return right / len(labels)
-
-
-def vq_loss(tokenizer: LlamaGenTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Reconstruction and quantisation loss of the single-scale tokenizer (VQ-VAE, arXiv 1711.00937)."""
-    z = F.normalize(tokenizer.latents(images).float(), dim=1)
-    tokens = tokenizer.quantise(z.detach())
-    side = z.shape[-1]
-    codes = F.embedding(tokens, tokenizer.quantize.vectors()).transpose(1, 2).unflatten(2, (side, side))
-    loss = (codes - z.detach()).square().mean() + 0.25 * (codes.detach() - z).square().mean()
-    return tokenizer.decode_latents(z + (codes - z).detach()), loss
-
-
-def multi_scale_vq_loss(tokenizer: VARTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Reconstruction and quantisation loss of the residual tokenizer, averaged over the levels."""
-    z = tokenizer.latents(images).float()
-    sums = tokenizer.quantize.partial_sums(tokenizer.quantize.quantise(z.detach()))
-    loss = sum((total - z.detach()).square().mean() + 0.25 * (total.detach() - z).square().mean() for total in sums) / len(sums)
-    return tokenizer.decode_latents(z + (sums[-1] - z).detach()), loss
-
-
-@torch.no_grad()
-def start_codebook(model: ARImageModel, images: Tensor) -> None:
-    """Codes start at latents of real images, so that none is dead from the first step."""
-    latents = model.tokenizer.latents(images).permute(0, 2, 3, 1).flatten(0, 2)
-    chosen = latents[torch.randperm(len(latents))[: model.vocab_size]]
-    if not isinstance(model, LlamaGen):  # residual codes shrink from level to level
-        chosen = chosen * torch.logspace(0, -1, model.vocab_size)[:, None]
-    model.tokenizer.quantize.embedding.weight.copy_(chosen)
-
-
-@torch.no_grad()
-def revive_codes(model: ARImageModel, used: Tensor, images: Tensor) -> int:
-    """Move codes that no recent image used to latents (for VAR: to used codes, jittered)."""
-    weight = model.tokenizer.quantize.embedding.weight
-    dead = (used == 0).nonzero().flatten()
-    if isinstance(model, LlamaGen):
-        source = model.tokenizer.latents(images).permute(0, 2, 3, 1).flatten(0, 2)
-    else:
-        source = weight[used.multinomial(max(len(dead), 1), replacement=True)]
-        source = source * (1 + 0.1 * torch.randn_like(source))
-    weight[dead] = source[torch.randperm(len(source))[: len(dead)]]
-    return len(dead)
-
-
-def train_tokenizer(model: ARImageModel, perceptual: PerceptualNetwork, images: Tensor, steps: int, name: str) -> None:
-    tokenizer = model.tokenizer.train()
-    objective = vq_loss if isinstance(model, LlamaGen) else multi_scale_vq_loss
-    for module in tokenizer.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-    start_codebook(model, images[:256])
-    used, done = torch.zeros(model.vocab_size), 0
-
-    def loss(index: Tensor) -> Tensor:
-        nonlocal used, done
-        batch = images[index]
-        done += 1
-        if done % 20 == 0:
-            used += torch.bincount(model.encode(batch).flatten(), minlength=model.vocab_size)
-        if done % 100 == 0 and done < 0.7 * steps:
-            dead = revive_codes(model, used, batch)
-            tqdm.write(f"{name}: step {done}, {dead} unused codes moved")
-            used.zero_()
-        with torch.autocast("cpu", torch.bfloat16):
-            reconstruction, quantisation = objective(tokenizer, batch)
-            perceived = perceptual.distance(reconstruction, batch).float()
-        pixels = (reconstruction - batch).abs().mean() + (reconstruction - batch).square().mean()
-        return pixels + perceived + quantisation
-
-    fit(tokenizer.parameters(), loss, steps, 32, 1.5e-3, name)
-    tokenizer.eval()
-
-
-class TokenArray:
-    """Tokens of all training images, held in memory."""
-
-    def __init__(self, model: ARImageModel, images: Tensor, labels: Tensor):
-        self.labels = labels
-        with torch.no_grad():
-            self.all = torch.cat([model.encode(part) for part in tqdm(images.split(250), desc="encoding")])
-
-    def tokens(self, indices: np.ndarray, epoch: int) -> Tensor:
-        return self.all[torch.from_numpy(indices)]
-
-
-def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, seed: int) -> ARImageModel:
-    """Maximum likelihood with 10 % label dropout: the trainer's own ``sft`` loss from a random start."""
-    model = build_model(name, device="cpu")
-    load_weights(model.tokenizer, ASSETS / f"{name}-tokenizer.safetensors", f"the tokenizer of {name}")
-    model.tokenizer.requires_grad_(False)
-    model.transformer.init_weights()
-    data = TokenArray(model, images, labels)
-    model.transformer.compile()
-    config = TrainingConfig(
-        loss="sft", beta=0.0, lam=0.0, uncond_ratio=0.1, batch_size=64, lr=1.5e-3, weight_decay=0.05, grad_clip=1.0,
-        warmup=0.02, final_lr=0.01, schedule_accumulation=1, max_steps=steps, seed=seed, dtype="float32",
-    )  # fmt: skip
-    processes = Processes()
-    folder = RunFolder(Path(f"runs/pretrain-{name}"), processes, describe(config, {"model": name}))
-    train(model, data, config, 64, folder, processes, save_every=500, log_every=20)
-    return model
-
-
-def save(path: Path, module: nn.Module) -> None:
-    """Half-precision .safetensors without constant buffers; what is rounded here is the base model."""
-    kept = {k: v for k, v in module.state_dict().items() if not is_constant(k)}
-    save_safetensors({k: v.half() if v.is_floating_point() else v for k, v in kept.items()}, path)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("data", "networks", "tokenizer", "transformer"))
-    parser.add_argument("--model", choices=sorted(DEFAULT_STEPS), help="for the stages tokenizer and transformer")
-    parser.add_argument("--raw", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="folder of the four files (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="optimizer steps (tokenizer 3,600)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default %(default)s)")
-    args = parser.parse_args()
-    if args.stage in ("tokenizer", "transformer") and not args.model:
-        raise UserError(f"--model: the stage {args.stage} needs one of {', '.join(sorted(DEFAULT_STEPS))}")
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    raw_images, raw_labels = read_raw(args.raw, "train")
-    perceptual_path = Path("runs/perceptual.safetensors")
-    if args.stage == "data":
-        write_images(ASSETS / "fashion-mnist-train-10k.npz", raw_images[BUNDLED_TRAINING], raw_labels[BUNDLED_TRAINING])
-        write_images(ASSETS / "fashion-mnist-test-10k.npz", *read_raw(args.raw, "t10k"))
-        return
-    images, labels = to_model_input(raw_images[TRAINING]), torch.from_numpy(raw_labels[TRAINING])
-    if args.stage == "networks":
-        test_images, test_labels = read_raw(args.raw, "t10k")
-        perceptual_path.parent.mkdir(exist_ok=True)
-        for build, path, epochs in ((PerceptualNetwork, perceptual_path, 8), (FeatureNetwork, MINI_WEIGHTS, 8)):
-            torch.manual_seed(args.seed)
-            network = build()
-            train_classifier(network, images, labels, epochs, path.stem)
-            save(path, network)
-            print(f"{path.stem}: accuracy {accuracy(network, to_model_input(test_images), torch.from_numpy(test_labels)):.4f} on the test images")
-    elif args.stage == "tokenizer":
-        model = build_model(args.model, device="cpu")
-        perceptual = PerceptualNetwork()
-        perceptual.load_state_dict(load_file(perceptual_path))
-        train_tokenizer(model, perceptual.eval().requires_grad_(False), images, args.steps or 3600, f"{args.model} tokenizer")
-        save(ASSETS / f"{args.model}-tokenizer.safetensors", model.tokenizer)
-    else:
-        model = train_transformer(args.model, images, labels, args.steps or DEFAULT_STEPS[args.model], args.seed)
-        save(ASSETS / f"{args.model}.safetensors", model.transformer)
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("input", type=Path, help="weights file, recognised by its content")
+    parser.add_argument("output", type=Path, help="file to write; its suffix (.pth, .pt or .safetensors) decides the format")
+    args = parser.parse_args(argv)
+    if args.output.suffix not in SUFFIXES:
+        raise UserError(f"output: {args.output} ends in none of {', '.join(SUFFIXES)}")
+    state, wrapper = read_weights(args.input)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    save = save_safetensors if args.output.suffix == ".safetensors" else save_published
+    save(state, args.output, wrapper)
+    print(f"{args.output}: {len(state)} tensors, {sum(v.nbytes for v in state.values()) / 1e6:,.1f} MB")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,7 +32,7 @@ from models.llamagen import LlamaGen, LlamaGenTokenizer
 from models.var import VARTokenizer
 from cca.distributed import Processes
 from cca.trainer import RunFolder, TrainingConfig, describe, train
-from models.checkpoints import load_weights
+from models.checkpoints import is_constant, load_weights, save_safetensors
 from models.zoo import build_model
 
 ASSETS = Path("assets")
@@ -247,12 +247,8 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
 
 def save(path: Path, module: nn.Module) -> None:
     """Half-precision .safetensors without constant buffers; what is rounded here is the base model."""
-    parameters = dict(module.named_parameters())
-    if not parameters or any(isinstance(m, nn.BatchNorm2d) for m in module.modules()):
-        parameters = module.state_dict()
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.detach().half().contiguous() if v.is_floating_point() else v for k, v in parameters.items()}, temporary)
-    temporary.rename(path)
+    kept = {k: v for k, v in module.state_dict().items() if not is_constant(k)}
+    save_safetensors({k: v.half() if v.is_floating_point() else v for k, v in kept.items()}, path)
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ CASES = [
     (sample, [*SAMPLE, "--top-p", "0"], "--top-p: 0 must be above 0"),
     (sample, [*SAMPLE, "--top-k", "some"], "--top-k: 'some' is not an integer"),
     (sample, [*SAMPLE, "--temperature", "nan"], "--temperature: nan must be above 0"),
-    (sample, [*SAMPLE, "--weights", "cca"], "no CCA weights are published for var-mini"),
+    (sample, [*SAMPLE, "--weights", "cca"], "no cca weights are published for var-mini"),
     (sample, [*SAMPLE, "--weights", "none.pth"], "none.pth: no such file"),
     (sample, [*SAMPLE, "--weights", "assets/llamagen-mini.safetensors"], "does not fit var-mini"),
     (sample, [*SAMPLE, "--tokenizer-weights", "junk.npz"], "junk.npz: not a weights file"),
