@@ -1,7 +1,12 @@
-"""Evaluate samples against a reference: FID, inception score, precision, recall, accuracy.
+"""Evaluate samples against a reference as guided-diffusion's evaluator does: FID, sFID, IS, precision, recall.
 
+    python eval_fid.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz --output results.json
     python eval_fid.py --samples samples.npz --reference assets/fashion-mnist-test-10k.npz --features mini
+    torchrun --nproc_per_node 8 eval_fid.py --samples samples.npz --reference reference.npz
+    python eval_fid.py --compare base.json guided.json cca.json
 
+Samples and reference are .npz files (arr_0 uint8 [N, H, W, 3]) or folders of images. A reference
+with mu and sigma (mu_s, sigma_s) is taken at its word, its arr_0 serves precision and recall.
 Prints a table, writes JSON, and says what makes a figure not comparable with published ones.
 """
 
@@ -9,30 +14,59 @@ import json
 import time
 from pathlib import Path
 
+from cca.distributed import Processes
 from cca.errors import UserError, run_command
-from cca.evaluator import LAYERS, METRICS, comparability, evaluate, image_set
+from cca.evaluator import METRICS, Seconds, comparability, compare, content_hash, evaluate, extract, load_reference
+from cca.features import make_extractor
+from cca.image_sets import open_images
 from cca.options import Parser, count
-from models.checkpoints import atomic_write, file_sha256
+from models.checkpoints import atomic_write
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--samples", type=Path, metavar="FILE.npz|FOLDER", help="images to evaluate")
+    add("--reference", type=Path, metavar="FILE.npz|FOLDER", help="what they are held against")
+    add("--features", default="inception", metavar="inception|mini|NAME|PATH", help="feature extractor: also any of torch-fidelity's, or Inception weights (default inception)")
+    add("--inception-weights", type=Path, metavar="PATH", help="torch-fidelity's Inception weights (default: its cache, else downloaded)")
+    add("--metrics", default=",".join(METRICS), help="comma-separated (default %(default)s)")
+    add("--batch-size", type=count(), default=250, help="images per forward pass (default %(default)s)")
+    add("--output", type=Path, metavar="FILE.json", help="also write the results there")
+    add("--compare", type=Path, nargs="+", metavar="FILE.json", help="print earlier results side by side, with the published figures, and stop")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--samples", required=True, type=Path, metavar="FILE.npz", help="arr_0 uint8 images [N, H, W(, 3)] and arr_1 classes [N]")
-    add("--reference", required=True, type=Path, metavar="FILE.npz", help="reference images, same layout")
-    add("--features", required=True, choices=sorted(LAYERS), help="feature extractor")
-    add("--metrics", default=",".join(METRICS), help="comma-separated (default %(default)s)")
-    add("--batch-size", type=count(), default=500, help="images per forward pass (default %(default)s)")
-    add("--output", type=Path, metavar="FILE.json", help="also write the results there")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
+    if args.compare:
+        print(compare(args.compare))
+        return
+    for option in ("samples", "reference"):
+        if getattr(args, option) is None:
+            raise UserError(f"--{option}: is required")
     metrics = tuple(args.metrics.split(","))
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
         raise UserError(f"--metrics: {unknown[0]!r} is not one of {', '.join(METRICS)}")
+    samples, reference_images = open_images(args.samples), open_images(args.reference)
+    labels = samples.labels()
+    if labels is not None and len(labels) != len(samples):
+        raise UserError(f"{args.samples}: arr_0 has {len(samples)} images, arr_1 {len(labels)} labels")
+    processes = Processes()
+    extractor = make_extractor(args.features, args.inception_weights, processes.device)
+    seconds = Seconds({})
     began = time.perf_counter()
-    samples, reference = (image_set(path, args.features, args.batch_size) for path in (args.samples, args.reference))
-    values, notes = evaluate(samples, reference, metrics), comparability(samples, args.features)
-    print(f"{args.samples.name}: {len(samples.labels):,} samples against {len(reference.labels):,} images of {args.reference.name}")
+    found = extract(samples, extractor, args.batch_size, processes)
+    seconds.measure("features of the samples", began)
+    began = time.perf_counter()
+    reference = load_reference(reference_images, extractor, args.batch_size, processes)
+    seconds.measure("reference", began)
+    if not processes.main:
+        return
+    values, notes = evaluate(found, labels, reference, metrics, seconds, processes.device)
+    notes += comparability(samples, labels, found, reference, extractor, reference_images)
+    print(f"{args.samples.name}: {len(samples):,} samples against {args.reference.name}, features {extractor.name}")
     for name, value in values.items():
         print(f"  {name:<10} {value:10.4f}")
     for note in notes:
@@ -40,11 +74,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.output:
         report = {
             "metrics": values,
-            "samples": {"file": str(args.samples), "count": len(samples.labels), "sha256": file_sha256(args.samples)},
-            "reference": {"file": str(args.reference), "count": len(reference.labels), "sha256": file_sha256(args.reference)},
-            "features": args.features,
+            "samples": {
+                "file": str(args.samples),
+                "count": len(samples),
+                "sha256": content_hash(samples),
+                "sampling": samples.sampling_report().get("options"),
+            },
+            "reference": {"file": str(args.reference), "count": len(reference_images), "sha256": content_hash(reference_images)},
+            "features": {"extractor": extractor.name, "layer": extractor.layer, "weights_sha256": extractor.weights_sha256},
             "notes": notes,
-            "seconds": time.perf_counter() - began,
+            "seconds": seconds.parts,
         }
         args.output.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(args.output, lambda temporary: temporary.write_text(json.dumps(report, indent=2) + "\n"))

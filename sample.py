@@ -2,26 +2,30 @@
 
     python sample.py --model var-mini --num-samples 1000 --output samples.npz --grid grid.png
     python sample.py --model var-mini --weights runs/var-mini-cca/model.pth --num-samples 1000 --output cca.npz
-    torchrun --nproc_per_node 2 sample.py --model llamagen-mini --cfg-scale 1.5 --output guided.npz
+    torchrun --nproc_per_node 2 sample.py --model llamagen-mini --cfg-scale 1.5 --num-samples 1000 --output guided.npz
+    torchrun --nproc_per_node 8 sample.py --model var-d16 --weights cca --preset published --output var-d16-cca.npz
 
 FILE.npz holds arr_0 uint8 [N, H, W, 3] and arr_1 int64 [N] (classes); FILE.json beside it holds
 every option, the weights' SHA-256, versions and images per second. An interrupted run, started
 again with the same command, goes on where it stopped.
 """
 
+import argparse
 from pathlib import Path
-
-import numpy as np
-import torch
-from torchvision.utils import save_image
 
 from cca.distributed import Processes
 from cca.errors import UserError, run_command
 from cca.options import Parser, count, number
-from cca.sampler import SampleRequest, run_sampling
+from cca.sampler import SampleRequest, first_images, run_sampling, write_grid
 from models.base import ARImageModel, SamplingOptions
-from models.checkpoints import atomic_write
-from models.zoo import ZOO, load_files, locate
+from models.zoo import ZOO, class_name, load_files, locate, zoo_entry
+
+
+# Where neither an option nor a preset says otherwise.
+DEFAULTS = {
+    "num_samples": 50_000, "class_order": "balanced", "cfg_scale": 1.0, "top_k": 0, "top_p": 1.0, "temperature": 1.0,
+    "eval_size": None, "dtype": "float32",
+}  # fmt: skip
 
 
 def make_parser() -> Parser:
@@ -31,22 +35,42 @@ def make_parser() -> Parser:
     add("--weights", default="base", metavar="base|cca|PATH", help="transformer weights (default base)")
     add("--tokenizer-weights", metavar="PATH|NAME", help="tokenizer weights, or vq_ds16_c2i, vq_ds8_c2i for LlamaGen (default: the model's own)")
     add("--image-size", type=count(), metavar="PIXELS", help="side the model works at; LlamaGen: 256, 384 or 512 (default: the model's)")
-    add("--num-samples", type=count(), default=50_000, help="images (default 50000)")
+    add(
+        "--preset", choices=("published", "published-cfg"),
+        help="sampling settings behind the model's published figures, without guidance or with it; single options still overrule it",
+    )  # fmt: skip
+    add("--num-samples", type=count(), help="images (default 50000)")
     add("--classes", default="all", metavar="all|0,7,8", help="classes to sample (default all)")
-    add("--class-order", choices=("balanced", "random"), default="balanced", help="classes in turn, or drawn uniformly (default balanced)")
-    add("--cfg-scale", type=number(0), default=1.0, help="guidance scale s: uncond + s (cond - uncond); 1 is guidance-free (default 1.0)")
+    add("--class-order", choices=("balanced", "random"), help="classes in turn, or drawn uniformly (default balanced)")
+    add("--cfg-scale", type=number(0), help="guidance scale s: uncond + s (cond - uncond); 1 is guidance-free (default 1.0)")
     add("--cfg-schedule", choices=("constant", "linear"), help="scale over the decoding steps (default: VAR linear, LlamaGen constant)")
     add("--cfg-interval", type=count(), help="guide only the first this many steps (LlamaGen: tokens, VAR: levels; default all)")
-    add("--top-k", type=count(0), default=0, help="keep the k likeliest tokens; 0 keeps all (default 0)")
-    add("--top-p", type=number(0, 1, above=True), default=1.0, help="keep the likeliest tokens with this much probability (default 1.0)")
-    add("--temperature", type=number(0, above=True), default=1.0, help="divides the logits (default 1.0)")
+    add("--top-k", type=count(0), help="keep the k likeliest tokens; 0 keeps all (default 0)")
+    add("--top-p", type=number(0, 1, above=True), help="keep the likeliest tokens with this much probability (default 1.0)")
+    add("--temperature", type=number(0, above=True), help="divides the logits (default 1.0)")
     add("--eval-size", type=count(), help="resize to this side, bicubic, before the 8-bit conversion (pixels; default: no resizing)")
     add("--seed", type=count(0), default=0, help="seed of classes and tokens (default 0)")
     add("--batch-size", type=count(), default=64, help="images decoded at once in one process (default 64)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision (default float32)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="precision (default float32)")
+    add("--compile", action="store_true", help="torch.compile the transformer blocks: minutes at the start, then faster")
     add("--output", required=True, type=Path, metavar="FILE.npz", help="where the samples go")
-    add("--grid", type=Path, metavar="FILE.png", help="also write a picture of the first images")
+    add("--grid", type=Path, metavar="FILE.png", help="also write a picture of the first images, with class names")
     return parser
+
+
+def apply_preset(args: argparse.Namespace) -> None:
+    """Fill in the options that were not given, from the preset or the defaults."""
+    values = dict(DEFAULTS)
+    if args.preset:
+        published = zoo_entry(args.model).published
+        if published is None:
+            raise UserError(f"--preset: {args.model} has no published settings")
+        names = ("class_order", "top_k", "top_p", "eval_size", "dtype")
+        values |= {name: getattr(published, name) for name in names}
+        values["cfg_scale"] = published.cfg_scale if args.preset == "published-cfg" else 1.0
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def parse_classes(text: str, model: ARImageModel) -> tuple[int, ...]:
@@ -61,21 +85,17 @@ def parse_classes(text: str, model: ARImageModel) -> tuple[int, ...]:
     return classes
 
 
-def write_grid(samples: Path, path: Path, columns: int) -> None:
-    """PNG of the first rows of images; in balanced order each column is one class."""
-    columns = min(columns, 16)
-    with np.load(samples) as file:
-        images = torch.from_numpy(file["arr_0"][: 8 * columns]).permute(0, 3, 1, 2)
-    atomic_write(path, lambda temporary: save_image(images.float() / 255, temporary, format="png", nrow=columns))
-
-
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    apply_preset(args)
     for option, path, suffix in (("--output", args.output, ".npz"), ("--grid", args.grid, ".png")):
         if path and path.suffix != suffix:
             raise UserError(f"{option}: {path} does not end in {suffix}")
     files = locate(args.model, args.weights, args.tokenizer_weights, args.image_size)
     model = load_files(files)
+    if args.compile:
+        for block in model.transformer.stack:
+            block.compile(dynamic=True)
     schedule = args.cfg_schedule or model.default_cfg_schedule
     sampling = SamplingOptions(args.cfg_scale, schedule, args.cfg_interval, args.top_k, args.top_p, args.temperature)
     classes = parse_classes(args.classes, model)
@@ -83,9 +103,11 @@ def main(argv: list[str] | None = None) -> None:
     for path in filter(None, (args.output, args.grid)):
         path.parent.mkdir(parents=True, exist_ok=True)
     processes = Processes()
-    run_sampling(model, request, args.batch_size, args.output, files.describe(), processes)
+    run_sampling(model, request, args.batch_size, args.output, {**files.describe(), "weights": args.weights}, processes)
     if args.grid and processes.main:
-        write_grid(args.output, args.grid, len(classes))
+        columns = min(len(classes), 10)
+        images, labels = first_images(args.output, 8 * columns)
+        write_grid(images, args.grid, columns, [class_name(label, model.num_classes) for label in labels])
 
 
 if __name__ == "__main__":

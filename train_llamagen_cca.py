@@ -7,15 +7,15 @@
 Writes DIR/model.pt in the published format, metrics.jsonl, tensorboard/, config.json and state/.
 """
 
-from cca.data import PackedCodes
+from cca.data import Codes
 from cca.errors import run_command
 from cca.training_command import make_parser, run_training
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "llamagen", "--codes", "folder of packed codes that scripts/extract_codes.py wrote")
+    parser = make_parser(__doc__, "llamagen", "--codes", "folder that scripts/extract_codes.py wrote, or published one with imagenet384_codes and imagenet384_labels")
     args = parser.parse_args(argv)
-    run_training(args, "llamagen", args.codes, PackedCodes)
+    run_training(args, "llamagen", args.codes, Codes)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@
 Writes DIR/model.pth in the published format, metrics.jsonl, tensorboard/, config.json and state/.
 """
 
-from cca.data import ImageTokens
+from cca.data import open_images
 from cca.errors import run_command
 from cca.training_command import make_parser, run_training
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "var", "--data", "images: an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]")
+    parser = make_parser(__doc__, "var", "--data", "ImageNet-style folder, one subfolder per class; or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]")
     args = parser.parse_args(argv)
-    run_training(args, "var", args.data, lambda path, model, seed: ImageTokens(path, model))
+    run_training(args, "var", args.data, open_images)
 
 
 if __name__ == "__main__":

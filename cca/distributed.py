@@ -35,6 +35,23 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def gather(self, part: Tensor) -> Tensor | None:
+        """The rows of all processes in the order of their ranks, on the main one (None elsewhere).
+
+        Parts may differ by one row, as ``share`` cuts them.
+        """
+        if self.world == 1:
+            return part
+        rows = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        rows[self.rank] = len(part)
+        counts = self.sum(rows).tolist()
+        padded = part.new_zeros(max(counts), *part.shape[1:])
+        padded[: len(part)] = part
+        padded = padded.to(self.device)
+        parts = [torch.empty_like(padded) for _ in counts] if self.main else None
+        dist.gather(padded, parts)
+        return torch.cat([p[:n].to(part.device) for p, n in zip(parts, counts)]) if self.main else None
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

@@ -1,15 +1,23 @@
-"""The bundled feature network, as a torch-fidelity feature extractor named ``mini``."""
+"""Feature extractors for the evaluator, all of them torch-fidelity's or registered with it."""
 
+import functools
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.registry import register_feature_extractor
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor
+
+from cca.errors import UserError
+from models.checkpoints import read_state_dict
 
 MINI_WEIGHTS = Path(__file__).parent.parent / "assets" / "features-mini.safetensors"
+INCEPTION = "inception-v3-compat"
 
 
 class FeatureNetwork(nn.Module):
@@ -61,3 +69,86 @@ class MiniFeatures(FeatureExtractorBase):
 
 
 register_feature_extractor("mini", MiniFeatures)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of a batch or a set: pooled [N, D], spatial [N, S] or None, class probabilities [N, C] or None."""
+
+    pooled: Tensor
+    spatial: Tensor | None
+    probabilities: Tensor | None
+
+
+class Extractor:
+    """One forward pass for everything the metrics need.
+
+    ``spatial`` (for sFID; Nash et al., 2021, arXiv 2103.03841) exists for Inception alone: the
+    first 7 channels of the 1 x 1 branch of Mixed_6d, 17 x 17, flattened channels last to 2023
+    numbers as in guided-diffusion's evaluator.
+    """
+
+    def __init__(self, name: str, weights: str | None, device: torch.device):
+        self.name, self.device = name, device
+        kind = FEATURE_EXTRACTORS_REGISTRY[name]
+        self.layer = kind.get_default_feature_layer_for_metric("fid")
+        try:
+            self.logits_layer = kind.get_default_feature_layer_for_metric("isc")
+        except KeyError:
+            self.logits_layer = None
+        layers = list(dict.fromkeys(filter(None, (self.layer, self.logits_layer))))
+        self.module = create_feature_extractor(name, layers, cuda=False, verbose=False, feature_extractor_weights_path=weights).to(device)
+        self.side = 32 if name == "mini" else None  # pixels; the others resize for themselves
+        self.is_inception = name == INCEPTION
+        if self.is_inception:
+            self.module.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    def _keep_spatial(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.seen = output[:, :7].permute(0, 2, 3, 1).flatten(1)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Features:
+        """uint8 [B, 3, H, W] -> features on the CPU."""
+        found = self.module.convert_features_tuple_to_dict(self.module(images.to(self.device)))
+        probabilities = found[self.logits_layer].softmax(-1).cpu() if self.logits_layer else None
+        spatial = self.seen.float().cpu() if self.is_inception else None
+        return Features(found[self.layer].float().cpu(), spatial, probabilities)
+
+    @functools.cached_property
+    def weights_sha256(self) -> str:
+        """Hash of all parameters and buffers, so that any file with the same numbers has the same one."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.module.state_dict().items()):
+            digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def make_extractor(name: str, inception_weights: Path | None, device: torch.device) -> Extractor:
+    """Extractor by name: "inception", "mini", any name registered with torch-fidelity, or a path of Inception weights.
+
+    Raises UserError for an unknown name, and for weights that are missing or broken.
+    """
+    if name not in FEATURE_EXTRACTORS_REGISTRY and name != "inception":
+        if not Path(name).exists():
+            known = ", ".join(["inception", *sorted(FEATURE_EXTRACTORS_REGISTRY)])
+            raise UserError(f"--features: {name!r} is neither a file of Inception weights nor one of {known}")
+        name, inception_weights = "inception", Path(name)
+    name = INCEPTION if name == "inception" else name
+    if inception_weights and name != INCEPTION:
+        raise UserError(f"--inception-weights: goes with --features inception, not {name}")
+    if inception_weights and not inception_weights.exists():
+        raise UserError(f"--inception-weights: {inception_weights}: no such file")
+    if inception_weights:
+        read_state_dict(inception_weights)  # refuses what would execute code: torch-fidelity loads with weights_only=False
+    try:
+        return Extractor(name, str(inception_weights) if inception_weights else None, device)
+    except Exception as error:  # whatever download and unpickling let through
+        reason = " ".join(str(error).split())[:100]
+        if inception_weights:
+            raise UserError(f"--inception-weights: {inception_weights} does not hold torch-fidelity's Inception weights ({reason})") from None
+        if name != INCEPTION:
+            raise UserError(f"--features: the weights of {name} cannot be had ({reason})") from None
+        raise UserError(
+            f"--inception-weights: Inception weights are not in the cache and cannot be downloaded ({reason}); "
+            f"fetch {URL_INCEPTION_V3} by hand and give its path"
+        ) from None

@@ -12,11 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sequence_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Sum over tokens of log softmax(logits)[token]: [B, L, V], [B, L] -> [B], in float32."""
-    return -F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape).sum(1)
-
-
 def cca_loss(reward: Tensor, negative_reward: Tensor, same_label: Tensor, beta: float, lam: float) -> Tensor:
     """The paper's practical CCA objective.
 

@@ -20,8 +20,32 @@ class Gaussian:
     @staticmethod
     def of(features: np.ndarray) -> "Gaussian":
         """Fit to features [N, D], N >= 2; the covariance divides by N - 1."""
-        features = features.astype(np.float64)
-        return Gaussian(features.mean(0), np.cov(features, rowvar=False))
+        running = RunningGaussian()
+        for start in range(0, len(features), 5000):
+            running.add(features[start : start + 5000])
+        return running.fit()
+
+
+class RunningGaussian:
+    """Fits a Gaussian to features that arrive in blocks, in float64 and bounded memory."""
+
+    def __init__(self):
+        self.count, self.origin, self.sum, self.products = 0, 0.0, 0.0, 0.0
+
+    def add(self, block: np.ndarray) -> None:
+        """block: features [n, D]."""
+        block = block.astype(np.float64)
+        if self.count == 0:
+            self.origin = block.mean(0)  # sums of squares about a point near the mean lose no digits
+        shifted = block - self.origin
+        self.count += len(block)
+        self.sum = self.sum + shifted.sum(0)
+        self.products = self.products + shifted.T @ shifted
+
+    def fit(self) -> Gaussian:
+        offset = self.sum / self.count
+        sigma = (self.products - self.count * np.outer(offset, offset)) / (self.count - 1)
+        return Gaussian(self.origin + offset, sigma)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -63,14 +87,16 @@ def ball_radii(features: Tensor, k: int = 3, block: int = 1000) -> Tensor:
     return torch.cat(nearest)  # k + 1, since each is its own nearest
 
 
-def precision_recall(samples: np.ndarray, reference: np.ndarray, k: int = 3, block: int = 1000) -> tuple[float, float]:
+def precision_recall(
+    samples: np.ndarray, reference: np.ndarray, k: int = 3, block: int = 1000, device: torch.device | str = "cpu"
+) -> tuple[float, float]:
     """Share of samples inside some reference ball, and of references inside some sample ball.
 
     Kynkäänniemi et al., 2019, arXiv 1904.06991, eqs. 1 and 2.
     """
-    own, real = (torch.from_numpy(x).double() for x in (samples, reference))
+    own, real = (torch.from_numpy(x).to(device).double() for x in (samples, reference))
     own_radii, real_radii = ball_radii(own, k, block), ball_radii(real, k, block)
-    covered, inside = torch.zeros(len(real), dtype=torch.bool), []
+    covered, inside = torch.zeros(len(real), dtype=torch.bool, device=device), []
     for part, radii in zip(own.split(block), own_radii.split(block)):
         distance = squared_distances(part, real)
         inside.append((distance <= real_radii).any(1))

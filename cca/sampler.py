@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
@@ -94,6 +95,36 @@ def sample_images(
     return decode_tokens(model, torch.cat(tokens), request)
 
 
+def first_images(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first images and classes of a sample file, without reading the rest of it."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        count = min(count, shape[0])
+        images = np.frombuffer(file.read(count * int(np.prod(shape[1:]))), dtype).reshape(count, *shape[1:])
+    with np.load(path) as file:
+        return images, file["arr_1"][:count]
+
+
+def write_grid(images: np.ndarray, path: Path, columns: int, captions: list[str] | None = None) -> None:
+    """PNG of uint8 images [n, H, W, 3] in rows of ``columns``, with a caption under each if given."""
+    height, width = images.shape[1:3]
+    scale = max(1, 96 // width)  # small images are shown larger, pixel for pixel
+    cell, strip = (width * scale, height * scale), 14 if captions else 0
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (cell[0] + 2), rows * (cell[1] + strip + 2)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for i, image in enumerate(images):
+        left, top = i % columns * (cell[0] + 2), i // columns * (cell[1] + strip + 2)
+        sheet.paste(Image.fromarray(image).resize(cell, Image.Resampling.NEAREST), (left, top))
+        if captions:
+            name = captions[i]
+            while font.getlength(name) > cell[0] and len(name) > 1:
+                name = name[:-2] + "…"
+            draw.text((left + 1, top + cell[1]), name, "black", font)
+    atomic_write(path, lambda temporary: sheet.save(temporary, format="PNG"))
+
+
 class PartStore:
     """Finished ranges beside the output file, and the options they were made with."""
 
@@ -134,7 +165,7 @@ class PartStore:
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, header)
                     for part in parts:
-                        file.write(np.load(self.path(part)).tobytes())
+                        file.write(np.load(self.path(part)))
                 with archive.open("arr_1.npy", "w") as file:
                     np.lib.format.write_array(file, labels)
 
@@ -142,6 +173,13 @@ class PartStore:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Raise UserError if parts and assembled file will not fit."""
+    free = shutil.disk_usage(output.parent).free
+    if needed > free:
+        raise UserError(f"--output: {output.parent} has {free / 1e9:.1f} GB free, the run needs {needed / 1e9:.1f} GB (its parts, then the file)")
 
 
 def run_sampling(model: ARImageModel, request: SampleRequest, batch_size: int, output: Path, provenance: dict, processes: Processes) -> None:
@@ -152,6 +190,10 @@ def run_sampling(model: ARImageModel, request: SampleRequest, batch_size: int, o
     options = json.loads(json.dumps(options))  # as it reads back: tuples become lists
     store = PartStore(output, options, processes)
     parts = [range(i, min(i + RANGE, request.num_samples)) for i in range(0, request.num_samples, RANGE)]
+    size = request.eval_size or model.image_size
+    open_images = sum(len(part) for part in parts if not store.path(part).exists())
+    check_space(output, (open_images + request.num_samples) * size * size * 3)
+    processes.barrier()  # all have looked before one writes
     mine = [part for part in parts[processes.rank :: processes.world] if not store.path(part).exists()]
     made = sum(map(len, mine))
     began = time.perf_counter()
@@ -161,7 +203,6 @@ def run_sampling(model: ARImageModel, request: SampleRequest, batch_size: int, o
     seconds = time.perf_counter() - began
     totals = processes.sum(torch.tensor([float(made), seconds], dtype=torch.float64, device=processes.device)).tolist()
     if processes.main:
-        size = request.eval_size or model.image_size
         labels = np.array([class_of(i, request) for i in range(request.num_samples)], np.int64)
         store.assemble(parts, labels, (request.num_samples, size, size, 3))
         report = {

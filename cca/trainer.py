@@ -1,4 +1,4 @@
-"""The trainer of both backbones: reward of policy over reference, one loss, one optimizer step.
+"""The training step of both backbones: reward of policy over reference, one loss, one optimizer step.
 
 Everything random belongs to an image or a step (see ``cca.random``), and negatives are rolled
 over the global batch, so neither the micro-batch size nor the number of processes changes what
@@ -6,70 +6,25 @@ is trained.
 """
 
 import copy
-import json
-import signal
-import time
-from collections.abc import Iterator
+import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from cca.data import TokenSource
 from cca.distributed import Processes
 from cca.errors import UserError
-from cca.losses import CONTRASTIVE_LOSSES, diagnostics, pair_labels
-from cca.random import DATA_ORDER, DROPOUT, UNCONDITIONAL, stream
-from models.base import ARImageModel
-from models.checkpoints import atomic_write, save_published
+from cca.losses import CONTRASTIVE_LOSSES, diagnostics
+from cca.plan import TrainingConfig, learning_rate, weight_decay
+from cca.random import DROPOUT, stream
+from models.base import ARImageModel, ARTransformer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Every option that decides what is trained; see ``--help`` of the commands."""
-
-    loss: str
-    beta: float
-    lam: float
-    uncond_ratio: float
-    batch_size: int
-    lr: float
-    weight_decay: float
-    grad_clip: float
-    warmup: float
-    final_lr: float
-    schedule_accumulation: int
-    max_steps: int
-    seed: int
-    dtype: str
-
-
-def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Rate of optimizer step ``step`` (from 0): VAR's linear schedule, constant for final_lr 1.
-
-    lr/peak = wpe + (1 - wpe) * rest / 0.95, at most 1, with rest falling from 1 to 0 after the
-    warm-up from 0.005. The published schedule counts micro-batches; a step takes the rate of its
-    last one.
-    """
-    total = config.max_steps * config.schedule_accumulation
-    clock = (step + 1) * config.schedule_accumulation - 1
-    return config.lr * lr_factor(clock, config.warmup * total, total, config.final_lr)
-
-
-def lr_factor(clock: int, warm: float, total: int, final: float) -> float:
-    """Fraction of the peak rate at one tick of the schedule."""
-    if clock < warm:
-        return 0.005 + 0.995 * clock / warm
-    rest = 1.0 - (clock - warm) / max(total - 1 - warm, 1)
-    return final + (1.0 - final) * min(1.0, rest / 0.95)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_SKIPPED = 10  # steps in a row without a finite gradient
 
 
 def make_optimizer(model: ARImageModel, config: TrainingConfig) -> torch.optim.AdamW:
@@ -83,63 +38,86 @@ def make_optimizer(model: ARImageModel, config: TrainingConfig) -> torch.optim.A
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
-def global_batches(size: int, config: TrainingConfig, start: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(epoch, image indices [batch_size]) of every step from ``start``; the rest of an epoch is dropped."""
-    per_epoch = size // config.batch_size
-    for step in range(start, config.max_steps):
-        epoch, position = divmod(step, per_epoch)
-        if step == start or position == 0:
-            order = stream(config.seed, DATA_ORDER, epoch).permutation(size)
-        yield epoch, order[position * config.batch_size : (position + 1) * config.batch_size]
-
-
-def unconditional_rows(indices: np.ndarray, epoch: int, config: TrainingConfig) -> Tensor:
-    """Which images lose their class: drawn per (seed, epoch, image), bool [B]."""
-    draws = [stream(config.seed, UNCONDITIONAL, epoch, int(i)).random() for i in indices]
-    return torch.tensor(draws) < config.uncond_ratio
-
-
-def pair_logprobs(model: nn.Module, tokens: Tensor, labels: Tensor, negatives: Tensor, stochastic: bool) -> tuple[Tensor, Tensor]:
+def pair_logprobs(net: nn.Module, inputs: Tensor, tokens: Tensor, labels: Tensor, negatives: Tensor, twice: bool) -> tuple[Tensor, Tensor]:
     """log p(x|c) and log p(x|c-) of each row, positives and negatives as one batch: two [B].
 
-    Where c- equals c the two are one number, unless dropout makes them differ, so such rows are
-    run once.
+    Where c- equals c the two are one number, and such rows are run once, unless ``twice``: with
+    dropout they differ.
     """
-    rows = torch.arange(len(labels), device=labels.device) if stochastic else (labels != negatives).nonzero().flatten()
-    logp = model(torch.cat([labels, negatives[rows]]), torch.cat([tokens, tokens[rows]]))
+    rows = torch.arange(len(labels), device=labels.device) if twice else (labels != negatives).nonzero().flatten()
+    logp = net(torch.cat([labels, negatives[rows]]), torch.cat([inputs, inputs[rows]]), torch.cat([tokens, tokens[rows]]))
     positive, rest = logp.split([len(labels), len(rows)])
     return positive, positive.index_copy(0, rows, rest)
+
+
+def shard(net: ARTransformer, processes: Processes) -> None:
+    """FSDP2: parameters, gradients and optimizer state of each block split over all processes."""
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    for block in net.stack:
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
 
 
 class Trainer:
     """Holds policy, reference and optimizer; ``step`` is one optimizer step on a global batch."""
 
-    def __init__(self, model: ARImageModel, config: TrainingConfig, micro_batch_size: int, processes: Processes):
+    def __init__(
+        self,
+        model: ARImageModel,
+        config: TrainingConfig,
+        micro_batch_size: int,
+        processes: Processes,
+        parallel: str = "ddp",
+        compile: bool = False,
+        checkpointing: bool = False,
+    ):
         self.model, self.config, self.processes = model.to(processes.device), config, processes
         self.micro_batch_size = micro_batch_size
-        model.transformer.train()
+        self.net = model.transformer.train()
         self.stochastic = model.stochastic
         self.reference = None
         if config.loss in CONTRASTIVE_LOSSES:
-            # Same tokenizer object; the reference keeps training mode, as in the published runs.
-            self.reference = copy.deepcopy(model, {id(model.tokenizer): model.tokenizer}).requires_grad_(False)
+            # The reference keeps training mode, as in the published runs: its dropout is on.
+            self.reference = copy.deepcopy(self.net).requires_grad_(False)
+        self.net.checkpointing = checkpointing
+        self.sharded = parallel == "fsdp" and processes.world > 1
+        for net in (self.net, self.reference):
+            if net is not None and compile:
+                for block in net.stack:
+                    block.compile()
+            if net is not None and self.sharded:
+                shard(net, processes)
+        self.policy: nn.Module = self.net
+        if processes.world > 1 and not self.sharded:
+            self.policy = DistributedDataParallel(self.net, broadcast_buffers=False)
         self.optimizer = make_optimizer(model, config)
-        parallel = processes.world > 1
-        self.policy = DistributedDataParallel(model, broadcast_buffers=False) if parallel else model
-        self.autocast = torch.autocast(processes.device.type, DTYPES[config.dtype], enabled=config.dtype != "float32")
+        device = processes.device.type
+        self.autocast = torch.autocast(device, DTYPES[config.dtype], enabled=config.dtype != "float32")
+        self.scaler = torch.amp.GradScaler(device, init_scale=2.0**11, growth_interval=1000, enabled=config.dtype == "float16")
+        # float32 copies; empty without --ema.
+        self.ema = {k: p.detach().clone() for k, p in self.net.named_parameters()} if config.ema else {}
+        self.skipped = self.skipped_in_a_row = 0
 
     def micro_loss(self, tokens: Tensor, labels: Tensor, negatives: Tensor, uncond: Tensor) -> tuple[Tensor, dict]:
         """Mean loss of one micro-batch and its diagnostics."""
+        inputs = self.model.inputs(tokens)
         if self.reference is None:
             with self.autocast:
-                return -self.policy(labels, tokens).mean(), {}
-        with torch.inference_mode(), self.autocast:
-            ref_positive, ref_negative = pair_logprobs(self.reference, tokens, labels, negatives, self.stochastic)
+                return -self.policy(labels, inputs, tokens).mean(), {}
+        # FSDP's unsharded parameters must not become inference tensors.
+        with torch.no_grad() if self.sharded else torch.inference_mode(), self.autocast:
+            ref_positive, ref_negative = pair_logprobs(self.reference, inputs, tokens, labels, negatives, self.stochastic)
         with self.autocast:
-            positive, negative = pair_logprobs(self.policy, tokens, labels, negatives, self.stochastic)
+            positive, negative = pair_logprobs(self.policy, inputs, tokens, labels, negatives, self.stochastic)
         reward, negative_reward = positive - ref_positive, negative - ref_negative
         loss = CONTRASTIVE_LOSSES[self.config.loss](reward, negative_reward, labels == negatives, self.config.beta, self.config.lam)
         return loss, diagnostics(reward.detach(), negative_reward.detach(), uncond)
+
+    def synchronise(self, last: bool):
+        """Context of one backward pass: gradients are reduced with the last micro-batch alone."""
+        if self.sharded:
+            self.net.set_requires_gradient_sync(last)
+        return self.policy.no_sync() if isinstance(self.policy, DistributedDataParallel) and not last else nullcontext()
 
     def step(self, index: int, tokens: Tensor, labels: Tensor, negatives: Tensor, uncond: Tensor) -> dict[str, float]:
         """Optimizer step ``index`` on this process's part of the global batch.
@@ -148,144 +126,77 @@ class Trainer:
             tokens: [n, L]; labels, negatives: classes [n] after the null-class draw; uncond: bool [n].
 
         Returns:
-            metrics of the whole global batch.
+            metrics of the whole global batch. A step without a finite gradient leaves the weights
+            as they are and is counted in ``skipped_steps``.
+
+        Raises:
+            UserError: MAX_SKIPPED such steps in a row.
         """
         config, device = self.config, self.processes.device
         torch.manual_seed(int(stream(config.seed, DROPOUT, index, self.processes.rank).integers(2**62)))
+        lr, decay = learning_rate(index, config), weight_decay(index, config)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(index, config)
+            group["lr"] = lr
+        self.optimizer.param_groups[0]["weight_decay"] = decay
         parts = range(0, len(tokens), self.micro_batch_size)
         total_loss, sums = 0.0, {}
         for start in parts:
-            part = slice(start, start + self.micro_batch_size)
-            batch = [t[part].to(device) for t in (tokens, labels, negatives, uncond)]
+            batch = [t[start : start + self.micro_batch_size].to(device) for t in (tokens, labels, negatives, uncond)]
             share = len(batch[0]) / config.batch_size
-            last = start == parts[-1]
-            # One all-reduce per optimizer step: gradients of the earlier micro-batches stay local.
-            with nullcontext() if last or self.processes.world == 1 else self.policy.no_sync():
+            with self.synchronise(last=start == parts[-1]):
                 loss, found = self.micro_loss(*batch)
-                (loss * share * self.processes.world).backward()
+                self.scaler.scale(loss * share * self.processes.world).backward()
             total_loss += loss.item() * share
             for name, (value, count) in found.items():
                 old = sums.get(name, (0.0, 0))
                 sums[name] = (old[0] + value, old[1] + count)
-        norm = nn.utils.clip_grad_norm_([p for p in self.model.transformer.parameters()], config.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         flat = torch.tensor([total_loss, *(v for pair in sums.values() for v in pair)], dtype=torch.float64)
         flat = self.processes.sum(flat.to(device)).tolist()
         means = {name: flat[1 + 2 * i] / flat[2 + 2 * i] for i, name in enumerate(sums) if flat[2 + 2 * i]}
-        return {"loss": flat[0], **means, "grad_norm": float(norm), "lr": self.optimizer.param_groups[0]["lr"]}
+        norm = self.update(flat[0])
+        return {"loss": flat[0], **means, "grad_norm": norm, "lr": lr, "weight_decay": decay, "skipped_steps": self.skipped}
+
+    def update(self, loss: float) -> float:
+        """Clip and apply the gradients unless they are not finite; returns their norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip)
+        norm = float(norm.full_tensor() if self.sharded else norm)
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+            self.skipped_in_a_row = 0
+            with torch.no_grad():
+                for key, parameter in self.net.named_parameters() if self.ema else ():
+                    self.ema[key].lerp_(parameter, 1 - self.config.ema)
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.scaler.update()  # after an overflow, unscale_ has told it so
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            raise UserError(
+                f"--lr: {MAX_SKIPPED} steps in a row had no finite gradient (last loss {loss:g}); the state saved last is intact. "
+                "A lower --lr or --dtype float32 helps"
+            )
+        return norm
 
     def state(self) -> dict:
-        return {"model": self.model.transformer.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """Everything that decides the following steps, sharded where the model is."""
+        net, optimizer = get_state_dict(self.net, self.optimizer)
+        counters = torch.tensor([self.skipped, self.skipped_in_a_row])
+        return {"model": net, "optimizer": optimizer, "ema": self.ema, "scaler": self.scaler.state_dict(), "counters": counters}
 
     def load_state(self, state: dict) -> None:
-        self.model.transformer.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Take back what ``state`` gave; ``ema`` was read in place."""
+        set_state_dict(self.net, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped, self.skipped_in_a_row = state["counters"].tolist()
 
+    def full_weights(self) -> dict[str, Tensor]:
+        """The whole state dict on the CPU (all processes take part; the main one gets it)."""
+        if not self.sharded:
+            return self.net.state_dict()
+        return get_model_state_dict(self.net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
-class RunFolder:
-    """The output folder of one run: config, metrics, TensorBoard, resumable state, exported model."""
-
-    def __init__(self, path: Path, processes: Processes, description: dict):
-        self.path, self.processes = path, processes
-        self.state_path, self.metrics_path = path / "state" / "latest.pt", path / "metrics.jsonl"
-        self.writer = None
-        if (path / "config.json").exists():
-            before = json.loads((path / "config.json").read_text())["options"]
-            changed = [k for k, v in description["options"].items() if before.get(k, v) != v]
-            if changed:
-                raise UserError(
-                    f"--output: {path} holds a run with other options: "
-                    + ", ".join(f"{k} {before[k]} instead of {description['options'][k]}" for k in changed)
-                    + "; take these, or another folder"
-                )
-        elif processes.main:
-            self.state_path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(path / "config.json", lambda temporary: temporary.write_text(json.dumps(description, indent=2) + "\n"))
-
-    def resume(self, trainer: Trainer) -> int:
-        """Load the last saved state if there is one; returns the number of steps done."""
-        done = 0
-        if self.state_path.exists():
-            saved = torch.load(self.state_path, map_location="cpu", weights_only=True)
-            trainer.load_state(saved)
-            done = saved["step"]
-        self.processes.barrier()
-        if self.processes.main:
-            lines = self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.exists() else []
-            atomic_write(self.metrics_path, lambda temporary: temporary.write_text("".join(lines[:done])))
-            self.writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=done or None)
-        return done
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        with open(self.metrics_path, "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-
-    def save(self, trainer: Trainer, done: int) -> None:
-        if self.processes.main:
-            content = {"step": done, **trainer.state()}
-            atomic_write(self.state_path, lambda temporary: torch.save(content, temporary))
-            save_published(trainer.model.transformer.state_dict(), self.path / trainer.model.checkpoint_name)
-            self.writer.flush()
-        self.processes.barrier()
-
-
-def train(
-    model: ARImageModel,
-    data: TokenSource,
-    config: TrainingConfig,
-    micro_batch_size: int,
-    folder: RunFolder,
-    processes: Processes,
-    save_every: int,
-    log_every: int,
-) -> None:
-    """Run or resume training up to ``config.max_steps``, then leave model and state in ``folder``."""
-    if len(data.labels) < config.batch_size:
-        raise UserError(f"--batch-size: {config.batch_size} is more than the {len(data.labels)} images of the data")
-    trainer = Trainer(model, config, micro_batch_size, processes)
-    done = folder.resume(trainer)
-    stop = False
-
-    def ask_to_stop(*_) -> None:
-        nonlocal stop
-        stop = True
-
-    previous = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    bar = tqdm(total=config.max_steps, initial=done, desc=f"{config.loss} {folder.path.name}", disable=not processes.main)
-    share = processes.share(config.batch_size)
-    for epoch, indices in global_batches(len(data.labels), config, done):
-        began = time.perf_counter()
-        uncond = unconditional_rows(indices, epoch, config)
-        labels, negatives = pair_labels(data.labels[indices], uncond, model.null_class)
-        tokens = data.tokens(indices[share], epoch)
-        metrics = trainer.step(done, tokens, labels[share], negatives[share], uncond[share])
-        metrics["images_per_second"] = config.batch_size / (time.perf_counter() - began)
-        done += 1
-        if processes.main:
-            folder.log(done, metrics)
-            bar.update()
-            if done % log_every == 0:
-                shown = ("loss", "accuracy", "margin", "images_per_second")
-                bar.set_postfix({k: f"{metrics[k]:.4g}" for k in shown if k in metrics})
-        # A signal reaches the processes at different moments; they agree on the step to stop at.
-        stop = bool(processes.sum(torch.tensor(float(stop), device=processes.device)))
-        if stop or done % save_every == 0 or done == config.max_steps:
-            folder.save(trainer, done)
-        if stop and done < config.max_steps:
-            if processes.main:
-                bar.close()
-                print(f"stopped and saved after step {done}; the same command goes on from there")
-            break
-    bar.close()
-    for number, handler in previous.items():
-        signal.signal(number, handler)
-
-
-def describe(config: TrainingConfig, extra: dict) -> dict:
-    """Content of ``config.json``: ``options`` must agree on resuming, the rest is provenance."""
-    return {"options": {**asdict(config), **extra}, "versions": {"torch": torch.__version__, "numpy": np.__version__}}
+    def full_ema(self) -> dict[str, Tensor]:
+        """The averaged weights in the published layout, constant buffers included."""
+        averaged = {k: v.full_tensor().cpu() if self.sharded else v for k, v in self.ema.items()}
+        return {**self.full_weights(), **averaged} if averaged else {}

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from cca.losses import sequence_logprob
+from cca.logprob import linear_sequence_logprob
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,55 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
 
 
+class ARTransformer(nn.Module, ABC):
+    """The trained part of a model. Its forward pass is the log-likelihood, so that data-parallel
+    wrappers see all of it, and the logits of a batch never exist at once."""
+
+    checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
+    float32_output = False  # whether the output layer stays in float32 under autocast
+
+    @property
+    @abstractmethod
+    def stack(self) -> nn.ModuleList:
+        """The transformer blocks."""
+
+    @abstractmethod
+    def hidden(self, labels: Tensor, inputs: Tensor) -> Tensor:
+        """What the output layer takes, [B, L, dim], in teacher forcing (see ``ARImageModel.inputs``)."""
+
+    @abstractmethod
+    def output_layer(self) -> nn.Linear:
+        """The layer that makes the logits."""
+
+    @abstractmethod
+    def init_weights(self) -> None:
+        """Random start for pretraining."""
+
+    def logits(self, labels: Tensor, inputs: Tensor) -> Tensor:
+        """Teacher-forced float32 logits [B, L, V]."""
+        return self.to_logits(self.hidden(labels, inputs))
+
+    def to_logits(self, hidden: Tensor) -> Tensor:
+        """The output layer: [B, n, dim] -> float32 [B, n, V]."""
+        device = hidden.device.type
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not self.float32_output):
+            return self.output_layer()(hidden).float()
+
+    def forward(self, labels: Tensor, inputs: Tensor, tokens: Tensor) -> Tensor:
+        """log p(tokens | label) [B] float32 of tokens [B, L] under labels [B]."""
+        hidden, layer = self.hidden(labels, inputs), self.output_layer()
+        # The precision that the layer would compute in: autocast's, where it is on, else its own.
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and not self.float32_output else layer.weight.dtype
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        return linear_sequence_logprob(hidden.to(dtype), layer.weight.to(dtype), bias, tokens)
+
+    def run_block(self, block: nn.Module, *arguments) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
+
+
 class ARImageModel(nn.Module, ABC):
     """A class-conditional autoregressive image model: a transformer and its frozen tokenizer.
 
@@ -102,7 +152,7 @@ class ARImageModel(nn.Module, ABC):
     "no condition". Tokens are int64 [B, sequence_length]; images are [B, 3, H, W] in [-1, 1].
     """
 
-    transformer: nn.Module
+    transformer: ARTransformer
     tokenizer: nn.Module
     num_classes: int
     vocab_size: int
@@ -128,8 +178,8 @@ class ARImageModel(nn.Module, ABC):
         return any(rate > 0 for rate in rates)
 
     @abstractmethod
-    def logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
-        """Teacher-forced float32 logits [B, L, V] of tokens [B, L] under labels [B]."""
+    def inputs(self, tokens: Tensor) -> Tensor:
+        """What the transformer sees of tokens [B, L] in teacher forcing, one row per image."""
 
     @abstractmethod
     def begin(self, labels: Tensor) -> object:
@@ -154,11 +204,13 @@ class ARImageModel(nn.Module, ABC):
             images = F.interpolate(images, size=(size, size), mode="bicubic")
         return images.clamp(-1, 1)  # after resizing, as the published LlamaGen script does
 
+    def logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
+        """Teacher-forced float32 logits [B, L, V] of tokens [B, L] under labels [B]."""
+        return self.transformer.logits(labels, self.inputs(tokens))
+
     def sequence_logprob(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """log p(tokens | label), summed over all tokens of an image: [B], [B, L] -> [B] float32."""
-        return sequence_logprob(self.logits(labels, tokens), tokens)
-
-    forward = sequence_logprob  # what DistributedDataParallel calls
+        return self.transformer(labels, self.inputs(tokens), tokens)
 
     @torch.inference_mode()
     def generate(self, labels: Tensor, uniforms: Tensor, options: SamplingOptions = SamplingOptions()) -> Tensor:

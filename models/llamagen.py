@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.autoencoder import AutoencoderConfig, Decoder, Encoder, nearest_code
-from models.base import ARImageModel, KVCache
+from models.base import ARImageModel, ARTransformer, KVCache
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class ClassEmbedding(nn.Module):
         return self.embedding_table(labels)[:, None]
 
 
-class LlamaGenTransformer(nn.Module):
+class LlamaGenTransformer(ARTransformer):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
@@ -143,15 +143,25 @@ class LlamaGenTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)
 
-    def forward(self, embeddings: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Embeddings [B, n, dim] of the next n positions -> float32 logits [B, n, V]."""
+    @property
+    def stack(self) -> nn.ModuleList:
+        return self.layers
+
+    def output_layer(self) -> nn.Linear:
+        return self.output
+
+    def hidden(self, labels: Tensor, inputs: Tensor) -> Tensor:
+        return self.advance(torch.cat([self.cls_embedding(labels), self.tok_embeddings(inputs[:, :-1])], dim=1))
+
+    def advance(self, embeddings: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Embeddings [B, n, dim] of the next n positions -> what the output layer takes, [B, n, dim]."""
         start = cache.length if cache is not None else 0
         x, table = self.token_dropout(embeddings), self.rotary[start : start + embeddings.shape[1]]
         for layer, block in enumerate(self.layers):
-            x = block(x, table, cache, layer)
+            x = self.run_block(block, x, table, cache, layer)
         if cache is not None:
             cache.advance(embeddings.shape[1])
-        return self.output(self.norm(x)).float()
+        return self.norm(x)
 
 
 class Codebook(nn.Module):
@@ -223,9 +233,8 @@ class LlamaGen(ARImageModel):
         self.step_sizes = (1,) * transformer.grid**2
         self.image_size = transformer.grid * tokenizer.autoencoder.downsampling
 
-    def logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
-        net = self.transformer
-        return net(torch.cat([net.cls_embedding(labels), net.tok_embeddings(tokens[:, :-1])], dim=1))
+    def inputs(self, tokens: Tensor) -> Tensor:
+        return tokens
 
     def begin(self, labels: Tensor) -> DecodingState:
         config, weight = self.transformer.config, self.transformer.tok_embeddings.weight
@@ -237,7 +246,7 @@ class LlamaGen(ARImageModel):
     def step(self, state: DecodingState, step: int, tokens: Tensor) -> Tensor:
         net = self.transformer
         embeddings = net.cls_embedding(state.labels) if step == 0 else net.tok_embeddings(tokens[:, -1:])
-        return net(embeddings, state.cache)
+        return net.to_logits(net.advance(embeddings, state.cache))
 
     def to_uint8(self, images: Tensor) -> Tensor:
         return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)

@@ -5,6 +5,7 @@ here loads in the official code with ``strict=True``.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.autoencoder import AutoencoderConfig, Decoder, Encoder, nearest_code
-from models.base import ARImageModel, KVCache
+from models.base import ARImageModel, ARTransformer, KVCache
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,9 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+Modulation = tuple[Tensor, ...]
+
+
 class Block(nn.Module):
     """Pre-norm block whose norms and residual gains come from the class (adaptive LayerNorm)."""
 
@@ -105,13 +109,17 @@ class Block(nn.Module):
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
 
-    def modulation(self, condition: Tensor, shared: Tensor | None) -> tuple[Tensor, ...]:
-        """gamma1, gamma2, scale1, scale2, shift1, shift2, each [B, 1, dim]; class alone decides."""
-        if shared is not None:
-            return (self.ada_gss + shared).unbind(2)
-        return self.ada_lin(condition).view(-1, 1, 6, self.dim).unbind(2)
+    def modulation(self, condition: Tensor) -> Modulation:
+        """gamma1, gamma2, scale1, scale2, shift1, shift2, each [B, 1, dim].
 
-    def forward(self, x: Tensor, modulation: tuple[Tensor, ...], mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        condition: the class embedding [B, dim], or with shared_adaln the shared vectors [B, 1, 6, dim].
+        """
+        vectors = self.ada_lin(condition).view(-1, 1, 6, self.dim) if condition.ndim == 2 else self.ada_gss + condition
+        return vectors.unbind(2)
+
+    def forward(self, x: Tensor, condition: Tensor | Modulation, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        """``condition``: what ``modulation`` takes, or gave: sampling computes it once per image."""
+        modulation = self.modulation(condition) if isinstance(condition, Tensor) else condition
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         attended = self.attn(_norm(x) * (1 + scale1) + shift1, mask, cache, layer)
         x = x + self.drop_path(attended * gamma1)
@@ -136,8 +144,8 @@ class DecodingState:
     """What stays fixed while an image is decoded: everything that depends on the class alone."""
 
     condition: Tensor
-    modulations: list[tuple[Tensor, ...]]
-    head_modulation: tuple[Tensor, ...]
+    modulations: Sequence[Tensor | Modulation]  # of each block; in training what they are made of
+    head_modulation: Modulation
     cache: KVCache | None = None
     # Residual sum of the levels decoded so far; kept so that each level is added only once.
     reconstruction: Tensor | None = None
@@ -151,7 +159,9 @@ class DecodingState:
             self.reconstruction = self.reconstruction[:rows]
 
 
-class VARTransformer(nn.Module):
+class VARTransformer(ARTransformer):
+    float32_output = True
+
     def __init__(self, config: TransformerConfig, patch_nums: tuple[int, ...], code_dim: int):
         super().__init__()
         dim, length = config.dim, sum(p * p for p in patch_nums)
@@ -191,16 +201,30 @@ class VARTransformer(nn.Module):
                 block.ada_lin[1].weight.data.mul_(0.5)
                 block.ada_lin[1].bias.data[: 2 * self.config.dim] = 0.5
 
-    def condition(self, labels: Tensor) -> DecodingState:
-        """Everything that the class decides, computed once per image: labels [B]."""
+    def condition(self, labels: Tensor, precompute: bool) -> DecodingState:
+        """Everything that the class decides: labels [B].
+
+        ``precompute`` makes each block's vectors here, once per image; else the blocks make them,
+        since a sharded block has its parameters only while it runs.
+        """
         c = self.class_emb(labels)
-        shared = self.shared_ada_lin(c).view(-1, 1, 6, self.config.dim) if self.config.shared_adaln else None
+        source = self.shared_ada_lin(c).view(-1, 1, 6, self.config.dim) if self.config.shared_adaln else c
         with torch.autocast(c.device.type, enabled=False):
             head = self.head_nm.modulation(c.float())
-        return DecodingState(c, [block.modulation(c, shared) for block in self.blocks], head)
+        return DecodingState(c, [block.modulation(source) if precompute else source for block in self.blocks], head)
 
-    def forward(self, inputs: Tensor | None, state: DecodingState) -> Tensor:
-        """Float32 logits [B, n, V] of the next n positions.
+    @property
+    def stack(self) -> nn.ModuleList:
+        return self.blocks
+
+    def output_layer(self) -> nn.Linear:
+        return self.head
+
+    def hidden(self, labels: Tensor, inputs: Tensor) -> Tensor:
+        return self.advance(inputs, self.condition(labels, precompute=False))
+
+    def advance(self, inputs: Tensor | None, state: DecodingState) -> Tensor:
+        """What the head takes of the next n positions, [B, n, dim] float32.
 
         inputs: [B, n, code_dim], or [B, n - 1, code_dim] where position 0, the class, is among
         them (None for that position alone).
@@ -213,12 +237,12 @@ class VARTransformer(nn.Module):
         x = x + self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]
         mask = None if state.cache else self.attn_bias_for_masking[:, :, :end, :end].to(x.dtype)
         for layer, block in enumerate(self.blocks):
-            x = block(x, state.modulations[layer], mask, state.cache, layer)
+            x = self.run_block(block, x, state.modulations[layer], mask, state.cache, layer)
         if state.cache:
             state.cache.advance(end - start)
         with torch.autocast(x.device.type, enabled=False):
             scale, shift = state.head_modulation
-            return self.head(_norm(x.float()) * (1 + scale) + shift)
+            return _norm(x.float()) * (1 + scale) + shift
 
 
 class ResidualConvs(nn.Module):
@@ -327,25 +351,26 @@ class VAR(ARImageModel):
         self.step_sizes = tuple(p * p for p in tokenizer.patch_nums)
         self.image_size = tokenizer.patch_nums[-1] * tokenizer.autoencoder.downsampling
 
-    def logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
-        with torch.no_grad():
-            inputs = self.tokenizer.teacher_forcing_input(tokens)
-        return self.transformer(inputs, self.transformer.condition(labels))
+    @torch.no_grad()
+    def inputs(self, tokens: Tensor) -> Tensor:
+        return self.tokenizer.teacher_forcing_input(tokens)
 
     def begin(self, labels: Tensor) -> DecodingState:
         config = self.transformer.config
-        state = self.transformer.condition(labels)
+        state = self.transformer.condition(labels, precompute=True)
         like = state.modulations[0][0]
         state.cache = KVCache(config.depth, len(labels), config.heads, self.sequence_length, config.dim // config.heads, like)
         return state
 
     def step(self, state: DecodingState, step: int, tokens: Tensor) -> Tensor:
+        net = self.transformer
         if step == 0:
-            return self.transformer(None, state)
+            return net.to_logits(net.advance(None, state))
         quantizer = self.tokenizer.quantize
         added = quantizer.expand(step - 1, tokens[:, -self.step_sizes[step - 1] :])
         state.reconstruction = added if state.reconstruction is None else state.reconstruction + added
-        return self.transformer(quantizer.shrink(state.reconstruction, step).flatten(2).transpose(1, 2), state)
+        inputs = quantizer.shrink(state.reconstruction, step).flatten(2).transpose(1, 2)
+        return net.to_logits(net.advance(inputs, state))
 
     def to_uint8(self, images: Tensor) -> Tensor:
         return ((images + 1) * 0.5 * 255).to(torch.uint8)

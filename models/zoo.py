@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torchvision.models import ResNet50_Weights
 
 from cca.errors import UserError
 from models import llamagen, var
@@ -194,6 +195,16 @@ def zoo_entry(name: str, backbone: str | None = None) -> ZooEntry:
     return ZOO[name]
 
 
+FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+
+def class_name(label: int, num_classes: int) -> str:
+    """English name of a class: ImageNet-1k's from torchvision, else those of the bundled data."""
+    if num_classes == 1000:
+        return ResNet50_Weights.DEFAULT.meta["categories"][label]
+    return FASHION_CLASSES[label]
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """What a model is made of: its row, image size, tokenizer and the two weights files, resolved."""
@@ -201,7 +212,7 @@ class ModelFiles:
     name: str
     image_size: int
     tokenizer: str
-    weights: Path
+    weights: Path | None
     tokenizer_weights: Path
 
     def describe(self) -> dict:
@@ -209,17 +220,17 @@ class ModelFiles:
         return {
             "model": self.name,
             "image_size": self.image_size,
-            "weights_sha256": file_sha256(self.weights),
+            "weights_sha256": self.weights and file_sha256(self.weights),
             "tokenizer_sha256": file_sha256(self.tokenizer_weights),
         }
 
 
-def locate(name: str, weights: str = "base", tokenizer_weights: str | None = None, image_size: int | None = None) -> ModelFiles:
+def locate(name: str, weights: str | None = "base", tokenizer_weights: str | None = None, image_size: int | None = None) -> ModelFiles:
     """Find (downloading what is published and not in the cache) the files of a model.
 
     Args:
         name: a model of the zoo, such as "var-d16".
-        weights: "base", "cca", or a path (.pt, .pth, .safetensors).
+        weights: "base", "cca", or a path (.pt, .pth, .safetensors); None: the tokenizer alone is needed.
         tokenizer_weights: a path, or a name of ``TOKENIZERS``; None takes the model's own.
         image_size: pixels; None takes the model's default.
 
@@ -235,15 +246,16 @@ def locate(name: str, weights: str = "base", tokenizer_weights: str | None = Non
     elif weights == "cca":
         file = entry.cca.get(size)
     else:
-        file = Path(weights)
-    if file is None:
+        file = weights and Path(weights)
+    if weights and file is None:
         raise UserError(f"--weights: no {weights} weights are published for {name} at {size} pixels; give a path")
     own = tokenizer_weights or entry.tokenizer
     tokenizer = own if own in TOKENIZERS else entry.tokenizer
     if TOKENIZERS[tokenizer].backbone != entry.backbone:
         raise UserError(f"--tokenizer-weights: {tokenizer} is no tokenizer of {name}")
     tokenizer_file = TOKENIZERS[own].weights if own in TOKENIZERS else Path(own)
-    fetched = [f if isinstance(f, Path) else f.fetch(option) for f, option in ((file, "--weights"), (tokenizer_file, "--tokenizer-weights"))]
+    wanted = ((file, "--weights"), (tokenizer_file, "--tokenizer-weights"))
+    fetched = [f.fetch(option) if isinstance(f, WeightsFile) else f for f, option in wanted]
     return ModelFiles(name, size, tokenizer, *fetched)
 
 
@@ -264,7 +276,8 @@ def load_files(files: ModelFiles) -> ARImageModel:
     Raises UserError for a file that is missing, broken or of another model.
     """
     model = build_model(files.name, files.image_size, files.tokenizer)
-    load_weights(model.transformer, files.weights, files.name, recognise)
+    if files.weights:
+        load_weights(model.transformer, files.weights, files.name, recognise)
     load_weights(model.tokenizer, files.tokenizer_weights, f"the tokenizer of {files.name}", recognise)
     model.tokenizer.requires_grad_(False)
     return model.eval()

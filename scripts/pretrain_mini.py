@@ -24,21 +24,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cca.data import to_model_input
+from cca.data import TokenSource, to_model_input, to_uint8_tensor
 from cca.errors import UserError, run_command
 from cca.features import MINI_WEIGHTS, FeatureNetwork
 from models.base import ARImageModel
 from models.llamagen import LlamaGen, LlamaGenTokenizer
 from models.var import VARTokenizer
 from cca.distributed import Processes
-from cca.trainer import RunFolder, TrainingConfig, describe, train
+from cca.plan import TrainingConfig
+from cca.run_folder import RunFolder, describe
+from cca.trainer import Trainer
+from cca.training_loop import train
 from models.checkpoints import is_constant, load_weights, save_safetensors
 from models.zoo import build_model
 
 ASSETS = Path("assets")
 TRAINING, TUNING = slice(0, 50_000), slice(50_000, 60_000)
 BUNDLED_TRAINING = slice(0, 10_000)
-DEFAULT_STEPS = {"llamagen-mini": 10_000, "var-mini": 5_000}
+DEFAULT_STEPS = {"llamagen-mini": 7_500, "var-mini": 3_600}
 
 
 def read_raw(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -215,16 +218,25 @@ def train_tokenizer(model: ARImageModel, perceptual: PerceptualNetwork, images: 
     tokenizer.eval()
 
 
-class TokenArray:
+class TokenArray(TokenSource):
     """Tokens of all training images, held in memory."""
 
     def __init__(self, model: ARImageModel, images: Tensor, labels: Tensor):
-        self.labels = labels
+        self.all_labels = labels
         with torch.no_grad():
             self.all = torch.cat([model.encode(part) for part in tqdm(images.split(250), desc="encoding")])
 
-    def tokens(self, indices: np.ndarray, epoch: int) -> Tensor:
-        return self.all[torch.from_numpy(indices)]
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        return self.all[key[1]], -1
+
+    def labels(self, indices: np.ndarray) -> Tensor:
+        return self.all_labels[torch.from_numpy(indices)]
+
+    def tokens(self, batch: Tensor) -> Tensor:
+        return batch
 
 
 def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, seed: int) -> ARImageModel:
@@ -234,14 +246,14 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
     model.tokenizer.requires_grad_(False)
     model.transformer.init_weights()
     data = TokenArray(model, images, labels)
-    model.transformer.compile()
     config = TrainingConfig(
-        loss="sft", beta=0.0, lam=0.0, uncond_ratio=0.1, batch_size=64, lr=1.5e-3, weight_decay=0.05, grad_clip=1.0,
-        warmup=0.02, final_lr=0.01, schedule_accumulation=1, max_steps=steps, seed=seed, dtype="float32",
+        loss="sft", beta=0.0, lam=0.0, uncond_ratio=0.1, batch_size=64, lr=1.5e-3, weight_decay=0.05, final_weight_decay=None,
+        grad_clip=1.0, warmup=0.02, final_lr=0.01, schedule_accumulation=1, max_steps=steps, ema=0.0, seed=seed, dtype="bfloat16",
     )  # fmt: skip
     processes = Processes()
     folder = RunFolder(Path(f"runs/pretrain-{name}"), processes, describe(config, {"model": name}))
-    train(model, data, config, 64, folder, processes, save_every=500, log_every=20)
+    trainer = Trainer(model, config, config.batch_size, processes, compile=True)
+    train(trainer, data, folder, save_every=500, log_every=20)
     return model
 
 
@@ -270,7 +282,7 @@ def main() -> None:
         write_images(ASSETS / "fashion-mnist-train-10k.npz", raw_images[BUNDLED_TRAINING], raw_labels[BUNDLED_TRAINING])
         write_images(ASSETS / "fashion-mnist-test-10k.npz", *read_raw(args.raw, "t10k"))
         return
-    images, labels = to_model_input(raw_images[TRAINING]), torch.from_numpy(raw_labels[TRAINING])
+    images, labels = to_model_input(to_uint8_tensor(raw_images[TRAINING])), torch.from_numpy(raw_labels[TRAINING])
     if args.stage == "networks":
         test_images, test_labels = read_raw(args.raw, "t10k")
         perceptual_path.parent.mkdir(exist_ok=True)
@@ -279,7 +291,7 @@ def main() -> None:
             network = build()
             train_classifier(network, images, labels, epochs, path.stem)
             save(path, network)
-            print(f"{path.stem}: accuracy {accuracy(network, to_model_input(test_images), torch.from_numpy(test_labels)):.4f} on the test images")
+            print(f"{path.stem}: accuracy {accuracy(network, to_model_input(to_uint8_tensor(test_images)), torch.from_numpy(test_labels)):.4f} on the test images")
     elif args.stage == "tokenizer":
         model = build_model(args.model, device="cpu")
         perceptual = PerceptualNetwork()

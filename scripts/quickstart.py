@@ -57,15 +57,9 @@ class Quickstart:
             return str(folder / "model.pth")
         codes = self.output / "codes"
         if not (codes / "header.json").exists():
-            if self.processes.main:
-                self.run_here(extract_codes, ["--model", model, "--data", TRAIN, "--output", str(codes)])
-            self.processes.barrier()
+            self.run(extract_codes, ["--model", model, "--data", TRAIN, "--output", str(codes)])
         self.run(train_llamagen_cca, [*common, "--codes", str(codes)])
         return str(folder / "model.pt")
-
-    def run_here(self, module, arguments: list[str]) -> None:
-        print(f"\n$ python -m {module.__name__} {shlex.join(arguments)}", flush=True)
-        module.main(arguments)
 
     def sample(self, model: str, tag: str, *options: str) -> str:
         """Sample one file and queue its evaluation; returns its name."""
@@ -78,10 +72,9 @@ class Quickstart:
         return name
 
     def evaluate(self) -> dict[str, dict]:
-        """Evaluate everything queued, files dealt out over the processes; metrics by name."""
-        for _, arguments in self.evaluations[self.processes.rank :: self.processes.world]:
-            eval_fid.main(arguments)
-        self.processes.barrier()
+        """Evaluate everything queued; metrics by name."""
+        for _, arguments in self.evaluations:
+            self.run(eval_fid, arguments)
         return {name: json.loads(Path(a[-1]).read_text())["metrics"] for name, a in self.evaluations}
 
     def seconds_per_image(self, runs: dict[str, Callable[[], object]]) -> dict[str, float]:

@@ -6,12 +6,12 @@ import matplotlib
 import numpy as np
 
 from models.checkpoints import atomic_write
+from models.zoo import FASHION_CLASSES
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 MODELS = ("llamagen-mini", "var-mini")
-CLASS_NAMES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 ROWS = {
     "base": "base, no guidance",
     "base_cfg": "base, best guidance",
@@ -86,7 +86,7 @@ def write_picture(folder: Path, model: str, results: dict, rows: int = 4) -> Non
         sheet = images.reshape(rows, 10, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(rows * 32, 320, 3)
         axis.imshow(sheet, interpolation="nearest")
         axis.set_title(f"{title}   (FID {results[kind]['fid']:.2f})")
-        axis.set_xticks(np.arange(16, 320, 32), CLASS_NAMES, rotation=40, ha="right", fontsize=8)
+        axis.set_xticks(np.arange(16, 320, 32), FASHION_CLASSES, rotation=40, ha="right", fontsize=8)
         axis.set_yticks([])
     save_figure(figure, folder / f"{model}.png")
 

@@ -6,13 +6,14 @@ from golden_models import build, golden
 
 from cca.distributed import Processes
 from cca.losses import pair_labels
-from cca.trainer import Trainer, TrainingConfig, lr_factor
+from cca.plan import TrainingConfig, lr_factor
+from cca.trainer import Trainer
 
 
 def config_of(backbone: str, loss: str) -> TrainingConfig:
     is_var = backbone == "var"
     return TrainingConfig(
-        loss=loss, beta=0.1, lam=10.0, uncond_ratio=0.1, batch_size=8, lr=1e-3, weight_decay=0.05,
+        loss=loss, beta=0.1, lam=10.0, uncond_ratio=0.1, batch_size=8, lr=1e-3, weight_decay=0.05, final_weight_decay=None, ema=0.0,
         grad_clip=2.0 if is_var else 1.0, warmup=2 / 6 if is_var else 0.0, final_lr=0.1 if is_var else 1.0,
         schedule_accumulation=2, max_steps=3, seed=0, dtype="float32",
     )  # fmt: skip

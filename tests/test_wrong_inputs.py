@@ -1,6 +1,8 @@
 """Users' mistakes: one line on stderr, exit status 2, no traceback, nothing half-written."""
 
+import io
 import subprocess
+import zipfile
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import sample
 import train_llamagen_cca
 import train_var_cca
 from cca.errors import run_command
-from scripts import extract_codes
+from scripts import convert_weights, extract_codes, make_reference
 
 SAMPLE = ["--model", "var-mini", "--num-samples", "5", "--output", "out/s.npz"]
 VAR = ["--model", "var-mini", "--output", "out", "--data"]
@@ -34,8 +36,19 @@ def folder(tmp_path, monkeypatch):
     with np.load(ROOT / TRAIN) as file:
         whole = {key: file[key][:50] for key in file.files}
     np.savez("good.npz", **whole)
+    (tmp_path / "short.npz").write_bytes(shortened(whole["arr_0"]))
+    (tmp_path / "codes-labels").mkdir()
     (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:20000])
     return tmp_path
+
+
+def shortened(images):
+    """An .npz whose arr_0 promises more images than it holds."""
+    header, buffer = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (100, *images.shape[1:])})
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + images.tobytes())
+    return buffer.getvalue()
 
 
 CASES = [
@@ -68,9 +81,30 @@ CASES = [
     (train_llamagen_cca, [*LLAMAGEN, "none"], "--codes: none is not a folder of packed codes"),
     (train_llamagen_cca, ["--model", "var-mini", *LLAMAGEN[2:], "none"], "--model: invalid choice: 'var-mini'"),
     (eval_fid, [*EVAL, "none.npz"], "none.npz: no such file"),
+    (eval_fid, [*EVAL, "junk.npz"], "junk.npz: not a readable .npz"),
+    (eval_fid, [*EVAL, "wrong-name.npz"], "wrong-name.npz: holds images; expected arr_0"),
+    (eval_fid, [*EVAL, "float.npz"], "arr_0 is float64 [9, 32, 32]; expected uint8"),
+    (eval_fid, [*EVAL, "short.npz"], "short.npz: arr_0 is cut off or damaged"),
     (eval_fid, [*EVAL, "few.npz"], "holds 3 images; at least 5"),
     (eval_fid, [*EVAL, "large.npz"], "images are 64 x 64, --features mini takes 32 x 32"),
+    (eval_fid, [*EVAL, "codes-labels"], "codes-labels: holds no images"),
     (eval_fid, [*EVAL, "good.npz", "--metrics", "fid,kid"], "--metrics: 'kid' is not one of"),
+    (eval_fid, ["--reference", REFERENCE, "--samples", "good.npz", "--features", "vgg"], "--features: 'vgg' is neither a file"),
+    (eval_fid, ["--reference", REFERENCE, "--samples", "good.npz", "--inception-weights", "none.pth"], "--inception-weights: none.pth: no such file"),
+    (eval_fid, ["--reference", REFERENCE, "--samples", "good.npz", "--inception-weights", "junk.npz"], "junk.npz: not a weights file"),
+    (eval_fid, [*EVAL, "good.npz", "--inception-weights", "junk.npz"], "--inception-weights: goes with --features inception"),
+    (eval_fid, ["--samples", "good.npz"], "--reference: is required"),
+    (eval_fid, ["--compare", "none.json"], "none.json is not a result"),
+    (make_reference, ["--images", "good.npz", "--output", "ref.json"], "ref.json does not end in .npz"),
+    (make_reference, ["--images", "good.npz", "--image-size", "16", "--output", "ref.npz"], "--image-size: cuts images of a folder"),
+    (sample, [*SAMPLE, "--preset", "published"], "--preset: var-mini has no published settings"),
+    (sample, [*SAMPLE, "--image-size", "64"], "--image-size: var-mini makes images of 32 pixels"),
+    (sample, [*SAMPLE, "--tokenizer-weights", "vq_ds16_c2i"], "vq_ds16_c2i is no tokenizer of var-mini"),
+    (sample, ["--model", "var-d36", "--weights", "cca", "--output", "s.npz"], "no cca weights are published for var-d36 at 512"),
+    (train_var_cca, [*VAR, "codes-labels"], "is not a folder of class folders"),
+    (train_llamagen_cca, [*LLAMAGEN, "codes-labels", "--parallel", "fsdp", "--dtype", "float16"], "codes-labels is not a folder of packed codes"),
+    (convert_weights, ["good.npz", "out.bin"], "out.bin ends in none of .pth, .pt, .safetensors"),
+    (convert_weights, ["junk.npz", "out.pt"], "junk.npz: not a weights file"),
     (extract_codes, ["--model", "llamagen-mini", "--output", "out", "--data", "labels.npz"], "labels must lie in 0 … 9"),
 ]
 
@@ -81,7 +115,7 @@ def test_one_line(folder, capsys, module, arguments, message):
     with pytest.raises(SystemExit) as caught:
         run_command(lambda: module.main(arguments))
     assert caught.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line.strip()]  # without progress bars
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert sorted(folder.iterdir()) == before
 

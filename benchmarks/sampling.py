@@ -1,0 +1,149 @@
+"""Sampling speed, side by side with a plain implementation of the published procedure.
+
+    python -m benchmarks.sampling --model llamagen-b --image-size 256 --batch-size 16
+    python -m benchmarks.sampling --model var-d16 --batch-size 8
+
+The plain way is eager and as published: LlamaGen attends to a cache of full length behind a mask;
+VAR grows its cache by concatenation, computes each block's adaptive LayerNorm vectors at every
+level, and runs the unconditional half of the batch even without guidance. Same random weights,
+same random numbers; the tokens of both ways are compared. Tokenizer decoding is timed apart.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.train_step import peak_and_base, reset_peak
+from cca.errors import run_command
+from cca.options import Parser, count, number
+from models.base import ARImageModel, KVCache, SamplingOptions, draw_tokens, filter_logits
+from models.llamagen import Attention, DecodingState, LlamaGen, rotate
+from models.zoo import ZOO, build_model
+
+
+class ConcatenatedCache:
+    """Grows by concatenation, level by level, as in VAR's code."""
+
+    def __init__(self, layers: int):
+        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.layers[layer] is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v)))
+        self.layers[layer] = (k, v)
+        return k, v
+
+    def advance(self, n: int) -> None:
+        self.length += n
+
+
+def full_length_attention(self: Attention, x: Tensor, table: Tensor, cache: KVCache, layer: int) -> Tensor:
+    """Attention over the whole preallocated cache, masked behind the current position."""
+    q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k = rotate(q, table), rotate(k, table)
+    cache.append(layer, k, v)
+    positions = torch.arange(cache.store.shape[4], device=x.device)
+    mask = (positions <= cache.length)[None, None, None]
+    out = F.scaled_dot_product_attention(q, cache.store[layer, 0], cache.store[layer, 1], attn_mask=mask)
+    return self.wo(out.transpose(1, 2).flatten(2))
+
+
+@torch.inference_mode()
+def plain_var(model: ARImageModel, labels: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
+    net, steps = model.transformer, len(model.step_sizes)
+    doubled = torch.cat([labels, torch.full_like(labels, model.null_class)])
+    cache, reconstruction, tokens = ConcatenatedCache(net.config.depth), None, labels.new_empty(len(labels), 0)
+    for step, size in enumerate(model.step_sizes):
+        state = net.condition(doubled, precompute=False)
+        state.cache, state.reconstruction = cache, reconstruction
+        cond, uncond = model.step(state, step, tokens.repeat(2, 1)).chunk(2)
+        reconstruction = state.reconstruction
+        strength = options.scale_at(step, steps) - 1
+        logits = (1 + strength) * cond - strength * uncond
+        noise = uniforms[:, tokens.shape[1] : tokens.shape[1] + size]
+        tokens = torch.cat([tokens, draw_tokens(filter_logits(logits, options), noise)], dim=1)
+    return tokens
+
+
+def plain_llamagen(model: ARImageModel, labels: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
+    own_attention, own_begin = Attention.forward, LlamaGen.begin
+
+    def begin(self: LlamaGen, labels: Tensor) -> DecodingState:
+        state = own_begin(self, labels)
+        state.cache.store.zero_()
+        return state
+
+    Attention.forward, LlamaGen.begin = full_length_attention, begin
+    try:
+        return model.generate(labels, uniforms, options)
+    finally:
+        Attention.forward, LlamaGen.begin = own_attention, own_begin
+
+
+def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float, int]:
+    """Result, seconds, and peak bytes above what was held before."""
+    reset_peak()
+    base = peak_and_base()[1]
+    began = time.perf_counter()
+    result = run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - began, peak_and_base()[0] - base
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--model", required=True, choices=sorted(ZOO), help="whose sizes")
+    parser.add_argument("--image-size", type=count(), help="pixels (default: the model's)")
+    parser.add_argument("--batch-size", type=count(), default=16, help="images at once (default 16)")
+    parser.add_argument("--cfg-scale", type=number(1), default=2.0, help="scale of the guided run (default 2.0)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision (default float32)")
+    parser.add_argument("--rounds", type=count(), default=3, help="timed rounds, the ways in turn (default 3)")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model = build_model(args.model, args.image_size, device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model = model.eval().to(device)
+    labels = torch.arange(args.batch_size, device=device) % model.num_classes
+    uniforms = torch.rand(args.batch_size, model.sequence_length, dtype=torch.float64).to(device)
+    free = SamplingOptions(1.0, model.default_cfg_schedule)
+    guided = SamplingOptions(args.cfg_scale, model.default_cfg_schedule)
+    plain = plain_llamagen if isinstance(model, LlamaGen) else plain_var
+    runs = {
+        "plain, no guidance": lambda: plain(model, labels, uniforms, free),
+        "ours, no guidance": lambda: model.generate(labels, uniforms, free),
+        "plain, guided": lambda: plain(model, labels, uniforms, guided),
+        "ours, guided": lambda: model.generate(labels, uniforms, guided),
+    }
+    tokens, seconds, peaks = {}, {name: [] for name in runs}, {}
+    with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
+        for name, run in runs.items():
+            tokens[name] = timed(run)[0]
+        for _ in range(args.rounds):
+            for name, run in runs.items():
+                _, value, peaks[name] = timed(run)
+                seconds[name].append(value)
+    with torch.inference_mode():
+        decoding = timed(lambda: model.decode(tokens["ours, no guidance"][: min(8, args.batch_size)]))[1] / min(8, args.batch_size)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.model} at {model.image_size}, batch {args.batch_size}, {args.dtype}, {machine}, torch {torch.__version__}")
+    print("| way | images/s | peak, MB | tokens that differ from the plain way |\n|---|---|---|---|")
+    for name in runs:
+        differ = (tokens[name] != tokens[name.replace("ours", "plain")]).float().mean().item()
+        print(f"| {name} | {args.batch_size / statistics.median(seconds[name]):.3f} | {peaks[name] / 1e6:,.0f} | {differ:.2%} |")
+    ratio = lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))  # noqa: E731
+    print(
+        f"speed over plain: {ratio('plain, no guidance', 'ours, no guidance'):.2f} without guidance, {ratio('plain, guided', 'ours, guided'):.2f} guided; "
+        f"time without guidance over guided: {ratio('ours, no guidance', 'ours, guided'):.2f}; decoding {decoding:.2f} s per image"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,109 @@
+"""One training step, side by side with the plain way: whole logits, log_softmax, gather, for policy and reference.
+
+    python -m benchmarks.train_step --model llamagen-b --micro-batch-size 2
+    python -m benchmarks.train_step --model var-d16 --micro-batch-size 2
+
+Random weights of the full size. Each way runs in a process of its own; the peak is of the step
+alone, above the resident memory before it. "loss part" is the peak above that of the same step
+with the output layer replaced by a sum, so transformer activations do not count.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from benchmarks.load_memory import memory
+from cca.distributed import Processes
+from cca.errors import run_command
+from cca.losses import pair_labels
+from cca.options import Parser, count
+from cca.plan import TrainingConfig
+from cca.trainer import Trainer
+from models.base import ARTransformer
+from models.zoo import ZOO, build_model
+
+CHILD = "from benchmarks.train_step import measure; measure({!r}, {!r}, {!r}, {!r})"
+WAYS = ("chunked", "plain", "none")
+
+
+def plain_forward(self: ARTransformer, labels: Tensor, inputs: Tensor, tokens: Tensor) -> Tensor:
+    """The published way: all logits at once, in float32."""
+    logits = self.logits(labels, inputs)
+    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].sum(1)
+
+
+def no_output_layer(self: ARTransformer, labels: Tensor, inputs: Tensor, tokens: Tensor) -> Tensor:
+    """What the transformer blocks alone need."""
+    return self.hidden(labels, inputs).float().flatten(1).mean(1)
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # VmHWM starts again from the resident size of now
+
+
+def peak_and_base() -> tuple[int, int]:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    return memory("VmHWM"), memory("VmRSS")
+
+
+def measure(name: str, way: str, micro_batch: int, rounds: int) -> None:
+    """Run in a fresh process: peak bytes above the start of a step, and seconds, as JSON."""
+    if way != "chunked":
+        ARTransformer.forward = plain_forward if way == "plain" else no_output_layer
+    model = build_model(name, device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.tokenizer.requires_grad_(False)
+    recipe = ZOO[name].recipe
+    config = TrainingConfig(
+        loss="cca", beta=recipe.beta, lam=recipe.lam, uncond_ratio=0.1, batch_size=micro_batch, lr=recipe.lr, weight_decay=0.05,
+        final_weight_decay=None, grad_clip=recipe.grad_clip, warmup=0.0, final_lr=1.0, schedule_accumulation=1, max_steps=rounds + 1,
+        ema=0.0, seed=0, dtype=recipe.dtype if torch.cuda.is_available() else "float32",
+    )  # fmt: skip
+    trainer = Trainer(model, config, micro_batch, Processes())
+    tokens = torch.randint(0, model.vocab_size, (micro_batch, model.sequence_length))
+    uncond = torch.zeros(micro_batch, dtype=torch.bool)
+    labels, negatives = pair_labels(torch.arange(micro_batch), uncond, model.null_class)
+    seconds, peaks = [], []
+    for step in range(rounds + 1):
+        reset_peak()
+        base = peak_and_base()[1]
+        began = time.perf_counter()
+        trainer.step(step, tokens, labels, negatives, uncond)
+        seconds.append(time.perf_counter() - began)
+        peaks.append(peak_and_base()[0] - base)
+    print(json.dumps({"seconds": statistics.median(seconds[1:]), "peak": statistics.median(peaks[1:])}))
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--model", required=True, choices=sorted(ZOO), help="whose sizes")
+    parser.add_argument("--micro-batch-size", type=count(2), default=2, help="images per step (default 2)")
+    parser.add_argument("--rounds", type=count(), default=3, help="timed steps, after one to warm up (default 3)")
+    args = parser.parse_args()
+    found = {}
+    for way in WAYS:
+        child = CHILD.format(args.model, way, args.micro_batch_size, args.rounds)
+        found[way] = json.loads(subprocess.check_output([sys.executable, "-c", child], text=True).splitlines()[-1])
+    chunked, plain, none = (found[way] for way in WAYS)
+    loss_part = {way: max(found[way]["peak"] - none["peak"], 0) / 1e6 for way in ("chunked", "plain")}
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.model}, {args.micro_batch_size} images, {machine}, torch {torch.__version__}")
+    print("| way | seconds per step | peak of the step, MB | of its loss part, MB |\n|---|---|---|---|")
+    for way in ("plain", "chunked"):
+        print(f"| {way} | {found[way]['seconds']:.2f} | {found[way]['peak'] / 1e6:,.0f} | {loss_part[way]:,.0f} |")
+    print(f"| ratio | {chunked['seconds'] / plain['seconds']:.2f} | {chunked['peak'] / plain['peak']:.2f} | {loss_part['chunked'] / max(loss_part['plain'], 1e-9):.2f} |")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,104 @@
+"""Make a reference .npz for eval_fid.py from images, in the layout of guided-diffusion's.
+
+    python -m scripts.make_reference --images imagenet/train --image-size 256 --output imagenet256.npz
+
+Writes mu, sigma (pooled features of all images), mu_s, sigma_s (spatial ones, for sFID) and arr_0:
+some of the images, uint8 [n, H, W, 3], for precision and recall. torchrun shares the work.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from cca.data import to_uint8_tensor
+from cca.distributed import Processes
+from cca.errors import UserError, run_command
+from cca.evaluator import REFERENCE_IMAGES
+from cca.features import make_extractor
+from cca.image_geometry import centre_crop
+from cca.image_sets import FolderOfImages, open_images
+from cca.metrics import Gaussian, RunningGaussian
+from cca.options import Parser, count
+from cca.random import DATA_ORDER, stream
+from models.checkpoints import atomic_write
+
+
+class CroppedFolder(FolderOfImages):
+    """A folder of images of any size, each cut to a square as guided-diffusion does it."""
+
+    def __init__(self, path: Path, size: int):
+        self.side = size
+        super().__init__(path)
+
+    def _read(self, file: Path) -> np.ndarray:
+        try:
+            return np.asarray(centre_crop(Image.open(file).convert("RGB"), self.side))
+        except (OSError, SyntaxError, ValueError):
+            raise UserError(f"{file}: not a readable image") from None
+
+
+def total(running: RunningGaussian, processes: Processes) -> Gaussian:
+    """The Gaussian of all processes' features together."""
+    fit = running.fit()
+    count = running.count
+    # Sums about zero add up over processes; float64 leaves 16 digits for features of order one.
+    second = fit.sigma * (count - 1) + count * np.outer(fit.mu, fit.mu)
+    sums = [processes.sum(torch.from_numpy(np.asarray(x, np.float64)).to(processes.device)).cpu().numpy() for x in (count, count * fit.mu, second)]
+    mean = sums[1] / sums[0]
+    return Gaussian(mean, (sums[2] - sums[0] * np.outer(mean, mean)) / (sums[0] - 1))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--images", required=True, type=Path, metavar="FILE.npz|FOLDER", help="the images")
+    add("--image-size", type=count(), help="cut images of a folder to squares of this side (default: they are squares already)")
+    add("--features", default="inception", metavar="inception|mini|NAME|PATH", help="feature extractor (default inception)")
+    add("--inception-weights", type=Path, metavar="PATH", help="torch-fidelity's Inception weights (default: its cache, else downloaded)")
+    add("--kept-images", type=count(), default=REFERENCE_IMAGES, help="images in arr_0, drawn at random (default %(default)s)")
+    add("--batch-size", type=count(), default=250, help="images per forward pass (default %(default)s)")
+    add("--seed", type=count(0), default=0, help="seed of the draw (default 0)")
+    add("--output", required=True, type=Path, metavar="FILE.npz", help="file to write")
+    args = parser.parse_args(argv)
+    if args.output.suffix != ".npz":
+        raise UserError(f"--output: {args.output} does not end in .npz")
+    if args.image_size and not args.images.is_dir():
+        raise UserError("--image-size: cuts images of a folder; those of an .npz are taken as they are")
+    images = CroppedFolder(args.images, args.image_size) if args.image_size else open_images(args.images)
+    processes = Processes()
+    if len(images) < 2 * processes.world:
+        raise UserError(f"--images: {args.images} holds {len(images)} images; at least {2 * processes.world} are needed")
+    extractor = make_extractor(args.features, args.inception_weights, processes.device)
+    chosen = set(stream(args.seed, DATA_ORDER).permutation(len(images))[: args.kept_images].tolist())
+    share = processes.share(len(images))
+    kept, pooled, spatial, index = [], RunningGaussian(), RunningGaussian(), share.start
+    with tqdm(total=share.stop - share.start, desc="features", unit="image", disable=not processes.main) as bar:
+        for batch in images.batches(share, args.batch_size):
+            found = extractor(to_uint8_tensor(batch))
+            pooled.add(found.pooled.numpy())
+            if found.spatial is not None:
+                spatial.add(found.spatial.numpy())
+            kept += [image for i, image in enumerate(batch, index) if i in chosen]
+            index += len(batch)
+            bar.update(len(batch))
+    arrays = dict(zip(("mu", "sigma"), vars(total(pooled, processes)).values()))
+    if spatial.count:
+        arrays |= dict(zip(("mu_s", "sigma_s"), vars(total(spatial, processes)).values()))
+    pixels = torch.from_numpy(np.stack(kept)) if kept else torch.empty(0, *images.size, 3, dtype=torch.uint8)
+    gathered = processes.gather(pixels)
+    if processes.main:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                np.savez(file, arr_0=gathered.numpy(), **arrays)
+
+        atomic_write(args.output, write)
+        print(f"{args.output}: statistics of {len(images):,} images, {len(gathered):,} of them kept")
+
+
+if __name__ == "__main__":
+    run_command(main)
