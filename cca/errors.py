@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -14,6 +15,9 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # all processes make the same mistake; one says so
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # all processes make most mistakes; torchrun ends this one here if the main one said so
+        # A data loader's worker process hands its error on with a traceback; the message is its last line.
+        message = str(error).strip().splitlines()[-1].removeprefix("cca.errors.UserError: ")
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -42,10 +42,6 @@ class Seconds:
 
 def extract(images: NpzImages | FolderOfImages, extractor: Extractor, batch_size: int, processes: Processes) -> Features | None:
     """Features of a whole set, dealt out over the processes; on the main one (None elsewhere)."""
-    if extractor.side and images.size != (extractor.side, extractor.side):
-        raise UserError(
-            f"{images.path}: images are {images.size[0]} x {images.size[1]}, --features {extractor.name} takes {extractor.side} x {extractor.side}"
-        )
     if len(images) < max(5, processes.world):
         raise UserError(f"{images.path}: holds {len(images)} images; at least {max(5, processes.world)} are needed")
     share = processes.share(len(images))

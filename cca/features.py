@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -42,7 +43,7 @@ class FeatureNetwork(nn.Module):
 
 
 class MiniFeatures(FeatureExtractorBase):
-    """Features "96" and "logits" of uint8 images [B, 3, 32, 32], for torch-fidelity's metrics."""
+    """Features "96" and "logits" of uint8 images [B, 3, H, W], shrunk to 32 x 32, for torch-fidelity's metrics."""
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **_):
         super().__init__(name, features_list)
@@ -63,7 +64,10 @@ class MiniFeatures(FeatureExtractorBase):
         return False
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        features, logits = self.network(images.float() / 127.5 - 1)
+        pixels = images.float() / 127.5 - 1
+        if pixels.shape[-2:] != (32, 32):
+            pixels = F.interpolate(pixels, (32, 32), mode="area")
+        features, logits = self.network(pixels)
         values = {"96": features, "logits": logits}
         return tuple(values[name] for name in self.features_list)
 
@@ -98,7 +102,6 @@ class Extractor:
             self.logits_layer = None
         layers = list(dict.fromkeys(filter(None, (self.layer, self.logits_layer))))
         self.module = create_feature_extractor(name, layers, cuda=False, verbose=False, feature_extractor_weights_path=weights).to(device)
-        self.side = 32 if name == "mini" else None  # pixels; the others resize for themselves
         self.is_inception = name == INCEPTION
         if self.is_inception:
             self.module.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)

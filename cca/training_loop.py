@@ -1,6 +1,7 @@
 """The loop around the training step: data in, metrics out, saving, stopping."""
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -40,7 +41,7 @@ class Unreadable:
         new = set(flags[flags >= 0].tolist()) - self.own
         self.own |= new
         for index in new:
-            tqdm.write(f"unreadable, replaced by another image of its class: {self.data.name(index)}")
+            tqdm.write(f"unreadable, replaced by another image of its class: {self.data.name(index)}", file=sys.stderr)
         return len(new)
 
     def add(self, count: int) -> None:

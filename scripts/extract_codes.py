@@ -11,6 +11,7 @@ Training draws half of its crops from DIR_105 if that folder lies beside DIR.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def encode(source: TokenSource, chunk: range, file: CodeFile, batch_size: int, w
     done = chunk.start
     for index, (images, unreadable) in zip(chunk, loader):
         if int(unreadable) >= 0:
-            tqdm.write(f"unreadable, replaced by another image of its class: {source.name(index)}")
+            tqdm.write(f"unreadable, replaced by another image of its class: {source.name(index)}", file=sys.stderr)
         waiting.append(images.view(crops, *images.shape[-3:]))
         if len(waiting) * crops >= batch_size or index == chunk[-1]:
             tokens = torch.cat([source.tokens(part) for part in torch.cat(waiting).split(batch_size)])

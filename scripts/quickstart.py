@@ -8,6 +8,7 @@ maximum likelihood for the same images and steps, and base samples at lower temp
 """
 
 import json
+import platform
 import shlex
 import statistics
 import time
@@ -123,6 +124,17 @@ def run_backbone(job: Quickstart, model: str, control: bool) -> dict:
     return result
 
 
+def processor() -> str:
+    """What the machine calls its CPU, or its first GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def main() -> None:
     began = time.perf_counter()
     parser = Parser(__doc__)
@@ -140,6 +152,7 @@ def main() -> None:
             "seed": args.seed,
             "samples": args.samples,
             "threads": torch.get_num_threads() * processes.world,
+            "processor": processor(),
             "versions": {"torch": torch.__version__},
         }
         atomic_write(args.output / "summary.json", lambda temporary: temporary.write_text(json.dumps(summary, indent=2) + "\n"))

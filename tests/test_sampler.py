@@ -1,6 +1,7 @@
 """Sampling: images belong to (seed, index), not to batches, processes or interruptions."""
 
 import json
+import resource
 import signal
 import subprocess
 import time
@@ -8,8 +9,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, command_line, environment, run
+from commands import REFERENCE, ROOT, command_line, environment, run
 
+import sample
 from cca.errors import UserError
 from cca.sampler import SampleRequest, class_of, sample_images
 from models import SamplingOptions, load_model
@@ -66,7 +68,7 @@ def test_8_bit_conversions():
 def test_processes_and_interruption_do_not_matter(name, tmp_path):
     options = ["sample.py", "--model", name, "--num-samples", 600, "--seed", 3]
     run(*options, "--output", tmp_path / "one.npz", "--grid", tmp_path / "grid.png")
-    run(*options, "--output", tmp_path / "two.npz", "--batch-size", 50, processes=2)
+    run(*options, "--output", tmp_path / "two.npz", "--batch-size", 50, processes=3)
     cut = tmp_path / "cut.npz"
     process = subprocess.Popen(command_line([*options, "--output", cut]), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
     parts = tmp_path / "cut.npz.parts"
@@ -89,8 +91,6 @@ def test_processes_and_interruption_do_not_matter(name, tmp_path):
 
 
 def test_unfinished_run_with_other_options_is_refused(tmp_path):
-    import sample
-
     parts = tmp_path / "s.npz.parts"
     parts.mkdir()
     arguments = ["--model", "var-mini", "--num-samples", "10", "--output", str(tmp_path / "s.npz")]
@@ -100,3 +100,31 @@ def test_unfinished_run_with_other_options_is_refused(tmp_path):
     (parts / "options.json").write_text(json.dumps({**options, "seed": 5}))
     with pytest.raises(UserError, match="unfinished run with seed 5 instead of 0"):
         sample.main(arguments)
+
+
+@pytest.mark.slow
+def test_fifty_thousand_in_bounded_memory(tmp_path):
+    command = command_line(["sample.py", "--model", "llamagen-mini", "--batch-size", 250, "--output", tmp_path / "s.npz"], processes=2)
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1.5e6  # KiB, of the largest process
+    with np.load(tmp_path / "s.npz") as file:
+        assert file["arr_0"].shape == (50_000, 32, 32, 3) and (np.bincount(file["arr_1"]) == 5000).all()
+    run("eval_fid.py", "--samples", tmp_path / "s.npz", "--reference", REFERENCE, "--features", "mini", "--metrics", "fid", "--output", tmp_path / "r.json")
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["samples"]["count"] == 50_000 and not any("instead of 50,000" in note for note in report["notes"])
+
+
+def test_presets():
+    arguments = sample.make_parser().parse_args(["--model", "var-d16", "--preset", "published-cfg", "--top-k", "5", "--output", "s.npz"])
+    sample.apply_preset(arguments)
+    assert (arguments.cfg_scale, arguments.top_k, arguments.top_p, arguments.dtype, arguments.class_order) == (2.5, 5, 0.96, "float16", "balanced")
+    arguments = sample.make_parser().parse_args(["--model", "llamagen-3b", "--preset", "published", "--output", "s.npz"])
+    sample.apply_preset(arguments)
+    assert (arguments.cfg_scale, arguments.top_k, arguments.eval_size, arguments.class_order) == (1.0, 0, 256, "random")
+
+
+def test_too_little_space(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
+    with pytest.raises(UserError, match="has 1.0 GB free, the run needs 1.2 GB"):
+        sample.main(["--model", "var-mini", "--num-samples", "200000", "--output", str(tmp_path / "s.npz")])

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 
+from models.__main__ import zoo_rows
 from models.zoo import TOKENIZERS, ZOO, build_model, recognise
 
 MANIFESTS = {
@@ -51,3 +53,11 @@ def test_recognised_by_content(manifest, name):
 def test_llamagen_sizes(size, tokenizer, tokens):
     model = build_model("llamagen-b", size, tokenizer)
     assert (model.sequence_length, model.image_size) == (tokens, size)
+
+
+def test_readme_table_is_the_zoo():
+    readme = (ROOT / "README.md").read_text()
+    for row in zoo_rows():
+        if not row["model"].endswith("-mini") and int(row["pixels"]) == ZOO[row["model"]].default_image_size:
+            cells = (row[c] for c in ("model", "parameters", "pixels", "FID base", "FID guided", "FID CCA"))
+            assert f"| {' | '.join(cells)} |" in readme
