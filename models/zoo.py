@@ -154,7 +154,7 @@ def _llamagen(
     )
 
 
-_MINI = dict(beta=0.2, lam=10, lr=3e-4, batch_size=64, dtype="float32")
+_MINI = dict(lam=10, batch_size=64, dtype="float32", warmup=0.02, final_lr=0.1)
 ZOO: dict[str, ZooEntry] = {
     "var-d16": _var(16, 50, 4, 0.1, 4.03, 3.55),
     "var-d20": _var(20, 50, 8, 0.1, 3.02, 2.95),
@@ -173,7 +173,7 @@ ZOO: dict[str, ZooEntry] = {
         var.TransformerConfig(dim=128, depth=3, heads=4, vocab_size=512, num_classes=10),
         "var-mini-tokenizer",
         {32: _bundled("var-mini")},
-        Recipe(**_MINI, grad_clip=2.0, warmup=0.02, final_lr=0.1),
+        Recipe(**_MINI, beta=0.2, lr=3e-4, grad_clip=2.0),
         default_image_size=32,
     ),
     "llamagen-mini": ZooEntry(
@@ -181,7 +181,7 @@ ZOO: dict[str, ZooEntry] = {
         llamagen.TransformerConfig(dim=128, layers=4, heads=4, grid=8, vocab_size=512, num_classes=10, dropout=0.0),
         "llamagen-mini-tokenizer",
         {32: _bundled("llamagen-mini")},
-        Recipe(**_MINI, grad_clip=1.0),
+        Recipe(**_MINI, beta=0.5, lr=1.5e-4, grad_clip=1.0),
         default_image_size=32,
     ),
 }
