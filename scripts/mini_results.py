@@ -34,17 +34,21 @@ def row(label: str, runs: list[dict]) -> str:
 
 def model_section(model: str, runs: list[dict]) -> list[str]:
     lines = [f"## {model}", "", "| samples | " + " | ".join(title for _, title, _ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    controlled = [r for r in runs if "sft" in r]  # some runs may be without --control
+    fewer = f", {len(controlled)} seed(s)" if len(controlled) < len(runs) else ""
     for kind, label in ROWS.items():
-        if kind in runs[0]:
-            scales = sorted({r[kind]["cfg_scale"] for r in runs}) if kind == "base_cfg" else []
-            lines.append(row(label + (f" (scale {', '.join(map(str, scales))})" if scales else ""), [r[kind] for r in runs]))
+        having = controlled if kind == "sft" else runs
+        scales = sorted({r[kind]["cfg_scale"] for r in runs}) if kind == "base_cfg" else []
+        label += f" (scale {', '.join(map(str, scales))})" if scales else fewer if kind == "sft" else ""
+        if having:
+            lines.append(row(label, [r[kind] for r in having]))
     for scale in runs[0]["sweep"]:
         lines.append(row(f"base, guidance {scale}", [r["sweep"][scale] for r in runs]))
-    for temperature in runs[0].get("temperature", {}):
-        lines.append(row(f"control: base at temperature {temperature}", [r["temperature"][temperature] for r in runs]))
+    for temperature in controlled[0]["temperature"] if controlled else ():
+        lines.append(row(f"control: base at temperature {temperature}{fewer}", [r["temperature"][temperature] for r in controlled]))
 
     def ratios(name: str, a: str, b: str) -> list[float]:
-        return [r[a][name] / r[b][name] for r in runs]
+        return [r[a][name] / r[b][name] for r in runs if a in r]
 
     recipe = ZOO[model].recipe
     lines += [
@@ -53,7 +57,7 @@ def model_section(model: str, runs: list[dict]) -> list[str]:
         f"- CCA's FID without guidance over best guided: {spread(ratios('fid', 'cca', 'base_cfg'), '.2f')} (aim: at most 1.00)",
         f"- share of the gap between base and best guided that CCA closes: {spread([gap_closed(r) for r in runs], '.2f')} (wanted: at least 0.90)",
     ]
-    if "sft" in runs[0]:
+    if controlled:
         lines.append(f"- control, plain maximum likelihood, over base: {spread(ratios('fid', 'sft', 'base'), '.2f')} (wanted: 0.90 to 1.10)")
     lines += [
         f"- seconds per image, CCA without guidance over guided base: {spread(ratios('seconds_per_image', 'cca', 'base_cfg'), '.2f')} (wanted: at most 0.70)",
@@ -77,7 +81,7 @@ def main() -> None:
         "# The mini models",
         "",
         f"Command, for each of the seeds {', '.join(str(s['seed']) for s in summaries)}:",
-        "`bash scripts/quickstart.sh --control --seed SEED --output runs/mini-SEED`, then `python -m scripts.mini_results`.",
+        "`bash scripts/quickstart.sh [--control] --seed SEED --output runs/mini-SEED`, then `python -m scripts.mini_results runs/mini-*`.",
         "",
         f"{datetime.date.today()}, {first['processor']}, {first['threads']} CPU threads, Python {platform.python_version()}, torch {first['versions']['torch']}; "
         f"{', '.join(str(round(s['wall_seconds'])) for s in summaries)} s. Mean ± standard deviation over the seeds, which change the CCA run and the samples; "
