@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
         raise UserError(f"--metrics: {unknown[0]!r} is not one of {', '.join(METRICS)}")
+    if args.output and args.output.resolve() == args.samples.with_suffix(".json").resolve():
+        raise UserError(f"--output: {args.output} is where sample.py describes the samples; take another name")
     samples, reference_images = open_images(args.samples), open_images(args.reference)
     labels = samples.labels()
     if labels is not None and len(labels) != len(samples):

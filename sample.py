@@ -52,7 +52,7 @@ def make_parser() -> Parser:
     add("--seed", type=count(0), default=0, help="seed of classes and tokens (default 0)")
     add("--batch-size", type=count(), default=64, help="images decoded at once in one process (default 64)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="precision (default float32)")
-    add("--compile", action="store_true", help="torch.compile the transformer blocks: minutes at the start, then faster")
+    add("--compile", action="store_true", help="torch.compile the transformer blocks (takes minutes at the start)")
     add("--output", required=True, type=Path, metavar="FILE.npz", help="where the samples go")
     add("--grid", type=Path, metavar="FILE.png", help="also write a picture of the first images, with class names")
     return parser

@@ -132,4 +132,11 @@ def save_safetensors(state: dict[str, Tensor], path: Path, wrapper: str | None =
     """Write a state dict as .safetensors, which remembers where it stood in the published file."""
     metadata = {"format": "pt", "wrapper": published_wrapper(state) if wrapper is None else wrapper}
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
-    atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary, metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # the library makes files that their owner alone may read
+
+    atomic_write(path, write)

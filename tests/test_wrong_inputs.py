@@ -92,6 +92,7 @@ CASES = [
     (eval_fid, ["--reference", REFERENCE, "--samples", "good.npz", "--inception-weights", "none.pth"], "--inception-weights: none.pth: no such file"),
     (eval_fid, ["--reference", REFERENCE, "--samples", "good.npz", "--inception-weights", "junk.npz"], "junk.npz: not a weights file"),
     (eval_fid, [*EVAL, "good.npz", "--inception-weights", "junk.npz"], "--inception-weights: goes with --features inception"),
+    (eval_fid, [*EVAL, "good.npz", "--output", "good.json"], "good.json is where sample.py describes the samples"),
     (eval_fid, ["--samples", "good.npz"], "--reference: is required"),
     (eval_fid, ["--compare", "none.json"], "none.json is not a result"),
     (make_reference, ["--images", "good.npz", "--output", "ref.json"], "ref.json does not end in .npz"),
