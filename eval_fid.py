@@ -10,7 +10,6 @@ with mu and sigma (mu_s, sigma_s) is taken at its word, its arr_0 serves precisi
 Prints a table, writes JSON, and says what makes a figure not comparable with published ones.
 """
 
-import json
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from cca.evaluator import METRICS, Seconds, comparability, compare, content_hash
 from cca.features import make_extractor
 from cca.image_sets import open_images
 from cca.options import Parser, count
-from models.checkpoints import atomic_write
+from models.checkpoints import write_json
 
 
 def make_parser() -> Parser:
@@ -88,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             "seconds": seconds.parts,
         }
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(args.output, lambda temporary: temporary.write_text(json.dumps(report, indent=2) + "\n"))
+        write_json(args.output, report)
 
 
 if __name__ == "__main__":

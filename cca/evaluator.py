@@ -22,7 +22,7 @@ from cca.errors import UserError
 from cca.features import Extractor, Features
 from cca.image_sets import FolderOfImages, NpzImages
 from cca.metrics import Gaussian, frechet_distance, inception_score, precision_recall
-from models.checkpoints import atomic_write, file_sha256
+from models.checkpoints import file_sha256, write_binary
 from models.zoo import ZOO
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "accuracy")
@@ -102,12 +102,7 @@ def reference_features(images: NpzImages | FolderOfImages, extractor: Extractor,
     arrays = {k: v.numpy() for k, v in (("pooled", found.pooled), ("spatial", found.spatial)) if v is not None}
     if len(images) <= CACHED_IMAGES:
         path.parent.mkdir(parents=True, exist_ok=True)
-
-        def write(temporary: Path) -> None:
-            with open(temporary, "wb") as file:
-                np.savez(file, **arrays)
-
-        atomic_write(path, write)
+        write_binary(path, lambda file: np.savez(file, **arrays))
     return arrays
 
 

@@ -16,7 +16,7 @@ from cca.distributed import Processes
 from cca.errors import UserError
 from cca.plan import TrainingConfig
 from cca.trainer import Trainer
-from models.checkpoints import atomic_write, save_published
+from models.checkpoints import atomic_write, save_published, write_json
 
 
 def describe(config: TrainingConfig, extra: dict) -> dict:
@@ -42,7 +42,7 @@ class RunFolder:
         processes.barrier()  # all have looked before one writes
         if processes.main and not (path / "config.json").exists():
             self.states.mkdir(parents=True, exist_ok=True)
-            atomic_write(path / "config.json", lambda temporary: temporary.write_text(json.dumps(description, indent=2) + "\n"))
+            write_json(path / "config.json", description)
         processes.barrier()
 
     def saved_steps(self) -> list[int]:

@@ -22,7 +22,7 @@ from cca.distributed import Processes
 from cca.errors import UserError
 from cca.random import CLASSES, TOKENS, stream
 from models.base import ARImageModel, SamplingOptions
-from models.checkpoints import atomic_write
+from models.checkpoints import atomic_write, write_binary, write_json
 
 RANGE = 256  # images per stored part
 DECODED_PIXELS = 2**21  # of one batch of the tokenizer's decoder: 32 images of 256 x 256
@@ -143,18 +143,14 @@ class PartStore:
         processes.barrier()
         if processes.main and not self.marker.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.marker, lambda temporary: temporary.write_text(json.dumps(options)))
+            write_json(self.marker, options)
         processes.barrier()
 
     def path(self, part: range) -> Path:
         return self.folder / f"{part.start:08d}.npy"
 
     def write(self, part: range, images: np.ndarray) -> None:
-        def save(temporary: Path) -> None:
-            with open(temporary, "wb") as file:
-                np.save(file, images)
-
-        atomic_write(self.path(part), save)
+        write_binary(self.path(part), lambda file: np.save(file, images))
 
     def assemble(self, parts: list[range], labels: np.ndarray, shape: tuple[int, ...]) -> None:
         """Join the parts into one .npz, one part in memory at a time."""
@@ -215,6 +211,6 @@ def run_sampling(model: ARImageModel, request: SampleRequest, batch_size: int, o
             "images_per_second": totals[0] / (totals[1] / processes.world) if made else None,
             "wall_seconds": time.perf_counter() - started,
         }
-        atomic_write(output.with_suffix(".json"), lambda temporary: temporary.write_text(json.dumps(report, indent=2) + "\n"))
+        write_json(output.with_suffix(".json"), report)
         store.remove()
     processes.barrier()

@@ -2,12 +2,14 @@
 
 import argparse
 import hashlib
+import json
 import os
 import pickle
 import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +32,21 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON, atomically."""
+    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def write_binary(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Call ``write`` with an open file, atomically (given a name, numpy would add a suffix to it)."""
+
+    def open_and_write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            write(file)
+
+    atomic_write(path, open_and_write)
 
 
 def file_sha256(path: Path) -> str:

@@ -23,7 +23,7 @@ from cca.data import TokenSource, open_images, ten_crop_transform
 from cca.distributed import Processes
 from cca.errors import UserError, run_command
 from cca.options import Parser, count, number
-from models.checkpoints import atomic_write
+from models.checkpoints import write_binary, write_json
 from models.zoo import ZOO, load_files, locate
 
 CHUNK = 1024  # images between two notes of progress
@@ -74,22 +74,13 @@ class CodeFile:
     def finish(self, labels: np.ndarray) -> None:
         self.processes.barrier()
         if self.processes.main:
-            atomic_write(self.folder / "labels.npy", lambda temporary: save_array(temporary, labels))
+            write_binary(self.folder / "labels.npy", lambda file: np.save(file, labels))
             self.partial.rename(self.folder / "codes.npy")
             write_json(self.folder / "header.json", self.header)
             for note in self.notes.iterdir():
                 note.unlink()
             self.notes.rmdir()
         self.processes.barrier()
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as file:  # a file object: np.save would add a suffix to the name
-        np.save(file, array)
-
-
-def write_json(path: Path, content: dict) -> None:
-    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def encode(source: TokenSource, chunk: range, file: CodeFile, batch_size: int, workers: int) -> None:

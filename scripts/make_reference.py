@@ -23,7 +23,7 @@ from cca.image_sets import FolderOfImages, open_images
 from cca.metrics import Gaussian, RunningGaussian
 from cca.options import Parser, count
 from cca.random import DATA_ORDER, stream
-from models.checkpoints import atomic_write
+from models.checkpoints import write_binary
 
 
 class CroppedFolder(FolderOfImages):
@@ -91,12 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     gathered = processes.gather(pixels)
     if processes.main:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-
-        def write(temporary: Path) -> None:
-            with open(temporary, "wb") as file:
-                np.savez(file, arr_0=gathered.numpy(), **arrays)
-
-        atomic_write(args.output, write)
+        write_binary(args.output, lambda file: np.savez(file, arr_0=gathered.numpy(), **arrays))
         print(f"{args.output}: statistics of {len(images):,} images, {len(gathered):,} of them kept")
 
 

@@ -26,7 +26,7 @@ from cca.errors import run_command
 from cca.options import Parser, count
 from cca.sampler import SampleRequest, sample_images
 from models import SamplingOptions, load_model
-from models.checkpoints import atomic_write
+from models.checkpoints import write_json
 from scripts import extract_codes
 from scripts.quickstart_report import write_report
 
@@ -155,7 +155,7 @@ def main() -> None:
             "processor": processor(),
             "versions": {"torch": torch.__version__},
         }
-        atomic_write(args.output / "summary.json", lambda temporary: temporary.write_text(json.dumps(summary, indent=2) + "\n"))
+        write_json(args.output / "summary.json", summary)
         write_report(args.output, summary)
     processes.barrier()
 
