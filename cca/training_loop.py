@@ -63,11 +63,11 @@ def train(
     """Run or resume training up to ``max_steps``, then leave model and state in ``folder``."""
     config, processes = trainer.config, trainer.processes
     done = folder.resume(trainer)
-    stop = False
+    asked = False
 
     def ask_to_stop(*_) -> None:
-        nonlocal stop
-        stop = True
+        nonlocal asked
+        asked = True
 
     previous = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
     share = processes.share(config.batch_size)
@@ -86,7 +86,7 @@ def train(
                 folder.log(done, metrics)
                 show(bar, metrics, done % log_every == 0)
             # A signal reaches the processes at different moments; they agree on the step to stop at.
-            agreed = processes.sum(torch.tensor([float(stop), float(unreadable.report(flags))], device=processes.device))
+            agreed = processes.sum(torch.tensor([float(asked), float(unreadable.report(flags))], device=processes.device))
             stop = bool(agreed[0])
             unreadable.add(int(agreed[1]))
             if stop or done % save_every == 0 or done == config.max_steps:

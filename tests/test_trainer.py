@@ -1,13 +1,21 @@
 """The trainer's own step against six micro-steps of training with the published code."""
 
+import signal
+from dataclasses import replace
+
 import pytest
 import torch
+from commands import TRAIN
 from golden_models import build, golden
 
+from cca.data import ImageArray
 from cca.distributed import Processes
 from cca.losses import pair_labels
 from cca.plan import TrainingConfig, lr_factor
+from cca.run_folder import RunFolder
 from cca.trainer import Trainer
+from cca.training_loop import train
+from models import load_model
 
 
 def config_of(backbone: str, loss: str) -> TrainingConfig:
@@ -53,3 +61,34 @@ def test_schedule_of_every_micro_step():
     expected = golden("train_trace_var_cca")["lrs"]
     found = [1e-3 * lr_factor(i, 2, 6, 0.1) for i in range(6)]
     torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-9, atol=0)
+
+
+class InterruptedProcesses(Processes):
+    """SIGTERM arrives just after the n-th sum over the processes."""
+
+    def __init__(self, interrupt_at: int):
+        super().__init__()
+        self.interrupt_at, self.sums = interrupt_at, 0
+
+    def sum(self, values):
+        self.sums += 1
+        total = super().sum(values)
+        if self.sums == self.interrupt_at:
+            signal.raise_signal(signal.SIGTERM)
+        return total
+
+
+def test_no_moment_of_a_step_loses_a_signal(tmp_path):
+    def run(interrupt_at: int) -> tuple[list[str], int]:
+        model = load_model("var-mini")
+        processes = InterruptedProcesses(interrupt_at)
+        config = replace(config_of("var", "cca"), batch_size=2)
+        folder = RunFolder(tmp_path / str(interrupt_at), processes, {})
+        train(Trainer(model, config, 2, processes), ImageArray(TRAIN, model), folder, save_every=100, log_every=100)
+        return [state.name for state in (folder.path / "state").iterdir()], processes.sums
+
+    states, sums = run(0)
+    assert states == ["step-3"] and sums >= 3
+    for interrupt_at in range(1, sums // 3 + 1):  # every sum of the first step
+        states, _ = run(interrupt_at)
+        assert states in (["step-1"], ["step-2"])
