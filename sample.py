@@ -13,10 +13,12 @@ again with the same command, goes on where it stopped.
 import argparse
 from pathlib import Path
 
+import torch
+
 from cca.distributed import Processes
 from cca.errors import UserError, run_command
 from cca.options import Parser, count, number
-from cca.sampler import SampleRequest, first_images, run_sampling, write_grid
+from cca.sampler import SampleRequest, compile_blocks, first_images, run_sampling, write_grid
 from models.base import ARImageModel, SamplingOptions
 from models.zoo import ZOO, class_name, load_files, locate, zoo_entry
 
@@ -53,6 +55,7 @@ def make_parser() -> Parser:
     add("--batch-size", type=count(), default=64, help="images decoded at once in one process (default 64)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="precision (default float32)")
     add("--compile", action="store_true", help="torch.compile the transformer blocks (takes minutes at the start)")
+    add("--cuda-graphs", action="store_true", help="run all decoding steps of a batch as one CUDA graph (GPU only)")
     add("--output", required=True, type=Path, metavar="FILE.npz", help="where the samples go")
     add("--grid", type=Path, metavar="FILE.png", help="also write a picture of the first images, with class names")
     return parser
@@ -91,11 +94,12 @@ def main(argv: list[str] | None = None) -> None:
     for option, path, suffix in (("--output", args.output, ".npz"), ("--grid", args.grid, ".png")):
         if path and path.suffix != suffix:
             raise UserError(f"{option}: {path} does not end in {suffix}")
+    if args.cuda_graphs and not torch.cuda.is_available():
+        raise UserError("--cuda-graphs: there is no GPU here")
     files = locate(args.model, args.weights, args.tokenizer_weights, args.image_size)
     model = load_files(files)
     if args.compile:
-        for block in model.transformer.stack:
-            block.compile(dynamic=True)
+        compile_blocks(model)
     schedule = args.cfg_schedule or model.default_cfg_schedule
     sampling = SamplingOptions(args.cfg_scale, schedule, args.cfg_interval, args.top_k, args.top_p, args.temperature)
     classes = parse_classes(args.classes, model)
@@ -103,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in filter(None, (args.output, args.grid)):
         path.parent.mkdir(parents=True, exist_ok=True)
     processes = Processes()
-    run_sampling(model, request, args.batch_size, args.output, {**files.describe(), "weights": args.weights}, processes)
+    run_sampling(model, request, args.batch_size, args.output, {**files.describe(), "weights": args.weights}, processes, args.cuda_graphs)
     if args.grid and processes.main:
         columns = min(len(classes), 10)
         images, labels = first_images(args.output, 8 * columns)

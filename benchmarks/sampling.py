@@ -20,36 +20,41 @@ from torch import Tensor
 from benchmarks.train_step import peak_and_base, reset_peak
 from cca.errors import run_command
 from cca.options import Parser, count, number
-from models.base import ARImageModel, KVCache, SamplingOptions, draw_tokens, filter_logits
+from models.base import ARImageModel, LayerCache, SamplingOptions, draw_tokens, filter_logits
 from models.llamagen import Attention, DecodingState, LlamaGen, rotate
 from models.zoo import ZOO, build_model
 
 
-class ConcatenatedCache:
+class ConcatenatedLayer:
     """Grows by concatenation, level by level, as in VAR's code."""
 
+    def __init__(self):
+        self.stored: tuple[Tensor, Tensor] | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.stored = (k, v) if self.stored is None else tuple(torch.cat(pair, dim=2) for pair in zip(self.stored, (k, v)))
+        return self.stored
+
+
+class ConcatenatedCache:
     def __init__(self, layers: int):
-        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self.layers = [ConcatenatedLayer() for _ in range(layers)]
         self.length = 0
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.layers[layer] is not None:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v)))
-        self.layers[layer] = (k, v)
-        return k, v
+    def at(self, layer: int) -> ConcatenatedLayer:
+        return self.layers[layer]
 
     def advance(self, n: int) -> None:
         self.length += n
 
 
-def full_length_attention(self: Attention, x: Tensor, table: Tensor, cache: KVCache, layer: int) -> Tensor:
+def full_length_attention(self: Attention, x: Tensor, table: Tensor, cache: LayerCache) -> Tensor:
     """Attention over the whole preallocated cache, masked behind the current position."""
     q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
     q, k = rotate(q, table), rotate(k, table)
-    cache.append(layer, k, v)
-    positions = torch.arange(cache.store.shape[4], device=x.device)
-    mask = (positions <= cache.length)[None, None, None]
-    out = F.scaled_dot_product_attention(q, cache.store[layer, 0], cache.store[layer, 1], attn_mask=mask)
+    cache.append(k, v)
+    mask = (torch.arange(cache.keys.shape[2], device=x.device) <= cache.length)[None, None, None]
+    out = F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=mask)
     return self.wo(out.transpose(1, 2).flatten(2))
 
 
@@ -75,7 +80,8 @@ def plain_llamagen(model: ARImageModel, labels: Tensor, uniforms: Tensor, option
 
     def begin(self: LlamaGen, labels: Tensor) -> DecodingState:
         state = own_begin(self, labels)
-        state.cache.store.zero_()
+        for stored in state.cache.layers:
+            stored[0].zero_(), stored[1].zero_()
         return state
 
     Attention.forward, LlamaGen.begin = full_length_attention, begin

@@ -1,6 +1,6 @@
 """One training step, side by side with the plain way: whole logits, log_softmax, gather, for policy and reference.
 
-    python -m benchmarks.train_step --model llamagen-b --micro-batch-size 2
+    python -m benchmarks.train_step --model llamagen-b --image-size 384 --micro-batch-size 2
     python -m benchmarks.train_step --model var-d16 --micro-batch-size 2
 
 Random weights of the full size. Each way runs in a process of its own; the peak is of the step
@@ -27,7 +27,7 @@ from cca.trainer import Trainer
 from models.base import ARTransformer
 from models.zoo import ZOO, build_model
 
-CHILD = "from benchmarks.train_step import measure; measure({!r}, {!r}, {!r}, {!r})"
+CHILD = "from benchmarks.train_step import measure; measure({!r}, {!r}, {!r}, {!r}, {!r})"
 WAYS = ("chunked", "plain", "none")
 
 
@@ -56,11 +56,11 @@ def peak_and_base() -> tuple[int, int]:
     return memory("VmHWM"), memory("VmRSS")
 
 
-def measure(name: str, way: str, micro_batch: int, rounds: int) -> None:
+def measure(name: str, image_size: int | None, way: str, micro_batch: int, rounds: int) -> None:
     """Run in a fresh process: peak bytes above the start of a step, and seconds, as JSON."""
     if way != "chunked":
         ARTransformer.forward = plain_forward if way == "plain" else no_output_layer
-    model = build_model(name, device="cpu")
+    model = build_model(name, image_size, device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     model.tokenizer.requires_grad_(False)
@@ -88,17 +88,19 @@ def measure(name: str, way: str, micro_batch: int, rounds: int) -> None:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--model", required=True, choices=sorted(ZOO), help="whose sizes")
+    parser.add_argument("--image-size", type=count(), help="pixels (default: the model's)")
     parser.add_argument("--micro-batch-size", type=count(2), default=2, help="images per step (default 2)")
     parser.add_argument("--rounds", type=count(), default=3, help="timed steps, after one to warm up (default 3)")
     args = parser.parse_args()
     found = {}
     for way in WAYS:
-        child = CHILD.format(args.model, way, args.micro_batch_size, args.rounds)
+        child = CHILD.format(args.model, args.image_size, way, args.micro_batch_size, args.rounds)
         found[way] = json.loads(subprocess.check_output([sys.executable, "-c", child], text=True).splitlines()[-1])
     chunked, plain, none = (found[way] for way in WAYS)
     loss_part = {way: max(found[way]["peak"] - none["peak"], 0) / 1e6 for way in ("chunked", "plain")}
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model}, {args.micro_batch_size} images, {machine}, torch {torch.__version__}")
+    size = build_model(args.model, args.image_size).image_size
+    print(f"{args.model} at {size}, {args.micro_batch_size} images, {machine}, torch {torch.__version__}")
     print("| way | seconds per step | peak of the step, MB | of its loss part, MB |\n|---|---|---|---|")
     for way in ("plain", "chunked"):
         print(f"| {way} | {found[way]['seconds']:.2f} | {found[way]['peak'] / 1e6:,.0f} | {loss_part[way]:,.0f} |")

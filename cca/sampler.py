@@ -53,13 +53,55 @@ def token_noise(index: int, length: int, seed: int) -> np.ndarray:
     return stream(seed, TOKENS, index).random(length)
 
 
-@torch.inference_mode()
-def sample_tokens(model: ARImageModel, indices: range, request: SampleRequest, device: torch.device) -> Tensor:
+def compile_blocks(model: ARImageModel) -> None:
+    """torch.compile the transformer blocks, once for all lengths of the cache."""
+    for block in model.transformer.stack:
+        block.compile(dynamic=True)
+
+
+Generate = Callable[[Tensor, Tensor], Tensor]  # labels [n], uniforms [n, L] -> tokens [n, L]
+
+
+def eager_generate(model: ARImageModel, request: SampleRequest) -> Generate:
+    def generate(labels: Tensor, uniforms: Tensor) -> Tensor:
+        with precision(labels.device, request.dtype):
+            return model.generate(labels, uniforms, request.sampling)
+
+    return generate
+
+
+class GraphedGenerate:
+    """All decoding steps of one batch as a single CUDA graph; a smaller batch is filled up.
+
+    At these batch sizes launching the kernels takes longer than running them; a graph launches once.
+    """
+
+    def __init__(self, model: ARImageModel, request: SampleRequest, batch_size: int, device: torch.device):
+        generate = eager_generate(model, request)
+        self.labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.uniforms = torch.zeros(batch_size, model.sequence_length, dtype=torch.float64, device=device)
+        warm_up = torch.cuda.Stream()
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):  # libraries set themselves up, and blocks compile, before the capture
+            generate(self.labels, self.uniforms)
+        torch.cuda.current_stream().wait_stream(warm_up)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.tokens = generate(self.labels, self.uniforms)
+
+    def __call__(self, labels: Tensor, uniforms: Tensor) -> Tensor:
+        rows = len(labels)
+        self.labels[:rows].copy_(labels)
+        self.uniforms[:rows].copy_(uniforms)
+        self.graph.replay()
+        return self.tokens[:rows].clone()
+
+
+def sample_tokens(model: ARImageModel, indices: range, request: SampleRequest, device: torch.device, generate: Generate) -> Tensor:
     """Tokens [n, L] of these indices, as one batch."""
     labels = torch.tensor([class_of(i, request) for i in indices], device=device)
     noise = np.stack([token_noise(i, model.sequence_length, request.seed) for i in indices])
-    with precision(device, request.dtype):
-        return model.generate(labels, torch.from_numpy(noise).to(device), request.sampling)
+    return generate(labels, torch.from_numpy(noise).to(device))
 
 
 @torch.inference_mode()
@@ -84,13 +126,19 @@ def precision(device: torch.device, dtype: str) -> torch.autocast:
 
 
 def sample_images(
-    model: ARImageModel, indices: range, request: SampleRequest, batch_size: int, device: torch.device, progress: Callable[[int], object] = lambda n: None
+    model: ARImageModel,
+    indices: range,
+    request: SampleRequest,
+    batch_size: int,
+    device: torch.device,
+    generate: Generate | None = None,
+    progress: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
     """uint8 images [n, H, W, 3] of these indices; ``progress`` hears of each finished batch."""
-    tokens = []
+    generate, tokens = generate or eager_generate(model, request), []
     for start in range(indices.start, indices.stop, batch_size):
         batch = range(start, min(start + batch_size, indices.stop))
-        tokens.append(sample_tokens(model, batch, request, device))
+        tokens.append(sample_tokens(model, batch, request, device, generate))
         progress(len(batch))
     return decode_tokens(model, torch.cat(tokens), request)
 
@@ -178,7 +226,9 @@ def check_space(output: Path, needed: int) -> None:
         raise UserError(f"--output: {output.parent} has {free / 1e9:.1f} GB free, the run needs {needed / 1e9:.1f} GB (its parts, then the file)")
 
 
-def run_sampling(model: ARImageModel, request: SampleRequest, batch_size: int, output: Path, provenance: dict, processes: Processes) -> None:
+def run_sampling(
+    model: ARImageModel, request: SampleRequest, batch_size: int, output: Path, provenance: dict, processes: Processes, cuda_graphs: bool = False
+) -> None:
     """Sample, store, assemble ``output`` (.npz) and write its ``.json`` beside it."""
     started = time.perf_counter()
     model = model.to(processes.device)
@@ -192,10 +242,11 @@ def run_sampling(model: ARImageModel, request: SampleRequest, batch_size: int, o
     processes.barrier()  # all have looked before one writes
     mine = [part for part in parts[processes.rank :: processes.world] if not store.path(part).exists()]
     made = sum(map(len, mine))
+    generate = GraphedGenerate(model, request, min(batch_size, RANGE), processes.device) if cuda_graphs and made else None
     began = time.perf_counter()
     with tqdm(total=made, desc=f"sampling {output.name}", unit="image", disable=not processes.main) as bar:
         for part in mine:
-            store.write(part, sample_images(model, part, request, batch_size, processes.device, bar.update).numpy())
+            store.write(part, sample_images(model, part, request, batch_size, processes.device, generate, bar.update).numpy())
     seconds = time.perf_counter() - began
     totals = processes.sum(torch.tensor([float(made), seconds], dtype=torch.float64, device=processes.device)).tolist()
     if processes.main:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,29 +41,39 @@ class SamplingOptions:
         return 1.0 + (self.cfg_scale - 1.0) * progress
 
 
+class LayerCache(NamedTuple):
+    """One layer's keys and values [rows, heads, final length, head_dim]; ``length`` positions are filled."""
+
+    keys: Tensor
+    values: Tensor
+    length: int
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store those of the next n positions, [rows, heads, n, head_dim]; returns everything stored so far."""
+        end = self.length + k.shape[2]
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
 class KVCache:
     """Keys and values of all layers, allocated once at their final size.
 
-    ``append`` takes [rows, heads, n, head_dim] for one layer and returns everything stored so
-    far; ``advance`` moves the write position after the last layer.
+    Each layer appends through ``at``; ``advance`` moves the write position after the last one.
     """
 
     def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
-        shape = (layers, 2, rows, heads, length, head_dim)
-        self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.layers = [(like.new_empty(rows, heads, length, head_dim), like.new_empty(rows, heads, length, head_dim)) for _ in range(layers)]
         self.length = 0
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + k.shape[2]
-        self.store[layer, 0, :, :, self.length : end] = k
-        self.store[layer, 1, :, :, self.length : end] = v
-        return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
+    def at(self, layer: int) -> LayerCache:
+        return LayerCache(*self.layers[layer], self.length)
 
     def advance(self, n: int) -> None:
         self.length += n
 
     def keep_rows(self, rows: int) -> None:
-        self.store = self.store[:, :, :rows]
+        self.layers = [(k[:rows], v[:rows]) for k, v in self.layers]
 
 
 def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:

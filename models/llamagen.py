@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.autoencoder import AutoencoderConfig, Decoder, Encoder, nearest_code
-from models.base import ARImageModel, ARTransformer, KVCache
+from models.base import ARImageModel, ARTransformer, KVCache, LayerCache
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, table: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None) -> Tensor:
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
+            k, v = cache.append(k, v)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
         return self.dropout(self.wo(out.transpose(1, 2).flatten(2)))
 
@@ -108,8 +108,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim)
         self.ffn_norm = RMSNorm(config.dim)
 
-    def forward(self, x: Tensor, table: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), table, cache, layer)
+    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), table, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -158,7 +158,7 @@ class LlamaGenTransformer(ARTransformer):
         start = cache.length if cache is not None else 0
         x, table = self.token_dropout(embeddings), self.rotary[start : start + embeddings.shape[1]]
         for layer, block in enumerate(self.layers):
-            x = self.run_block(block, x, table, cache, layer)
+            x = self.run_block(block, x, table, cache and cache.at(layer))
         if cache is not None:
             cache.advance(embeddings.shape[1])
         return self.norm(x)

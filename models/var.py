@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.autoencoder import AutoencoderConfig, Decoder, Encoder, nearest_code
-from models.base import ARImageModel, ARTransformer, KVCache
+from models.base import ARImageModel, ARTransformer, KVCache, LayerCache
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class Attention(nn.Module):
         self.register_buffer("zero_k_bias", torch.zeros(dim, device="cpu"))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = F.linear(x, self.mat_qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         temperature = self.scale_mul_1H11.clamp_max(math.log(100.0)).exp()
         q, k = (F.normalize(q.float(), dim=-1) * temperature).type_as(v), F.normalize(k.float(), dim=-1).type_as(v)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
+            k, v = cache.append(k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         return self.proj(out.transpose(1, 2).flatten(2))
 
@@ -117,11 +117,11 @@ class Block(nn.Module):
         vectors = self.ada_lin(condition).view(-1, 1, 6, self.dim) if condition.ndim == 2 else self.ada_gss + condition
         return vectors.unbind(2)
 
-    def forward(self, x: Tensor, condition: Tensor | Modulation, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | Modulation, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         """``condition``: what ``modulation`` takes, or gave: sampling computes it once per image."""
         modulation = self.modulation(condition) if isinstance(condition, Tensor) else condition
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        attended = self.attn(_norm(x) * (1 + scale1) + shift1, mask, cache, layer)
+        attended = self.attn(_norm(x) * (1 + scale1) + shift1, mask, cache)
         x = x + self.drop_path(attended * gamma1)
         return x + self.drop_path(self.ffn(_norm(x) * (1 + scale2) + shift2) * gamma2)
 
@@ -237,7 +237,7 @@ class VARTransformer(ARTransformer):
         x = x + self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]
         mask = None if state.cache else self.attn_bias_for_masking[:, :, :end, :end].to(x.dtype)
         for layer, block in enumerate(self.blocks):
-            x = self.run_block(block, x, state.modulations[layer], mask, state.cache, layer)
+            x = self.run_block(block, x, state.modulations[layer], mask, state.cache and state.cache.at(layer))
         if state.cache:
             state.cache.advance(end - start)
         with torch.autocast(x.device.type, enabled=False):
