@@ -154,7 +154,7 @@ def _llamagen(
     )
 
 
-_MINI = dict(lam=10, batch_size=64, dtype="float32", warmup=0.02, final_lr=0.1)
+_MINI = dict(lam=3, batch_size=64, dtype="float32", warmup=0.02, final_lr=0.1)
 ZOO: dict[str, ZooEntry] = {
     "var-d16": _var(16, 50, 4, 0.1, 4.03, 3.55),
     "var-d20": _var(20, 50, 8, 0.1, 3.02, 2.95),
@@ -181,7 +181,7 @@ ZOO: dict[str, ZooEntry] = {
         llamagen.TransformerConfig(dim=128, layers=4, heads=4, grid=8, vocab_size=512, num_classes=10, dropout=0.0),
         "llamagen-mini-tokenizer",
         {32: _bundled("llamagen-mini")},
-        Recipe(**_MINI, beta=0.5, lr=1.5e-4, grad_clip=1.0),
+        Recipe(**_MINI, beta=0.2, lr=1.5e-4, grad_clip=1.0),
         default_image_size=32,
     ),
 }

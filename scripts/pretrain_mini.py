@@ -41,7 +41,7 @@ from models.zoo import build_model
 ASSETS = Path("assets")
 TRAINING, TUNING = slice(0, 50_000), slice(50_000, 60_000)
 BUNDLED_TRAINING = slice(0, 10_000)
-DEFAULT_STEPS = {"llamagen-mini": 7_500, "var-mini": 3_600}
+DEFAULT_STEPS = {"llamagen-mini": 7_500, "var-mini": 8_000}
 
 
 def read_raw(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:

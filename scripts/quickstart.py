@@ -31,7 +31,7 @@ from scripts import extract_codes
 from scripts.quickstart_report import write_report
 
 TRAIN, REFERENCE = "assets/fashion-mnist-train-10k.npz", "assets/fashion-mnist-test-10k.npz"
-SCALES = {"llamagen-mini": (1.25, 1.5, 1.75, 2.0), "var-mini": (1.5, 2.0, 2.5, 3.0)}
+SCALES = {"llamagen-mini": (1.25, 1.5, 1.75, 2.0), "var-mini": (2.0, 2.5, 3.0, 3.5)}
 TEMPERATURES = (0.7, 0.8, 0.9)
 TIMED_IMAGES, TIMED_ROUNDS = 256, 3
 
