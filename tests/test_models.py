@@ -1,10 +1,13 @@
 """Models against the figures of the published code, and what their interface promises."""
 
+import math
+import struct
+
 import pytest
 import torch
 from golden_models import LLAMAGEN_CASES, VAR_CASES, build, golden
 
-from models.base import SamplingOptions, draw_tokens, filter_logits
+from models.base import SamplingOptions, draw_tokens, exponential_noise, filter_logits
 
 ALL = LLAMAGEN_CASES + VAR_CASES
 
@@ -112,7 +115,24 @@ def test_draws_follow_the_distribution():
     assert chi_square < 13.8  # 2 degrees of freedom, p = 0.001
 
 
-def test_draws_at_the_ends():
-    logits = torch.tensor([-torch.inf, 0.0, 0.0, -torch.inf])
-    assert draw_tokens(logits, torch.tensor(0.0)) == 1
-    assert draw_tokens(logits, torch.tensor(1 - 2**-53, dtype=torch.float64)) == 2
+def split_mix_64(state):
+    mask = 2**64 - 1
+    z = state & mask
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+    return z ^ (z >> 31)
+
+
+def test_noise_is_split_mix_64():
+    for uniform in (0.0, 0.3, 1 - 2**-53):
+        (key,) = struct.unpack("<q", struct.pack("<d", uniform))
+        bits = [split_mix_64(key + i * 0x9E3779B97F4A7C15) >> 11 for i in range(100)]
+        expected = [-math.log((b + 0.5) * 2**-53) for b in bits]
+        assert exponential_noise(torch.tensor(uniform, dtype=torch.float64), 100).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_rounding_of_the_logits_hardly_ever_changes_a_draw():
+    generator = torch.Generator().manual_seed(0)
+    logits, uniforms = torch.randn(20_000, 512, generator=generator) * 2, torch.rand(20_000, generator=generator, dtype=torch.float64)
+    rounded = logits + 1e-6 * torch.randn(20_000, 512, generator=generator)
+    assert (draw_tokens(logits, uniforms) != draw_tokens(rounded, uniforms)).sum() <= 1
