@@ -115,20 +115,30 @@ def test_draws_follow_the_distribution():
     assert chi_square < 13.8  # 2 degrees of freedom, p = 0.001
 
 
-def split_mix_64(state):
-    mask = 2**64 - 1
-    z = state & mask
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
-    return z ^ (z >> 31)
+def keyed_triple_32(counter, uniform):
+    """The hash in Python's unbounded integers."""
+    mask = 2**32 - 1
+    (key,) = struct.unpack("<Q", struct.pack("<d", uniform))
+    z = (counter * 0x9E3779B9 + key) & mask
+    z = ((z ^ (z >> 17)) * 0xED5AD4BB ^ (key >> 20)) & mask
+    z = (z ^ (z >> 11)) * 0xAC4C1B51 & mask
+    z = (z ^ (z >> 15)) * 0x31848BAB & mask
+    return z ^ (z >> 14)
 
 
-def test_noise_is_split_mix_64():
+def test_noise_is_the_hash():
     for uniform in (0.0, 0.3, 1 - 2**-53):
-        (key,) = struct.unpack("<q", struct.pack("<d", uniform))
-        bits = [split_mix_64(key + i * 0x9E3779B97F4A7C15) >> 11 for i in range(100)]
-        expected = [-math.log((b + 0.5) * 2**-53) for b in bits]
-        assert exponential_noise(torch.tensor(uniform, dtype=torch.float64), 100).tolist() == pytest.approx(expected, rel=1e-12)
+        expected = [((keyed_triple_32(i, uniform) >> 1) + 0.5) * 2**-31 for i in range(1000)]
+        noise = exponential_noise(torch.tensor(uniform, dtype=torch.float64), 1000)
+        assert [-math.expm1(-n) for n in noise.tolist()] == pytest.approx(expected, rel=1e-6)
+
+
+def test_noise_is_independent():
+    uniforms = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = exponential_noise(uniforms, 16).double()
+    assert (noise.mean(0) - 1).abs().max() < 4.5 / 100_000**0.5  # of deviation 1
+    correlation = torch.corrcoef(torch.cat([noise, noise.roll(1, 0)], 1).T)  # with each other and the row before
+    assert (correlation - torch.eye(32)).abs().max() < 5.5 / 100_000**0.5
 
 
 def test_rounding_of_the_logits_hardly_ever_changes_a_draw():
