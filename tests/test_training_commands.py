@@ -259,7 +259,7 @@ def test_compiling_does_not_matter(command, tmp_path):
 
 
 def test_other_options_are_refused(tmp_path):
-    common = ["train_var_cca.py", "--model", "var-mini", "--data", TRAIN, "--batch-size", 4, "--max-steps", 1, "--output", tmp_path]
+    common = ["train_var_cca.py", "--model", "var-mini", "--data", TRAIN, "--batch-size", 4, "--beta", 0.2, "--max-steps", 1, "--output", tmp_path]
     run(*common)
     before = weights(tmp_path)["pos_1LC"]
     expect_error([*common, "--beta", 0.5], "beta 0.2 instead of 0.5")
