@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,10 +142,14 @@ def make_extractor(name: str, inception_weights: Path | None, device: torch.devi
         raise UserError(f"--inception-weights: goes with --features inception, not {name}")
     if inception_weights and not inception_weights.exists():
         raise UserError(f"--inception-weights: {inception_weights}: no such file")
-    if inception_weights:
-        read_state_dict(inception_weights)  # refuses what would execute code: torch-fidelity loads with weights_only=False
+    state = read_state_dict(inception_weights) if inception_weights else None
     try:
-        return Extractor(name, str(inception_weights) if inception_weights else None, device)
+        with tempfile.TemporaryDirectory() as folder:
+            path = None
+            if state is not None:  # torch-fidelity loads with weights_only=False, so it gets a copy that holds tensors alone
+                path = f"{folder}/inception.pth"
+                torch.save(state, path)
+            return Extractor(name, path, device)
     except Exception as error:  # whatever download and unpickling let through
         reason = " ".join(str(error).split())[:100]
         if inception_weights:

@@ -9,6 +9,7 @@ import torch
 import torch_fidelity
 from commands import REFERENCE, ROOT, TRAIN, run
 from PIL import Image
+from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 import eval_fid
@@ -140,6 +141,8 @@ def test_inception_path(files, inception_weights):
     assert all(np.isfinite(v) for v in report["metrics"].values())
     assert evaluate(files, "--features", str(inception_weights), samples="a.npz", reference="b.npz")["metrics"] == report["metrics"]
     extractor = make_extractor("inception", inception_weights, torch.device("cpu"))
+    save_file(torch.load(inception_weights, weights_only=True), files / "inception.safetensors")
+    assert make_extractor("inception", files / "inception.safetensors", torch.device("cpu")).weights_sha256 == extractor.weights_sha256
     images = torch.from_numpy(np.load(files / "a.npz")["arr_0"][:2]).permute(0, 3, 1, 2)
     found = extractor(images)
     assert found.pooled.shape == (2, 2048) and found.probabilities.shape == (2, 1008) and found.spatial.shape == (2, 2023)
