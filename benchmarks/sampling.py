@@ -80,8 +80,9 @@ def plain_llamagen(model: ARImageModel, labels: Tensor, uniforms: Tensor, option
 
     def begin(self: LlamaGen, labels: Tensor) -> DecodingState:
         state = own_begin(self, labels)
-        for stored in state.cache.layers:
-            stored[0].zero_(), stored[1].zero_()
+        for keys, values in state.cache.layers:
+            keys.zero_()
+            values.zero_()
         return state
 
     Attention.forward, LlamaGen.begin = full_length_attention, begin
