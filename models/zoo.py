@@ -131,25 +131,23 @@ def _var(depth: int, lam: float, accumulation: int, final_lr: float, cca: float 
             published_accumulation=accumulation, **other,
         ),
         {256: WeightsFile(f"CCA_VAR_Guidance_Free/VAR_d{depth}_CCA.pth", "ChenDRAG/CCA_VAR")} if cca else {},
-        Published(cca, guided, 2.5, base, 900, 0.96, "balanced", "float16", size),
+        Published(cca, guided, 2.5, base, 900, 0.96, "balanced", "float16", size) if cca else None,
         size,
     )  # fmt: skip
 
 
 def _llamagen(
-    name: str, dim: int, layers: int, heads: int, lam: float, cca: float | None, guided: float | None, cfg_scale: float, base: float | None = None, at_256: bool = False, **other
+    name: str, dim: int, layers: int, heads: int, lam: float = 1000, published: Published | None = None, bases: tuple[int, ...] = (), **other
 ) -> ZooEntry:
-    def file(size: int) -> WeightsFile | None:
-        return WeightsFile(f"c2i_{name}_{size}.pt", _LLAMAGEN_REPOSITORY) if guided and (size == 384 or at_256 and size == 256) else None
-
+    """LlamaGen; ``bases``: image sizes whose base weights are published. Without ``published`` CCA was not run by its authors."""
     return ZooEntry(
         "llamagen",
         llamagen.TransformerConfig(dim, layers, heads, grid=24),
         "vq_ds16_c2i",
-        {size: file(size) for size in (256, 384, 512)},
+        {size: WeightsFile(f"c2i_{name}_{size}.pt", _LLAMAGEN_REPOSITORY) if size in bases else None for size in (256, 384, 512)},
         Recipe(beta=0.02, lam=lam, lr=1e-5, batch_size=256, grad_clip=1.0, dtype="bfloat16", published_accumulation=16, **other),
-        {384: WeightsFile(f"CCA_LlamaGen_Guidance_Free/c2i_{name}_384_CCA_0005000.pt", "ChenDRAG/CCA_LlamaGen")} if cca else {},
-        Published(cca, guided, cfg_scale, base),
+        {384: WeightsFile(f"CCA_LlamaGen_Guidance_Free/c2i_{name}_384_CCA_0005000.pt", "ChenDRAG/CCA_LlamaGen")} if published else {},
+        published,
         384,
     )
 
@@ -161,13 +159,13 @@ ZOO: dict[str, ZooEntry] = {
     "var-d24": _var(24, 100, 8, 0.01, 2.63, 2.33, 6.20),
     "var-d30": _var(30, 1000, 16, 0.01, 2.54, 1.97, 5.25, final_weight_decay=0.08),
     "var-d36": _var(36, 1000, 16, 0.01, None, None, final_weight_decay=0.08, size=512),
-    "llamagen-b": _llamagen("B", 768, 12, 12, 1000, 7.04, 6.09, 2.0, at_256=True),
-    "llamagen-l": _llamagen("L", 1024, 24, 16, 300, 3.43, 3.07, 2.0, 19.00, at_256=True),
-    "llamagen-xl": _llamagen("XL", 1280, 36, 20, 1000, 3.10, 2.62, 1.75),
-    "llamagen-xxl": _llamagen("XXL", 1536, 48, 24, 1000, 3.12, 2.34, 1.75, parallel="fsdp"),
-    "llamagen-3b": _llamagen("3B", 3200, 24, 32, 500, 2.69, 2.18, 1.65, 9.38, parallel="fsdp"),
-    "llamagen-xxxl": _llamagen("XXXL", 2560, 48, 40, 1000, None, None, 1.75, parallel="fsdp"),
-    "llamagen-1b": _llamagen("1B", 2048, 22, 32, 1000, None, None, 1.75),
+    "llamagen-b": _llamagen("B", 768, 12, 12, 1000, Published(7.04, 6.09, 2.0), (256, 384)),
+    "llamagen-l": _llamagen("L", 1024, 24, 16, 300, Published(3.43, 3.07, 2.0, 19.00), (256, 384)),
+    "llamagen-xl": _llamagen("XL", 1280, 36, 20, 1000, Published(3.10, 2.62, 1.75), (384,)),
+    "llamagen-xxl": _llamagen("XXL", 1536, 48, 24, 1000, Published(3.12, 2.34, 1.75), (384,), parallel="fsdp"),
+    "llamagen-3b": _llamagen("3B", 3200, 24, 32, 500, Published(2.69, 2.18, 1.65, 9.38), (384,), parallel="fsdp"),
+    "llamagen-xxxl": _llamagen("XXXL", 2560, 48, 40, parallel="fsdp"),
+    "llamagen-1b": _llamagen("1B", 2048, 22, 32),
     "var-mini": ZooEntry(
         "var",
         var.TransformerConfig(dim=128, depth=3, heads=4, vocab_size=512, num_classes=10),
