@@ -171,7 +171,7 @@ ZOO: dict[str, ZooEntry] = {
         var.TransformerConfig(dim=128, depth=3, heads=4, vocab_size=512, num_classes=10),
         "var-mini-tokenizer",
         {32: _bundled("var-mini")},
-        Recipe(**_MINI, beta=0.1, lr=3e-4, grad_clip=2.0),
+        Recipe(**_MINI, beta=0.05, lr=1e-3, grad_clip=2.0),
         default_image_size=32,
     ),
     "llamagen-mini": ZooEntry(

@@ -4,6 +4,7 @@
     python -m scripts.pretrain_mini networks --raw ...
     python -m scripts.pretrain_mini tokenizer --model var-mini --raw ...
     python -m scripts.pretrain_mini transformer --model var-mini --raw ...
+    python -m scripts.pretrain_mini decoder --model var-mini --raw ...
 
 ``--raw`` is a folder with the four ``*-ubyte.gz`` files (Debian: package dataset-fashion-mnist).
 Training images 0-49,999 train every network; 50,000-59,999 are for tuning; the 10,000 test
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from cca.data import TokenSource, to_model_input, to_uint8_tensor
 from cca.errors import UserError, run_command
 from cca.features import MINI_WEIGHTS, FeatureNetwork
-from models.base import ARImageModel
+from models.base import ARImageModel, draw_tokens
 from models.llamagen import LlamaGen, LlamaGenTokenizer
 from models.var import VARTokenizer
 from cca.distributed import Processes
@@ -36,12 +37,13 @@ from cca.run_folder import RunFolder, describe
 from cca.trainer import Trainer
 from cca.training_loop import train
 from models.checkpoints import is_constant, load_weights, save_safetensors
-from models.zoo import build_model
+from models.zoo import build_model, load_model
 
 ASSETS = Path("assets")
 TRAINING, TUNING = slice(0, 50_000), slice(50_000, 60_000)
 BUNDLED_TRAINING = slice(0, 10_000)
 DEFAULT_STEPS = {"llamagen-mini": 7_500, "var-mini": 8_000}
+REDRAWN = 2  # levels of VAR that the decoder sees drawn, at most
 
 
 def read_raw(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -189,6 +191,15 @@ def revive_codes(model: ARImageModel, used: Tensor, images: Tensor) -> int:
     return len(dead)
 
 
+def pixel_distance(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).abs().mean() + (a - b).square().mean()
+
+
+@torch.no_grad()
+def encode_all(model: ARImageModel, images: Tensor) -> Tensor:
+    return torch.cat([model.encode(part) for part in tqdm(images.split(250), desc="encoding")])
+
+
 def train_tokenizer(model: ARImageModel, perceptual: PerceptualNetwork, images: Tensor, steps: int, name: str) -> None:
     tokenizer = model.tokenizer.train()
     objective = vq_loss if isinstance(model, LlamaGen) else multi_scale_vq_loss
@@ -211,11 +222,46 @@ def train_tokenizer(model: ARImageModel, perceptual: PerceptualNetwork, images: 
         with torch.autocast("cpu", torch.bfloat16):
             reconstruction, quantisation = objective(tokenizer, batch)
             perceived = perceptual.distance(reconstruction, batch).float()
-        pixels = (reconstruction - batch).abs().mean() + (reconstruction - batch).square().mean()
-        return pixels + perceived + quantisation
+        return pixel_distance(reconstruction, batch) + perceived + quantisation
 
     fit(tokenizer.parameters(), loss, steps, 32, 1.5e-3, name)
     tokenizer.eval()
+
+
+@torch.no_grad()
+def redraw_last_levels(model: ARImageModel, tokens: Tensor, labels: Tensor, levels: int) -> Tensor:
+    """Tokens [B, L] whose last decoding steps are drawn anew from the model, given the steps before."""
+    tokens, sizes = tokens.clone(), model.step_sizes
+    for step in range(len(sizes) - levels, len(sizes)):
+        span = slice(sum(sizes[:step]), sum(sizes[: step + 1]))
+        tokens[:, span] = draw_tokens(model.logits(labels, tokens)[:, span], torch.rand(len(tokens), sizes[step]))
+    return tokens
+
+
+def train_decoder(model: ARImageModel, perceptual: PerceptualNetwork, images: Tensor, labels: Tensor, steps: int, name: str) -> None:
+    """Teach VAR's decoder the noise of levels whose tokens are drawn independently of each other.
+
+    Up to REDRAWN of the last levels come from the trained transformer, the others from the image
+    that the decoder has to give back (in the spirit of RobustTok, arXiv 2503.08354). Encoder and
+    codebook, and with them all tokens, stay as they are.
+    """
+    tokens = encode_all(model, images)
+    model.tokenizer.decoder.compile()
+    parts = nn.ModuleList([model.tokenizer.decoder, model.tokenizer.post_quant_conv]).requires_grad_(True)
+    quantize = model.tokenizer.quantize
+
+    def loss(index: Tensor) -> Tensor:
+        batch, levels = images[index], int(torch.randint(REDRAWN + 1, ()))
+        with torch.autocast("cpu", torch.bfloat16):
+            drawn = redraw_last_levels(model, tokens[index], labels[index], levels)
+        with torch.no_grad():
+            latents = quantize.partial_sums(drawn)[-1]
+        with torch.autocast("cpu", torch.bfloat16):
+            reconstruction = model.tokenizer.decode_latents(latents)
+            perceived = perceptual.distance(reconstruction, batch).float()
+        return pixel_distance(reconstruction.float(), batch) + perceived
+
+    fit(parts.parameters(), loss, steps, 32, 7e-4, name)
 
 
 class TokenArray(TokenSource):
@@ -223,8 +269,7 @@ class TokenArray(TokenSource):
 
     def __init__(self, model: ARImageModel, images: Tensor, labels: Tensor):
         self.all_labels = labels
-        with torch.no_grad():
-            self.all = torch.cat([model.encode(part) for part in tqdm(images.split(250), desc="encoding")])
+        self.all = encode_all(model, images)
 
     def __len__(self) -> int:
         return len(self.all)
@@ -265,15 +310,17 @@ def save(path: Path, module: nn.Module) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("data", "networks", "tokenizer", "transformer"))
-    parser.add_argument("--model", choices=sorted(DEFAULT_STEPS), help="for the stages tokenizer and transformer")
+    parser.add_argument("stage", choices=("data", "networks", "tokenizer", "transformer", "decoder"))
+    parser.add_argument("--model", choices=sorted(DEFAULT_STEPS), help="for the last three stages")
     parser.add_argument("--raw", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="folder of the four files (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="optimizer steps (tokenizer 3,600)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (tokenizer 3,600, decoder 1,500)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default %(default)s)")
     args = parser.parse_args()
-    if args.stage in ("tokenizer", "transformer") and not args.model:
+    if args.stage in ("tokenizer", "transformer", "decoder") and not args.model:
         raise UserError(f"--model: the stage {args.stage} needs one of {', '.join(sorted(DEFAULT_STEPS))}")
+    if args.stage == "decoder" and args.model != "var-mini":
+        raise UserError("--model: the stage decoder is for var-mini alone; the other model draws no tokens at once")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     raw_images, raw_labels = read_raw(args.raw, "train")
@@ -292,11 +339,16 @@ def main() -> None:
             train_classifier(network, images, labels, epochs, path.stem)
             save(path, network)
             print(f"{path.stem}: accuracy {accuracy(network, to_model_input(to_uint8_tensor(test_images)), torch.from_numpy(test_labels)):.4f} on the test images")
-    elif args.stage == "tokenizer":
-        model = build_model(args.model, device="cpu")
+    elif args.stage in ("tokenizer", "decoder"):
         perceptual = PerceptualNetwork()
         perceptual.load_state_dict(load_file(perceptual_path))
-        train_tokenizer(model, perceptual.eval().requires_grad_(False), images, args.steps or 3600, f"{args.model} tokenizer")
+        perceptual.eval().requires_grad_(False)
+        if args.stage == "tokenizer":
+            model = build_model(args.model, device="cpu")
+            train_tokenizer(model, perceptual, images, args.steps or 3600, f"{args.model} tokenizer")
+        else:
+            model = load_model(args.model)
+            train_decoder(model, perceptual, images, labels, args.steps or 1500, f"{args.model} decoder")
         save(ASSETS / f"{args.model}-tokenizer.safetensors", model.tokenizer)
     else:
         model = train_transformer(args.model, images, labels, args.steps or DEFAULT_STEPS[args.model], args.seed)

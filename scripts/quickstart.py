@@ -33,6 +33,7 @@ from scripts.quickstart_report import write_report
 TRAIN, REFERENCE = "assets/fashion-mnist-train-10k.npz", "assets/fashion-mnist-test-10k.npz"
 SCALES = {"llamagen-mini": (1.25, 1.5, 1.75, 2.0), "var-mini": (2.0, 2.5, 3.0, 3.5)}
 TEMPERATURES = (0.7, 0.8, 0.9)
+BATCH_SIZE = 128  # of sampling and of its timing
 TIMED_IMAGES, TIMED_ROUNDS = 256, 3
 
 
@@ -66,7 +67,7 @@ class Quickstart:
         """Sample one file and queue its evaluation; returns its name."""
         name = f"{model}-{tag}"
         path = self.output / "samples" / f"{name}.npz"
-        fixed = ["--model", model, "--num-samples", str(self.samples), "--seed", str(self.seed), "--output", str(path)]
+        fixed = ["--model", model, "--num-samples", str(self.samples), "--batch-size", str(BATCH_SIZE), "--seed", str(self.seed), "--output", str(path)]
         self.run(sample, [*fixed, *options])
         result = self.output / "results" / f"{name}.json"
         self.evaluations.append((name, ["--samples", str(path), "--reference", REFERENCE, "--features", "mini", "--output", str(result)]))
@@ -95,12 +96,12 @@ class Quickstart:
 
 
 def timed_run(model: str, weights: str, cfg_scale: float, seed: int, device: torch.device) -> Callable[[], object]:
-    """A call that samples TIMED_IMAGES images in batches of 64, as sample.py does."""
+    """A call that samples TIMED_IMAGES images as the sampling before did."""
     loaded = load_model(model, weights).to(device)
     options = SamplingOptions(cfg_scale, loaded.default_cfg_schedule)
     request = SampleRequest(TIMED_IMAGES, tuple(range(loaded.num_classes)), "balanced", seed, None, "float32", options)
 
-    return lambda: sample_images(loaded, range(TIMED_IMAGES), request, 64, device)
+    return lambda: sample_images(loaded, range(TIMED_IMAGES), request, BATCH_SIZE, device)
 
 
 def run_backbone(job: Quickstart, model: str, control: bool) -> dict:
