@@ -3,9 +3,9 @@
     python -m benchmarks.train_step --model llamagen-b --image-size 384 --micro-batch-size 2
     python -m benchmarks.train_step --model var-d16 --micro-batch-size 2
 
-Random weights of the full size. Each way runs in a process of its own; the peak is of the step
-alone, above the resident memory before it. "loss part" is the peak above that of the same step
-with the output layer replaced by a sum, so transformer activations do not count.
+Random weights of the full size. Each way runs in a process of its own; peaks are above what was
+held before. "loss part" is the output layer and the likelihoods alone, of random hidden states:
+the reference's forward pass, then the policy's with its backward pass, positives and negatives.
 """
 
 import json
@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.load_memory import memory
 from cca.distributed import Processes
 from cca.errors import run_command
+from cca.logprob import linear_sequence_logprob
 from cca.losses import pair_labels
 from cca.options import Parser, count
 from cca.plan import TrainingConfig
@@ -27,19 +28,14 @@ from cca.trainer import Trainer
 from models.base import ARTransformer
 from models.zoo import ZOO, build_model
 
-CHILD = "from benchmarks.train_step import measure; measure({!r}, {!r}, {!r}, {!r}, {!r})"
-WAYS = ("chunked", "plain", "none")
+CHILD = "from benchmarks.train_step import {}; {}({!r}, {!r}, {!r}, {!r}, {!r})"
+WAYS = ("plain", "chunked")
 
 
 def plain_forward(self: ARTransformer, labels: Tensor, inputs: Tensor, tokens: Tensor) -> Tensor:
     """The published way: all logits at once, in float32."""
     logits = self.logits(labels, inputs)
     return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].sum(1)
-
-
-def no_output_layer(self: ARTransformer, labels: Tensor, inputs: Tensor, tokens: Tensor) -> Tensor:
-    """What the transformer blocks alone need."""
-    return self.hidden(labels, inputs).float().flatten(1).mean(1)
 
 
 def reset_peak() -> None:
@@ -58,8 +54,8 @@ def peak_and_base() -> tuple[int, int]:
 
 def measure(name: str, image_size: int | None, way: str, micro_batch: int, rounds: int) -> None:
     """Run in a fresh process: peak bytes above the start of a step, and seconds, as JSON."""
-    if way != "chunked":
-        ARTransformer.forward = plain_forward if way == "plain" else no_output_layer
+    if way == "plain":
+        ARTransformer.forward = plain_forward
     model = build_model(name, image_size, device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -85,6 +81,36 @@ def measure(name: str, image_size: int | None, way: str, micro_batch: int, round
     print(json.dumps({"seconds": statistics.median(seconds[1:]), "peak": statistics.median(peaks[1:])}))
 
 
+def measure_loss_part(name: str, image_size: int | None, way: str, micro_batch: int, rounds: int) -> None:
+    """As ``measure``, of the loss part alone; the first run counts for memory, later ones for time."""
+    model, device = build_model(name, image_size), Processes().device
+    layer = model.transformer.output_layer().to_empty(device=device).requires_grad_(True)
+    hidden = torch.randn(2 * micro_batch, model.sequence_length, layer.in_features, device=device, requires_grad=True)
+    tokens = torch.randint(0, model.vocab_size, hidden.shape[:2], device=device)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+
+    def logprob() -> Tensor:
+        if way == "plain":
+            return layer(hidden).log_softmax(-1).gather(-1, tokens[..., None])[..., 0].sum(1)
+        return linear_sequence_logprob(hidden, layer.weight, layer.bias, tokens)
+
+    seconds = []
+    reset_peak()
+    base = peak_and_base()[1]
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        with torch.no_grad():
+            reference = logprob()
+        (logprob() - reference).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+        hidden.grad = layer.weight.grad = None
+        peak = peak_and_base()[0] - base if len(seconds) == 1 else peak
+    print(json.dumps({"seconds": statistics.median(seconds[1:]), "peak": peak}))
+
+
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--model", required=True, choices=sorted(ZOO), help="whose sizes")
@@ -93,18 +119,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=count(), default=3, help="timed steps, after one to warm up (default 3)")
     args = parser.parse_args()
     found = {}
-    for way in WAYS:
-        child = CHILD.format(args.model, args.image_size, way, args.micro_batch_size, args.rounds)
-        found[way] = json.loads(subprocess.check_output([sys.executable, "-c", child], text=True).splitlines()[-1])
-    chunked, plain, none = (found[way] for way in WAYS)
-    loss_part = {way: max(found[way]["peak"] - none["peak"], 0) / 1e6 for way in ("chunked", "plain")}
+    for part in ("measure", "measure_loss_part"):
+        for way in WAYS:
+            child = CHILD.format(part, part, args.model, args.image_size, way, args.micro_batch_size, args.rounds)
+            found[part, way] = json.loads(subprocess.check_output([sys.executable, "-c", child], text=True).splitlines()[-1])
+    columns = [(part, key) for part in ("measure", "measure_loss_part") for key in ("seconds", "peak")]
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     size = build_model(args.model, args.image_size).image_size
     print(f"{args.model} at {size}, {args.micro_batch_size} images, {machine}, torch {torch.__version__}")
-    print("| way | seconds per step | peak of the step, MB | of its loss part, MB |\n|---|---|---|---|")
-    for way in ("plain", "chunked"):
-        print(f"| {way} | {found[way]['seconds']:.2f} | {found[way]['peak'] / 1e6:,.0f} | {loss_part[way]:,.0f} |")
-    print(f"| ratio | {chunked['seconds'] / plain['seconds']:.2f} | {chunked['peak'] / plain['peak']:.2f} | {loss_part['chunked'] / max(loss_part['plain'], 1e-9):.2f} |")
+    print("| way | seconds per step | its peak, MB | seconds of the loss part | its peak, MB |\n|---|---|---|---|---|")
+    for way in WAYS:
+        values = (found[part, way][key] for part, key in columns)
+        print(f"| {way} | " + " | ".join(f"{v / 1e6:,.0f}" if v > 1e4 else f"{v:.2f}" for v in values) + " |")
+    print("| ratio | " + " | ".join(f"{found[part, 'chunked'][key] / found[part, 'plain'][key]:.2f}" for part, key in columns) + " |")
 
 
 if __name__ == "__main__":

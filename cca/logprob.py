@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_LOGITS = 2**24  # float32 logits held at a time: 64 MiB
+# float32 logits held at a time: 64 MiB fill a GPU; 8 MiB stay in a CPU's cache.
+CHUNK_LOGITS = {"cuda": 2**24, "cpu": 2**21}
 
 
 def sequence_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -28,8 +29,8 @@ def linear_sequence_logprob(hidden: Tensor, weight: Tensor, bias: Tensor | None,
     return flat.view(tokens.shape).sum(1)
 
 
-def _chunks(rows: int, vocab: int) -> list[slice]:
-    step = max(1, CHUNK_LOGITS // vocab)
+def _chunks(hidden: Tensor, vocab: int) -> list[slice]:
+    rows, step = len(hidden), max(1, CHUNK_LOGITS[hidden.device.type] // vocab)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -41,10 +42,11 @@ class _LinearLogprob(torch.autograd.Function):
         logprob = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         normaliser = torch.empty_like(logprob)
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in _chunks(len(hidden), len(weight)):
+            for part in _chunks(hidden, len(weight)):
                 logits = F.linear(hidden[part], weight, bias).float()
-                normaliser[part] = logits.logsumexp(-1)
-                logprob[part] = logits.gather(-1, tokens[part, None])[:, 0] - normaliser[part]
+                # Fused on CPU as on GPU, unlike logsumexp.
+                logprob[part] = -F.cross_entropy(logits, tokens[part], reduction="none")
+                normaliser[part] = logits.gather(-1, tokens[part, None])[:, 0] - logprob[part]
         ctx.save_for_backward(hidden, weight, bias, tokens, normaliser)
         return logprob
 
@@ -56,18 +58,21 @@ class _LinearLogprob(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in _chunks(len(hidden), len(weight)):
+            for part in _chunks(hidden, len(weight)):
                 logits = F.linear(hidden[part], weight, bias).float()
-                # d logprob / d logits = onehot(token) - softmax(logits)
-                grad_logits = logits.sub_(normaliser[part, None]).exp_().mul_(-grad[part, None])
-                grad_logits.scatter_add_(-1, tokens[part, None], grad[part, None])
+                # d logprob / d logits = onehot(token) - softmax(logits); its factor per row, the incoming
+                # gradient, goes to the narrow side of the products.
+                grad_logits = logits.sub_(normaliser[part, None]).exp_().neg_()
+                grad_logits.scatter_add_(-1, tokens[part, None], torch.ones_like(grad[part, None]))
+                factor = grad[part, None]
                 if needs_bias:
-                    grad_bias += grad_logits.sum(0)
+                    grad_bias.addmv_(grad_logits.T, factor[:, 0])
                 grad_logits = grad_logits.to(hidden.dtype)
                 if needs_hidden:
-                    torch.mm(grad_logits, weight, out=grad_hidden[part])
+                    grad_hidden[part] = (grad_logits @ weight).mul_(factor)
                 if needs_weight:
-                    grad_weight.addmm_(grad_logits.T, hidden[part]) if hidden.dtype == torch.float32 else grad_weight.add_(grad_logits.T @ hidden[part])
+                    scaled = (hidden[part] * factor).to(hidden.dtype)
+                    grad_weight.addmm_(grad_logits.T, scaled) if hidden.dtype == torch.float32 else grad_weight.add_(grad_logits.T @ scaled)
         return grad_hidden, _cast(grad_weight, weight), _cast(grad_bias, bias), None
 
 

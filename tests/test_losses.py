@@ -54,7 +54,7 @@ def test_sequence_logprob_sums_tokens():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_chunked_logprob_equals_the_plain_one(monkeypatch, bias):
-    monkeypatch.setattr(cca.logprob, "CHUNK_LOGITS", 101 * 7)  # 7 rows at a time: chunks cut through sequences
+    monkeypatch.setitem(cca.logprob.CHUNK_LOGITS, "cpu", 101 * 7)  # 7 rows at a time: chunks cut through sequences
     hidden, weight, offset = torch.randn(3, 13, 16), torch.randn(101, 16), torch.randn(101)
     tokens, outer = torch.randint(0, 101, (3, 13)), torch.randn(3)
     results = []
