@@ -28,14 +28,17 @@ from cca.trainer import Trainer
 from models.base import ARTransformer
 from models.zoo import ZOO, build_model
 
-CHILD = "from benchmarks.train_step import {}; {}({!r}, {!r}, {!r}, {!r}, {!r})"
+CHILD = "from benchmarks import train_step; train_step.{}({!r}, {!r}, {!r}, {!r}, {!r})"
 WAYS = ("plain", "chunked")
+
+
+def plain_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].sum(1)
 
 
 def plain_forward(self: ARTransformer, labels: Tensor, inputs: Tensor, tokens: Tensor) -> Tensor:
     """The published way: all logits at once, in float32."""
-    logits = self.logits(labels, inputs)
-    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].sum(1)
+    return plain_logprob(self.logits(labels, inputs), tokens)
 
 
 def reset_peak() -> None:
@@ -92,23 +95,24 @@ def measure_loss_part(name: str, image_size: int | None, way: str, micro_batch: 
 
     def logprob() -> Tensor:
         if way == "plain":
-            return layer(hidden).log_softmax(-1).gather(-1, tokens[..., None])[..., 0].sum(1)
+            return plain_logprob(layer(hidden), tokens)
         return linear_sequence_logprob(hidden, layer.weight, layer.bias, tokens)
 
-    seconds = []
-    reset_peak()
-    base = peak_and_base()[1]
-    for _ in range(rounds + 1):
+    def run() -> float:
+        hidden.grad = layer.weight.grad = None
         began = time.perf_counter()
         with torch.no_grad():
             reference = logprob()
         (logprob() - reference).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-        hidden.grad = layer.weight.grad = None
-        peak = peak_and_base()[0] - base if len(seconds) == 1 else peak
-    print(json.dumps({"seconds": statistics.median(seconds[1:]), "peak": peak}))
+        return time.perf_counter() - began
+
+    reset_peak()
+    base = peak_and_base()[1]
+    run()
+    peak = peak_and_base()[0] - base
+    print(json.dumps({"seconds": statistics.median(run() for _ in range(rounds)), "peak": peak}))
 
 
 def main() -> None:
@@ -121,7 +125,7 @@ def main() -> None:
     found = {}
     for part in ("measure", "measure_loss_part"):
         for way in WAYS:
-            child = CHILD.format(part, part, args.model, args.image_size, way, args.micro_batch_size, args.rounds)
+            child = CHILD.format(part, args.model, args.image_size, way, args.micro_batch_size, args.rounds)
             found[part, way] = json.loads(subprocess.check_output([sys.executable, "-c", child], text=True).splitlines()[-1])
     columns = [(part, key) for part in ("measure", "measure_loss_part") for key in ("seconds", "peak")]
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

@@ -127,6 +127,13 @@ class Extractor:
         return digest.hexdigest()
 
 
+def _tensors_only(weights: Path, folder: str) -> str:
+    """A copy for torch-fidelity, which loads with weights_only=False: what was checked, and no more."""
+    path = f"{folder}/inception.pth"
+    torch.save(read_state_dict(weights), path)
+    return path
+
+
 def make_extractor(name: str, inception_weights: Path | None, device: torch.device) -> Extractor:
     """Extractor by name: "inception", "mini", any name registered with torch-fidelity, or a path of Inception weights.
 
@@ -142,21 +149,17 @@ def make_extractor(name: str, inception_weights: Path | None, device: torch.devi
         raise UserError(f"--inception-weights: goes with --features inception, not {name}")
     if inception_weights and not inception_weights.exists():
         raise UserError(f"--inception-weights: {inception_weights}: no such file")
-    state = read_state_dict(inception_weights) if inception_weights else None
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = None
-            if state is not None:  # torch-fidelity loads with weights_only=False, so it gets a copy that holds tensors alone
-                path = f"{folder}/inception.pth"
-                torch.save(state, path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = _tensors_only(inception_weights, folder) if inception_weights else None
+        try:
             return Extractor(name, path, device)
-    except Exception as error:  # whatever download and unpickling let through
-        reason = " ".join(str(error).split())[:100]
-        if inception_weights:
-            raise UserError(f"--inception-weights: {inception_weights} does not hold torch-fidelity's Inception weights ({reason})") from None
-        if name != INCEPTION:
-            raise UserError(f"--features: the weights of {name} cannot be had ({reason})") from None
-        raise UserError(
-            f"--inception-weights: Inception weights are not in the cache and cannot be downloaded ({reason}); "
-            f"fetch {URL_INCEPTION_V3} by hand and give its path"
-        ) from None
+        except Exception as error:  # whatever download and unpickling let through
+            reason = " ".join(str(error).split())[:100]
+            if inception_weights:
+                raise UserError(f"--inception-weights: {inception_weights} does not hold torch-fidelity's Inception weights ({reason})") from None
+            if name != INCEPTION:
+                raise UserError(f"--features: the weights of {name} cannot be had ({reason})") from None
+            raise UserError(
+                f"--inception-weights: Inception weights are not in the cache and cannot be downloaded ({reason}); "
+                f"fetch {URL_INCEPTION_V3} by hand and give its path"
+            ) from None

@@ -51,11 +51,11 @@ class Published:
     """Published FID-50k on ImageNet and the sampling settings behind it.
 
     cca: FID of CCA without guidance; guided: FID of the base at ``cfg_scale`` (notation of
-    --cfg-scale); base: FID of the base without guidance. None where no figure is known.
+    --cfg-scale); base: FID of the base without guidance, None where it was not published.
     """
 
-    cca: float | None
-    guided: float | None
+    cca: float
+    guided: float
     cfg_scale: float
     base: float | None = None
     top_k: int = 0
@@ -118,8 +118,10 @@ TOKENIZERS: dict[str, TokenizerEntry] = {
 }
 
 
-def _var(depth: int, lam: float, accumulation: int, final_lr: float, cca: float | None, guided: float | None, base: float | None = None, **other) -> ZooEntry:
-    """VAR of depth d; CCA trained d16 without stochastic depth, the others with the pretraining rate."""
+def _var(
+    depth: int, lam: float, accumulation: int, final_lr: float, cca: float | None = None, guided: float | None = None, base: float | None = None, **other
+) -> ZooEntry:
+    """VAR of depth d; without ``cca`` (FID) CCA was not run by its authors. CCA trained d16 without stochastic depth, the others with the pretraining rate."""
     size = other.pop("size", 256)
     return ZooEntry(
         "var",
@@ -158,7 +160,7 @@ ZOO: dict[str, ZooEntry] = {
     "var-d20": _var(20, 50, 8, 0.1, 3.02, 2.95),
     "var-d24": _var(24, 100, 8, 0.01, 2.63, 2.33, 6.20),
     "var-d30": _var(30, 1000, 16, 0.01, 2.54, 1.97, 5.25, final_weight_decay=0.08),
-    "var-d36": _var(36, 1000, 16, 0.01, None, None, final_weight_decay=0.08, size=512),
+    "var-d36": _var(36, 1000, 16, 0.01, final_weight_decay=0.08, size=512),
     "llamagen-b": _llamagen("B", 768, 12, 12, 1000, Published(7.04, 6.09, 2.0), (256, 384)),
     "llamagen-l": _llamagen("L", 1024, 24, 16, 300, Published(3.43, 3.07, 2.0, 19.00), (256, 384)),
     "llamagen-xl": _llamagen("XL", 1280, 36, 20, 1000, Published(3.10, 2.62, 1.75), (384,)),
