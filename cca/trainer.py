@@ -75,12 +75,14 @@ class Trainer:
         self.micro_batch_size = micro_batch_size
         self.net = model.transformer.train()
         self.stochastic = model.stochastic
+        self.sharded = parallel == "fsdp" and processes.world > 1
         self.reference = None
         if config.loss in CONTRASTIVE_LOSSES:
             # The reference keeps training mode, as in the published runs: its dropout is on.
             self.reference = copy.deepcopy(self.net).requires_grad_(False)
+            if not self.sharded:
+                self.reference.store_matrices(DTYPES[config.dtype])  # half the memory
         self.net.checkpointing = checkpointing
-        self.sharded = parallel == "fsdp" and processes.world > 1
         for net in (self.net, self.reference):
             if net is not None and compile:
                 for block in net.stack:

@@ -81,7 +81,7 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
 
     logits [..., V] -> [..., V] float32. At least one token is kept.
     """
-    logits = logits.float() / options.temperature
+    logits = logits.float() if options.temperature == 1.0 else logits.float() / options.temperature
     vocab = logits.shape[-1]
     if 0 < options.top_k < vocab:
         threshold = logits.topk(options.top_k, dim=-1).values[..., -1:]
@@ -95,9 +95,13 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     return logits
 
 
-def _xor_shift(x: Tensor, bits: int) -> Tensor:
+DRAWN_AT_ONCE = 2**18  # logits; what a draw works on then stays in a CPU's cache
+
+
+def _xor_shift(x: Tensor, bits: int, scratch: Tensor) -> Tensor:
     """x ^= x >> bits, of int32 taken as unsigned."""
-    return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
+    torch.bitwise_right_shift(x, bits, out=scratch).bitwise_and_((1 << (32 - bits)) - 1)
+    return x.bitwise_xor_(scratch)
 
 
 def exponential_noise(uniforms: Tensor, count: int) -> Tensor:
@@ -110,11 +114,13 @@ def exponential_noise(uniforms: Tensor, count: int) -> Tensor:
     key = uniforms.double().view(torch.int64)
     low, high = key.int().unsqueeze(-1), (key >> 20).int().unsqueeze(-1)
     x = torch.arange(count, dtype=torch.int32, device=uniforms.device) * (0x9E3779B9 - 2**32) + low
-    x = _xor_shift(x, 17).mul_(0xED5AD4BB - 2**32).bitwise_xor_(high)
-    x = _xor_shift(x, 11).mul_(0xAC4C1B51 - 2**32)
-    x = _xor_shift(_xor_shift(x, 15).mul_(0x31848BAB), 14)
-    share = ((x >> 1) & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
-    return share.neg_().log1p_().neg_()  # fine near 0, where races are won
+    scratch = torch.empty_like(x)  # fresh memory for every operation would cost as much as the operations
+    _xor_shift(x, 17, scratch).mul_(0xED5AD4BB - 2**32).bitwise_xor_(high)
+    _xor_shift(x, 11, scratch).mul_(0xAC4C1B51 - 2**32)
+    _xor_shift(x, 15, scratch).mul_(0x31848BAB)
+    _xor_shift(x, 14, scratch)
+    negative_share = x.bitwise_right_shift_(1).bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(-(2.0**-31)).clamp_(min=2.0**-24 - 1)
+    return negative_share.log1p_().neg_()  # fine near 0, where races are won
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -126,7 +132,14 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     batch size to another, then changes a token only where the first two come in within it, far
     more rarely than with the inverse of the cumulative distribution.
     """
-    return (logits.float() - exponential_noise(uniforms, logits.shape[-1]).log_()).argmax(-1)
+    vocab = logits.shape[-1]
+    flat, numbers = logits.float().reshape(-1, vocab), uniforms.reshape(-1)
+    rows = max(1, DRAWN_AT_ONCE // vocab) if logits.device.type == "cpu" else len(flat)
+    winners = []
+    for row in range(0, len(flat), rows):
+        clocks = exponential_noise(numbers[row : row + rows], vocab).log_()
+        winners.append(torch.sub(flat[row : row + rows], clocks, out=clocks).argmax(-1))
+    return torch.cat(winners).view(uniforms.shape)
 
 
 class ARTransformer(nn.Module, ABC):
@@ -134,7 +147,7 @@ class ARTransformer(nn.Module, ABC):
     wrappers see all of it, and the logits of a batch never exist at once."""
 
     checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
-    float32_output = False  # whether the output layer stays in float32 under autocast
+    float32_parts: tuple[str, ...] = ()  # children that stay in float32 under autocast, the output layer among them
 
     @property
     @abstractmethod
@@ -153,6 +166,17 @@ class ARTransformer(nn.Module, ABC):
     def init_weights(self) -> None:
         """Random start for pretraining."""
 
+    def store_matrices(self, dtype: torch.dtype) -> None:
+        """Keep the weights of the linear layers in the precision that autocast gives them.
+
+        The numbers are the same to the last bit. Without gradients autocast casts every weight
+        anew in each forward pass: at one token per pass that takes longer than the pass itself.
+        """
+        for name, child in self.named_children():
+            for module in child.modules() if name not in self.float32_parts else ():
+                if isinstance(module, nn.Linear):
+                    module.to(dtype)
+
     def logits(self, labels: Tensor, inputs: Tensor) -> Tensor:
         """Teacher-forced float32 logits [B, L, V]."""
         return self.to_logits(self.hidden(labels, inputs))
@@ -160,7 +184,7 @@ class ARTransformer(nn.Module, ABC):
     def to_logits(self, hidden: Tensor) -> Tensor:
         """The output layer: [B, n, dim] -> float32 [B, n, V]."""
         device = hidden.device.type
-        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not self.float32_output):
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not self.float32_parts):
             return self.output_layer()(hidden).float()
 
     def forward(self, labels: Tensor, inputs: Tensor, tokens: Tensor) -> Tensor:
@@ -168,7 +192,7 @@ class ARTransformer(nn.Module, ABC):
         hidden, layer = self.hidden(labels, inputs), self.output_layer()
         # The precision that the layer would compute in: autocast's, where it is on, else its own.
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and not self.float32_output else layer.weight.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and not self.float32_parts else layer.weight.dtype
         bias = None if layer.bias is None else layer.bias.to(dtype)
         return linear_sequence_logprob(hidden.to(dtype), layer.weight.to(dtype), bias, tokens)
 

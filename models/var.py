@@ -160,7 +160,7 @@ class DecodingState:
 
 
 class VARTransformer(ARTransformer):
-    float32_output = True
+    float32_parts = ("head_nm", "head")
 
     def __init__(self, config: TransformerConfig, patch_nums: tuple[int, ...], code_dim: int):
         super().__init__()

@@ -44,6 +44,25 @@ def test_seed_and_class_matter(name):
     assert (first != other).flatten(1).any(1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_stored_matrices_give_what_autocast_gives(name, dtype):
+    model = load_model(name)
+    labels = torch.arange(8)
+    uniforms = torch.rand(8, model.sequence_length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def run():
+        with torch.autocast("cpu", dtype), torch.no_grad():
+            tokens = model.generate(labels, uniforms, SamplingOptions(1.5))
+            return tokens, model.logits(labels, tokens), model.sequence_logprob(labels, tokens)
+
+    before = run()
+    size = sum(p.nbytes for p in model.transformer.parameters())
+    model.transformer.store_matrices(dtype)
+    assert sum(p.nbytes for p in model.transformer.parameters()) < 0.75 * size
+    assert all(torch.equal(a, b) for a, b in zip(before, run()))
+
+
 def test_classes():
     assert [class_of(i, request()) for i in (0, 9, 10, 25)] == [0, 9, 0, 5]
     drawn = [class_of(i, request(order="random")) for i in range(2000)]
