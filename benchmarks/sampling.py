@@ -129,12 +129,13 @@ def main() -> None:
         "plain, guided": lambda: plain(model, labels, uniforms, guided),
         "ours, guided": lambda: model.generate(labels, uniforms, guided),
     }
-    tokens, seconds, peaks = {}, {name: [] for name in runs}, {}
+    tokens, seconds, peaks = {}, {name: [] for name in runs}, dict.fromkeys(runs, 0)
     model.transformer.store_matrices(getattr(torch, args.dtype))
     with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
         for round in range(-1 if device.type == "cuda" else 0, args.rounds):  # a GPU's first round picks kernels and gets memory
             for name, run in runs.items():
-                tokens[name], value, peaks[name] = timed(run)
+                tokens[name], value, peak = timed(run)
+                peaks[name] = max(peak, peaks[name])
                 if round >= 0:
                     seconds[name].append(value)
     with torch.inference_mode():

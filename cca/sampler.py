@@ -231,8 +231,8 @@ def run_sampling(
 ) -> None:
     """Sample, store, assemble ``output`` (.npz) and write its ``.json`` beside it."""
     started = time.perf_counter()
-    model = model.to(processes.device)
     model.transformer.store_matrices(getattr(torch, request.dtype))
+    model = model.to(processes.device)
     options = {**{k: v for k, v in asdict(request).items() if k != "sampling"}, **asdict(request.sampling), **provenance}
     options = json.loads(json.dumps(options))  # as it reads back: tuples become lists
     store = PartStore(output, options, processes)
