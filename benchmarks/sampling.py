@@ -9,6 +9,7 @@ level, and runs the unconditional half of the batch even without guidance. Same 
 same random numbers; the tokens of both ways are compared. Tokenizer decoding is timed apart.
 """
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -94,6 +95,8 @@ def plain_llamagen(model: ARImageModel, labels: Tensor, uniforms: Tensor, option
 
 def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float, int]:
     """Result, seconds, and peak bytes above what was held before."""
+    if not torch.cuda.is_available():
+        ctypes.CDLL(None).malloc_trim(0)  # give back what the run before has freed, else this one's use of it does not show
     reset_peak()
     base = peak_and_base()[1]
     began = time.perf_counter()
@@ -132,11 +135,11 @@ def main() -> None:
     tokens, seconds, peaks = {}, {name: [] for name in runs}, dict.fromkeys(runs, 0)
     model.transformer.store_matrices(getattr(torch, args.dtype))
     with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
-        for round in range(-1 if device.type == "cuda" else 0, args.rounds):  # a GPU's first round picks kernels and gets memory
+        for turn in range(-1 if device.type == "cuda" else 0, args.rounds):  # a GPU's first picks kernels and gets memory
             for name, run in runs.items():
                 tokens[name], value, peak = timed(run)
                 peaks[name] = max(peak, peaks[name])
-                if round >= 0:
+                if turn >= 0:
                     seconds[name].append(value)
     with torch.inference_mode():
         decoding = timed(lambda: model.decode(tokens["ours, no guidance"][: min(8, args.batch_size)]))[1] / min(8, args.batch_size)

@@ -8,7 +8,6 @@ held before. "loss part" is the output layer and the likelihoods alone, of rando
 the reference's forward pass, then the policy's with its backward pass, positives and negatives.
 """
 
-import ctypes
 import json
 import statistics
 import subprocess
@@ -46,7 +45,6 @@ def reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # give back what the run before has freed, else this one's use of it does not show
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # VmHWM starts again from the resident size of now
 

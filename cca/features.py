@@ -16,7 +16,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 
 from cca.errors import UserError
-from models.checkpoints import read_state_dict
+from models.checkpoints import read_state_dict, save_published
 
 MINI_WEIGHTS = Path(__file__).parent.parent / "assets" / "features-mini.safetensors"
 INCEPTION = "inception-v3-compat"
@@ -127,13 +127,6 @@ class Extractor:
         return digest.hexdigest()
 
 
-def _tensors_only(weights: Path, folder: str) -> str:
-    """A copy for torch-fidelity, which loads with weights_only=False: what was checked, and no more."""
-    path = f"{folder}/inception.pth"
-    torch.save(read_state_dict(weights), path)
-    return path
-
-
 def make_extractor(name: str, inception_weights: Path | None, device: torch.device) -> Extractor:
     """Extractor by name: "inception", "mini", any name registered with torch-fidelity, or a path of Inception weights.
 
@@ -150,9 +143,11 @@ def make_extractor(name: str, inception_weights: Path | None, device: torch.devi
     if inception_weights and not inception_weights.exists():
         raise UserError(f"--inception-weights: {inception_weights}: no such file")
     with tempfile.TemporaryDirectory() as folder:
-        path = _tensors_only(inception_weights, folder) if inception_weights else None
+        copy = f"{folder}/inception.pth" if inception_weights else None
+        if copy:  # torch-fidelity loads with weights_only=False, so it gets the tensors that were read, and no more
+            save_published(read_state_dict(inception_weights), Path(copy), wrapper="")
         try:
-            return Extractor(name, path, device)
+            return Extractor(name, copy, device)
         except Exception as error:  # whatever download and unpickling let through
             reason = " ".join(str(error).split())[:100]
             if inception_weights:

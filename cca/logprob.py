@@ -29,9 +29,10 @@ def linear_sequence_logprob(hidden: Tensor, weight: Tensor, bias: Tensor | None,
     return flat.view(tokens.shape).sum(1)
 
 
-def _chunks(hidden: Tensor, vocab: int) -> list[slice]:
-    rows, step = len(hidden), max(1, CHUNK_LOGITS[hidden.device.type] // vocab)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+def row_chunks(rows: Tensor, vocab: int, logits_at_once: dict[str, int]) -> list[slice]:
+    """Slices of the rows of a tensor with at most so many logits each, by kind of device; at least one row."""
+    step = max(1, logits_at_once[rows.device.type] // vocab)
+    return [slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step)]
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -42,7 +43,7 @@ class _LinearLogprob(torch.autograd.Function):
         logprob = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         normaliser = torch.empty_like(logprob)
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in _chunks(hidden, len(weight)):
+            for part in row_chunks(hidden, len(weight), CHUNK_LOGITS):
                 logits = F.linear(hidden[part], weight, bias).float()
                 # Fused on CPU as on GPU, unlike logsumexp.
                 logprob[part] = -F.cross_entropy(logits, tokens[part], reduction="none")
@@ -58,7 +59,7 @@ class _LinearLogprob(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in _chunks(hidden, len(weight)):
+            for part in row_chunks(hidden, len(weight), CHUNK_LOGITS):
                 logits = F.linear(hidden[part], weight, bias).float()
                 # d logprob / d logits = onehot(token) - softmax(logits); its factor per row, the incoming
                 # gradient, goes to the narrow side of the products.

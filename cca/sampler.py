@@ -229,7 +229,7 @@ def check_space(output: Path, needed: int) -> None:
 def run_sampling(
     model: ARImageModel, request: SampleRequest, batch_size: int, output: Path, provenance: dict, processes: Processes, cuda_graphs: bool = False
 ) -> None:
-    """Sample, store, assemble ``output`` (.npz) and write its ``.json`` beside it."""
+    """Sample, store, assemble ``output`` (.npz) and write its ``.json`` beside it. Leaves the model's matrices in ``request.dtype``."""
     started = time.perf_counter()
     model.transformer.store_matrices(getattr(torch, request.dtype))
     model = model.to(processes.device)

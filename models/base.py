@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cca.logprob import linear_sequence_logprob
+from cca.logprob import linear_sequence_logprob, row_chunks
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
 
     logits [..., V] -> [..., V] float32. At least one token is kept.
     """
-    logits = logits.float() if options.temperature == 1.0 else logits.float() / options.temperature
+    logits = logits.float() / options.temperature
     vocab = logits.shape[-1]
     if 0 < options.top_k < vocab:
         threshold = logits.topk(options.top_k, dim=-1).values[..., -1:]
@@ -95,13 +95,9 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     return logits
 
 
-DRAWN_AT_ONCE = 2**18  # logits; what a draw works on then stays in a CPU's cache
-
-
-def _xor_shift(x: Tensor, bits: int, scratch: Tensor) -> Tensor:
+def _xor_shift(x: Tensor, bits: int) -> Tensor:
     """x ^= x >> bits, of int32 taken as unsigned."""
-    torch.bitwise_right_shift(x, bits, out=scratch).bitwise_and_((1 << (32 - bits)) - 1)
-    return x.bitwise_xor_(scratch)
+    return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
 
 
 def exponential_noise(uniforms: Tensor, count: int) -> Tensor:
@@ -114,13 +110,15 @@ def exponential_noise(uniforms: Tensor, count: int) -> Tensor:
     key = uniforms.double().view(torch.int64)
     low, high = key.int().unsqueeze(-1), (key >> 20).int().unsqueeze(-1)
     x = torch.arange(count, dtype=torch.int32, device=uniforms.device) * (0x9E3779B9 - 2**32) + low
-    scratch = torch.empty_like(x)  # fresh memory for every operation would cost as much as the operations
-    _xor_shift(x, 17, scratch).mul_(0xED5AD4BB - 2**32).bitwise_xor_(high)
-    _xor_shift(x, 11, scratch).mul_(0xAC4C1B51 - 2**32)
-    _xor_shift(x, 15, scratch).mul_(0x31848BAB)
-    _xor_shift(x, 14, scratch)
-    negative_share = x.bitwise_right_shift_(1).bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(-(2.0**-31)).clamp_(min=2.0**-24 - 1)
-    return negative_share.log1p_().neg_()  # fine near 0, where races are won
+    x = _xor_shift(x, 17).mul_(0xED5AD4BB - 2**32).bitwise_xor_(high)
+    x = _xor_shift(x, 11).mul_(0xAC4C1B51 - 2**32)
+    x = _xor_shift(_xor_shift(x, 15).mul_(0x31848BAB), 14)
+    share = ((x >> 1) & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    return share.neg_().log1p_().neg_()  # fine near 0, where races are won
+
+
+# Logits that a draw works on at a time; on a CPU all of it stays in the cache.
+DRAWN_LOGITS = {"cuda": 2**24, "cpu": 2**18}
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -134,12 +132,8 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     """
     vocab = logits.shape[-1]
     flat, numbers = logits.float().reshape(-1, vocab), uniforms.reshape(-1)
-    rows = max(1, DRAWN_AT_ONCE // vocab) if logits.device.type == "cpu" else len(flat)
-    winners = []
-    for row in range(0, len(flat), rows):
-        clocks = exponential_noise(numbers[row : row + rows], vocab).log_()
-        winners.append(torch.sub(flat[row : row + rows], clocks, out=clocks).argmax(-1))
-    return torch.cat(winners).view(uniforms.shape)
+    parts = row_chunks(flat, vocab, DRAWN_LOGITS)
+    return torch.cat([(flat[part] - exponential_noise(numbers[part], vocab).log_()).argmax(-1) for part in parts]).view(uniforms.shape)
 
 
 class ARTransformer(nn.Module, ABC):

@@ -118,11 +118,12 @@ TOKENIZERS: dict[str, TokenizerEntry] = {
 }
 
 
-def _var(
-    depth: int, lam: float, accumulation: int, final_lr: float, cca: float | None = None, guided: float | None = None, base: float | None = None, **other
-) -> ZooEntry:
-    """VAR of depth d; without ``cca`` (FID) CCA was not run by its authors. CCA trained d16 without stochastic depth, the others with the pretraining rate."""
-    size = other.pop("size", 256)
+def _var_figures(cca: float, guided: float, base: float | None = None) -> Published:
+    return Published(cca, guided, 2.5, base, 900, 0.96, "balanced", "float16")
+
+
+def _var(depth: int, lam: float, accumulation: int, final_lr: float, published: Published | None = None, size: int = 256, **other) -> ZooEntry:
+    """VAR of depth d; without ``published`` CCA was not run by its authors. CCA trained d16 without stochastic depth, the others with the pretraining rate."""
     return ZooEntry(
         "var",
         var.TransformerConfig(64 * depth, depth, depth, shared_adaln=size == 512, drop_path_rate=0.0 if depth == 16 else 0.1 * depth / 24),
@@ -132,8 +133,8 @@ def _var(
             beta=0.02, lam=lam, lr=2e-5, batch_size=256, grad_clip=2.0, dtype="float16", warmup=0.02, final_lr=final_lr,
             published_accumulation=accumulation, **other,
         ),
-        {256: WeightsFile(f"CCA_VAR_Guidance_Free/VAR_d{depth}_CCA.pth", "ChenDRAG/CCA_VAR")} if cca else {},
-        Published(cca, guided, 2.5, base, 900, 0.96, "balanced", "float16", size) if cca else None,
+        {256: WeightsFile(f"CCA_VAR_Guidance_Free/VAR_d{depth}_CCA.pth", "ChenDRAG/CCA_VAR")} if published else {},
+        published,
         size,
     )  # fmt: skip
 
@@ -156,10 +157,10 @@ def _llamagen(
 
 _MINI = dict(lam=3, batch_size=64, dtype="float32", warmup=0.02, final_lr=0.1)
 ZOO: dict[str, ZooEntry] = {
-    "var-d16": _var(16, 50, 4, 0.1, 4.03, 3.55),
-    "var-d20": _var(20, 50, 8, 0.1, 3.02, 2.95),
-    "var-d24": _var(24, 100, 8, 0.01, 2.63, 2.33, 6.20),
-    "var-d30": _var(30, 1000, 16, 0.01, 2.54, 1.97, 5.25, final_weight_decay=0.08),
+    "var-d16": _var(16, 50, 4, 0.1, _var_figures(4.03, 3.55)),
+    "var-d20": _var(20, 50, 8, 0.1, _var_figures(3.02, 2.95)),
+    "var-d24": _var(24, 100, 8, 0.01, _var_figures(2.63, 2.33, 6.20)),
+    "var-d30": _var(30, 1000, 16, 0.01, _var_figures(2.54, 1.97, 5.25), final_weight_decay=0.08),
     "var-d36": _var(36, 1000, 16, 0.01, final_weight_decay=0.08, size=512),
     "llamagen-b": _llamagen("B", 768, 12, 12, 1000, Published(7.04, 6.09, 2.0), (256, 384)),
     "llamagen-l": _llamagen("L", 1024, 24, 16, 300, Published(3.43, 3.07, 2.0, 19.00), (256, 384)),

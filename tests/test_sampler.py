@@ -160,7 +160,7 @@ def test_cuda_graphs_do_not_matter(name):
 @pytest.mark.slow
 def test_fifty_thousand_in_bounded_memory(tmp_path):
     command = command_line(["sample.py", "--model", "llamagen-mini", "--batch-size", 250, "--output", tmp_path / "s.npz"], processes=2)
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment())
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
