@@ -2,11 +2,13 @@
 
     python -m benchmarks.load_memory --models llamagen-xl var-d30
 
-Makes a file of random weights in the published format, loads it with ``load_model`` in a process
-of its own, reads every weight once, and prints the peak of resident memory above what the
-imports took. 1.0 is the weights alone.
+Makes files of made-up weights, loads them with ``load_model`` in a process of its own, reads
+every weight once, and prints the peak of resident memory above what the imports took, over the
+bytes of the loaded weights (float32). 1.0 is the weights alone. Formats: the published one
+("pt"), the same in half precision ("pt-half"), and "safetensors".
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -17,15 +19,16 @@ import torch
 
 from cca.errors import run_command
 from cca.options import Parser
-from models.checkpoints import save_published
+from models.checkpoints import save_published, save_safetensors
 from models.zoo import ZOO, build_model, load_model
 
+FORMATS = {"pt": save_published, "pt-half": save_published, "safetensors": save_safetensors}
 CHILD = "from benchmarks.load_memory import measure; measure({!r}, {!r}, {!r})"
 
 
-def random_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def made_up_state(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every tensor of a meta-device module, filled without a pass through a random generator."""
-    return {k: torch.full(v.shape, 0.01, dtype=v.dtype) if v.is_meta else v for k, v in module.state_dict().items()}
+    return {k: torch.full(v.shape, 0.01, dtype=dtype) if v.is_meta else v for k, v in module.state_dict().items()}
 
 
 def memory(field: str) -> int:
@@ -46,17 +49,18 @@ def measure(name: str, weights: str, tokenizer: str) -> None:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=sorted(ZOO), default=["llamagen-xl", "var-d30"], help="models (default %(default)s)")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="formats (default all)")
     args = parser.parse_args()
-    print("| model | weights, GB | peak above imports, GB | ratio |\n|---|---|---|---|")
-    for name in args.models:
+    print("| model | format | weights, GB | peak above imports, GB | ratio |\n|---|---|---|---|---|")
+    for name, form in itertools.product(args.models, args.formats):
         with tempfile.TemporaryDirectory() as folder:
-            weights, tokenizer = Path(folder) / "model.pt", Path(folder) / "tokenizer.pt"
+            weights, tokenizer = Path(folder) / "model", Path(folder) / "tokenizer"
             model = build_model(name)
-            save_published(random_state(model.transformer), weights)
-            save_published(random_state(model.tokenizer), tokenizer)
+            for module, path in ((model.transformer, weights), (model.tokenizer, tokenizer)):
+                FORMATS[form](made_up_state(module, torch.float16 if form == "pt-half" else torch.float32), path)
             found = json.loads(subprocess.check_output([sys.executable, "-c", CHILD.format(name, str(weights), str(tokenizer))], text=True))
-        gb = {k: found[k] / 1e9 for k in ("weights_bytes", "peak_bytes")}
-        print(f"| {name} | {gb['weights_bytes']:.2f} | {gb['peak_bytes']:.2f} | {gb['peak_bytes'] / gb['weights_bytes']:.2f} |", flush=True)
+        size, peak = found["weights_bytes"] / 1e9, found["peak_bytes"] / 1e9
+        print(f"| {name} | {form} | {size:.2f} | {peak:.2f} | {peak / size:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

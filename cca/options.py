@@ -1,6 +1,7 @@
 """Command-line pieces that several commands share."""
 
 import argparse
+import sys
 from typing import NoReturn
 
 from cca.errors import UserError
@@ -10,7 +11,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and that takes no abbreviated options."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        spec = sys.modules["__main__"].__spec__
+        prog = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
+        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))

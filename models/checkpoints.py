@@ -65,7 +65,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
-    """State dict of a file as in ``read_state_dict``, and the key it stood under ("" for a bare one)."""
+    """State dict of a file as in ``read_state_dict``, and the key it is published under ("" for a bare one)."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -86,15 +86,17 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
         raise UserError(f"{path}: not a weights file (.pt, .pth or .safetensors), or truncated") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError):
         raise UserError(f"{path}: not a weights file (.pt, .pth or .safetensors), or truncated") from None
-    wrapper = ""
+    wrappers = []
     while isinstance(content, dict) and (inner := next((k for k in WRAPPERS if isinstance(content.get(k), dict)), None)):
-        content, wrapper = content[inner], wrapper or inner
+        content = content[inner]
+        wrappers.append(inner)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
     if not content or not all(isinstance(v, Tensor) for v in content.values()):
         entries = ", ".join(map(str, list(content)[:4])) or "none"
         raise UserError(f"{path}: holds no state dict; its entries are {entries}")
-    return content, wrapper
+    # Nested, it is a training checkpoint, which nobody publishes.
+    return content, published_wrapper(content) if len(wrappers) > 1 else "".join(wrappers)
 
 
 def published_wrapper(state: dict[str, Tensor]) -> str:

@@ -3,12 +3,17 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from cca.errors import UserError
 
 ASSETS = Path(__file__).parent.parent / "assets"
+
+
+def downloaded(path: Path) -> bool:
+    """Whether a path leads into the hub's cache."""
+    return path.is_relative_to(constants.HF_HUB_CACHE)
 
 
 @dataclass(frozen=True)

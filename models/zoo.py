@@ -16,7 +16,7 @@ from models import llamagen, var
 from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
 from models.base import ARImageModel
 from models.checkpoints import file_sha256, load_weights, mismatch
-from models.hub import WeightsFile
+from models.hub import WeightsFile, downloaded
 
 
 @dataclass(frozen=True)
@@ -256,6 +256,10 @@ def locate(name: str, weights: str | None = "base", tokenizer_weights: str | Non
         raise UserError(f"--tokenizer-weights: {tokenizer} is no tokenizer of {name}")
     tokenizer_file = TOKENIZERS[own].weights if own in TOKENIZERS else Path(own)
     wanted = ((file, "--weights"), (tokenizer_file, "--tokenizer-weights"))
+    for path, option in wanted:
+        if isinstance(path, Path) and not path.exists():
+            names = ("base", "cca") if option == "--weights" else [n for n, row in TOKENIZERS.items() if row.backbone == entry.backbone]
+            raise UserError(f"{option}: {path}: no such file, nor one of {', '.join(names)}")
     fetched = [f.fetch(option) if isinstance(f, WeightsFile) else f for f, option in wanted]
     return ModelFiles(name, size, tokenizer, *fetched)
 
@@ -277,9 +281,14 @@ def load_files(files: ModelFiles) -> ARImageModel:
     Raises UserError for a file that is missing, broken or of another model.
     """
     model = build_model(files.name, files.image_size, files.tokenizer)
-    if files.weights:
-        load_weights(model.transformer, files.weights, files.name, recognise)
-    load_weights(model.tokenizer, files.tokenizer_weights, f"the tokenizer of {files.name}", recognise)
+    parts = ((model.transformer, files.weights, files.name), (model.tokenizer, files.tokenizer_weights, f"the tokenizer of {files.name}"))
+    for module, path, what in parts:
+        try:
+            if path:
+                load_weights(module, path, what, recognise)
+        except UserError as error:
+            again = f"; delete {path.resolve()} to have it downloaded again" if downloaded(path) else ""
+            raise UserError(f"{error}{again}") from None
     model.tokenizer.requires_grad_(False)
     return model.eval()
 

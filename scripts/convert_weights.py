@@ -4,7 +4,8 @@
     python -m scripts.convert_weights var_d16.safetensors var_d16.pth
 
 The state dict keeps its keys, shapes, dtypes and buffers. What LlamaGen's files hold besides it
-(options, step counters) is left out. The published layout, bare or under "model", is put back.
+(options, step counters) is left out. The published layout, bare or under "model", is put back;
+out of a training checkpoint of VAR's official code comes a file as it is published.
 """
 
 from pathlib import Path

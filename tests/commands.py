@@ -15,11 +15,12 @@ def command_line(arguments: list, processes: int = 1) -> list[str]:
     return [sys.executable, *(torchrun if processes > 1 else []), *map(str, arguments)]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
 
 
-def run(*arguments, processes: int = 1) -> subprocess.CompletedProcess:
-    result = subprocess.run(command_line(arguments, processes), cwd=ROOT, env=environment(), capture_output=True, text=True)
+def run(*arguments, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
+    """Run to success; ``variables`` join the environment."""
+    result = subprocess.run(command_line(arguments, processes), cwd=ROOT, env=environment(**variables), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result

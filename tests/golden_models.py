@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models import llamagen, var
 from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
 from models.base import ARImageModel
-from models.checkpoints import CONSTANTS
+from models.checkpoints import is_constant
 
 GOLDEN = Path(__file__).parent / "golden"
 LLAMAGEN_CASES = ("llamagen_tiny_vq16", "llamagen_tiny_vq8")
@@ -23,17 +23,21 @@ def golden(name: str) -> dict[str, Tensor]:
         return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
 
 
+def named_tensor(key: str, shape: tuple[int, ...]) -> Tensor:
+    """The weights of that name, as golden/README.md defines them."""
+    z = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
+    if z.ndim >= 2:
+        z = z / np.sqrt(np.prod(z.shape[1:])).astype(np.float32)
+    else:
+        z = 1 + 0.1 * z if key.endswith(".weight") else 0.1 * z
+    return torch.from_numpy(z.astype(np.float32))
+
+
 @torch.no_grad()
 def fill_by_name(module: nn.Module) -> None:
     for key, tensor in module.state_dict().items():
-        if key.split(".")[-1] in CONSTANTS:
-            continue
-        z = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(tensor.shape)).astype(np.float32)
-        if z.ndim >= 2:
-            z = z / np.sqrt(np.prod(z.shape[1:])).astype(np.float32)
-        else:
-            z = 1 + 0.1 * z if key.endswith(".weight") else 0.1 * z
-        tensor.copy_(torch.from_numpy(z.astype(np.float32)))
+        if not is_constant(key):
+            tensor.copy_(named_tensor(key, tuple(tensor.shape)))
 
 
 def build(name: str) -> ARImageModel:

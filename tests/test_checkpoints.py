@@ -119,3 +119,9 @@ def test_conversion_is_lossless(tmp_path, name, layout):
     before, after = (content.get("model", content) for content in (original, back))
     assert ("model" in back) == ("model" in original) and before.keys() == after.keys()
     assert all(before[k].dtype == after[k].dtype and torch.equal(before[k], after[k]) for k in before)
+
+
+def test_conversion_publishes_training_checkpoints(model, tmp_path):
+    torch.save(wrapped(model.transformer.state_dict(), "trainer"), tmp_path / "ar-ckpt-last.pth")
+    convert_weights.main([str(tmp_path / "ar-ckpt-last.pth"), str(tmp_path / "model.pth")])
+    assert torch.load(tmp_path / "model.pth", weights_only=True).keys() == model.transformer.state_dict().keys()

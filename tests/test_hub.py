@@ -1,94 +1,96 @@
 """Published weights through huggingface_hub, against a local server that speaks its protocol."""
 
-import hashlib
-import os
 import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
-from commands import ROOT
+from commands import ROOT, command_line, environment
+from hub_server import hub_variables, serving
 
-CONTENT = bytes(range(256)) * 4096
-PROGRAM = """
-from cca.errors import run_command
-from models.hub import WeightsFile
-run_command(lambda: print(WeightsFile("{file}", "{repository}").fetch("--weights").read_bytes() == bytes(range(256)) * 4096))
+FILES = (ROOT / "tests" / "golden" / "published_files.txt").read_text().split()
+EVERYTHING = """
+from models.__main__ import main
+from models.zoo import TOKENIZERS, ZOO, locate
+for name, entry in ZOO.items():
+    for weights, sizes in (("base", entry.base), ("cca", entry.cca)):
+        for size, file in sizes.items():
+            if file and file.repository:
+                print(locate(name, weights, image_size=size).weights.read_text())
+print(locate("llamagen-b", None, "vq_ds8_c2i").tokenizer_weights.read_text())
+main([])
 """
 
 
-class Hub(BaseHTTPRequestHandler):
-    """/REPOSITORY/resolve/REVISION/FILE; ``whole.pth`` is served, ``cut.pth`` breaks off half-way."""
-
-    requests: list[str] = []
-
-    def answer(self, body: bool):
-        self.requests.append(f"{self.command} {self.path}")
-        name = self.path.rsplit("/", 1)[1]
-        if "/resolve/" not in self.path or name not in ("whole.pth", "cut.pth"):
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", "0123456789" * 4)
-        self.send_header("ETag", f'"{hashlib.sha256(CONTENT).hexdigest()}"')
-        self.send_header("Content-Length", str(len(CONTENT)))
-        self.end_headers()
-        if body:
-            self.wfile.write(CONTENT if name == "whole.pth" else CONTENT[: len(CONTENT) // 2])
-            self.close_connection = True
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def log_message(self, *_):
-        pass
+def url(file: str) -> str:
+    """Where the hub has "OWNER/REPOSITORY/FILE"."""
+    owner, repository, name = file.split("/", 2)
+    return f"{owner}/{repository}/resolve/main/{name}"
 
 
-@pytest.fixture(scope="module")
-def endpoint():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+@pytest.fixture
+def hub(tmp_path):
+    """A hub with all published files, each of which holds its own name."""
+    served = {}
+    for number, file in enumerate(FILES):
+        served[file] = tmp_path / f"served-{number}"
+        served[file].write_text(file)
+    with serving(served) as server:
+        yield server
 
 
-def fetch(file, home, **variables):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    environment |= {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5", **variables}
-    program = PROGRAM.format(file=file, repository="FoundationVision/var")
-    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+def python(arguments, tmp_path, endpoint, offline=False):
+    variables = hub_variables(tmp_path / "home", endpoint, offline)
+    return subprocess.run(command_line(arguments), cwd=ROOT, env=environment(**variables), capture_output=True, text=True)
 
 
-def one_line(result, *parts):
+def sample(tmp_path, endpoint, *options, offline=False):
+    return python(["sample.py", *options, "--output", tmp_path / "out" / "samples.npz"], tmp_path, endpoint, offline)
+
+
+def one_line(result, tmp_path, *parts):
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert len(lines) == 1 and all(part in lines[0] for part in parts), result.stderr
+    assert not (tmp_path / "out").exists()
 
 
-def test_download_then_cache(endpoint, tmp_path):
-    assert fetch("whole.pth", tmp_path, HF_ENDPOINT=endpoint).stdout == "True\n"
-    assert any(r.startswith("GET /FoundationVision/var/resolve/main/whole.pth") for r in Hub.requests)
-    again = fetch("whole.pth", tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert again.stdout == "True\n"
+def test_every_published_file_by_name_then_from_the_cache(hub, tmp_path):
+    """All are asked for under their names, once each; the two usual tokenizers come along unprinted."""
+    first = python(["-c", EVERYTHING], tmp_path, hub.endpoint)
+    assert first.returncode == 0, first.stderr
+    assert sorted(r for r in hub.requests if "/resolve/" in r and r.startswith("GET")) == sorted(f"GET /{url(f)}" for f in FILES)
+    found, _, table = first.stdout.partition("model ")
+    assert set(FILES) - set(found.split()) == {"FoundationVision/var/vae_ch160v4096z32.pth", "FoundationVision/LlamaGen/vq_ds16_c2i.pt"}
+    table = table.partition("FID-50k")[0]
+    assert "cached" in table and "on the hub" not in table
+    offline = python(["-c", EVERYTHING], tmp_path, "http://127.0.0.1:9", offline=True)
+    assert offline.stdout == first.stdout
 
 
-def test_missing_file(endpoint, tmp_path):
-    one_line(fetch("none.pth", tmp_path, HF_ENDPOINT=endpoint), "FoundationVision/var/none.pth: the hub has no such file", "--weights PATH")
+def test_missing_file(hub, tmp_path):
+    hub.files.clear()
+    result = sample(tmp_path, hub.endpoint, "--model", "var-d16", "--weights", "cca")
+    one_line(result, tmp_path, "--weights: ChenDRAG/CCA_VAR/CCA_VAR_Guidance_Free/VAR_d16_CCA.pth: the hub has no such file", "--weights PATH")
 
 
-def test_no_network(tmp_path):
-    message = "whole.pth: it is not in the cache and the hub is out of reach; fetch that file by hand"
-    one_line(fetch("whole.pth", tmp_path, HF_ENDPOINT="http://127.0.0.1:9"), message)
-    one_line(fetch("whole.pth", tmp_path, HF_HUB_OFFLINE="1"), message)
+@pytest.mark.parametrize("offline", [False, True])
+def test_no_network(tmp_path, offline):
+    result = sample(tmp_path, "http://127.0.0.1:9", "--model", "llamagen-3b", offline=offline)
+    message = "FoundationVision/LlamaGen/c2i_3B_384.pt: it is not in the cache and the hub is out of reach; fetch that file by hand"
+    one_line(result, tmp_path, "--weights: ", message)
 
 
-def test_truncated_download(endpoint, tmp_path):
-    one_line(fetch("cut.pth", tmp_path, HF_ENDPOINT=endpoint), "FoundationVision/var/cut.pth: the download failed", "--weights PATH")
-    assert not [p for p in tmp_path.rglob("cut.pth") if p.exists()]
+def test_truncated_download(hub, tmp_path):
+    hub.cut = True
+    result = sample(tmp_path, hub.endpoint, "--model", "var-mini", "--tokenizer-weights", "vae_ch160v4096z32")
+    one_line(result, tmp_path, "--tokenizer-weights: FoundationVision/var/vae_ch160v4096z32.pth: the download failed", "--tokenizer-weights PATH")
+    assert not [p for p in (tmp_path / "home").rglob("vae_ch160v4096z32.pth") if p.exists()]
+
+
+def test_damaged_file_in_the_cache(hub, tmp_path):
+    """The message names the one file to delete; deleted, it is downloaded again."""
+    broken = sample(tmp_path, hub.endpoint, "--model", "var-d20")
+    one_line(broken, tmp_path, "var_d20.pth: not a weights file", "to have it downloaded again")
+    Path(broken.stderr.rpartition("; delete ")[2].partition(" to have")[0]).unlink()
+    sample(tmp_path, hub.endpoint, "--model", "var-d20")
+    assert hub.requests.count(f"GET /{url('FoundationVision/var/var_d20.pth')}") == 2
