@@ -22,6 +22,8 @@ from cca.errors import UserError
 CONSTANTS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV", "codebook_used", "freqs_cis")
 # Where the published files and trainers keep the state dict.
 WRAPPERS = ("model", "module", "state_dict", "trainer", "var_wo_ddp")
+# What DistributedDataParallel and torch.compile put in front of every key.
+PREFIXES = ("module.", "_orig_mod.")
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
@@ -80,6 +82,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, not a weights file") from None
+    except PermissionError:
+        raise UserError(f"{path}: may not be read (permission denied)") from None
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "GLOBAL" in str(error):
             raise UserError(f"{path}: refused, it holds executable content besides tensors") from None
@@ -92,9 +96,11 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
         wrappers.append(inner)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    if not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not content or not all(isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in content.items()):
         entries = ", ".join(map(str, list(content)[:4])) or "none"
         raise UserError(f"{path}: holds no state dict; its entries are {entries}")
+    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in content)), None):
+        content = {k.removeprefix(prefix): v for k, v in content.items()}
     # Nested, it is a training checkpoint, which nobody publishes.
     return content, published_wrapper(content) if len(wrappers) > 1 else "".join(wrappers)
 
@@ -110,13 +116,14 @@ def is_constant(key: str) -> bool:
 
 
 def mismatch(module: nn.Module, state: dict[str, Tensor]) -> str | None:
-    """The first few missing, unexpected and wrongly shaped tensors of a state dict; None if it fits."""
-    own = module.state_dict()
-    needed = [k for k in own if not is_constant(k)]
-    missing = [k for k in needed if k not in state]
+    """The first few missing, unexpected, wrongly shaped and wrongly typed tensors of a state dict; None if it fits."""
+    own = {k: v for k, v in module.state_dict().items() if not is_constant(k)}
+    missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own and not is_constant(k)]
-    wrong = [f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}" for k in needed if k in state and state[k].shape != own[k].shape]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong))
+    both = {k: (state[k], own[k]) for k in own if k in state}
+    shapes = [f"{k} {list(a.shape)} instead of {list(b.shape)}" for k, (a, b) in both.items() if a.shape != b.shape]
+    types = [f"{k} {a.dtype}" for k, (a, b) in both.items() if a.is_floating_point() != b.is_floating_point()]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", shapes), ("wrongly typed", types))
     return "; ".join(f"{len(n)} {kind} ({', '.join(n[:3])}{', …' if len(n) > 3 else ''})" for kind, n in kinds if n) or None
 
 

@@ -5,7 +5,7 @@
 
 The state dict keeps its keys, shapes, dtypes and buffers. What LlamaGen's files hold besides it
 (options, step counters) is left out. The published layout, bare or under "model", is put back;
-out of a training checkpoint of VAR's official code comes a file as it is published.
+a training checkpoint (nested, or with the prefixes of DDP and torch.compile) becomes a file as it is published.
 """
 
 from pathlib import Path

@@ -4,6 +4,7 @@ import argparse
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from golden_models import build
@@ -26,11 +27,12 @@ def wrapped(state, layout):
         "module": {"module": state},
         "state_dict": {"state_dict": state},
         "trainer": {"epoch": 1, "trainer": {"var_wo_ddp": state}},
+        "prefixed": {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}},
     }[layout]
 
 
 @pytest.mark.parametrize("constants", [True, False])
-@pytest.mark.parametrize("layout", ["bare", "model", "module", "state_dict", "trainer"])
+@pytest.mark.parametrize("layout", ["bare", "model", "module", "state_dict", "trainer", "prefixed"])
 def test_layouts(model, tmp_path, layout, constants):
     state = {k: v for k, v in model.transformer.state_dict().items() if constants or k.split(".")[-1] not in CONSTANTS}
     torch.save(wrapped({**state, "freqs_cis": torch.zeros(3)}, layout), tmp_path / "weights.bin")
@@ -60,8 +62,9 @@ class Hostile:
         return (open, ("executed", "w"))
 
 
-def broken_files(folder, model):
-    state = model.transformer.state_dict()
+@pytest.fixture(scope="module")
+def broken(model, tmp_path_factory):
+    folder, state = tmp_path_factory.mktemp("broken"), model.transformer.state_dict()
     torch.save(state, folder / "good.pth")
     data = (folder / "good.pth").read_bytes()
     (folder / "truncated.pth").write_bytes(data[: len(data) // 2])
@@ -72,12 +75,19 @@ def broken_files(folder, model):
     (folder / "text.pt").write_text("not weights at all")
     torch.save([1, 2], folder / "list.pt")
     torch.save({"epoch": 3}, folder / "nothing.pt")
+    torch.save({0: torch.zeros(1)}, folder / "numbers.pt")
+    torch.save({**state, "head.weight": state["head.weight"].to_sparse()}, folder / "sparse.pt")
+    torch.save({**state, "head.weight": state["head.weight"].to(torch.int8)}, folder / "integers.pt")
+    np.savez(folder / "arrays.npz", a=np.zeros(3))
     torch.save({"model": state, "extra": Hostile()}, folder / "hostile.pt")
+    torch.save({"model": state, "args": argparse.Namespace(lr=Hostile())}, folder / "hostile-namespace.pt")
+    torch.save({"model": state, "extra": Hostile()}, folder / "hostile-legacy.pt", _use_new_zipfile_serialization=False)
     (folder / "hostile-pickle2.pt").write_bytes(pickle.dumps(Hostile(), protocol=2))
     (folder / "hostile-pickle4.pt").write_bytes(pickle.dumps(Hostile(), protocol=4))
     torch.save({**state, "surprise": torch.zeros(1)}, folder / "unexpected.pt")
     torch.save({k: v for k, v in state.items() if k != "head.bias"}, folder / "missing.pt")
     torch.save({**state, "head.bias": torch.zeros(3)}, folder / "shape.pt")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -91,8 +101,14 @@ def broken_files(folder, model):
         ("junk.pt", "not a weights file"),
         ("text.pt", "not a weights file"),
         ("list.pt", "holds a list"),
-        ("nothing.pt", "no state dict"),
+        ("nothing.pt", "no state dict; its entries are epoch"),
+        ("numbers.pt", "no state dict; its entries are 0"),
+        ("sparse.pt", "no state dict"),
+        ("integers.pt", "1 wrongly typed .head.weight torch.int8."),
+        ("arrays.npz", "not a weights file"),
         ("hostile.pt", "executable content"),
+        ("hostile-namespace.pt", "executable content"),
+        ("hostile-legacy.pt", "executable content"),
         ("hostile-pickle2.pt", "executable content"),
         ("hostile-pickle4.pt", "not a weights file"),
         ("unexpected.pt", "1 unexpected .surprise."),
@@ -100,11 +116,10 @@ def broken_files(folder, model):
         ("shape.pt", r"head.bias \[3\] instead of \[64\]"),
     ],
 )
-def test_bad_files(model, tmp_path, monkeypatch, name, message):
-    broken_files(tmp_path, model)
+def test_bad_files(broken, tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings(action="error"), pytest.raises(UserError, match=message) as caught:
-        load_weights(build("var_tiny_a").transformer, tmp_path / name, "var-tiny")
+        load_weights(build("var_tiny_a").transformer, broken / name, "var-tiny")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
 
