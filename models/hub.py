@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from cca.errors import UserError
 
@@ -39,6 +39,8 @@ class WeightsFile:
         if self.repository is None:
             return ASSETS / self.file
         try:
+            if not constants.HF_HUB_OFFLINE and not self.cached():
+                self._reach()
             return Path(hf_hub_download(self.repository, self.file))
         except LocalEntryNotFoundError:
             reason = "it is not in the cache and the hub is out of reach"
@@ -47,3 +49,12 @@ class WeightsFile:
         except Exception as error:  # the hub's client lets many kinds through: HTTP, file system, consistency checks
             reason = f"the download failed: {' '.join(str(error).split())[:120]}"
         raise UserError(f"{option}: {self}: {reason}; fetch that file by hand and give its path with {option} PATH")
+
+    def _reach(self) -> None:
+        """Raise LocalEntryNotFoundError at once where there is no network; the download would try for half a minute."""
+        try:
+            get_hf_file_metadata(hf_hub_url(self.repository, self.file), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except HfHubHTTPError:
+            pass  # an answer: the download deals with it
+        except Exception as error:
+            raise LocalEntryNotFoundError(str(error)) from None
