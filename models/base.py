@@ -263,7 +263,6 @@ class ARImageModel(nn.Module, ABC):
         """log p(tokens | label), summed over all tokens of an image: [B], [B, L] -> [B] float32."""
         return self.transformer(labels, self.inputs(tokens), tokens)
 
-    @torch.inference_mode()
     def generate(self, labels: Tensor, uniforms: Tensor, options: SamplingOptions = SamplingOptions()) -> Tensor:
         """Sample tokens.
 
@@ -275,6 +274,10 @@ class ARImageModel(nn.Module, ABC):
         Returns:
             tokens [B, L] int64.
         """
+        return self._generate(labels, uniforms, options).clone()  # no inference tensor: it may be trained on
+
+    @torch.inference_mode()
+    def _generate(self, labels: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
         rows, steps = labels.shape[0], len(self.step_sizes)
         scales = [options.scale_at(step, steps) for step in range(steps)]
         # The unconditional rows must run up to the last guided step, to have their cache filled.

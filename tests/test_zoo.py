@@ -1,4 +1,4 @@
-"""The zoo against the manifests of the published checkpoints."""
+"""The zoo against the manifests of the published checkpoints, and what README says of models."""
 
 import json
 from pathlib import Path
@@ -61,3 +61,11 @@ def test_readme_table_is_the_zoo():
         if not row["model"].endswith("-mini") and int(row["pixels"]) == ZOO[row["model"]].default_image_size:
             cells = (row[c] for c in ("model", "parameters", "pixels", "FID base", "FID guided", "FID CCA"))
             assert f"| {' | '.join(cells)} |" in readme
+
+
+def test_example_of_the_readme():
+    """It samples, and takes the gradient of CCA on the samples."""
+    names = {}
+    exec((ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0], names)
+    assert names["images"].shape == (10, 3, 32, 32) and names["images"].abs().max() <= 1
+    assert names["rewards"][0].shape == (10,) and names["model"].transformer.head.weight.grad.abs().sum() > 0
