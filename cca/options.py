@@ -11,7 +11,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and that takes no abbreviated options."""
 
     def __init__(self, description: str):
-        spec = sys.modules["__main__"].__spec__
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
         prog = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
         super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cca.errors import UserError
+from models.hub import downloaded
 
 # Constant buffers and statistics: a file may hold them or not, and in other shapes.
 CONSTANTS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV", "codebook_used", "freqs_cis")
@@ -87,9 +88,9 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "GLOBAL" in str(error):
             raise UserError(f"{path}: refused, it holds executable content besides tensors") from None
-        raise UserError(f"{path}: not a weights file (.pt, .pth or .safetensors), or truncated") from None
+        raise _no_weights(path) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError):
-        raise UserError(f"{path}: not a weights file (.pt, .pth or .safetensors), or truncated") from None
+        raise _no_weights(path) from None
     wrappers = []
     while isinstance(content, dict) and (inner := next((k for k in WRAPPERS if isinstance(content.get(k), dict)), None)):
         content = content[inner]
@@ -103,6 +104,11 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
         content = {k.removeprefix(prefix): v for k, v in content.items()}
     # Nested, it is a training checkpoint, which nobody publishes.
     return content, published_wrapper(content) if len(wrappers) > 1 else "".join(wrappers)
+
+
+def _no_weights(path: Path) -> UserError:
+    again = f"; delete {path.resolve()} to have it downloaded again" if downloaded(path) else ""
+    return UserError(f"{path}: not a weights file (.pt, .pth or .safetensors), or truncated{again}")
 
 
 def published_wrapper(state: dict[str, Tensor]) -> str:

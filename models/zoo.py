@@ -16,7 +16,7 @@ from models import llamagen, var
 from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
 from models.base import ARImageModel
 from models.checkpoints import file_sha256, load_weights, mismatch
-from models.hub import WeightsFile, downloaded
+from models.hub import WeightsFile
 
 
 @dataclass(frozen=True)
@@ -281,14 +281,9 @@ def load_files(files: ModelFiles) -> ARImageModel:
     Raises UserError for a file that is missing, broken or of another model.
     """
     model = build_model(files.name, files.image_size, files.tokenizer)
-    parts = ((model.transformer, files.weights, files.name), (model.tokenizer, files.tokenizer_weights, f"the tokenizer of {files.name}"))
-    for module, path, what in parts:
-        try:
-            if path:
-                load_weights(module, path, what, recognise)
-        except UserError as error:
-            again = f"; delete {path.resolve()} to have it downloaded again" if downloaded(path) else ""
-            raise UserError(f"{error}{again}") from None
+    if files.weights:
+        load_weights(model.transformer, files.weights, files.name, recognise)
+    load_weights(model.tokenizer, files.tokenizer_weights, f"the tokenizer of {files.name}", recognise)
     model.tokenizer.requires_grad_(False)
     return model.eval()
 
