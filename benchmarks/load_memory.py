@@ -22,7 +22,7 @@ from cca.options import Parser
 from models.checkpoints import save_published, save_safetensors
 from models.zoo import ZOO, build_model, load_model
 
-FORMATS = {"pt": save_published, "pt-half": save_published, "safetensors": save_safetensors}
+FORMATS = {"pt": (save_published, torch.float32), "pt-half": (save_published, torch.float16), "safetensors": (save_safetensors, torch.float32)}
 CHILD = "from benchmarks.load_memory import measure; measure({!r}, {!r}, {!r})"
 
 
@@ -55,9 +55,9 @@ def main() -> None:
     for name, form in itertools.product(args.models, args.formats):
         with tempfile.TemporaryDirectory() as folder:
             weights, tokenizer = Path(folder) / "model", Path(folder) / "tokenizer"
-            model = build_model(name)
+            model, (save, dtype) = build_model(name), FORMATS[form]
             for module, path in ((model.transformer, weights), (model.tokenizer, tokenizer)):
-                FORMATS[form](made_up_state(module, torch.float16 if form == "pt-half" else torch.float32), path)
+                save(made_up_state(module, dtype), path)
             found = json.loads(subprocess.check_output([sys.executable, "-c", CHILD.format(name, str(weights), str(tokenizer))], text=True))
         size, peak = found["weights_bytes"] / 1e9, found["peak_bytes"] / 1e9
         print(f"| {name} | {form} | {size:.2f} | {peak:.2f} | {peak / size:.2f} |", flush=True)

@@ -143,8 +143,9 @@ def make_extractor(name: str, inception_weights: Path | None, device: torch.devi
     if inception_weights and not inception_weights.exists():
         raise UserError(f"--inception-weights: {inception_weights}: no such file")
     with tempfile.TemporaryDirectory() as folder:
-        copy = f"{folder}/inception.pth" if inception_weights else None
-        if copy:  # torch-fidelity loads with weights_only=False, so it gets the tensors that were read, and no more
+        copy = None
+        if inception_weights:  # torch-fidelity loads with weights_only=False, so it gets the tensors that were read, and no more
+            copy = f"{folder}/inception.pth"
             save_published(read_state_dict(inception_weights), Path(copy), wrapper="")
         try:
             return Extractor(name, copy, device)

@@ -98,7 +98,8 @@ def _bundled(name: str) -> WeightsFile:
     return WeightsFile(f"{name}.safetensors")
 
 
-_VAR_VAE = WeightsFile("vae_ch160v4096z32.pth", "FoundationVision/var")
+_VAR_REPOSITORY = "FoundationVision/var"
+_VAR_VAE = WeightsFile("vae_ch160v4096z32.pth", _VAR_REPOSITORY)
 _LLAMAGEN_REPOSITORY = "FoundationVision/LlamaGen"
 TOKENIZERS: dict[str, TokenizerEntry] = {
     "vae_ch160v4096z32": TokenizerEntry("var", var.TokenizerConfig(_VAR_AUTOENCODER, VAR_256), _VAR_VAE),
@@ -128,7 +129,7 @@ def _var(depth: int, lam: float, accumulation: int, final_lr: float, published: 
         "var",
         var.TransformerConfig(64 * depth, depth, depth, shared_adaln=size == 512, drop_path_rate=0.0 if depth == 16 else 0.1 * depth / 24),
         "vae_ch160v4096z32" if size == 256 else "vae_ch160v4096z32-512",
-        {size: WeightsFile(f"var_d{depth}.pth", "FoundationVision/var")},
+        {size: WeightsFile(f"var_d{depth}.pth", _VAR_REPOSITORY)},
         Recipe(
             beta=0.02, lam=lam, lr=2e-5, batch_size=256, grad_clip=2.0, dtype="float16", warmup=0.02, final_lr=final_lr,
             published_accumulation=accumulation, **other,
@@ -140,7 +141,7 @@ def _var(depth: int, lam: float, accumulation: int, final_lr: float, published: 
 
 
 def _llamagen(
-    name: str, dim: int, layers: int, heads: int, lam: float = 1000, published: Published | None = None, bases: tuple[int, ...] = (), **other
+    name: str, dim: int, layers: int, heads: int, lam: float, published: Published | None = None, bases: tuple[int, ...] = (), **other
 ) -> ZooEntry:
     """LlamaGen; ``bases``: image sizes whose base weights are published. Without ``published`` CCA was not run by its authors."""
     return ZooEntry(
@@ -167,8 +168,8 @@ ZOO: dict[str, ZooEntry] = {
     "llamagen-xl": _llamagen("XL", 1280, 36, 20, 1000, Published(3.10, 2.62, 1.75), (384,)),
     "llamagen-xxl": _llamagen("XXL", 1536, 48, 24, 1000, Published(3.12, 2.34, 1.75), (384,), parallel="fsdp"),
     "llamagen-3b": _llamagen("3B", 3200, 24, 32, 500, Published(2.69, 2.18, 1.65, 9.38), (384,), parallel="fsdp"),
-    "llamagen-xxxl": _llamagen("XXXL", 2560, 48, 40, parallel="fsdp"),
-    "llamagen-1b": _llamagen("1B", 2048, 22, 32),
+    "llamagen-xxxl": _llamagen("XXXL", 2560, 48, 40, 1000, parallel="fsdp"),
+    "llamagen-1b": _llamagen("1B", 2048, 22, 32, 1000),
     "var-mini": ZooEntry(
         "var",
         var.TransformerConfig(dim=128, depth=3, heads=4, vocab_size=512, num_classes=10),
@@ -255,12 +256,12 @@ def locate(name: str, weights: str | None = "base", tokenizer_weights: str | Non
     if TOKENIZERS[tokenizer].backbone != entry.backbone:
         raise UserError(f"--tokenizer-weights: {tokenizer} is no tokenizer of {name}")
     tokenizer_file = TOKENIZERS[own].weights if own in TOKENIZERS else Path(own)
-    wanted = ((file, "--weights"), (tokenizer_file, "--tokenizer-weights"))
-    for path, option in wanted:
+    tokenizers = [n for n, row in TOKENIZERS.items() if row.backbone == entry.backbone]
+    wanted = ((file, "--weights", ("base", "cca")), (tokenizer_file, "--tokenizer-weights", tokenizers))
+    for path, option, names in wanted:  # before anything is downloaded
         if isinstance(path, Path) and not path.exists():
-            names = ("base", "cca") if option == "--weights" else [n for n, row in TOKENIZERS.items() if row.backbone == entry.backbone]
             raise UserError(f"{option}: {path}: no such file, nor one of {', '.join(names)}")
-    fetched = [f.fetch(option) if isinstance(f, WeightsFile) else f for f, option in wanted]
+    fetched = [f.fetch(option) if isinstance(f, WeightsFile) else f for f, option, _ in wanted]
     return ModelFiles(name, size, tokenizer, *fetched)
 
 

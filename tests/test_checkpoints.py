@@ -11,7 +11,7 @@ from golden_models import build
 from safetensors.torch import save_file
 
 from cca.errors import UserError
-from models.checkpoints import CONSTANTS, load_weights, read_state_dict, save_published
+from models.checkpoints import is_constant, load_weights, read_state_dict, save_published
 from scripts import convert_weights
 
 
@@ -34,7 +34,7 @@ def wrapped(state, layout):
 @pytest.mark.parametrize("constants", [True, False])
 @pytest.mark.parametrize("layout", ["bare", "model", "module", "state_dict", "trainer", "prefixed"])
 def test_layouts(model, tmp_path, layout, constants):
-    state = {k: v for k, v in model.transformer.state_dict().items() if constants or k.split(".")[-1] not in CONSTANTS}
+    state = {k: v for k, v in model.transformer.state_dict().items() if constants or not is_constant(k)}
     torch.save(wrapped({**state, "freqs_cis": torch.zeros(3)}, layout), tmp_path / "weights.bin")
     other = build("var_tiny_a")
     torch.nn.init.zeros_(other.transformer.head.weight)
