@@ -97,13 +97,18 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
         wrappers.append(inner)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    if not content or not all(isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in content.items()):
+    if not content or not all(isinstance(k, str) and _is_dense(v) for k, v in content.items()):
         entries = ", ".join(map(str, list(content)[:4])) or "none"
         raise UserError(f"{path}: holds no state dict; its entries are {entries}")
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in content)), None):
         content = {k.removeprefix(prefix): v for k, v in content.items()}
     # Nested, it is a training checkpoint, which nobody publishes.
     return content, published_wrapper(content) if len(wrappers) > 1 else "".join(wrappers)
+
+
+def _is_dense(value: object) -> bool:
+    """Whether it is a tensor with all its numbers."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def _no_weights(path: Path) -> UserError:

@@ -77,6 +77,7 @@ def broken(model, tmp_path_factory):
     torch.save({"epoch": 3}, folder / "nothing.pt")
     torch.save({0: torch.zeros(1)}, folder / "numbers.pt")
     torch.save({**state, "head.weight": state["head.weight"].to_sparse()}, folder / "sparse.pt")
+    torch.save({**state, "head.weight": state["head.weight"].to("meta")}, folder / "meta.pt")
     torch.save({**state, "head.weight": state["head.weight"].to(torch.int8)}, folder / "integers.pt")
     np.savez(folder / "arrays.npz", a=np.zeros(3))
     torch.save({"model": state, "extra": Hostile()}, folder / "hostile.pt")
@@ -104,6 +105,7 @@ def broken(model, tmp_path_factory):
         ("nothing.pt", "no state dict; its entries are epoch"),
         ("numbers.pt", "no state dict; its entries are 0"),
         ("sparse.pt", "no state dict"),
+        ("meta.pt", "no state dict"),
         ("integers.pt", "1 wrongly typed .head.weight torch.int8."),
         ("arrays.npz", "not a weights file"),
         ("hostile.pt", "executable content"),
