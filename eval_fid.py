@@ -15,7 +15,16 @@ from pathlib import Path
 
 from cca.distributed import Processes
 from cca.errors import UserError, run_command
-from cca.evaluator import METRICS, Seconds, comparability, compare, content_hash, evaluate, extract, load_reference
+from cca.evaluator import (
+    METRICS,
+    Seconds,
+    comparability,
+    compare,
+    content_hash,
+    evaluate,
+    extract,
+    load_reference,
+)
 from cca.features import make_extractor
 from cca.image_sets import open_images
 from cca.options import Parser, count
@@ -27,12 +36,28 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--samples", type=Path, metavar="FILE.npz|FOLDER", help="images to evaluate")
     add("--reference", type=Path, metavar="FILE.npz|FOLDER", help="what they are held against")
-    add("--features", default="inception", metavar="inception|mini|NAME|PATH", help="feature extractor: also any of torch-fidelity's, or Inception weights (default inception)")
-    add("--inception-weights", type=Path, metavar="PATH", help="torch-fidelity's Inception weights (default: its cache, else downloaded)")
+    add(
+        "--features",
+        default="inception",
+        metavar="inception|mini|NAME|PATH",
+        help="feature extractor: also any of torch-fidelity's, or Inception weights (default inception)",
+    )
+    add(
+        "--inception-weights",
+        type=Path,
+        metavar="PATH",
+        help="torch-fidelity's Inception weights (default: its cache, else downloaded)",
+    )
     add("--metrics", default=",".join(METRICS), help="comma-separated (default %(default)s)")
     add("--batch-size", type=count(), default=250, help="images per forward pass (default %(default)s)")
     add("--output", type=Path, metavar="FILE.json", help="also write the results there")
-    add("--compare", type=Path, nargs="+", metavar="FILE.json", help="print earlier results side by side, with the published figures, and stop")
+    add(
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar="FILE.json",
+        help="print earlier results side by side, with the published figures, and stop",
+    )
     return parser
 
 
@@ -49,7 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         raise UserError(f"--metrics: {unknown[0]!r} is not one of {', '.join(METRICS)}")
     if args.output and args.output.resolve() == args.samples.with_suffix(".json").resolve():
-        raise UserError(f"--output: {args.output} is where sample.py describes the samples; take another name")
+        raise UserError(
+            f"--output: {args.output} is where sample.py describes the samples; take another name"
+        )
     samples, reference_images = open_images(args.samples), open_images(args.reference)
     labels = samples.labels()
     if labels is not None and len(labels) != len(samples):
@@ -67,7 +94,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     values, notes = evaluate(found, labels, reference, metrics, seconds, processes.device)
     notes += comparability(samples, labels, found, reference, extractor, reference_images)
-    print(f"{args.samples.name}: {len(samples):,} samples against {args.reference.name}, features {extractor.name}")
+    print(
+        f"{args.samples.name}: {len(samples):,} samples against {args.reference.name}, features {extractor.name}"
+    )
     for name, value in values.items():
         print(f"  {name:<10} {value:10.4f}")
     for note in notes:
@@ -81,8 +110,16 @@ def main(argv: list[str] | None = None) -> None:
                 "sha256": content_hash(samples),
                 "sampling": samples.sampling_report().get("options"),
             },
-            "reference": {"file": str(args.reference), "count": len(reference_images), "sha256": content_hash(reference_images)},
-            "features": {"extractor": extractor.name, "layer": extractor.layer, "weights_sha256": extractor.weights_sha256},
+            "reference": {
+                "file": str(args.reference),
+                "count": len(reference_images),
+                "sha256": content_hash(reference_images),
+            },
+            "features": {
+                "extractor": extractor.name,
+                "layer": extractor.layer,
+                "weights_sha256": extractor.weights_sha256,
+            },
             "notes": notes,
             "seconds": seconds.parts,
         }

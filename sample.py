@@ -22,7 +22,6 @@ from cca.sampler import SampleRequest, compile_blocks, first_images, run_samplin
 from models.base import ARImageModel, SamplingOptions
 from models.zoo import ZOO, class_name, load_files, locate, zoo_entry
 
-
 # Where neither an option nor a preset says otherwise.
 DEFAULTS = {
     "num_samples": 50_000, "class_order": "balanced", "cfg_scale": 1.0, "top_k": 0, "top_p": 1.0, "temperature": 1.0,
@@ -35,29 +34,75 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--model", required=True, choices=sorted(ZOO), help="model to sample from")
     add("--weights", default="base", metavar="base|cca|PATH", help="transformer weights (default base)")
-    add("--tokenizer-weights", metavar="PATH|NAME", help="tokenizer weights, or vq_ds16_c2i, vq_ds8_c2i for LlamaGen (default: the model's own)")
-    add("--image-size", type=count(), metavar="PIXELS", help="side the model works at; LlamaGen: 256, 384 or 512 (default: the model's)")
+    add(
+        "--tokenizer-weights",
+        metavar="PATH|NAME",
+        help="tokenizer weights, or vq_ds16_c2i, vq_ds8_c2i for LlamaGen (default: the model's own)",
+    )
+    add(
+        "--image-size",
+        type=count(),
+        metavar="PIXELS",
+        help="side the model works at; LlamaGen: 256, 384 or 512 (default: the model's)",
+    )
     add(
         "--preset", choices=("published", "published-cfg"),
         help="sampling settings behind the model's published figures, without guidance or with it; single options still overrule it",
     )  # fmt: skip
     add("--num-samples", type=count(), help="images (default 50000)")
     add("--classes", default="all", metavar="all|0,7,8", help="classes to sample (default all)")
-    add("--class-order", choices=("balanced", "random"), help="classes in turn, or drawn uniformly (default balanced)")
-    add("--cfg-scale", type=number(0), help="guidance scale s: uncond + s (cond - uncond); 1 is guidance-free (default 1.0)")
-    add("--cfg-schedule", choices=("constant", "linear"), help="scale over the decoding steps (default: VAR linear, LlamaGen constant)")
-    add("--cfg-interval", type=count(), help="guide only the first this many steps (LlamaGen: tokens, VAR: levels; default all)")
+    add(
+        "--class-order",
+        choices=("balanced", "random"),
+        help="classes in turn, or drawn uniformly (default balanced)",
+    )
+    add(
+        "--cfg-scale",
+        type=number(0),
+        help="guidance scale s: uncond + s (cond - uncond); 1 is guidance-free (default 1.0)",
+    )
+    add(
+        "--cfg-schedule",
+        choices=("constant", "linear"),
+        help="scale over the decoding steps (default: VAR linear, LlamaGen constant)",
+    )
+    add(
+        "--cfg-interval",
+        type=count(),
+        help="guide only the first this many steps (LlamaGen: tokens, VAR: levels; default all)",
+    )
     add("--top-k", type=count(0), help="keep the k likeliest tokens; 0 keeps all (default 0)")
-    add("--top-p", type=number(0, 1, above=True), help="keep the likeliest tokens with this much probability (default 1.0)")
+    add(
+        "--top-p",
+        type=number(0, 1, above=True),
+        help="keep the likeliest tokens with this much probability (default 1.0)",
+    )
     add("--temperature", type=number(0, above=True), help="divides the logits (default 1.0)")
-    add("--eval-size", type=count(), help="resize to this side, bicubic, before the 8-bit conversion (pixels; default: no resizing)")
+    add(
+        "--eval-size",
+        type=count(),
+        help="resize to this side, bicubic, before the 8-bit conversion (pixels; default: no resizing)",
+    )
     add("--seed", type=count(0), default=0, help="seed of classes and tokens (default 0)")
     add("--batch-size", type=count(), default=64, help="images decoded at once in one process (default 64)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="precision (default float32)")
-    add("--compile", action="store_true", help="torch.compile the transformer blocks (takes minutes at the start)")
-    add("--cuda-graphs", action="store_true", help="run all decoding steps of a batch as one CUDA graph (GPU only)")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile the transformer blocks (takes minutes at the start)",
+    )
+    add(
+        "--cuda-graphs",
+        action="store_true",
+        help="run all decoding steps of a batch as one CUDA graph (GPU only)",
+    )
     add("--output", required=True, type=Path, metavar="FILE.npz", help="where the samples go")
-    add("--grid", type=Path, metavar="FILE.png", help="also write a picture of the first images, with class names")
+    add(
+        "--grid",
+        type=Path,
+        metavar="FILE.png",
+        help="also write a picture of the first images, with class names",
+    )
     return parser
 
 
@@ -101,13 +146,25 @@ def main(argv: list[str] | None = None) -> None:
     if args.compile:
         compile_blocks(model)
     schedule = args.cfg_schedule or model.default_cfg_schedule
-    sampling = SamplingOptions(args.cfg_scale, schedule, args.cfg_interval, args.top_k, args.top_p, args.temperature)
+    sampling = SamplingOptions(
+        args.cfg_scale, schedule, args.cfg_interval, args.top_k, args.top_p, args.temperature
+    )
     classes = parse_classes(args.classes, model)
-    request = SampleRequest(args.num_samples, classes, args.class_order, args.seed, args.eval_size, args.dtype, sampling)
+    request = SampleRequest(
+        args.num_samples, classes, args.class_order, args.seed, args.eval_size, args.dtype, sampling
+    )
     for path in filter(None, (args.output, args.grid)):
         path.parent.mkdir(parents=True, exist_ok=True)
     processes = Processes()
-    run_sampling(model, request, args.batch_size, args.output, {**files.describe(), "weights": args.weights}, processes, args.cuda_graphs)
+    run_sampling(
+        model,
+        request,
+        args.batch_size,
+        args.output,
+        {**files.describe(), "weights": args.weights},
+        processes,
+        args.cuda_graphs,
+    )
     if args.grid and processes.main:
         columns = min(len(classes), 10)
         images, labels = first_images(args.output, 8 * columns)

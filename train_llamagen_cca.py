@@ -13,7 +13,12 @@ from cca.training_command import make_parser, run_training
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "llamagen", "--codes", "folder that scripts/extract_codes.py wrote, or published one with imagenet384_codes and imagenet384_labels")
+    parser = make_parser(
+        __doc__,
+        "llamagen",
+        "--codes",
+        "folder that scripts/extract_codes.py wrote, or published one with imagenet384_codes and imagenet384_labels",
+    )
     args = parser.parse_args(argv)
     run_training(args, "llamagen", args.codes, Codes)
 

@@ -12,7 +12,12 @@ from cca.training_command import make_parser, run_training
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "var", "--data", "ImageNet-style folder, one subfolder per class; or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]")
+    parser = make_parser(
+        __doc__,
+        "var",
+        "--data",
+        "ImageNet-style folder, one subfolder per class; or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]",
+    )
     args = parser.parse_args(argv)
     run_training(args, "var", args.data, open_images)
 

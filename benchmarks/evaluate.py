@@ -1,6 +1,6 @@
 """Peak memory and time by part of evaluating 50,000 images of 256 pixels in one .npz (made up).
 
-    python -m benchmarks.evaluate
+python -m benchmarks.evaluate
 """
 
 import json
@@ -25,9 +25,13 @@ def make_images(path: Path, images: int, side: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     noise = generator.integers(0, 64, (64, side, side, 3), np.uint8)
     with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (images, side, side, 3)})
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (images, side, side, 3)}
+        )
         for start in range(0, images, 64):
-            block = noise[: images - start] + generator.integers(0, 190, (min(64, images - start), 1, 1, 3), np.uint8)
+            block = noise[: images - start] + generator.integers(
+                0, 190, (min(64, images - start), 1, 1, 3), np.uint8
+            )
             file.write(np.ascontiguousarray(block))
 
 
@@ -36,7 +40,20 @@ def measure(samples: str, reference: str, output: str) -> None:
     import eval_fid
 
     before = memory("VmRSS")
-    eval_fid.main(["--samples", samples, "--reference", reference, "--features", "mini", "--metrics", "fid,is,precision,recall", "--output", output])
+    eval_fid.main(
+        [
+            "--samples",
+            samples,
+            "--reference",
+            reference,
+            "--features",
+            "mini",
+            "--metrics",
+            "fid,is,precision,recall",
+            "--output",
+            output,
+        ]
+    )
     print(json.dumps({"peak": memory("VmHWM") - before}))
 
 
@@ -46,16 +63,22 @@ def main() -> None:
     parser.add_argument("--side", type=count(), default=256, help="pixels (default 256)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        samples, reference, output = (Path(folder) / name for name in ("samples.npz", "reference.npz", "result.json"))
+        samples, reference, output = (
+            Path(folder) / name for name in ("samples.npz", "reference.npz", "result.json")
+        )
         make_images(samples, args.images, args.side, 0)
         make_images(reference, min(args.images, 10_000), args.side, 1)
         environment = {**os.environ, "XDG_CACHE_HOME": folder}
         child = CHILD.format(str(samples), str(reference), str(output))
-        printed = subprocess.check_output([sys.executable, "-c", child], text=True, env=environment, stderr=subprocess.DEVNULL)
+        printed = subprocess.check_output(
+            [sys.executable, "-c", child], text=True, env=environment, stderr=subprocess.DEVNULL
+        )
         peak = json.loads(printed.splitlines()[-1])["peak"]
         seconds = json.loads(output.read_text())["seconds"]
         features = (args.images + min(args.images, 10_000)) * (96 + 10) * 4
-        print(f"{args.images:,} images of {args.side} pixels ({samples.stat().st_size / 1e9:.1f} GB), mini features ({features / 1e6:.0f} MB of them)")
+        print(
+            f"{args.images:,} images of {args.side} pixels ({samples.stat().st_size / 1e9:.1f} GB), mini features ({features / 1e6:.0f} MB of them)"
+        )
         print(f"peak memory above the imports: {peak / 1e9:.2f} GB\n\n| part | seconds |\n|---|---|")
         for name, value in seconds.items():
             print(f"| {name} | {value:.1f} |")

@@ -22,13 +22,19 @@ from cca.options import Parser
 from models.checkpoints import save_published, save_safetensors
 from models.zoo import ZOO, build_model, load_model
 
-FORMATS = {"pt": (save_published, torch.float32), "pt-half": (save_published, torch.float16), "safetensors": (save_safetensors, torch.float32)}
+FORMATS = {
+    "pt": (save_published, torch.float32),
+    "pt-half": (save_published, torch.float16),
+    "safetensors": (save_safetensors, torch.float32),
+}
 CHILD = "from benchmarks.load_memory import measure; measure({!r}, {!r}, {!r})"
 
 
 def made_up_state(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every tensor of a meta-device module, filled without a pass through a random generator."""
-    return {k: torch.full(v.shape, 0.01, dtype=dtype) if v.is_meta else v for k, v in module.state_dict().items()}
+    return {
+        k: torch.full(v.shape, 0.01, dtype=dtype) if v.is_meta else v for k, v in module.state_dict().items()
+    }
 
 
 def memory(field: str) -> int:
@@ -48,8 +54,16 @@ def measure(name: str, weights: str, tokenizer: str) -> None:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=sorted(ZOO), default=["llamagen-xl", "var-d30"], help="models (default %(default)s)")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="formats (default all)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=sorted(ZOO),
+        default=["llamagen-xl", "var-d30"],
+        help="models (default %(default)s)",
+    )
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="formats (default all)"
+    )
     args = parser.parse_args()
     print("| model | format | weights, GB | peak above imports, GB | ratio |\n|---|---|---|---|---|")
     for name, form in itertools.product(args.models, args.formats):
@@ -58,7 +72,11 @@ def main() -> None:
             model, (save, dtype) = build_model(name), FORMATS[form]
             for module, path in ((model.transformer, weights), (model.tokenizer, tokenizer)):
                 save(made_up_state(module, dtype), path)
-            found = json.loads(subprocess.check_output([sys.executable, "-c", CHILD.format(name, str(weights), str(tokenizer))], text=True))
+            found = json.loads(
+                subprocess.check_output(
+                    [sys.executable, "-c", CHILD.format(name, str(weights), str(tokenizer))], text=True
+                )
+            )
         size, peak = found["weights_bytes"] / 1e9, found["peak_bytes"] / 1e9
         print(f"| {name} | {form} | {size:.2f} | {peak:.2f} | {peak / size:.2f} |", flush=True)
 

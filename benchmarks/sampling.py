@@ -33,7 +33,11 @@ class ConcatenatedLayer:
         self.stored: tuple[Tensor, Tensor] | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.stored = (k, v) if self.stored is None else tuple(torch.cat(pair, dim=2) for pair in zip(self.stored, (k, v)))
+        self.stored = (
+            (k, v)
+            if self.stored is None
+            else tuple(torch.cat(pair, dim=2) for pair in zip(self.stored, (k, v)))
+        )
         return self.stored
 
 
@@ -63,7 +67,11 @@ def full_length_attention(self: Attention, x: Tensor, table: Tensor, cache: Laye
 def plain_var(model: ARImageModel, labels: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
     net, steps = model.transformer, len(model.step_sizes)
     doubled = torch.cat([labels, torch.full_like(labels, model.null_class)])
-    cache, reconstruction, tokens = ConcatenatedCache(net.config.depth), None, labels.new_empty(len(labels), 0)
+    cache, reconstruction, tokens = (
+        ConcatenatedCache(net.config.depth),
+        None,
+        labels.new_empty(len(labels), 0),
+    )
     for step, size in enumerate(model.step_sizes):
         state = net.condition(doubled, precompute=False)
         state.cache, state.reconstruction = cache, reconstruction
@@ -96,7 +104,9 @@ def plain_llamagen(model: ARImageModel, labels: Tensor, uniforms: Tensor, option
 def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float, int]:
     """Result, seconds, and peak bytes above what was held before."""
     if not torch.cuda.is_available():
-        ctypes.CDLL(None).malloc_trim(0)  # give back what the run before has freed, else this one's use of it does not show
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # give back what the run before has freed, else this one's use of it does not show
     reset_peak()
     base = peak_and_base()[1]
     began = time.perf_counter()
@@ -111,9 +121,18 @@ def main() -> None:
     parser.add_argument("--model", required=True, choices=sorted(ZOO), help="whose sizes")
     parser.add_argument("--image-size", type=count(), help="pixels (default: the model's)")
     parser.add_argument("--batch-size", type=count(), default=16, help="images at once (default 16)")
-    parser.add_argument("--cfg-scale", type=number(1), default=2.0, help="scale of the guided run (default 2.0)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision (default float32)")
-    parser.add_argument("--rounds", type=count(), default=3, help="timed rounds, the ways in turn (default 3)")
+    parser.add_argument(
+        "--cfg-scale", type=number(1), default=2.0, help="scale of the guided run (default 2.0)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="precision (default float32)",
+    )
+    parser.add_argument(
+        "--rounds", type=count(), default=3, help="timed rounds, the ways in turn (default 3)"
+    )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -135,20 +154,30 @@ def main() -> None:
     tokens, seconds, peaks = {}, {name: [] for name in runs}, dict.fromkeys(runs, 0)
     model.transformer.store_matrices(getattr(torch, args.dtype))
     with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
-        for turn in range(-1 if device.type == "cuda" else 0, args.rounds):  # a GPU's first picks kernels and gets memory
+        for turn in range(
+            -1 if device.type == "cuda" else 0, args.rounds
+        ):  # a GPU's first picks kernels and gets memory
             for name, run in runs.items():
                 tokens[name], value, peak = timed(run)
                 peaks[name] = max(peak, peaks[name])
                 if turn >= 0:
                     seconds[name].append(value)
     with torch.inference_mode():
-        decoding = timed(lambda: model.decode(tokens["ours, no guidance"][: min(8, args.batch_size)]))[1] / min(8, args.batch_size)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model} at {model.image_size}, batch {args.batch_size}, {args.dtype}, {machine}, torch {torch.__version__}")
+        decoding = timed(lambda: model.decode(tokens["ours, no guidance"][: min(8, args.batch_size)]))[
+            1
+        ] / min(8, args.batch_size)
+    machine = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{args.model} at {model.image_size}, batch {args.batch_size}, {args.dtype}, {machine}, torch {torch.__version__}"
+    )
     print("| way | images/s | peak, MB | tokens that differ from the plain way |\n|---|---|---|---|")
     for name in runs:
         differ = (tokens[name] != tokens[name.replace("ours", "plain")]).float().mean().item()
-        print(f"| {name} | {args.batch_size / statistics.median(seconds[name]):.3f} | {peaks[name] / 1e6:,.0f} | {differ:.2%} |")
+        print(
+            f"| {name} | {args.batch_size / statistics.median(seconds[name]):.3f} | {peaks[name] / 1e6:,.0f} | {differ:.2%} |"
+        )
     ratio = lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))  # noqa: E731
     print(
         f"speed over plain: {ratio('plain, no guidance', 'ours, no guidance'):.2f} without guidance, {ratio('plain, guided', 'ours, guided'):.2f} guided; "

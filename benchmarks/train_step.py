@@ -88,7 +88,9 @@ def measure_loss_part(name: str, image_size: int | None, way: str, micro_batch: 
     """As ``measure``, of the loss part alone; the first run counts for memory, later ones for time."""
     model, device = build_model(name, image_size), Processes().device
     layer = model.transformer.output_layer().to_empty(device=device).requires_grad_(True)
-    hidden = torch.randn(2 * micro_batch, model.sequence_length, layer.in_features, device=device, requires_grad=True)
+    hidden = torch.randn(
+        2 * micro_batch, model.sequence_length, layer.in_features, device=device, requires_grad=True
+    )
     tokens = torch.randint(0, model.vocab_size, hidden.shape[:2], device=device)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -120,22 +122,38 @@ def main() -> None:
     parser.add_argument("--model", required=True, choices=sorted(ZOO), help="whose sizes")
     parser.add_argument("--image-size", type=count(), help="pixels (default: the model's)")
     parser.add_argument("--micro-batch-size", type=count(2), default=2, help="images per step (default 2)")
-    parser.add_argument("--rounds", type=count(), default=3, help="timed steps, after one to warm up (default 3)")
+    parser.add_argument(
+        "--rounds", type=count(), default=3, help="timed steps, after one to warm up (default 3)"
+    )
     args = parser.parse_args()
     found = {}
     for part in ("measure", "measure_loss_part"):
         for way in WAYS:
             child = CHILD.format(part, args.model, args.image_size, way, args.micro_batch_size, args.rounds)
-            found[part, way] = json.loads(subprocess.check_output([sys.executable, "-c", child], text=True).splitlines()[-1])
+            found[part, way] = json.loads(
+                subprocess.check_output([sys.executable, "-c", child], text=True).splitlines()[-1]
+            )
     columns = [(part, key) for part in ("measure", "measure_loss_part") for key in ("seconds", "peak")]
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    machine = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     size = build_model(args.model, args.image_size).image_size
     print(f"{args.model} at {size}, {args.micro_batch_size} images, {machine}, torch {torch.__version__}")
-    print("| way | seconds per step | its peak, MB | seconds of the loss part | its peak, MB |\n|---|---|---|---|---|")
+    print(
+        "| way | seconds per step | its peak, MB | seconds of the loss part | its peak, MB |\n|---|---|---|---|---|"
+    )
     for way in WAYS:
         values = (found[part, way][key] for part, key in columns)
         print(f"| {way} | " + " | ".join(f"{v / 1e6:,.0f}" if v > 1e4 else f"{v:.2f}" for v in values) + " |")
-    print("| ratio | " + " | ".join(f"{found[part, 'chunked'][key] / found[part, 'plain'][key]:.2f}" for part, key in columns) + " |")
+    print(
+        "| ratio | "
+        + " | ".join(
+            f"{found[part, 'chunked'][key] / found[part, 'plain'][key]:.2f}" for part, key in columns
+        )
+        + " |"
+    )
 
 
 if __name__ == "__main__":

@@ -36,11 +36,15 @@ def load_image_array(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except KeyError as error:
-        raise UserError(f"{path}: holds no array {error.args[0].split()[0]}; expected arr_0 (images) and arr_1 (labels)") from None
+        raise UserError(
+            f"{path}: holds no array {error.args[0].split()[0]}; expected arr_0 (images) and arr_1 (labels)"
+        ) from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile):
         raise UserError(f"{path}: not a readable .npz file") from None
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
-        raise UserError(f"{path}: arr_0 is {images.dtype} {list(images.shape)} with {len(labels)} labels; expected uint8 [N, H, W, 3] or [N, H, W]")
+        raise UserError(
+            f"{path}: arr_0 is {images.dtype} {list(images.shape)} with {len(labels)} labels; expected uint8 [N, H, W, 3] or [N, H, W]"
+        )
     return images, labels
 
 
@@ -104,7 +108,9 @@ class ImageArray(_Images):
     def __init__(self, path: str | Path, model: ARImageModel):
         images, labels = load_image_array(path)
         if images.shape[1:3] != (model.image_size, model.image_size):
-            raise UserError(f"--data: {path} has images of {images.shape[1]} x {images.shape[2]}, the model takes {model.image_size} x {model.image_size}")
+            raise UserError(
+                f"--data: {path} has images of {images.shape[1]} x {images.shape[2]}, the model takes {model.image_size} x {model.image_size}"
+            )
         self.images = images
         super().__init__(model, labels, path)
 
@@ -132,7 +138,9 @@ def ten_crop_transform(size: int, crop_range: float) -> Transform:
     target = int(size * crop_range)
 
     def apply(image: Image.Image, generator: np.random.Generator) -> Tensor:
-        return torch.stack([transforms.pil_to_tensor(crop) for crop in transforms.ten_crop(centre_crop(image, target), size)])
+        return torch.stack(
+            [transforms.pil_to_tensor(crop) for crop in transforms.ten_crop(centre_crop(image, target), size)]
+        )
 
     return apply
 
@@ -148,9 +156,13 @@ class FolderImages(_Images):
         try:
             self.folder = ImageFolder(str(root))
         except (FileNotFoundError, OSError) as error:
-            raise UserError(f"--data: {root} is not a folder of class folders with images ({str(error).splitlines()[0][:100]})") from None
+            raise UserError(
+                f"--data: {root} is not a folder of class folders with images ({str(error).splitlines()[0][:100]})"
+            ) from None
         if len(self.folder.classes) > model.num_classes:
-            raise UserError(f"--data: {root} has {len(self.folder.classes)} class folders, the model takes {model.num_classes} classes")
+            raise UserError(
+                f"--data: {root} has {len(self.folder.classes)} class folders, the model takes {model.num_classes} classes"
+            )
         super().__init__(model, np.asarray(self.folder.targets), root)
         self.transform, self.seed = transform, seed
 
@@ -159,18 +171,27 @@ class FolderImages(_Images):
         candidate, bad = index, -1
         for _ in range(100):
             try:
-                return self.transform(self.folder.loader(self.folder.samples[candidate][0]), stream(self.seed, CROPS, epoch, index)), bad
+                return self.transform(
+                    self.folder.loader(self.folder.samples[candidate][0]),
+                    stream(self.seed, CROPS, epoch, index),
+                ), bad
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                 bad = index
                 following = (candidate + 1) % len(self)
-                candidate = following if self.folder.targets[following] == self.folder.targets[index] else self.folder.targets.index(self.folder.targets[index])
+                candidate = (
+                    following
+                    if self.folder.targets[following] == self.folder.targets[index]
+                    else self.folder.targets.index(self.folder.targets[index])
+                )
         raise UserError(f"--data: {self.name(index)} and the 99 images after it cannot be read")
 
     def name(self, index: int) -> str:
         return self.folder.samples[index][0]
 
 
-def open_images(path: Path, model: ARImageModel, seed: int = 0, transform: Transform | None = None) -> TokenSource:
+def open_images(
+    path: Path, model: ARImageModel, seed: int = 0, transform: Transform | None = None
+) -> TokenSource:
     """``--data``: an ``.npz`` of images at the model's size, or a folder of class folders."""
     if path.is_dir():
         return FolderImages(path, model, transform or var_transform(model.image_size), seed)
@@ -186,8 +207,14 @@ class PackedCodes:
             self.codes = np.load(path / "codes.npy", mmap_mode="r", allow_pickle=False)
             labels = np.load(path / "labels.npy", allow_pickle=False).astype(np.int64)
         except (OSError, ValueError) as error:
-            raise UserError(f"--codes: {path} is not a folder of packed codes ({error}); scripts/extract_codes.py makes one") from None
-        if self.codes.ndim != 3 or self.codes.shape[2] != model.sequence_length or self.header.get("vocab_size") != model.vocab_size:
+            raise UserError(
+                f"--codes: {path} is not a folder of packed codes ({error}); scripts/extract_codes.py makes one"
+            ) from None
+        if (
+            self.codes.ndim != 3
+            or self.codes.shape[2] != model.sequence_length
+            or self.header.get("vocab_size") != model.vocab_size
+        ):
             raise UserError(
                 f"--codes: {path} holds {list(self.codes.shape)} codes of a vocabulary of {self.header.get('vocab_size')}, "
                 f"the model takes {model.sequence_length} per image of {model.vocab_size}"
@@ -210,18 +237,28 @@ class NpyCodes:
 
     def __init__(self, path: Path, model: ARImageModel):
         stem = f"imagenet{model.image_size}"
-        self.codes_folder, self.labels_folder, self.model = path / f"{stem}_codes", path / f"{stem}_labels", model
+        self.codes_folder, self.labels_folder, self.model = (
+            path / f"{stem}_codes",
+            path / f"{stem}_labels",
+            model,
+        )
         names = {name for name in os.listdir(self.codes_folder) if name.endswith(".npy")}
         self.size = len(names)
         if not self.size or f"{self.size - 1}.npy" not in names:
-            raise UserError(f"--codes: {self.codes_folder} has {self.size} .npy files that are not numbered from 0")
+            raise UserError(
+                f"--codes: {self.codes_folder} has {self.size} .npy files that are not numbered from 0"
+            )
 
     def __len__(self) -> int:
         return self.size
 
     def crops(self, index: int) -> np.ndarray:
         codes = self._read(self.codes_folder / f"{index}.npy")
-        if codes.shape[-1] != self.model.sequence_length or codes.min() < 0 or codes.max() >= self.model.vocab_size:
+        if (
+            codes.shape[-1] != self.model.sequence_length
+            or codes.min() < 0
+            or codes.max() >= self.model.vocab_size
+        ):
             raise UserError(
                 f"--codes: {self.codes_folder}/{index}.npy holds {list(codes.shape)} codes up to {codes.max()}, "
                 f"the model takes {self.model.sequence_length} per image of {self.model.vocab_size}"
@@ -251,7 +288,9 @@ class Codes(TokenSource):
         self.readers = [kind(folder, model) for folder in (path, sister) if folder == path or folder.is_dir()]
         self.seed = seed
         if len({len(reader) for reader in self.readers}) > 1:
-            raise UserError(f"--codes: {path} has {len(self.readers[0])} images, {sister} has {len(self.readers[1])}")
+            raise UserError(
+                f"--codes: {path} has {len(self.readers[0])} images, {sister} has {len(self.readers[1])}"
+            )
 
     def __len__(self) -> int:
         return len(self.readers[0])

@@ -16,7 +16,9 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # all processes make most mistakes; torchrun ends this one here if the main one said so
+            time.sleep(
+                2
+            )  # all processes make most mistakes; torchrun ends this one here if the main one said so
         # A data loader's worker process hands its error on with a traceback; the message is its last line.
         message = str(error).strip().splitlines()[-1].removeprefix("cca.errors.UserError: ")
         print(f"error: {message}", file=sys.stderr, flush=True)

@@ -32,7 +32,11 @@ class FeatureNetwork(nn.Module):
         stages, width = [], 1
         for out in self.widths:
             for stride, wide in ((2, width), (1, out)):
-                stages += [nn.Conv2d(wide, out, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+                stages += [
+                    nn.Conv2d(wide, out, 3, stride=stride, padding=1, bias=False),
+                    nn.BatchNorm2d(out),
+                    nn.ReLU(),
+                ]
             width = out
         self.body = nn.Sequential(*stages)
         self.classifier = nn.Linear(width, num_classes)
@@ -46,7 +50,9 @@ class FeatureNetwork(nn.Module):
 class MiniFeatures(FeatureExtractorBase):
     """Features "96" and "logits" of uint8 images [B, 3, H, W], shrunk to 32 x 32, for torch-fidelity's metrics."""
 
-    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **_):
+    def __init__(
+        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **_
+    ):
         super().__init__(name, features_list)
         self.network = FeatureNetwork()
         self.network.load_state_dict(load_file(feature_extractor_weights_path or MINI_WEIGHTS))
@@ -102,7 +108,9 @@ class Extractor:
         except KeyError:
             self.logits_layer = None
         layers = list(dict.fromkeys(filter(None, (self.layer, self.logits_layer))))
-        self.module = create_feature_extractor(name, layers, cuda=False, verbose=False, feature_extractor_weights_path=weights).to(device)
+        self.module = create_feature_extractor(
+            name, layers, cuda=False, verbose=False, feature_extractor_weights_path=weights
+        ).to(device)
         self.is_inception = name == INCEPTION
         if self.is_inception:
             self.module.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
@@ -144,7 +152,9 @@ def make_extractor(name: str, inception_weights: Path | None, device: torch.devi
         raise UserError(f"--inception-weights: {inception_weights}: no such file")
     with tempfile.TemporaryDirectory() as folder:
         copy = None
-        if inception_weights:  # torch-fidelity loads with weights_only=False, so it gets the tensors that were read, and no more
+        if (
+            inception_weights
+        ):  # torch-fidelity loads with weights_only=False, so it gets the tensors that were read, and no more
             copy = f"{folder}/inception.pth"
             save_published(read_state_dict(inception_weights), Path(copy), wrapper="")
         try:
@@ -152,7 +162,9 @@ def make_extractor(name: str, inception_weights: Path | None, device: torch.devi
         except Exception as error:  # whatever download and unpickling let through
             reason = " ".join(str(error).split())[:100]
             if inception_weights:
-                raise UserError(f"--inception-weights: {inception_weights} does not hold torch-fidelity's Inception weights ({reason})") from None
+                raise UserError(
+                    f"--inception-weights: {inception_weights} does not hold torch-fidelity's Inception weights ({reason})"
+                ) from None
             if name != INCEPTION:
                 raise UserError(f"--features: the weights of {name} cannot be had ({reason})") from None
             raise UserError(

@@ -22,12 +22,21 @@ class NpzImages:
         with self._open() as archive:
             self.names = [name.removesuffix(".npy") for name in archive.namelist()]
             if "arr_0" not in self.names and not set(STATISTICS[:2]) <= set(self.names):
-                raise UserError(f"{path}: holds {', '.join(self.names[:4]) or 'nothing'}; expected arr_0 (images) or mu and sigma")
+                raise UserError(
+                    f"{path}: holds {', '.join(self.names[:4]) or 'nothing'}; expected arr_0 (images) or mu and sigma"
+                )
             self.shape: tuple[int, ...] = (0,)
             if "arr_0" in self.names:
                 self.shape, fortran, dtype = self._header(archive)
-                if dtype != np.uint8 or len(self.shape) not in (3, 4) or (len(self.shape) == 4 and self.shape[3] != 3) or fortran:
-                    raise UserError(f"{path}: arr_0 is {dtype} {list(self.shape)}; expected uint8 [N, H, W, 3] or [N, H, W]")
+                if (
+                    dtype != np.uint8
+                    or len(self.shape) not in (3, 4)
+                    or (len(self.shape) == 4 and self.shape[3] != 3)
+                    or fortran
+                ):
+                    raise UserError(
+                        f"{path}: arr_0 is {dtype} {list(self.shape)}; expected uint8 [N, H, W, 3] or [N, H, W]"
+                    )
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -128,7 +137,9 @@ class FolderOfImages:
             images = [self._read(file) for file in self.files[start : min(start + batch_size, part.stop)]]
             odd = next((i for i, image in enumerate(images) if image.shape[:2] != self.size), None)
             if odd is not None:
-                raise UserError(f"{self.files[start + odd]}: is {images[odd].shape[0]} x {images[odd].shape[1]}, other images are {self.size[0]} x {self.size[1]}")
+                raise UserError(
+                    f"{self.files[start + odd]}: is {images[odd].shape[0]} x {images[odd].shape[1]}, other images are {self.size[0]} x {self.size[1]}"
+                )
             yield np.stack(images)
 
     def labels(self) -> np.ndarray | None:
@@ -147,7 +158,13 @@ class FolderOfImages:
 
     def notes(self) -> list[str]:
         jpeg = sum(file.suffix.lower() in (".jpg", ".jpeg", ".webp") for file in self.files)
-        return [f"{jpeg:,} of {len(self):,} images of {self.path} are JPEG or WebP: lossy compression changes FID"] if jpeg else []
+        return (
+            [
+                f"{jpeg:,} of {len(self):,} images of {self.path} are JPEG or WebP: lossy compression changes FID"
+            ]
+            if jpeg
+            else []
+        )
 
 
 def open_images(path: Path) -> NpzImages | FolderOfImages:

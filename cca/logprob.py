@@ -16,7 +16,11 @@ CHUNK_LOGITS = {"cuda": 2**24, "cpu": 2**21}
 
 def sequence_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
     """Sum over tokens of log softmax(logits)[token]: [B, L, V], [B, L] -> [B], in float32."""
-    return -F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape).sum(1)
+    return (
+        -F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
+        .view(tokens.shape)
+        .sum(1)
+    )
 
 
 def linear_sequence_logprob(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
@@ -73,7 +77,9 @@ class _LinearLogprob(torch.autograd.Function):
                     grad_hidden[part] = (grad_logits @ weight).mul_(factor)
                 if needs_weight:
                     scaled = (hidden[part] * factor).to(hidden.dtype)
-                    grad_weight.addmm_(grad_logits.T, scaled) if hidden.dtype == torch.float32 else grad_weight.add_(grad_logits.T @ scaled)
+                    grad_weight.addmm_(
+                        grad_logits.T, scaled
+                    ) if hidden.dtype == torch.float32 else grad_weight.add_(grad_logits.T @ scaled)
         return grad_hidden, _cast(grad_weight, weight), _cast(grad_bias, bias), None
 
 

@@ -42,7 +42,9 @@ def dpo_loss(reward: Tensor, negative_reward: Tensor, same_label: Tensor, beta: 
     return -F.logsigmoid(beta * (reward - negative_reward)).mean()
 
 
-def unlearning_loss(reward: Tensor, negative_reward: Tensor, same_label: Tensor, beta: float, lam: float) -> Tensor:
+def unlearning_loss(
+    reward: Tensor, negative_reward: Tensor, same_label: Tensor, beta: float, lam: float
+) -> Tensor:
     """The paper's unlearning baseline: likelihood up for true classes, down for the others.
 
     Arguments as in ``cca_loss``; ``beta`` plays no part.
@@ -56,7 +58,11 @@ def _negative_terms(same_label: Tensor, like: Tensor, lam: float) -> tuple[Tenso
     return torch.where(same_label, one, -one), torch.where(same_label, one, lam * one)
 
 
-CONTRASTIVE_LOSSES: dict[str, Callable[..., Tensor]] = {"cca": cca_loss, "dpo": dpo_loss, "unlearning": unlearning_loss}
+CONTRASTIVE_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "cca": cca_loss,
+    "dpo": dpo_loss,
+    "unlearning": unlearning_loss,
+}
 LOSSES = (*CONTRASTIVE_LOSSES, "sft")
 
 

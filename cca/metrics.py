@@ -83,12 +83,19 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 def ball_radii(features: Tensor, k: int = 3, block: int = 1000) -> Tensor:
     """Squared distance of each feature [N, D] to its k-th nearest other one: [N]."""
-    nearest = [squared_distances(part, features).topk(k + 1, largest=False).values[:, -1] for part in features.split(block)]
+    nearest = [
+        squared_distances(part, features).topk(k + 1, largest=False).values[:, -1]
+        for part in features.split(block)
+    ]
     return torch.cat(nearest)  # k + 1, since each is its own nearest
 
 
 def precision_recall(
-    samples: np.ndarray, reference: np.ndarray, k: int = 3, block: int = 1000, device: torch.device | str = "cpu"
+    samples: np.ndarray,
+    reference: np.ndarray,
+    k: int = 3,
+    block: int = 1000,
+    device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
     """Share of samples inside some reference ball, and of references inside some sample ball.
 

@@ -13,7 +13,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         spec = getattr(sys.modules["__main__"], "__spec__", None)
         prog = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
-        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(
+            prog,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
@@ -26,10 +31,14 @@ def number(low: float, high: float = float("inf"), kind: type = float, above: bo
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'an integer' if kind is int else 'a number'}"
+            ) from None
         if not (low < value if above else low <= value) or not value <= high:
             lower = f"above {low:g}" if above else f"at least {low:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be {lower}" + (f" and at most {high:g}" if high != float("inf") else ""))
+            raise argparse.ArgumentTypeError(
+                f"{text} must be {lower}" + (f" and at most {high:g}" if high != float("inf") else "")
+            )
         return value
 
     return parse

@@ -21,7 +21,10 @@ from models.checkpoints import atomic_write, save_published, write_json
 
 def describe(config: TrainingConfig, extra: dict) -> dict:
     """Content of ``config.json``: ``options`` must agree on resuming, the rest is provenance."""
-    return {"options": {**asdict(config), **extra}, "versions": {"torch": torch.__version__, "numpy": np.__version__}}
+    return {
+        "options": {**asdict(config), **extra},
+        "versions": {"torch": torch.__version__, "numpy": np.__version__},
+    }
 
 
 class RunFolder:
@@ -59,7 +62,9 @@ class RunFolder:
             trainer.load_state(state)
         self.processes.barrier()
         if self.processes.main:
-            lines = self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.exists() else []
+            lines = (
+                self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.exists() else []
+            )
             atomic_write(self.metrics_path, lambda temporary: temporary.write_text("".join(lines[:done])))
             self.writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=done or None)
         return done
@@ -92,7 +97,10 @@ class RunFolder:
     def export(self, trainer: Trainer) -> None:
         """Write the model, and its average if there is one, in the published format."""
         name = Path(trainer.model.checkpoint_name)
-        for weights, path in ((trainer.full_weights(), name), (trainer.full_ema(), f"{name.stem}_ema{name.suffix}")):
+        for weights, path in (
+            (trainer.full_weights(), name),
+            (trainer.full_ema(), f"{name.stem}_ema{name.suffix}"),
+        ):
             if self.processes.main and weights:
                 try:
                     save_published(weights, self.path / path)
@@ -101,10 +109,15 @@ class RunFolder:
         self.processes.barrier()
 
     def cannot_write(self, error: BaseException) -> UserError:
-        reason = next((str(e) for e in _causes(error) if isinstance(e, OSError)), str(error).strip().splitlines()[0][:100])
+        reason = next(
+            (str(e) for e in _causes(error) if isinstance(e, OSError)),
+            str(error).strip().splitlines()[0][:100],
+        )
         last = self.saved_steps()
         kept = f"the state of step {last[-1]} is intact" if last else "no state was saved yet"
-        return UserError(f"--output: {self.path} cannot be written ({reason}); {kept}, the same command goes on from there")
+        return UserError(
+            f"--output: {self.path} cannot be written ({reason}); {kept}, the same command goes on from there"
+        )
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

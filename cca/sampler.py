@@ -83,7 +83,9 @@ class GraphedGenerate:
         self.uniforms = torch.zeros(batch_size, model.sequence_length, dtype=torch.float64, device=device)
         warm_up = torch.cuda.Stream()
         warm_up.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm_up):  # libraries set themselves up, and blocks compile, before the capture
+        with torch.cuda.stream(
+            warm_up
+        ):  # libraries set themselves up, and blocks compile, before the capture
             generate(self.labels, self.uniforms)
         torch.cuda.current_stream().wait_stream(warm_up)
         self.graph = torch.cuda.CUDAGraph()
@@ -98,7 +100,9 @@ class GraphedGenerate:
         return self.tokens[:rows].clone()
 
 
-def sample_tokens(model: ARImageModel, indices: range, request: SampleRequest, device: torch.device, generate: Generate) -> Tensor:
+def sample_tokens(
+    model: ARImageModel, indices: range, request: SampleRequest, device: torch.device, generate: Generate
+) -> Tensor:
     """Tokens [n, L] of these indices, as one batch."""
     labels = torch.tensor([class_of(i, request) for i in indices], device=device)
     noise = np.stack([token_noise(i, model.sequence_length, request.seed) for i in indices])
@@ -224,17 +228,29 @@ def check_space(output: Path, needed: int) -> None:
     """Raise UserError if parts and assembled file will not fit."""
     free = shutil.disk_usage(output.parent).free
     if needed > free:
-        raise UserError(f"--output: {output.parent} has {free / 1e9:.1f} GB free, the run needs {needed / 1e9:.1f} GB (its parts, then the file)")
+        raise UserError(
+            f"--output: {output.parent} has {free / 1e9:.1f} GB free, the run needs {needed / 1e9:.1f} GB (its parts, then the file)"
+        )
 
 
 def run_sampling(
-    model: ARImageModel, request: SampleRequest, batch_size: int, output: Path, provenance: dict, processes: Processes, cuda_graphs: bool = False
+    model: ARImageModel,
+    request: SampleRequest,
+    batch_size: int,
+    output: Path,
+    provenance: dict,
+    processes: Processes,
+    cuda_graphs: bool = False,
 ) -> None:
     """Sample, store, assemble ``output`` (.npz) and write its ``.json`` beside it. Leaves the model's matrices in ``request.dtype``."""
     started = time.perf_counter()
     model.transformer.store_matrices(getattr(torch, request.dtype))
     model = model.to(processes.device)
-    options = {**{k: v for k, v in asdict(request).items() if k != "sampling"}, **asdict(request.sampling), **provenance}
+    options = {
+        **{k: v for k, v in asdict(request).items() if k != "sampling"},
+        **asdict(request.sampling),
+        **provenance,
+    }
     options = json.loads(json.dumps(options))  # as it reads back: tuples become lists
     store = PartStore(output, options, processes)
     parts = [range(i, min(i + RANGE, request.num_samples)) for i in range(0, request.num_samples, RANGE)]
@@ -244,13 +260,24 @@ def run_sampling(
     processes.barrier()  # all have looked before one writes
     mine = [part for part in parts[processes.rank :: processes.world] if not store.path(part).exists()]
     made = sum(map(len, mine))
-    generate = GraphedGenerate(model, request, min(batch_size, RANGE), processes.device) if cuda_graphs and made else None
+    generate = (
+        GraphedGenerate(model, request, min(batch_size, RANGE), processes.device)
+        if cuda_graphs and made
+        else None
+    )
     began = time.perf_counter()
     with tqdm(total=made, desc=f"sampling {output.name}", unit="image", disable=not processes.main) as bar:
         for part in mine:
-            store.write(part, sample_images(model, part, request, batch_size, processes.device, generate, bar.update).numpy())
+            store.write(
+                part,
+                sample_images(
+                    model, part, request, batch_size, processes.device, generate, bar.update
+                ).numpy(),
+            )
     seconds = time.perf_counter() - began
-    totals = processes.sum(torch.tensor([float(made), seconds], dtype=torch.float64, device=processes.device)).tolist()
+    totals = processes.sum(
+        torch.tensor([float(made), seconds], dtype=torch.float64, device=processes.device)
+    ).tolist()
     if processes.main:
         labels = np.array([class_of(i, request) for i in range(request.num_samples)], np.int64)
         store.assemble(parts, labels, (request.num_samples, size, size, 3))

@@ -11,7 +11,12 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -38,14 +43,24 @@ def make_optimizer(model: ARImageModel, config: TrainingConfig) -> torch.optim.A
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
-def pair_logprobs(net: nn.Module, inputs: Tensor, tokens: Tensor, labels: Tensor, negatives: Tensor, twice: bool) -> tuple[Tensor, Tensor]:
+def pair_logprobs(
+    net: nn.Module, inputs: Tensor, tokens: Tensor, labels: Tensor, negatives: Tensor, twice: bool
+) -> tuple[Tensor, Tensor]:
     """log p(x|c) and log p(x|c-) of each row, positives and negatives as one batch: two [B].
 
     Where c- equals c the two are one number, and such rows are run once, unless ``twice``: with
     dropout they differ.
     """
-    rows = torch.arange(len(labels), device=labels.device) if twice else (labels != negatives).nonzero().flatten()
-    logp = net(torch.cat([labels, negatives[rows]]), torch.cat([inputs, inputs[rows]]), torch.cat([tokens, tokens[rows]]))
+    rows = (
+        torch.arange(len(labels), device=labels.device)
+        if twice
+        else (labels != negatives).nonzero().flatten()
+    )
+    logp = net(
+        torch.cat([labels, negatives[rows]]),
+        torch.cat([inputs, inputs[rows]]),
+        torch.cat([tokens, tokens[rows]]),
+    )
     positive, rest = logp.split([len(labels), len(rows)])
     return positive, positive.index_copy(0, rows, rest)
 
@@ -95,12 +110,16 @@ class Trainer:
         self.optimizer = make_optimizer(model, config)
         device = processes.device.type
         self.autocast = torch.autocast(device, DTYPES[config.dtype], enabled=config.dtype != "float32")
-        self.scaler = torch.amp.GradScaler(device, init_scale=2.0**11, growth_interval=1000, enabled=config.dtype == "float16")
+        self.scaler = torch.amp.GradScaler(
+            device, init_scale=2.0**11, growth_interval=1000, enabled=config.dtype == "float16"
+        )
         # float32 copies; empty without --ema.
         self.ema = {k: p.detach().clone() for k, p in self.net.named_parameters()} if config.ema else {}
         self.skipped = self.skipped_in_a_row = 0
 
-    def micro_loss(self, tokens: Tensor, labels: Tensor, negatives: Tensor, uncond: Tensor) -> tuple[Tensor, dict]:
+    def micro_loss(
+        self, tokens: Tensor, labels: Tensor, negatives: Tensor, uncond: Tensor
+    ) -> tuple[Tensor, dict]:
         """Mean loss of one micro-batch and its diagnostics."""
         inputs = self.model.inputs(tokens)
         if self.reference is None:
@@ -108,20 +127,32 @@ class Trainer:
                 return -self.policy(labels, inputs, tokens).mean(), {}
         # FSDP's unsharded parameters must not become inference tensors.
         with torch.no_grad() if self.sharded else torch.inference_mode(), self.autocast:
-            ref_positive, ref_negative = pair_logprobs(self.reference, inputs, tokens, labels, negatives, self.stochastic)
+            ref_positive, ref_negative = pair_logprobs(
+                self.reference, inputs, tokens, labels, negatives, self.stochastic
+            )
         with self.autocast:
-            positive, negative = pair_logprobs(self.policy, inputs, tokens, labels, negatives, self.stochastic)
+            positive, negative = pair_logprobs(
+                self.policy, inputs, tokens, labels, negatives, self.stochastic
+            )
         reward, negative_reward = positive - ref_positive, negative - ref_negative
-        loss = CONTRASTIVE_LOSSES[self.config.loss](reward, negative_reward, labels == negatives, self.config.beta, self.config.lam)
+        loss = CONTRASTIVE_LOSSES[self.config.loss](
+            reward, negative_reward, labels == negatives, self.config.beta, self.config.lam
+        )
         return loss, diagnostics(reward.detach(), negative_reward.detach(), uncond)
 
     def synchronise(self, last: bool):
         """Context of one backward pass: gradients are reduced with the last micro-batch alone."""
         if self.sharded:
             self.net.set_requires_gradient_sync(last)
-        return self.policy.no_sync() if isinstance(self.policy, DistributedDataParallel) and not last else nullcontext()
+        return (
+            self.policy.no_sync()
+            if isinstance(self.policy, DistributedDataParallel) and not last
+            else nullcontext()
+        )
 
-    def step(self, index: int, tokens: Tensor, labels: Tensor, negatives: Tensor, uncond: Tensor) -> dict[str, float]:
+    def step(
+        self, index: int, tokens: Tensor, labels: Tensor, negatives: Tensor, uncond: Tensor
+    ) -> dict[str, float]:
         """Optimizer step ``index`` on this process's part of the global batch.
 
         Args:
@@ -143,7 +174,10 @@ class Trainer:
         parts = range(0, len(tokens), self.micro_batch_size)
         total_loss, sums = 0.0, {}
         for start in parts:
-            batch = [t[start : start + self.micro_batch_size].to(device) for t in (tokens, labels, negatives, uncond)]
+            batch = [
+                t[start : start + self.micro_batch_size].to(device)
+                for t in (tokens, labels, negatives, uncond)
+            ]
             share = len(batch[0]) / config.batch_size
             with self.synchronise(last=start == parts[-1]):
                 loss, found = self.micro_loss(*batch)
@@ -156,7 +190,14 @@ class Trainer:
         flat = self.processes.sum(flat.to(device)).tolist()
         means = {name: flat[1 + 2 * i] / flat[2 + 2 * i] for i, name in enumerate(sums) if flat[2 + 2 * i]}
         norm = self.update(flat[0])
-        return {"loss": flat[0], **means, "grad_norm": norm, "lr": lr, "weight_decay": decay, "skipped_steps": self.skipped}
+        return {
+            "loss": flat[0],
+            **means,
+            "grad_norm": norm,
+            "lr": lr,
+            "weight_decay": decay,
+            "skipped_steps": self.skipped,
+        }
 
     def update(self, loss: float) -> float:
         """Clip and apply the gradients unless they are not finite; returns their norm before clipping."""
@@ -184,11 +225,19 @@ class Trainer:
         """Everything that decides the following steps, sharded where the model is."""
         net, optimizer = get_state_dict(self.net, self.optimizer)
         counters = torch.tensor([self.skipped, self.skipped_in_a_row])
-        return {"model": net, "optimizer": optimizer, "ema": self.ema, "scaler": self.scaler.state_dict(), "counters": counters}
+        return {
+            "model": net,
+            "optimizer": optimizer,
+            "ema": self.ema,
+            "scaler": self.scaler.state_dict(),
+            "counters": counters,
+        }
 
     def load_state(self, state: dict) -> None:
         """Take back what ``state`` gave; ``ema`` was read in place."""
-        set_state_dict(self.net, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(
+            self.net, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
         self.scaler.load_state_dict(state["scaler"])
         self.skipped, self.skipped_in_a_row = state["counters"].tolist()
 
@@ -196,7 +245,9 @@ class Trainer:
         """The whole state dict on the CPU (all processes take part; the main one gets it)."""
         if not self.sharded:
             return self.net.state_dict()
-        return get_model_state_dict(self.net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return get_model_state_dict(
+            self.net, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
 
     def full_ema(self) -> dict[str, Tensor]:
         """The averaged weights in the published layout, constant buffers included."""

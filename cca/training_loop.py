@@ -21,10 +21,18 @@ from cca.trainer import Trainer
 UNREADABLE_SHARE = 0.001  # of all images; beyond it the run stops
 
 
-def own_items(data: TokenSource, config: TrainingConfig, done: int, share: slice, workers: int) -> Iterator[list[Tensor]]:
+def own_items(
+    data: TokenSource, config: TrainingConfig, done: int, share: slice, workers: int
+) -> Iterator[list[Tensor]]:
     """This process's part of every global batch from step ``done``: (items, unreadable indices)."""
-    options = {"pin_memory": torch.cuda.is_available(), "multiprocessing_context": "fork" if workers else None}
-    batches = [[(epoch, int(i)) for i in indices[share]] for epoch, indices in global_batches(len(data), config, done)]
+    options = {
+        "pin_memory": torch.cuda.is_available(),
+        "multiprocessing_context": "fork" if workers else None,
+    }
+    batches = [
+        [(epoch, int(i)) for i in indices[share]]
+        for epoch, indices in global_batches(len(data), config, done)
+    ]
     return iter(DataLoader(data, batch_sampler=batches, num_workers=workers, **options))
 
 
@@ -41,13 +49,18 @@ class Unreadable:
         new = set(flags[flags >= 0].tolist()) - self.own
         self.own |= new
         for index in new:
-            tqdm.write(f"unreadable, replaced by another image of its class: {self.data.name(index)}", file=sys.stderr)
+            tqdm.write(
+                f"unreadable, replaced by another image of its class: {self.data.name(index)}",
+                file=sys.stderr,
+            )
         return len(new)
 
     def add(self, count: int) -> None:
         self.total += count
         if self.total > UNREADABLE_SHARE * len(self.data):
-            raise UserError(f"--data: {self.total} of {len(self.data)} images cannot be read, more than {UNREADABLE_SHARE:.1%}; their paths are above")
+            raise UserError(
+                f"--data: {self.total} of {len(self.data)} images cannot be read, more than {UNREADABLE_SHARE:.1%}; their paths are above"
+            )
 
 
 def train(
@@ -72,7 +85,12 @@ def train(
     previous = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
     share = processes.share(config.batch_size)
     items, unreadable = own_items(data, config, done, share, workers), Unreadable(data, processes)
-    bar = tqdm(total=config.max_steps, initial=done, desc=f"{config.loss} {folder.path.name}", disable=not processes.main)
+    bar = tqdm(
+        total=config.max_steps,
+        initial=done,
+        desc=f"{config.loss} {folder.path.name}",
+        disable=not processes.main,
+    )
     try:
         for epoch, indices in global_batches(len(data), config, done):
             began = time.perf_counter()
@@ -86,7 +104,9 @@ def train(
                 folder.log(done, metrics)
                 show(bar, metrics, done % log_every == 0)
             # A signal reaches the processes at different moments; they agree on the step to stop at.
-            agreed = processes.sum(torch.tensor([float(asked), float(unreadable.report(flags))], device=processes.device))
+            agreed = processes.sum(
+                torch.tensor([float(asked), float(unreadable.report(flags))], device=processes.device)
+            )
             stop = bool(agreed[0])
             unreadable.add(int(agreed[1]))
             if stop or done % save_every == 0 or done == config.max_steps:
@@ -108,5 +128,11 @@ def train(
 def show(bar: tqdm, metrics: dict[str, float], refresh: bool) -> None:
     bar.update()
     if refresh:
-        shown = ("loss", "accuracy", "margin", "images_per_second", *(["skipped_steps"] if metrics["skipped_steps"] else []))
+        shown = (
+            "loss",
+            "accuracy",
+            "margin",
+            "images_per_second",
+            *(["skipped_steps"] if metrics["skipped_steps"] else []),
+        )
         bar.set_postfix({k: f"{metrics[k]:.4g}" for k in shown if k in metrics})

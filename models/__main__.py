@@ -73,7 +73,9 @@ def print_table(rows: list[dict[str, str]], left: tuple[str, ...]) -> None:
     """Columns in ``left`` are aligned there, the others, numbers, to the right."""
     widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in rows[0]}
     for row in (dict(zip(widths, widths)), *rows):
-        print("  ".join(row[c].ljust(w) if c in left else row[c].rjust(w) for c, w in widths.items()).rstrip())
+        print(
+            "  ".join(row[c].ljust(w) if c in left else row[c].rjust(w) for c, w in widths.items()).rstrip()
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

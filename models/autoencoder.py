@@ -26,8 +26,12 @@ class KeyNames:
     decoder_finest_first: bool
 
 
-VAR_KEYS = KeyNames("down", "up", "block", ("block_1", "attn_1", "block_2"), fused_qkv=True, decoder_finest_first=True)
-LLAMAGEN_KEYS = KeyNames("conv_blocks", "conv_blocks", "res", ("0", "1", "2"), fused_qkv=False, decoder_finest_first=False)
+VAR_KEYS = KeyNames(
+    "down", "up", "block", ("block_1", "attn_1", "block_2"), fused_qkv=True, decoder_finest_first=True
+)
+LLAMAGEN_KEYS = KeyNames(
+    "conv_blocks", "conv_blocks", "res", ("0", "1", "2"), fused_qkv=False, decoder_finest_first=False
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,9 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = _norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.nin_shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -112,14 +118,26 @@ class Upsample(nn.Module):
 class Stage(nn.Module):
     """All residual blocks of one resolution, then the change to the next one if there is one."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, resample: str | None, keys: KeyNames):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        blocks: int,
+        attention: bool,
+        resample: str | None,
+        keys: KeyNames,
+    ):
         super().__init__()
         widths = [in_channels] + [out_channels] * (blocks - 1)
         residual = nn.ModuleList(ResidualBlock(width, out_channels) for width in widths)
         self.add_module(keys.blocks, residual)
-        self.attn = nn.ModuleList(SpatialAttention(out_channels, keys.fused_qkv) for _ in range(blocks if attention else 0))
+        self.attn = nn.ModuleList(
+            SpatialAttention(out_channels, keys.fused_qkv) for _ in range(blocks if attention else 0)
+        )
         if resample:
-            self.add_module(resample, Downsample(out_channels) if resample == "downsample" else Upsample(out_channels))
+            self.add_module(
+                resample, Downsample(out_channels) if resample == "downsample" else Upsample(out_channels)
+            )
         self.blocks_name, self.resample_name = keys.blocks, resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +149,11 @@ class Stage(nn.Module):
 
 
 def _middle(channels: int, keys: KeyNames) -> nn.Sequential:
-    parts = (ResidualBlock(channels, channels), SpatialAttention(channels, keys.fused_qkv), ResidualBlock(channels, channels))
+    parts = (
+        ResidualBlock(channels, channels),
+        SpatialAttention(channels, keys.fused_qkv),
+        ResidualBlock(channels, channels),
+    )
     return nn.Sequential(OrderedDict(zip(keys.mid, parts)))
 
 
@@ -144,7 +166,9 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         stages, width, last = [], config.channels, len(widths) - 1
         for level, out in enumerate(widths):
-            stages.append(Stage(width, out, config.blocks, level == last, "downsample" if level != last else None, keys))
+            stages.append(
+                Stage(width, out, config.blocks, level == last, "downsample" if level != last else None, keys)
+            )
             width = out
         self.add_module(keys.encoder_stages, nn.ModuleList(stages))
         self.mid = _middle(width, keys)
@@ -170,7 +194,9 @@ class Decoder(nn.Module):
         self.mid = _middle(width, keys)
         stages, last = [], len(widths) - 1
         for level, out in enumerate(widths):
-            stages.append(Stage(width, out, config.blocks + 1, level == 0, "upsample" if level != last else None, keys))
+            stages.append(
+                Stage(width, out, config.blocks + 1, level == 0, "upsample" if level != last else None, keys)
+            )
             width = out
         self.finest_first = keys.decoder_finest_first
         self.add_module(keys.decoder_stages, nn.ModuleList(reversed(stages) if self.finest_first else stages))

@@ -63,7 +63,10 @@ class KVCache:
     """
 
     def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
-        self.layers = [(like.new_empty(rows, heads, length, head_dim), like.new_empty(rows, heads, length, head_dim)) for _ in range(layers)]
+        self.layers = [
+            (like.new_empty(rows, heads, length, head_dim), like.new_empty(rows, heads, length, head_dim))
+            for _ in range(layers)
+        ]
         self.length = 0
 
     def at(self, layer: int) -> LayerCache:
@@ -133,7 +136,9 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     vocab = logits.shape[-1]
     flat, numbers = logits.float().reshape(-1, vocab), uniforms.reshape(-1)
     parts = row_chunks(flat, vocab, DRAWN_LOGITS)
-    return torch.cat([(flat[part] - exponential_noise(numbers[part], vocab).log_()).argmax(-1) for part in parts]).view(uniforms.shape)
+    return torch.cat(
+        [(flat[part] - exponential_noise(numbers[part], vocab).log_()).argmax(-1) for part in parts]
+    ).view(uniforms.shape)
 
 
 class ARTransformer(nn.Module, ABC):
@@ -141,7 +146,9 @@ class ARTransformer(nn.Module, ABC):
     wrappers see all of it, and the logits of a batch never exist at once."""
 
     checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
-    float32_parts: tuple[str, ...] = ()  # children that stay in float32 under autocast, the output layer among them
+    float32_parts: tuple[
+        str, ...
+    ] = ()  # children that stay in float32 under autocast, the output layer among them
 
     @property
     @abstractmethod
@@ -186,7 +193,11 @@ class ARTransformer(nn.Module, ABC):
         hidden, layer = self.hidden(labels, inputs), self.output_layer()
         # The precision that the layer would compute in: autocast's, where it is on, else its own.
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and not self.float32_parts else layer.weight.dtype
+        dtype = (
+            torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device) and not self.float32_parts
+            else layer.weight.dtype
+        )
         bias = None if layer.bias is None else layer.bias.to(dtype)
         return linear_sequence_logprob(hidden.to(dtype), layer.weight.to(dtype), bias, tokens)
 
@@ -263,7 +274,9 @@ class ARImageModel(nn.Module, ABC):
         """log p(tokens | label), summed over all tokens of an image: [B], [B, L] -> [B] float32."""
         return self.transformer(labels, self.inputs(tokens), tokens)
 
-    def generate(self, labels: Tensor, uniforms: Tensor, options: SamplingOptions = SamplingOptions()) -> Tensor:
+    def generate(
+        self, labels: Tensor, uniforms: Tensor, options: SamplingOptions = SamplingOptions()
+    ) -> Tensor:
         """Sample tokens.
 
         Args:

@@ -20,7 +20,14 @@ from cca.errors import UserError
 from models.hub import downloaded
 
 # Constant buffers and statistics: a file may hold them or not, and in other shapes.
-CONSTANTS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV", "codebook_used", "freqs_cis")
+CONSTANTS = (
+    "lvl_1L",
+    "attn_bias_for_masking",
+    "zero_k_bias",
+    "ema_vocab_hit_SV",
+    "codebook_used",
+    "freqs_cis",
+)
 # Where the published files and trainers keep the state dict.
 WRAPPERS = ("model", "module", "state_dict", "trainer", "var_wo_ddp")
 # What DistributedDataParallel and torch.compile put in front of every key.
@@ -92,7 +99,9 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError):
         raise _no_weights(path) from None
     wrappers = []
-    while isinstance(content, dict) and (inner := next((k for k in WRAPPERS if isinstance(content.get(k), dict)), None)):
+    while isinstance(content, dict) and (
+        inner := next((k for k in WRAPPERS if isinstance(content.get(k), dict)), None)
+    ):
         content = content[inner]
         wrappers.append(inner)
     if not isinstance(content, dict):
@@ -132,10 +141,22 @@ def mismatch(module: nn.Module, state: dict[str, Tensor]) -> str | None:
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own and not is_constant(k)]
     both = {k: (state[k], own[k]) for k in own if k in state}
-    shapes = [f"{k} {list(a.shape)} instead of {list(b.shape)}" for k, (a, b) in both.items() if a.shape != b.shape]
+    shapes = [
+        f"{k} {list(a.shape)} instead of {list(b.shape)}" for k, (a, b) in both.items() if a.shape != b.shape
+    ]
     types = [f"{k} {a.dtype}" for k, (a, b) in both.items() if a.is_floating_point() != b.is_floating_point()]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", shapes), ("wrongly typed", types))
-    return "; ".join(f"{len(n)} {kind} ({', '.join(n[:3])}{', …' if len(n) > 3 else ''})" for kind, n in kinds if n) or None
+    kinds = (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("wrongly shaped", shapes),
+        ("wrongly typed", types),
+    )
+    return (
+        "; ".join(
+            f"{len(n)} {kind} ({', '.join(n[:3])}{', …' if len(n) > 3 else ''})" for kind, n in kinds if n
+        )
+        or None
+    )
 
 
 def assign_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -144,7 +165,12 @@ def assign_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
     module.load_state_dict(wanted, strict=False, assign=True)
 
 
-def load_weights(module: nn.Module, path: str | Path, what: str, guess: Callable[[dict[str, Tensor]], str | None] = lambda state: None) -> None:
+def load_weights(
+    module: nn.Module,
+    path: str | Path,
+    what: str,
+    guess: Callable[[dict[str, Tensor]], str | None] = lambda state: None,
+) -> None:
     """Load a file into ``module``, every tensor accounted for.
 
     ``what`` names the module in errors; ``guess`` may name the model that a wrong file belongs to.
@@ -154,7 +180,9 @@ def load_weights(module: nn.Module, path: str | Path, what: str, guess: Callable
     problem = mismatch(module, state)
     if problem:
         other = guess(state)
-        raise UserError(f"{path}: does not fit {what}: tensors {problem}" + (f"; it looks like {other}" if other else ""))
+        raise UserError(
+            f"{path}: does not fit {what}: tensors {problem}" + (f"; it looks like {other}" if other else "")
+        )
     assign_weights(module, state)
 
 

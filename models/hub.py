@@ -3,8 +3,19 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from cca.errors import UserError
 
@@ -28,7 +39,9 @@ class WeightsFile:
 
     def cached(self) -> Path | None:
         """The file if it is on this machine already."""
-        found = try_to_load_from_cache(self.repository, self.file) if self.repository else str(ASSETS / self.file)
+        found = (
+            try_to_load_from_cache(self.repository, self.file) if self.repository else str(ASSETS / self.file)
+        )
         return Path(found) if isinstance(found, str) and Path(found).exists() else None
 
     def fetch(self, option: str) -> Path:
@@ -46,14 +59,20 @@ class WeightsFile:
             reason = "it is not in the cache and the hub is out of reach"
         except (EntryNotFoundError, RepositoryNotFoundError):
             reason = "the hub has no such file"
-        except Exception as error:  # the hub's client lets many kinds through: HTTP, file system, consistency checks
+        except (
+            Exception
+        ) as error:  # the hub's client lets many kinds through: HTTP, file system, consistency checks
             reason = f"the download failed: {' '.join(str(error).split())[:120]}"
-        raise UserError(f"{option}: {self}: {reason}; fetch that file by hand and give its path with {option} PATH")
+        raise UserError(
+            f"{option}: {self}: {reason}; fetch that file by hand and give its path with {option} PATH"
+        )
 
     def _reach(self) -> None:
         """Raise LocalEntryNotFoundError at once where there is no network; the download would try for half a minute."""
         try:
-            get_hf_file_metadata(hf_hub_url(self.repository, self.file), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            get_hf_file_metadata(
+                hf_hub_url(self.repository, self.file), timeout=constants.HF_HUB_ETAG_TIMEOUT
+            )
         except HfHubHTTPError:
             pass  # an answer: the download deals with it
         except Exception as error:

@@ -151,7 +151,9 @@ class LlamaGenTransformer(ARTransformer):
         return self.output
 
     def hidden(self, labels: Tensor, inputs: Tensor) -> Tensor:
-        return self.advance(torch.cat([self.cls_embedding(labels), self.tok_embeddings(inputs[:, :-1])], dim=1))
+        return self.advance(
+            torch.cat([self.cls_embedding(labels), self.tok_embeddings(inputs[:, :-1])], dim=1)
+        )
 
     def advance(self, embeddings: Tensor, cache: KVCache | None = None) -> Tensor:
         """Embeddings [B, n, dim] of the next n positions -> what the output layer takes, [B, n, dim]."""
@@ -238,10 +240,16 @@ class LlamaGen(ARImageModel):
 
     def begin(self, labels: Tensor) -> DecodingState:
         config, weight = self.transformer.config, self.transformer.tok_embeddings.weight
-        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+        dtype = (
+            torch.get_autocast_dtype(weight.device.type)
+            if torch.is_autocast_enabled(weight.device.type)
+            else weight.dtype
+        )
         like = weight.new_empty(0, dtype=dtype)
         head_dim = config.dim // config.heads
-        return DecodingState(labels, KVCache(config.layers, len(labels), config.heads, config.grid**2, head_dim, like))
+        return DecodingState(
+            labels, KVCache(config.layers, len(labels), config.heads, config.grid**2, head_dim, like)
+        )
 
     def step(self, state: DecodingState, step: int, tokens: Tensor) -> Tensor:
         net = self.transformer

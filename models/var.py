@@ -75,7 +75,10 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.mat_qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         temperature = self.scale_mul_1H11.clamp_max(math.log(100.0)).exp()
-        q, k = (F.normalize(q.float(), dim=-1) * temperature).type_as(v), F.normalize(k.float(), dim=-1).type_as(v)
+        q, k = (
+            (F.normalize(q.float(), dim=-1) * temperature).type_as(v),
+            F.normalize(k.float(), dim=-1).type_as(v),
+        )
         if cache is not None:
             k, v = cache.append(k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
@@ -114,10 +117,16 @@ class Block(nn.Module):
 
         condition: the class embedding [B, dim], or with shared_adaln the shared vectors [B, 1, 6, dim].
         """
-        vectors = self.ada_lin(condition).view(-1, 1, 6, self.dim) if condition.ndim == 2 else self.ada_gss + condition
+        vectors = (
+            self.ada_lin(condition).view(-1, 1, 6, self.dim)
+            if condition.ndim == 2
+            else self.ada_gss + condition
+        )
         return vectors.unbind(2)
 
-    def forward(self, x: Tensor, condition: Tensor | Modulation, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, condition: Tensor | Modulation, mask: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
         """``condition``: what ``modulation`` takes, or gave: sampling computes it once per image."""
         modulation = self.modulation(condition) if isinstance(condition, Tensor) else condition
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
@@ -211,7 +220,9 @@ class VARTransformer(ARTransformer):
         source = self.shared_ada_lin(c).view(-1, 1, 6, self.config.dim) if self.config.shared_adaln else c
         with torch.autocast(c.device.type, enabled=False):
             head = self.head_nm.modulation(c.float())
-        return DecodingState(c, [block.modulation(source) if precompute else source for block in self.blocks], head)
+        return DecodingState(
+            c, [block.modulation(source) if precompute else source for block in self.blocks], head
+        )
 
     @property
     def stack(self) -> nn.ModuleList:
@@ -237,7 +248,9 @@ class VARTransformer(ARTransformer):
         x = x + self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]
         mask = None if state.cache else self.attn_bias_for_masking[:, :, :end, :end].to(x.dtype)
         for layer, block in enumerate(self.blocks):
-            x = self.run_block(block, x, state.modulations[layer], mask, state.cache and state.cache.at(layer))
+            x = self.run_block(
+                block, x, state.modulations[layer], mask, state.cache and state.cache.at(layer)
+            )
         if state.cache:
             state.cache.advance(end - start)
         with torch.autocast(x.device.type, enabled=False):
@@ -333,7 +346,9 @@ class VARTokenizer(nn.Module):
         """Tokens [B, L] -> what predicts levels 1 to K-1: [B, L - 1, code_dim]."""
         quantizer = self.quantize
         sums = quantizer.partial_sums(tokens)[:-1]
-        inputs = [quantizer.shrink(total, level + 1).flatten(2).transpose(1, 2) for level, total in enumerate(sums)]
+        inputs = [
+            quantizer.shrink(total, level + 1).flatten(2).transpose(1, 2) for level, total in enumerate(sums)
+        ]
         return torch.cat(inputs, dim=1)
 
 
@@ -359,7 +374,9 @@ class VAR(ARImageModel):
         config = self.transformer.config
         state = self.transformer.condition(labels, precompute=True)
         like = state.modulations[0][0]
-        state.cache = KVCache(config.depth, len(labels), config.heads, self.sequence_length, config.dim // config.heads, like)
+        state.cache = KVCache(
+            config.depth, len(labels), config.heads, self.sequence_length, config.dim // config.heads, like
+        )
         return state
 
     def step(self, state: DecodingState, step: int, tokens: Tensor) -> Tensor:

@@ -104,16 +104,24 @@ _LLAMAGEN_REPOSITORY = "FoundationVision/LlamaGen"
 TOKENIZERS: dict[str, TokenizerEntry] = {
     "vae_ch160v4096z32": TokenizerEntry("var", var.TokenizerConfig(_VAR_AUTOENCODER, VAR_256), _VAR_VAE),
     "vae_ch160v4096z32-512": TokenizerEntry("var", var.TokenizerConfig(_VAR_AUTOENCODER, VAR_512), _VAR_VAE),
-    "vq_ds16_c2i": TokenizerEntry("llamagen", _vq((1, 1, 2, 2, 4)), WeightsFile("vq_ds16_c2i.pt", _LLAMAGEN_REPOSITORY)),
-    "vq_ds8_c2i": TokenizerEntry("llamagen", _vq((1, 2, 2, 4)), WeightsFile("vq_ds8_c2i.pt", _LLAMAGEN_REPOSITORY)),
+    "vq_ds16_c2i": TokenizerEntry(
+        "llamagen", _vq((1, 1, 2, 2, 4)), WeightsFile("vq_ds16_c2i.pt", _LLAMAGEN_REPOSITORY)
+    ),
+    "vq_ds8_c2i": TokenizerEntry(
+        "llamagen", _vq((1, 2, 2, 4)), WeightsFile("vq_ds8_c2i.pt", _LLAMAGEN_REPOSITORY)
+    ),
     "var-mini-tokenizer": TokenizerEntry(
         "var",
-        var.TokenizerConfig(AutoencoderConfig(32, (1, 1, 2), 16, VAR_KEYS, blocks=1), (1, 2, 3, 4, 6, 8), vocab_size=512),
+        var.TokenizerConfig(
+            AutoencoderConfig(32, (1, 1, 2), 16, VAR_KEYS, blocks=1), (1, 2, 3, 4, 6, 8), vocab_size=512
+        ),
         _bundled("var-mini-tokenizer"),
     ),
     "llamagen-mini-tokenizer": TokenizerEntry(
         "llamagen",
-        llamagen.TokenizerConfig(AutoencoderConfig(32, (1, 1, 2), 32, LLAMAGEN_KEYS, blocks=1), vocab_size=512),
+        llamagen.TokenizerConfig(
+            AutoencoderConfig(32, (1, 1, 2), 32, LLAMAGEN_KEYS, blocks=1), vocab_size=512
+        ),
         _bundled("llamagen-mini-tokenizer"),
     ),
 }
@@ -123,7 +131,15 @@ def _var_figures(cca: float, guided: float, base: float | None = None) -> Publis
     return Published(cca, guided, 2.5, base, 900, 0.96, "balanced", "float16")
 
 
-def _var(depth: int, lam: float, accumulation: int, final_lr: float, published: Published | None = None, size: int = 256, **other) -> ZooEntry:
+def _var(
+    depth: int,
+    lam: float,
+    accumulation: int,
+    final_lr: float,
+    published: Published | None = None,
+    size: int = 256,
+    **other,
+) -> ZooEntry:
     """VAR of depth d; without ``published`` CCA was not run by its authors. CCA trained d16 without stochastic depth, the others with the pretraining rate."""
     return ZooEntry(
         "var",
@@ -141,16 +157,41 @@ def _var(depth: int, lam: float, accumulation: int, final_lr: float, published: 
 
 
 def _llamagen(
-    name: str, dim: int, layers: int, heads: int, lam: float, published: Published | None = None, bases: tuple[int, ...] = (), **other
+    name: str,
+    dim: int,
+    layers: int,
+    heads: int,
+    lam: float,
+    published: Published | None = None,
+    bases: tuple[int, ...] = (),
+    **other,
 ) -> ZooEntry:
     """LlamaGen; ``bases``: image sizes whose base weights are published. Without ``published`` CCA was not run by its authors."""
     return ZooEntry(
         "llamagen",
         llamagen.TransformerConfig(dim, layers, heads, grid=24),
         "vq_ds16_c2i",
-        {size: WeightsFile(f"c2i_{name}_{size}.pt", _LLAMAGEN_REPOSITORY) if size in bases else None for size in (256, 384, 512)},
-        Recipe(beta=0.02, lam=lam, lr=1e-5, batch_size=256, grad_clip=1.0, dtype="bfloat16", published_accumulation=16, **other),
-        {384: WeightsFile(f"CCA_LlamaGen_Guidance_Free/c2i_{name}_384_CCA_0005000.pt", "ChenDRAG/CCA_LlamaGen")} if published else {},
+        {
+            size: WeightsFile(f"c2i_{name}_{size}.pt", _LLAMAGEN_REPOSITORY) if size in bases else None
+            for size in (256, 384, 512)
+        },
+        Recipe(
+            beta=0.02,
+            lam=lam,
+            lr=1e-5,
+            batch_size=256,
+            grad_clip=1.0,
+            dtype="bfloat16",
+            published_accumulation=16,
+            **other,
+        ),
+        {
+            384: WeightsFile(
+                f"CCA_LlamaGen_Guidance_Free/c2i_{name}_384_CCA_0005000.pt", "ChenDRAG/CCA_LlamaGen"
+            )
+        }
+        if published
+        else {},
         published,
         384,
     )
@@ -166,8 +207,12 @@ ZOO: dict[str, ZooEntry] = {
     "llamagen-b": _llamagen("B", 768, 12, 12, 1000, Published(7.04, 6.09, 2.0), (256, 384)),
     "llamagen-l": _llamagen("L", 1024, 24, 16, 300, Published(3.43, 3.07, 2.0, 19.00), (256, 384)),
     "llamagen-xl": _llamagen("XL", 1280, 36, 20, 1000, Published(3.10, 2.62, 1.75), (384,)),
-    "llamagen-xxl": _llamagen("XXL", 1536, 48, 24, 1000, Published(3.12, 2.34, 1.75), (384,), parallel="fsdp"),
-    "llamagen-3b": _llamagen("3B", 3200, 24, 32, 500, Published(2.69, 2.18, 1.65, 9.38), (384,), parallel="fsdp"),
+    "llamagen-xxl": _llamagen(
+        "XXL", 1536, 48, 24, 1000, Published(3.12, 2.34, 1.75), (384,), parallel="fsdp"
+    ),
+    "llamagen-3b": _llamagen(
+        "3B", 3200, 24, 32, 500, Published(2.69, 2.18, 1.65, 9.38), (384,), parallel="fsdp"
+    ),
     "llamagen-xxxl": _llamagen("XXXL", 2560, 48, 40, 1000, parallel="fsdp"),
     "llamagen-1b": _llamagen("1B", 2048, 22, 32, 1000),
     "var-mini": ZooEntry(
@@ -180,7 +225,9 @@ ZOO: dict[str, ZooEntry] = {
     ),
     "llamagen-mini": ZooEntry(
         "llamagen",
-        llamagen.TransformerConfig(dim=128, layers=4, heads=4, grid=8, vocab_size=512, num_classes=10, dropout=0.0),
+        llamagen.TransformerConfig(
+            dim=128, layers=4, heads=4, grid=8, vocab_size=512, num_classes=10, dropout=0.0
+        ),
         "llamagen-mini-tokenizer",
         {32: _bundled("llamagen-mini")},
         Recipe(**_MINI, beta=0.2, lr=1.5e-4, grad_clip=1.0),
@@ -197,7 +244,18 @@ def zoo_entry(name: str, backbone: str | None = None) -> ZooEntry:
     return ZOO[name]
 
 
-FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+FASHION_CLASSES = (
+    "T-shirt",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 
 
 def class_name(label: int, num_classes: int) -> str:
@@ -227,7 +285,12 @@ class ModelFiles:
         }
 
 
-def locate(name: str, weights: str | None = "base", tokenizer_weights: str | None = None, image_size: int | None = None) -> ModelFiles:
+def locate(
+    name: str,
+    weights: str | None = "base",
+    tokenizer_weights: str | None = None,
+    image_size: int | None = None,
+) -> ModelFiles:
     """Find (downloading what is published and not in the cache) the files of a model.
 
     Args:
@@ -242,7 +305,9 @@ def locate(name: str, weights: str | None = "base", tokenizer_weights: str | Non
     entry = zoo_entry(name)
     size = image_size or entry.default_image_size
     if size not in entry.base:
-        raise UserError(f"--image-size: {name} makes images of {', '.join(map(str, entry.base))} pixels, not {size}")
+        raise UserError(
+            f"--image-size: {name} makes images of {', '.join(map(str, entry.base))} pixels, not {size}"
+        )
     if weights == "base":
         file = entry.base[size]
     elif weights == "cca":
@@ -250,7 +315,9 @@ def locate(name: str, weights: str | None = "base", tokenizer_weights: str | Non
     else:
         file = weights and Path(weights)
     if weights and file is None:
-        raise UserError(f"--weights: no {weights} weights are published for {name} at {size} pixels; give a path")
+        raise UserError(
+            f"--weights: no {weights} weights are published for {name} at {size} pixels; give a path"
+        )
     own = tokenizer_weights or entry.tokenizer
     tokenizer = own if own in TOKENIZERS else entry.tokenizer
     if TOKENIZERS[tokenizer].backbone != entry.backbone:
@@ -265,7 +332,9 @@ def locate(name: str, weights: str | None = "base", tokenizer_weights: str | Non
     return ModelFiles(name, size, tokenizer, *fetched)
 
 
-def build_model(name: str, image_size: int | None = None, tokenizer: str | None = None, device: str = "meta") -> ARImageModel:
+def build_model(
+    name: str, image_size: int | None = None, tokenizer: str | None = None, device: str = "meta"
+) -> ARImageModel:
     """The model without weights: parameters on ``device``, constant buffers on the CPU."""
     entry = zoo_entry(name)
     config = TOKENIZERS[tokenizer or entry.tokenizer].config
@@ -289,7 +358,9 @@ def load_files(files: ModelFiles) -> ARImageModel:
     return model.eval()
 
 
-def load_model(name: str, weights: str = "base", tokenizer_weights: str | None = None, image_size: int | None = None) -> ARImageModel:
+def load_model(
+    name: str, weights: str = "base", tokenizer_weights: str | None = None, image_size: int | None = None
+) -> ARImageModel:
     """Transformer and tokenizer by name; arguments and errors as in ``locate`` and ``load_files``."""
     return load_files(locate(name, weights, tokenizer_weights, image_size))
 

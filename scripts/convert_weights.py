@@ -20,7 +20,9 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("input", type=Path, help="weights file, recognised by its content")
-    parser.add_argument("output", type=Path, help="file to write; its suffix (.pth, .pt or .safetensors) decides the format")
+    parser.add_argument(
+        "output", type=Path, help="file to write; its suffix (.pth, .pt or .safetensors) decides the format"
+    )
     args = parser.parse_args(argv)
     if args.output.suffix not in SUFFIXES:
         raise UserError(f"output: {args.output} ends in none of {', '.join(SUFFIXES)}")

@@ -35,12 +35,38 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--model", required=True, choices=sorted(ZOO), help="whose tokenizer encodes")
     add("--tokenizer-weights", metavar="PATH|NAME", help="tokenizer weights (default: the model's own)")
-    add("--image-size", type=count(), metavar="PIXELS", help="LlamaGen: 256, 384 or 512 (default: the model's)")
-    add("--data", required=True, type=Path, metavar="PATH", help="folder of class folders, or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]")
-    add("--crop-range", type=number(1, 2), default=1.1, help="centre crop over image size before the ten crops (default %(default)s)")
+    add(
+        "--image-size",
+        type=count(),
+        metavar="PIXELS",
+        help="LlamaGen: 256, 384 or 512 (default: the model's)",
+    )
+    add(
+        "--data",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="folder of class folders, or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]",
+    )
+    add(
+        "--crop-range",
+        type=number(1, 2),
+        default=1.1,
+        help="centre crop over image size before the ten crops (default %(default)s)",
+    )
     add("--output", required=True, type=Path, metavar="DIR", help="folder for the codes")
-    add("--batch-size", type=count(), default=128, help="crops encoded at once in one process (default %(default)s)")
-    add("--workers", type=count(0), default=0, help="image loading processes of each process (default 0: none)")
+    add(
+        "--batch-size",
+        type=count(),
+        default=128,
+        help="crops encoded at once in one process (default %(default)s)",
+    )
+    add(
+        "--workers",
+        type=count(0),
+        default=0,
+        help="image loading processes of each process (default 0: none)",
+    )
     return parser
 
 
@@ -52,7 +78,9 @@ class CodeFile:
         self.notes, self.partial = folder / "progress", folder / "codes.partial.npy"
         begun = self.notes / "header.json"
         if begun.exists() and json.loads(begun.read_text()) != header:
-            raise UserError(f"--output: {folder} holds an unfinished run with other options; repeat its command, or remove that folder")
+            raise UserError(
+                f"--output: {folder} holds an unfinished run with other options; repeat its command, or remove that folder"
+            )
         processes.barrier()
         if processes.main and not begun.exists():
             self.notes.mkdir(parents=True, exist_ok=True)
@@ -65,7 +93,11 @@ class CodeFile:
         """This process's chunks that are not done."""
         size = len(self.codes)
         chunks = [range(i, min(i + CHUNK, size)) for i in range(0, size, CHUNK)]
-        return [c for c in chunks[self.processes.rank :: self.processes.world] if not (self.notes / f"{c.start}").exists()]
+        return [
+            c
+            for c in chunks[self.processes.rank :: self.processes.world]
+            if not (self.notes / f"{c.start}").exists()
+        ]
 
     def finish_chunk(self, chunk: range) -> None:
         self.codes.flush()
@@ -86,12 +118,19 @@ class CodeFile:
 def encode(source: TokenSource, chunk: range, file: CodeFile, batch_size: int, workers: int) -> None:
     """Fill one chunk of the file."""
     crops = file.codes.shape[1]
-    loader = DataLoader(source, batch_sampler=[[(0, i)] for i in chunk], num_workers=workers, multiprocessing_context="fork" if workers else None)
+    loader = DataLoader(
+        source,
+        batch_sampler=[[(0, i)] for i in chunk],
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+    )
     waiting: list[torch.Tensor] = []
     done = chunk.start
     for index, (images, unreadable) in zip(chunk, loader):
         if int(unreadable) >= 0:
-            tqdm.write(f"unreadable, replaced by another image of its class: {source.name(index)}", file=sys.stderr)
+            tqdm.write(
+                f"unreadable, replaced by another image of its class: {source.name(index)}", file=sys.stderr
+            )
         waiting.append(images.view(crops, *images.shape[-3:]))
         if len(waiting) * crops >= batch_size or index == chunk[-1]:
             tokens = torch.cat([source.tokens(part) for part in torch.cat(waiting).split(batch_size)])
@@ -103,7 +142,9 @@ def encode(source: TokenSource, chunk: range, file: CodeFile, batch_size: int, w
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if (args.output / "header.json").exists():
-        raise UserError(f"--output: {args.output} holds finished codes already; remove that folder, or take another")
+        raise UserError(
+            f"--output: {args.output} holds finished codes already; remove that folder, or take another"
+        )
     processes = Processes()
     files = locate(args.model, None, tokenizer_weights=args.tokenizer_weights, image_size=args.image_size)
     model = load_files(files)

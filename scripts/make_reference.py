@@ -46,7 +46,10 @@ def total(running: RunningGaussian, processes: Processes) -> Gaussian:
     count = running.count
     # Sums about zero add up over processes; float64 leaves 16 digits for features of order one.
     second = fit.sigma * (count - 1) + count * np.outer(fit.mu, fit.mu)
-    sums = [processes.sum(torch.from_numpy(np.asarray(x, np.float64)).to(processes.device)).cpu().numpy() for x in (count, count * fit.mu, second)]
+    sums = [
+        processes.sum(torch.from_numpy(np.asarray(x, np.float64)).to(processes.device)).cpu().numpy()
+        for x in (count, count * fit.mu, second)
+    ]
     mean = sums[1] / sums[0]
     return Gaussian(mean, (sums[2] - sums[0] * np.outer(mean, mean)) / (sums[0] - 1))
 
@@ -55,10 +58,29 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--images", required=True, type=Path, metavar="FILE.npz|FOLDER", help="the images")
-    add("--image-size", type=count(), help="cut images of a folder to squares of this side (default: they are squares already)")
-    add("--features", default="inception", metavar="inception|mini|NAME|PATH", help="feature extractor (default inception)")
-    add("--inception-weights", type=Path, metavar="PATH", help="torch-fidelity's Inception weights (default: its cache, else downloaded)")
-    add("--kept-images", type=count(), default=REFERENCE_IMAGES, help="images in arr_0, drawn at random (default %(default)s)")
+    add(
+        "--image-size",
+        type=count(),
+        help="cut images of a folder to squares of this side (default: they are squares already)",
+    )
+    add(
+        "--features",
+        default="inception",
+        metavar="inception|mini|NAME|PATH",
+        help="feature extractor (default inception)",
+    )
+    add(
+        "--inception-weights",
+        type=Path,
+        metavar="PATH",
+        help="torch-fidelity's Inception weights (default: its cache, else downloaded)",
+    )
+    add(
+        "--kept-images",
+        type=count(),
+        default=REFERENCE_IMAGES,
+        help="images in arr_0, drawn at random (default %(default)s)",
+    )
     add("--batch-size", type=count(), default=250, help="images per forward pass (default %(default)s)")
     add("--seed", type=count(0), default=0, help="seed of the draw (default 0)")
     add("--output", required=True, type=Path, metavar="FILE.npz", help="file to write")
@@ -70,12 +92,16 @@ def main(argv: list[str] | None = None) -> None:
     images = CroppedFolder(args.images, args.image_size) if args.image_size else open_images(args.images)
     processes = Processes()
     if len(images) < 2 * processes.world:
-        raise UserError(f"--images: {args.images} holds {len(images)} images; at least {2 * processes.world} are needed")
+        raise UserError(
+            f"--images: {args.images} holds {len(images)} images; at least {2 * processes.world} are needed"
+        )
     extractor = make_extractor(args.features, args.inception_weights, processes.device)
     chosen = set(stream(args.seed, DATA_ORDER).permutation(len(images))[: args.kept_images].tolist())
     share = processes.share(len(images))
     kept, pooled, spatial, index = [], RunningGaussian(), RunningGaussian(), share.start
-    with tqdm(total=share.stop - share.start, desc="features", unit="image", disable=not processes.main) as bar:
+    with tqdm(
+        total=share.stop - share.start, desc="features", unit="image", disable=not processes.main
+    ) as bar:
         for batch in images.batches(share, args.batch_size):
             found = extractor(to_uint8_tensor(batch))
             pooled.add(found.pooled.numpy())

@@ -1,7 +1,7 @@
 """Mean and spread of several quickstart runs, as Markdown: what results/mini.md holds.
 
-    for seed in 0 1 2; do bash scripts/quickstart.sh --control --seed $seed --output runs/mini-$seed; done
-    python -m scripts.mini_results runs/mini-0 runs/mini-1 runs/mini-2 --output results/mini.md
+for seed in 0 1 2; do bash scripts/quickstart.sh --control --seed $seed --output runs/mini-$seed; done
+python -m scripts.mini_results runs/mini-0 runs/mini-1 runs/mini-2 --output results/mini.md
 """
 
 import datetime
@@ -22,18 +22,30 @@ NOTES = Path(__file__).parent.parent / "results" / "mini-notes.md"
 def spread(values: list[float], form: str, factor: float = 1.0) -> str:
     """Mean ± sample standard deviation."""
     values = [factor * v for v in values]
-    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}" if len(values) > 1 else f"{values[0]:{form}}"
+    return (
+        f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
+        if len(values) > 1
+        else f"{values[0]:{form}}"
+    )
 
 
 def row(label: str, runs: list[dict]) -> str:
     cells = [
-        spread([r[name] for r in runs], form, 1000 if name == "seconds_per_image" else 1) if runs[0].get(name) is not None else "–" for name, _, form in COLUMNS
+        spread([r[name] for r in runs], form, 1000 if name == "seconds_per_image" else 1)
+        if runs[0].get(name) is not None
+        else "–"
+        for name, _, form in COLUMNS
     ]
     return f"| {label} | {' | '.join(cells)} |"
 
 
 def model_section(model: str, runs: list[dict]) -> list[str]:
-    lines = [f"## {model}", "", "| samples | " + " | ".join(title for _, title, _ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = [
+        f"## {model}",
+        "",
+        "| samples | " + " | ".join(title for _, title, _ in COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
     controlled = [r for r in runs if "sft" in r]  # some runs may be without --control
     fewer = f", {len(controlled)} seed(s)" if len(controlled) < len(runs) else ""
     for kind, label in ROWS.items():
@@ -45,7 +57,12 @@ def model_section(model: str, runs: list[dict]) -> list[str]:
     for scale in runs[0]["sweep"]:
         lines.append(row(f"base, guidance {scale}", [r["sweep"][scale] for r in runs]))
     for temperature in controlled[0]["temperature"] if controlled else ():
-        lines.append(row(f"control: base at temperature {temperature}{fewer}", [r["temperature"][temperature] for r in controlled]))
+        lines.append(
+            row(
+                f"control: base at temperature {temperature}{fewer}",
+                [r["temperature"][temperature] for r in controlled],
+            )
+        )
 
     def ratios(name: str, a: str, b: str) -> list[float]:
         return [r[a][name] / r[b][name] for r in runs if a in r]
@@ -58,7 +75,9 @@ def model_section(model: str, runs: list[dict]) -> list[str]:
         f"- share of the gap between base and best guided that CCA closes: {spread([gap_closed(r) for r in runs], '.2f')} (wanted: at least 0.90)",
     ]
     if controlled:
-        lines.append(f"- control, plain maximum likelihood, over base: {spread(ratios('fid', 'sft', 'base'), '.2f')} (wanted: 0.90 to 1.10)")
+        lines.append(
+            f"- control, plain maximum likelihood, over base: {spread(ratios('fid', 'sft', 'base'), '.2f')} (wanted: 0.90 to 1.10)"
+        )
     lines += [
         f"- seconds per image, CCA without guidance over guided base: {spread(ratios('seconds_per_image', 'cca', 'base_cfg'), '.2f')} (wanted: at most 0.70)",
         f"- CCA: beta {recipe.beta:g}, lambda {recipe.lam:g}, learning rate {recipe.lr:g} falling to {recipe.final_lr:g} of it, batch {recipe.batch_size}, {recipe.epochs} epoch(s) of 10,000 images",
@@ -70,7 +89,9 @@ def model_section(model: str, runs: list[dict]) -> list[str]:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders that the quickstart wrote")
-    parser.add_argument("--output", type=Path, default=Path("results/mini.md"), help="file to write (default %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/mini.md"), help="file to write (default %(default)s)"
+    )
     args = parser.parse_args()
     try:
         summaries = [json.loads((folder / "summary.json").read_text()) for folder in args.runs]

@@ -26,17 +26,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cca.data import TokenSource, to_model_input, to_uint8_tensor
+from cca.distributed import Processes
 from cca.errors import UserError, run_command
 from cca.features import MINI_WEIGHTS, FeatureNetwork
-from models.base import ARImageModel, draw_tokens
-from models.llamagen import LlamaGen, LlamaGenTokenizer
-from models.var import VARTokenizer
-from cca.distributed import Processes
 from cca.plan import TrainingConfig
 from cca.run_folder import RunFolder, describe
 from cca.trainer import Trainer
 from cca.training_loop import train
+from models.base import ARImageModel, draw_tokens
 from models.checkpoints import is_constant, load_weights, save_safetensors
+from models.llamagen import LlamaGen, LlamaGenTokenizer
+from models.var import VARTokenizer
 from models.zoo import build_model, load_model
 
 ASSETS = Path("assets")
@@ -52,7 +52,9 @@ def read_raw(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         images = gzip.decompress((folder / f"{split}-images-idx3-ubyte.gz").read_bytes())[16:]
         labels = gzip.decompress((folder / f"{split}-labels-idx1-ubyte.gz").read_bytes())[8:]
     except FileNotFoundError as error:
-        raise UserError(f"--raw: {error.filename} is missing; Debian's package dataset-fashion-mnist has it") from None
+        raise UserError(
+            f"--raw: {error.filename} is missing; Debian's package dataset-fashion-mnist has it"
+        ) from None
     pixels = np.frombuffer(images, np.uint8).reshape(-1, 28, 28)
     return np.pad(pixels, ((0, 0), (2, 2), (2, 2))), np.frombuffer(labels, np.uint8).astype(np.int64)
 
@@ -67,7 +69,14 @@ def write_images(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
                 np.lib.format.write_array(file, np.ascontiguousarray(array))
 
 
-def fit(parameters: Iterable[nn.Parameter], loss: Callable[[Tensor], Tensor], steps: int, batch: int, lr: float, name: str) -> None:
+def fit(
+    parameters: Iterable[nn.Parameter],
+    loss: Callable[[Tensor], Tensor],
+    steps: int,
+    batch: int,
+    lr: float,
+    name: str,
+) -> None:
     """AdamW over random training images; the rate rises over 2 % of the steps, then falls as a cosine.
 
     ``loss`` takes the indices of a batch.
@@ -76,7 +85,8 @@ def fit(parameters: Iterable[nn.Parameter], loss: Callable[[Tensor], Tensor], st
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     warm = max(steps // 50, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(i - warm, 0) / (steps - warm)))
+        optimizer,
+        lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(i - warm, 0) / (steps - warm))),
     )
     bar, smooth = tqdm(range(steps), desc=name, mininterval=2), None
     count = TRAINING.stop
@@ -102,7 +112,9 @@ class PerceptualNetwork(nn.Module):
         super().__init__()
         widths = (1, 24, 48, 64, 80, 128)
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, stride=1 + i % 2, padding=1, bias=False), nn.BatchNorm2d(b), nn.GELU())
+            nn.Sequential(
+                nn.Conv2d(a, b, 3, stride=1 + i % 2, padding=1, bias=False), nn.BatchNorm2d(b), nn.GELU()
+            )
             for i, (a, b) in enumerate(zip(widths, widths[1:]))
         )
         self.classifier = nn.Linear(widths[-1], 10)
@@ -124,7 +136,10 @@ class PerceptualNetwork(nn.Module):
         with torch.no_grad():
             target = self.activations(b)
         found = self.activations(a)
-        local = sum((F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean() for x, y in zip(found, target))
+        local = sum(
+            (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean()
+            for x, y in zip(found, target)
+        )
         return local + 3 * (found[-1].mean((2, 3)) - target[-1].mean((2, 3))).square().mean()
 
 
@@ -145,7 +160,9 @@ def train_classifier(network: nn.Module, images: Tensor, labels: Tensor, epochs:
 
 @torch.inference_mode()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    right = sum((network(x)[1].argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500)))
+    right = sum(
+        (network(x)[1].argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500))
+    )
     return right / len(labels)
 
 
@@ -163,7 +180,9 @@ def multi_scale_vq_loss(tokenizer: VARTokenizer, images: Tensor) -> tuple[Tensor
     """Reconstruction and quantisation loss of the residual tokenizer, averaged over the levels."""
     z = tokenizer.latents(images).float()
     sums = tokenizer.quantize.partial_sums(tokenizer.quantize.quantise(z.detach()))
-    loss = sum((total - z.detach()).square().mean() + 0.25 * (total.detach() - z).square().mean() for total in sums) / len(sums)
+    loss = sum(
+        (total - z.detach()).square().mean() + 0.25 * (total.detach() - z).square().mean() for total in sums
+    ) / len(sums)
     return tokenizer.decode_latents(z + (sums[-1] - z).detach()), loss
 
 
@@ -200,7 +219,9 @@ def encode_all(model: ARImageModel, images: Tensor) -> Tensor:
     return torch.cat([model.encode(part) for part in tqdm(images.split(250), desc="encoding")])
 
 
-def train_tokenizer(model: ARImageModel, perceptual: PerceptualNetwork, images: Tensor, steps: int, name: str) -> None:
+def train_tokenizer(
+    model: ARImageModel, perceptual: PerceptualNetwork, images: Tensor, steps: int, name: str
+) -> None:
     tokenizer = model.tokenizer.train()
     objective = vq_loss if isinstance(model, LlamaGen) else multi_scale_vq_loss
     for module in tokenizer.modules():
@@ -234,11 +255,15 @@ def redraw_last_levels(model: ARImageModel, tokens: Tensor, labels: Tensor, leve
     tokens, sizes = tokens.clone(), model.step_sizes
     for step in range(len(sizes) - levels, len(sizes)):
         span = slice(sum(sizes[:step]), sum(sizes[: step + 1]))
-        tokens[:, span] = draw_tokens(model.logits(labels, tokens)[:, span], torch.rand(len(tokens), sizes[step]))
+        tokens[:, span] = draw_tokens(
+            model.logits(labels, tokens)[:, span], torch.rand(len(tokens), sizes[step])
+        )
     return tokens
 
 
-def train_decoder(model: ARImageModel, perceptual: PerceptualNetwork, images: Tensor, labels: Tensor, steps: int, name: str) -> None:
+def train_decoder(
+    model: ARImageModel, perceptual: PerceptualNetwork, images: Tensor, labels: Tensor, steps: int, name: str
+) -> None:
     """Teach VAR's decoder the noise of levels whose tokens are drawn independently of each other.
 
     Up to REDRAWN of the last levels come from the trained transformer, the others from the image
@@ -309,36 +334,57 @@ def save(path: Path, module: nn.Module) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=("data", "networks", "tokenizer", "transformer", "decoder"))
     parser.add_argument("--model", choices=sorted(DEFAULT_STEPS), help="for the last three stages")
-    parser.add_argument("--raw", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="folder of the four files (default %(default)s)")
+    parser.add_argument(
+        "--raw",
+        type=Path,
+        default=Path("/usr/share/datasets/fashion-mnist"),
+        help="folder of the four files (default %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="optimizer steps (tokenizer 3,600, decoder 1,500)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default %(default)s)"
+    )
     args = parser.parse_args()
     if args.stage in ("tokenizer", "transformer", "decoder") and not args.model:
         raise UserError(f"--model: the stage {args.stage} needs one of {', '.join(sorted(DEFAULT_STEPS))}")
     if args.stage == "decoder" and args.model != "var-mini":
-        raise UserError("--model: the stage decoder is for var-mini alone; the other model draws no tokens at once")
+        raise UserError(
+            "--model: the stage decoder is for var-mini alone; the other model draws no tokens at once"
+        )
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     raw_images, raw_labels = read_raw(args.raw, "train")
     perceptual_path = Path("runs/perceptual.safetensors")
     if args.stage == "data":
-        write_images(ASSETS / "fashion-mnist-train-10k.npz", raw_images[BUNDLED_TRAINING], raw_labels[BUNDLED_TRAINING])
+        write_images(
+            ASSETS / "fashion-mnist-train-10k.npz", raw_images[BUNDLED_TRAINING], raw_labels[BUNDLED_TRAINING]
+        )
         write_images(ASSETS / "fashion-mnist-test-10k.npz", *read_raw(args.raw, "t10k"))
         return
-    images, labels = to_model_input(to_uint8_tensor(raw_images[TRAINING])), torch.from_numpy(raw_labels[TRAINING])
+    images, labels = (
+        to_model_input(to_uint8_tensor(raw_images[TRAINING])),
+        torch.from_numpy(raw_labels[TRAINING]),
+    )
     if args.stage == "networks":
         test_images, test_labels = read_raw(args.raw, "t10k")
         perceptual_path.parent.mkdir(exist_ok=True)
-        for build, path, epochs in ((PerceptualNetwork, perceptual_path, 8), (FeatureNetwork, MINI_WEIGHTS, 8)):
+        for build, path, epochs in (
+            (PerceptualNetwork, perceptual_path, 8),
+            (FeatureNetwork, MINI_WEIGHTS, 8),
+        ):
             torch.manual_seed(args.seed)
             network = build()
             train_classifier(network, images, labels, epochs, path.stem)
             save(path, network)
-            print(f"{path.stem}: accuracy {accuracy(network, to_model_input(to_uint8_tensor(test_images)), torch.from_numpy(test_labels)):.4f} on the test images")
+            print(
+                f"{path.stem}: accuracy {accuracy(network, to_model_input(to_uint8_tensor(test_images)), torch.from_numpy(test_labels)):.4f} on the test images"
+            )
     elif args.stage in ("tokenizer", "decoder"):
         perceptual = PerceptualNetwork()
         perceptual.load_state_dict(load_file(perceptual_path))
@@ -351,7 +397,9 @@ def main() -> None:
             train_decoder(model, perceptual, images, labels, args.steps or 1500, f"{args.model} decoder")
         save(ASSETS / f"{args.model}-tokenizer.safetensors", model.tokenizer)
     else:
-        model = train_transformer(args.model, images, labels, args.steps or DEFAULT_STEPS[args.model], args.seed)
+        model = train_transformer(
+            args.model, images, labels, args.steps or DEFAULT_STEPS[args.model], args.seed
+        )
         save(ASSETS / f"{args.model}.safetensors", model.transformer)
 
 

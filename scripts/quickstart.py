@@ -46,7 +46,10 @@ class Quickstart:
         """Run one of the commands in this process, after showing it."""
         if self.processes.main:
             name = module.__name__ if "." not in module.__name__ else f"-m {module.__name__}"
-            print(f"\n$ python {name if name.startswith('-m') else name + '.py'} {shlex.join(arguments)}", flush=True)
+            print(
+                f"\n$ python {name if name.startswith('-m') else name + '.py'} {shlex.join(arguments)}",
+                flush=True,
+            )
         module.main(arguments)
         self.processes.barrier()
 
@@ -67,10 +70,35 @@ class Quickstart:
         """Sample one file and queue its evaluation; returns its name."""
         name = f"{model}-{tag}"
         path = self.output / "samples" / f"{name}.npz"
-        fixed = ["--model", model, "--num-samples", str(self.samples), "--batch-size", str(BATCH_SIZE), "--seed", str(self.seed), "--output", str(path)]
+        fixed = [
+            "--model",
+            model,
+            "--num-samples",
+            str(self.samples),
+            "--batch-size",
+            str(BATCH_SIZE),
+            "--seed",
+            str(self.seed),
+            "--output",
+            str(path),
+        ]
         self.run(sample, [*fixed, *options])
         result = self.output / "results" / f"{name}.json"
-        self.evaluations.append((name, ["--samples", str(path), "--reference", REFERENCE, "--features", "mini", "--output", str(result)]))
+        self.evaluations.append(
+            (
+                name,
+                [
+                    "--samples",
+                    str(path),
+                    "--reference",
+                    REFERENCE,
+                    "--features",
+                    "mini",
+                    "--output",
+                    str(result),
+                ],
+            )
+        )
         return name
 
     def evaluate(self) -> dict[str, dict]:
@@ -92,14 +120,20 @@ class Quickstart:
                     found[name].append((time.perf_counter() - began) / TIMED_IMAGES)
             torch.set_num_threads(threads)
         self.processes.barrier()
-        return {name: statistics.median(values[1:]) for name, values in found.items() if values}  # first round warms up
+        return {
+            name: statistics.median(values[1:]) for name, values in found.items() if values
+        }  # first round warms up
 
 
-def timed_run(model: str, weights: str, cfg_scale: float, seed: int, device: torch.device) -> Callable[[], object]:
+def timed_run(
+    model: str, weights: str, cfg_scale: float, seed: int, device: torch.device
+) -> Callable[[], object]:
     """A call that samples TIMED_IMAGES images as the sampling before did."""
     loaded = load_model(model, weights).to(device)
     options = SamplingOptions(cfg_scale, loaded.default_cfg_schedule)
-    request = SampleRequest(TIMED_IMAGES, tuple(range(loaded.num_classes)), "balanced", seed, None, "float32", options)
+    request = SampleRequest(
+        TIMED_IMAGES, tuple(range(loaded.num_classes)), "balanced", seed, None, "float32", options
+    )
 
     return lambda: sample_images(loaded, range(TIMED_IMAGES), request, BATCH_SIZE, device)
 
@@ -114,11 +148,17 @@ def run_backbone(job: Quickstart, model: str, control: bool) -> dict:
     cooler = {t: job.sample(model, f"base-t{t}", "--temperature", str(t)) for t in TEMPERATURES if control}
     metrics = job.evaluate()
     best = min(guided, key=lambda s: metrics[guided[s]]["fid"])
-    runs = {kind: timed_run(model, path, 1.0, job.seed, job.processes.device) for kind, path in weights.items()}
+    runs = {
+        kind: timed_run(model, path, 1.0, job.seed, job.processes.device) for kind, path in weights.items()
+    }
     runs["base_cfg"] = timed_run(model, "base", best, job.seed, job.processes.device)
     seconds = job.seconds_per_image(runs)
     result = {kind: {**metrics[name], "seconds_per_image": seconds.get(kind)} for kind, name in names.items()}
-    result["base_cfg"] = {**metrics[guided[best]], "seconds_per_image": seconds.get("base_cfg"), "cfg_scale": best}
+    result["base_cfg"] = {
+        **metrics[guided[best]],
+        "seconds_per_image": seconds.get("base_cfg"),
+        "cfg_scale": best,
+    }
     result["sweep"] = {str(s): metrics[name] for s, name in guided.items()}
     if control:
         result["temperature"] = {str(t): metrics[name] for t, name in cooler.items()}
@@ -139,10 +179,21 @@ def processor() -> str:
 def main() -> None:
     began = time.perf_counter()
     parser = Parser(__doc__)
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder of the report (default %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="folder of the report (default %(default)s)",
+    )
     parser.add_argument("--seed", type=count(0), default=0, help="seed of training and sampling (default 0)")
-    parser.add_argument("--samples", type=count(100), default=2500, help="images of each sample file (default 2500)")
-    parser.add_argument("--control", action="store_true", help="also the controls: plain maximum likelihood, lower temperatures")
+    parser.add_argument(
+        "--samples", type=count(100), default=2500, help="images of each sample file (default 2500)"
+    )
+    parser.add_argument(
+        "--control",
+        action="store_true",
+        help="also the controls: plain maximum likelihood, lower temperatures",
+    )
     args = parser.parse_args()
     processes = Processes()
     job = Quickstart(args.output, args.seed, args.samples, processes)

@@ -32,12 +32,19 @@ def table_row(label: str, metrics: dict) -> str:
     cells = []
     for name, _, form in COLUMNS:
         value = metrics.get(name)
-        cells.append("–" if value is None else format(1000 * value if name == "seconds_per_image" else value, form))
+        cells.append(
+            "–" if value is None else format(1000 * value if name == "seconds_per_image" else value, form)
+        )
     return f"| {label} | {' | '.join(cells)} |"
 
 
 def model_table(model: str, results: dict) -> list[str]:
-    lines = [f"## {model}", "", "| samples | " + " | ".join(title for _, title, _ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = [
+        f"## {model}",
+        "",
+        "| samples | " + " | ".join(title for _, title, _ in COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
     for kind, label in ROWS.items():
         if kind in results:
             scale = f" (scale {results[kind]['cfg_scale']})" if kind == "base_cfg" else ""
@@ -67,7 +74,9 @@ def write_table(folder: Path, summary: dict) -> None:
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
-    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight"))
+    atomic_write(
+        path, lambda temporary: figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")
+    )
     plt.close(figure)
 
 
@@ -98,10 +107,24 @@ def write_chart(folder: Path, summary: dict) -> None:
         scales = [1.0, *map(float, results["sweep"])]
         fids = [results["base"]["fid"], *(m["fid"] for m in results["sweep"].values())]
         axis.plot(scales, fids, "o-", color="tab:blue", label="base, guided (two passes per image)")
-        axis.plot([1.0], [results["cca"]["fid"]], "*", markersize=15, color="tab:red", label="CCA, no guidance (one pass)")
+        axis.plot(
+            [1.0],
+            [results["cca"]["fid"]],
+            "*",
+            markersize=15,
+            color="tab:red",
+            label="CCA, no guidance (one pass)",
+        )
         axis.axhline(results["cca"]["fid"], color="tab:red", linestyle=":", linewidth=1)
         if "sft" in results:
-            axis.plot([1.0], [results["sft"]["fid"]], "x", markersize=9, color="tab:gray", label="maximum likelihood, no guidance")
+            axis.plot(
+                [1.0],
+                [results["sft"]["fid"]],
+                "x",
+                markersize=9,
+                color="tab:gray",
+                label="maximum likelihood, no guidance",
+            )
         axis.set(title=model, xlabel="guidance scale", ylabel="FID (bundled feature network)", ylim=(0, None))
         axis.legend(fontsize=8)
     save_figure(figure, folder / "fid.png")
@@ -112,4 +135,6 @@ def write_report(folder: Path, summary: dict) -> None:
     for model in MODELS:
         write_picture(folder, model, summary[model])
     write_chart(folder, summary)
-    print(f"\n{(folder / 'report.md').read_text()}\nreport: {folder}/report.md, {folder}/summary.json, pictures beside them")
+    print(
+        f"\n{(folder / 'report.md').read_text()}\nreport: {folder}/report.md, {folder}/summary.json, pictures beside them"
+    )

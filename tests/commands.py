@@ -21,6 +21,12 @@ def environment(**variables: str) -> dict[str, str]:
 
 def run(*arguments, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
     """Run to success; ``variables`` join the environment."""
-    result = subprocess.run(command_line(arguments, processes), cwd=ROOT, env=environment(**variables), capture_output=True, text=True)
+    result = subprocess.run(
+        command_line(arguments, processes),
+        cwd=ROOT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     return result

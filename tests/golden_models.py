@@ -45,13 +45,36 @@ def build(name: str) -> ARImageModel:
     if name.startswith("llamagen"):
         t, k = sizes["transformer"], sizes["tokenizer"]
         model = llamagen.LlamaGen(
-            llamagen.TransformerConfig(t["dim"], t["n_layer"], t["n_head"], int(t["block_size"] ** 0.5), t["vocab_size"], t["num_classes"], dropout=0.0),
-            llamagen.TokenizerConfig(AutoencoderConfig(k["ch"], tuple(k["ch_mult"]), k["z_channels"], LLAMAGEN_KEYS), k["vocab_size"], k["codebook_dim"]),
+            llamagen.TransformerConfig(
+                t["dim"],
+                t["n_layer"],
+                t["n_head"],
+                int(t["block_size"] ** 0.5),
+                t["vocab_size"],
+                t["num_classes"],
+                dropout=0.0,
+            ),
+            llamagen.TokenizerConfig(
+                AutoencoderConfig(k["ch"], tuple(k["ch_mult"]), k["z_channels"], LLAMAGEN_KEYS),
+                k["vocab_size"],
+                k["codebook_dim"],
+            ),
         )
     else:
         model = var.VAR(
-            var.TransformerConfig(sizes["embed_dim"], sizes["depth"], sizes["num_heads"], sizes["vocab_size"], sizes["num_classes"], sizes["shared_aln"]),
-            var.TokenizerConfig(AutoencoderConfig(sizes["ch"], (1, 1, 2, 2, 4), sizes["latent_dim"], VAR_KEYS), tuple(sizes["patch_nums"]), sizes["vocab_size"]),
+            var.TransformerConfig(
+                sizes["embed_dim"],
+                sizes["depth"],
+                sizes["num_heads"],
+                sizes["vocab_size"],
+                sizes["num_classes"],
+                sizes["shared_aln"],
+            ),
+            var.TokenizerConfig(
+                AutoencoderConfig(sizes["ch"], (1, 1, 2, 2, 4), sizes["latent_dim"], VAR_KEYS),
+                tuple(sizes["patch_nums"]),
+                sizes["vocab_size"],
+            ),
         )
     fill_by_name(model.transformer)
     fill_by_name(model.tokenizer)

@@ -39,7 +39,10 @@ def test_layouts(model, tmp_path, layout, constants):
     other = build("var_tiny_a")
     torch.nn.init.zeros_(other.transformer.head.weight)
     load_weights(other.transformer, tmp_path / "weights.bin", "it")
-    assert all(torch.equal(a, b) for a, b in zip(other.transformer.state_dict().values(), model.transformer.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(other.transformer.state_dict().values(), model.transformer.state_dict().values())
+    )
 
 
 def test_safetensors_under_any_name(model, tmp_path):
@@ -82,7 +85,11 @@ def broken(model, tmp_path_factory):
     np.savez(folder / "arrays.npz", a=np.zeros(3))
     torch.save({"model": state, "extra": Hostile()}, folder / "hostile.pt")
     torch.save({"model": state, "args": argparse.Namespace(lr=Hostile())}, folder / "hostile-namespace.pt")
-    torch.save({"model": state, "extra": Hostile()}, folder / "hostile-legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"model": state, "extra": Hostile()},
+        folder / "hostile-legacy.pt",
+        _use_new_zipfile_serialization=False,
+    )
     (folder / "hostile-pickle2.pt").write_bytes(pickle.dumps(Hostile(), protocol=2))
     (folder / "hostile-pickle4.pt").write_bytes(pickle.dumps(Hostile(), protocol=4))
     torch.save({**state, "surprise": torch.zeros(1)}, folder / "unexpected.pt")
@@ -126,7 +133,9 @@ def test_bad_files(broken, tmp_path, monkeypatch, name, message):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("name, layout", [("var_tiny_a", "bare"), ("llamagen_tiny_vq8", "model"), ("llamagen_tiny_vq8", "bare")])
+@pytest.mark.parametrize(
+    "name, layout", [("var_tiny_a", "bare"), ("llamagen_tiny_vq8", "model"), ("llamagen_tiny_vq8", "bare")]
+)
 def test_conversion_is_lossless(tmp_path, name, layout):
     original = wrapped(build(name).transformer.half().state_dict(), layout)
     torch.save(original, tmp_path / "a.pt")
@@ -141,4 +150,6 @@ def test_conversion_is_lossless(tmp_path, name, layout):
 def test_conversion_publishes_training_checkpoints(model, tmp_path):
     torch.save(wrapped(model.transformer.state_dict(), "trainer"), tmp_path / "ar-ckpt-last.pth")
     convert_weights.main([str(tmp_path / "ar-ckpt-last.pth"), str(tmp_path / "model.pth")])
-    assert torch.load(tmp_path / "model.pth", weights_only=True).keys() == model.transformer.state_dict().keys()
+    assert (
+        torch.load(tmp_path / "model.pth", weights_only=True).keys() == model.transformer.state_dict().keys()
+    )

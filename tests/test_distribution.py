@@ -30,7 +30,9 @@ def tiny(backbone):
         )
     else:
         model = llamagen.LlamaGen(
-            llamagen.TransformerConfig(dim=32, layers=2, heads=2, grid=2, vocab_size=4, num_classes=2, dropout=0.0),
+            llamagen.TransformerConfig(
+                dim=32, layers=2, heads=2, grid=2, vocab_size=4, num_classes=2, dropout=0.0
+            ),
             llamagen.TokenizerConfig(AutoencoderConfig(32, (1,), 32, LLAMAGEN_KEYS, blocks=1), vocab_size=4),
         )
     for parameter in model.parameters():
@@ -43,9 +45,14 @@ def probabilities(model, label, options):
     """log p of every sequence, from teacher-forced logits of the conditional and the unconditional model."""
     sequences = torch.tensor(list(itertools.product(range(4), repeat=model.sequence_length)))
     labels = torch.full((len(sequences),), label)
-    cond, uncond = model.logits(labels, sequences), model.logits(torch.full_like(labels, model.null_class), sequences)
+    cond, uncond = (
+        model.logits(labels, sequences),
+        model.logits(torch.full_like(labels, model.null_class), sequences),
+    )
     steps = len(model.step_sizes)
-    scales = torch.cat([torch.full((size,), options.scale_at(step, steps)) for step, size in enumerate(model.step_sizes)])
+    scales = torch.cat(
+        [torch.full((size,), options.scale_at(step, steps)) for step, size in enumerate(model.step_sizes)]
+    )
     logits = uncond + scales[:, None] * (cond - uncond)
     chosen = filter_logits(logits, options).log_softmax(-1).gather(-1, sequences[..., None])
     return chosen.double().sum((1, 2)).exp()
@@ -61,7 +68,9 @@ def test_frequencies(backbone, name):
     counts = torch.zeros(len(expected), dtype=torch.float64)
     place = 4 ** torch.arange(model.sequence_length - 1, -1, -1)
     for start in range(0, SAMPLES, 20_000):
-        tokens = sample_tokens(model, range(start, start + 20_000), request, CPU, eager_generate(model, request))
+        tokens = sample_tokens(
+            model, range(start, start + 20_000), request, CPU, eager_generate(model, request)
+        )
         counts += torch.bincount((tokens * place).sum(1), minlength=len(expected))
     assert counts[expected == 0].sum() == 0
     rare = expected < 5  # too few for the chi-square: taken together

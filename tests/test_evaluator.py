@@ -38,7 +38,17 @@ def files(tmp_path, cache):
 
 
 def evaluate(files, *options, samples="samples.npz", reference="reference.npz"):
-    eval_fid.main(["--samples", str(files / samples), "--reference", str(files / reference), "--output", str(files / "out.json"), *options])
+    eval_fid.main(
+        [
+            "--samples",
+            str(files / samples),
+            "--reference",
+            str(files / reference),
+            "--output",
+            str(files / "out.json"),
+            *options,
+        ]
+    )
     return json.loads((files / "out.json").read_text())
 
 
@@ -81,18 +91,42 @@ def test_layouts_give_the_same_figures(files):
             Image.fromarray(image).save(files / "folder" / f"{i:04d}.png")
     for samples in ("compressed.npz", "folder"):
         found = evaluate(files, *MINI, samples=samples)["metrics"]
-        assert {k: v for k, v in found.items() if k != "accuracy"} == pytest.approx({k: v for k, v in expected.items() if k != "accuracy"}, rel=1e-6)
-    run(ROOT / "eval_fid.py", "--samples", files / "samples.npz", "--reference", files / "reference.npz", *MINI, "--output", files / "two.json", processes=2)
+        assert {k: v for k, v in found.items() if k != "accuracy"} == pytest.approx(
+            {k: v for k, v in expected.items() if k != "accuracy"}, rel=1e-6
+        )
+    run(
+        ROOT / "eval_fid.py",
+        "--samples",
+        files / "samples.npz",
+        "--reference",
+        files / "reference.npz",
+        *MINI,
+        "--output",
+        files / "two.json",
+        processes=2,
+    )
     assert json.loads((files / "two.json").read_text())["metrics"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_made_reference_is_taken_at_its_word(files):
     expected = evaluate(files, *MINI)
-    make_reference.main(["--images", str(files / "reference.npz"), *MINI, "--kept-images", "600", "--output", str(files / "made.npz")])
+    make_reference.main(
+        [
+            "--images",
+            str(files / "reference.npz"),
+            *MINI,
+            "--kept-images",
+            "600",
+            "--output",
+            str(files / "made.npz"),
+        ]
+    )
     found = evaluate(files, *MINI, reference="made.npz")
     assert found["metrics"]["fid"] == pytest.approx(expected["metrics"]["fid"], rel=1e-6)
     assert found["metrics"]["precision"] == expected["metrics"]["precision"]
-    assert any("no mu and sigma" in note for note in expected["notes"]) and not any("no mu and sigma" in note for note in found["notes"])
+    assert any("no mu and sigma" in note for note in expected["notes"]) and not any(
+        "no mu and sigma" in note for note in found["notes"]
+    )
     with np.load(files / "made.npz") as file:
         np.savez(files / "bare.npz", mu=file["mu"], sigma=file["sigma"])
     bare = evaluate(files, *MINI, reference="bare.npz")
@@ -125,8 +159,12 @@ def inception_weights(tmp_path_factory):
     """Random weights in torch-fidelity's format."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    with pytest.MonkeyPatch.context() as patch:  # its constructor downloads; here it keeps what it was initialised with
-        patch.setattr(torch_fidelity.feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {})
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # its constructor downloads; here it keeps what it was initialised with
+        patch.setattr(
+            torch_fidelity.feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {}
+        )
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         torch.save(FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).state_dict(), path)
     return path
@@ -136,19 +174,33 @@ def test_inception_path(files, inception_weights):
     generator = np.random.default_rng(0)
     for name in ("a", "b"):
         np.savez(files / f"{name}.npz", arr_0=generator.integers(0, 256, (12, 256, 256, 3), np.uint8))
-    report = evaluate(files, "--inception-weights", str(inception_weights), samples="a.npz", reference="b.npz")
+    report = evaluate(
+        files, "--inception-weights", str(inception_weights), samples="a.npz", reference="b.npz"
+    )
     assert set(report["metrics"]) == {"fid", "sfid", "is", "precision", "recall"}
     assert all(np.isfinite(v) for v in report["metrics"].values())
-    assert evaluate(files, "--features", str(inception_weights), samples="a.npz", reference="b.npz")["metrics"] == report["metrics"]
+    assert (
+        evaluate(files, "--features", str(inception_weights), samples="a.npz", reference="b.npz")["metrics"]
+        == report["metrics"]
+    )
     extractor = make_extractor("inception", inception_weights, torch.device("cpu"))
     save_file(torch.load(inception_weights, weights_only=True), files / "inception.safetensors")
-    assert make_extractor("inception", files / "inception.safetensors", torch.device("cpu")).weights_sha256 == extractor.weights_sha256
+    assert (
+        make_extractor("inception", files / "inception.safetensors", torch.device("cpu")).weights_sha256
+        == extractor.weights_sha256
+    )
     images = torch.from_numpy(np.load(files / "a.npz")["arr_0"][:2]).permute(0, 3, 1, 2)
     found = extractor(images)
-    assert found.pooled.shape == (2, 2048) and found.probabilities.shape == (2, 1008) and found.spatial.shape == (2, 2023)
+    assert (
+        found.pooled.shape == (2, 2048)
+        and found.probabilities.shape == (2, 1008)
+        and found.spatial.shape == (2, 2023)
+    )
     # Channels last, as TensorFlow flattens: mu_s and sigma_s of a reference file are in that order.
     branch = {}
-    extractor.module.Mixed_6d.branch1x1.register_forward_hook(lambda m, i, output: branch.update(output=output))
+    extractor.module.Mixed_6d.branch1x1.register_forward_hook(
+        lambda m, i, output: branch.update(output=output)
+    )
     again = extractor(images).spatial.view(2, 17, 17, 7)
     assert torch.equal(again[:, 3, 5], branch["output"][:, :7, 3, 5])
 
@@ -161,17 +213,26 @@ def test_notes(files):
     assert "sorted" not in text and "unbalanced" not in text and "guidance" not in text
     with np.load(files / "samples.npz") as file:
         order = np.argsort(file["arr_1"], kind="stable")
-        np.savez(files / "sorted.npz", arr_0=file["arr_0"][order])  # without labels: seen in what the classifier predicts
+        np.savez(
+            files / "sorted.npz", arr_0=file["arr_0"][order]
+        )  # without labels: seen in what the classifier predicts
         skewed = np.sort(np.r_[np.flatnonzero(file["arr_1"] == 1), np.flatnonzero(file["arr_1"] != 1)[:100]])
         np.savez(files / "skewed.npz", arr_0=file["arr_0"][skewed], arr_1=file["arr_1"][skewed])
     assert any("sorted by class" in note for note in evaluate(files, *MINI, samples="sorted.npz")["notes"])
     assert any("unbalanced" in note for note in evaluate(files, *MINI, samples="skewed.npz")["notes"])
-    (files / "samples.json").write_text(json.dumps({"options": {"cfg_scale": 2.5, "model": "var-d16", "weights": "base"}}))
-    assert any("with guidance (--cfg-scale 2.5; VAR writes 1.5)" in note for note in evaluate(files, *MINI)["notes"])
+    (files / "samples.json").write_text(
+        json.dumps({"options": {"cfg_scale": 2.5, "model": "var-d16", "weights": "base"}})
+    )
+    assert any(
+        "with guidance (--cfg-scale 2.5; VAR writes 1.5)" in note for note in evaluate(files, *MINI)["notes"]
+    )
     (files / "jpeg").mkdir()
     for i, image in enumerate(np.load(files / "samples.npz")["arr_0"][:20]):
         Image.fromarray(image).save(files / "jpeg" / f"{i}.jpg")
-    assert any("20 of 20 images" in note and "JPEG" in note for note in evaluate(files, *MINI, samples="jpeg")["notes"])
+    assert any(
+        "20 of 20 images" in note and "JPEG" in note
+        for note in evaluate(files, *MINI, samples="jpeg")["notes"]
+    )
 
 
 def test_class_order():
@@ -181,7 +242,9 @@ def test_class_order():
 
 
 def test_compare(files, capsys):
-    (files / "samples.json").write_text(json.dumps({"options": {"cfg_scale": 2.5, "model": "var-d16", "weights": "base"}}))
+    (files / "samples.json").write_text(
+        json.dumps({"options": {"cfg_scale": 2.5, "model": "var-d16", "weights": "base"}})
+    )
     fid = evaluate(files, *MINI)["metrics"]["fid"]
     capsys.readouterr()
     eval_fid.main(["--compare", str(files / "out.json")])

@@ -23,14 +23,29 @@ from models.zoo import build_model
 def official_file(path, manifest, constants, llamagen):
     """A checkpoint with every key of a manifest, made without a model of ours; ``constants`` holds the buffers."""
     described = json.loads((GOLDEN / "manifests" / f"{manifest}.json").read_text())["state_dict"]
-    state = {key: constants[key] if is_constant(key) else named_tensor(key, tuple(shape)) for key, (_, shape) in described.items()}
-    torch.save({"model": state, "args": argparse.Namespace(lr=1e-4), "steps": 300_000} if llamagen else state, path)
+    state = {
+        key: constants[key] if is_constant(key) else named_tensor(key, tuple(shape))
+        for key, (_, shape) in described.items()
+    }
+    torch.save(
+        {"model": state, "args": argparse.Namespace(lr=1e-4), "steps": 300_000} if llamagen else state, path
+    )
     return path
 
 
 MODELS = [
-    ("var-d16", 256, ("var-d16-256", "var-tokenizer-256"), ("FoundationVision/var/var_d16.pth", "FoundationVision/var/vae_ch160v4096z32.pth")),
-    ("llamagen-b", 256, ("llamagen-b", "llamagen-vq-16"), ("FoundationVision/LlamaGen/c2i_B_256.pt", "FoundationVision/LlamaGen/vq_ds16_c2i.pt")),
+    (
+        "var-d16",
+        256,
+        ("var-d16-256", "var-tokenizer-256"),
+        ("FoundationVision/var/var_d16.pth", "FoundationVision/var/vae_ch160v4096z32.pth"),
+    ),
+    (
+        "llamagen-b",
+        256,
+        ("llamagen-b", "llamagen-vq-16"),
+        ("FoundationVision/LlamaGen/c2i_B_256.pt", "FoundationVision/LlamaGen/vq_ds16_c2i.pt"),
+    ),
 ]
 
 
@@ -40,8 +55,22 @@ def test_official_files_sample_greedily(tmp_path, name, size, manifests, publish
     empty = build_model(name, size)
     paths = []
     for module, manifest in zip((empty.transformer, empty.tokenizer), manifests):
-        paths.append(official_file(tmp_path / manifest, manifest, module.state_dict(), name.startswith("llamagen")))
-    command = ["sample.py", "--model", name, "--image-size", size, "--num-samples", 2, "--classes", "207,360", "--top-k", 1]
+        paths.append(
+            official_file(tmp_path / manifest, manifest, module.state_dict(), name.startswith("llamagen"))
+        )
+    command = [
+        "sample.py",
+        "--model",
+        name,
+        "--image-size",
+        size,
+        "--num-samples",
+        2,
+        "--classes",
+        "207,360",
+        "--top-k",
+        1,
+    ]
     with serving(dict(zip(published, paths))) as hub:
         run(*command, "--output", tmp_path / "s.npz", **hub_variables(tmp_path / "home", hub.endpoint))
     model = load_model(name, str(paths[0]), str(paths[1]), size)

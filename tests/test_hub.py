@@ -40,11 +40,15 @@ def hub(tmp_path):
 
 def python(arguments, tmp_path, endpoint, offline=False):
     variables = hub_variables(tmp_path / "home", endpoint, offline)
-    return subprocess.run(command_line(arguments), cwd=ROOT, env=environment(**variables), capture_output=True, text=True)
+    return subprocess.run(
+        command_line(arguments), cwd=ROOT, env=environment(**variables), capture_output=True, text=True
+    )
 
 
 def sample(tmp_path, endpoint, *options, offline=False):
-    return python(["sample.py", *options, "--output", tmp_path / "out" / "samples.npz"], tmp_path, endpoint, offline)
+    return python(
+        ["sample.py", *options, "--output", tmp_path / "out" / "samples.npz"], tmp_path, endpoint, offline
+    )
 
 
 def one_line(result, tmp_path, *parts, alone=True):
@@ -58,9 +62,14 @@ def test_every_published_file_by_name_then_from_the_cache(hub, tmp_path):
     """All are asked for under their names, once each; the two usual tokenizers come along unprinted."""
     first = python(["-c", EVERYTHING], tmp_path, hub.endpoint)
     assert first.returncode == 0, first.stderr
-    assert sorted(r for r in hub.requests if "/resolve/" in r and r.startswith("GET")) == sorted(f"GET /{url(f)}" for f in FILES)
+    assert sorted(r for r in hub.requests if "/resolve/" in r and r.startswith("GET")) == sorted(
+        f"GET /{url(f)}" for f in FILES
+    )
     found, _, table = first.stdout.partition("model ")
-    assert set(FILES) - set(found.split()) == {"FoundationVision/var/vae_ch160v4096z32.pth", "FoundationVision/LlamaGen/vq_ds16_c2i.pt"}
+    assert set(FILES) - set(found.split()) == {
+        "FoundationVision/var/vae_ch160v4096z32.pth",
+        "FoundationVision/LlamaGen/vq_ds16_c2i.pt",
+    }
     table = table.partition("FID-50k")[0]
     assert "cached" in table and "on the hub" not in table
     offline = python(["-c", EVERYTHING], tmp_path, "http://127.0.0.1:9", offline=True)
@@ -70,7 +79,12 @@ def test_every_published_file_by_name_then_from_the_cache(hub, tmp_path):
 def test_missing_file(hub, tmp_path):
     hub.files.clear()
     result = sample(tmp_path, hub.endpoint, "--model", "var-d16", "--weights", "cca")
-    one_line(result, tmp_path, "--weights: ChenDRAG/CCA_VAR/CCA_VAR_Guidance_Free/VAR_d16_CCA.pth: the hub has no such file", "--weights PATH")
+    one_line(
+        result,
+        tmp_path,
+        "--weights: ChenDRAG/CCA_VAR/CCA_VAR_Guidance_Free/VAR_d16_CCA.pth: the hub has no such file",
+        "--weights PATH",
+    )
 
 
 @pytest.mark.parametrize("offline", [False, True])
@@ -84,7 +98,13 @@ def test_truncated_download(hub, tmp_path):
     hub.cut = True
     result = sample(tmp_path, hub.endpoint, "--model", "var-mini", "--tokenizer-weights", "vae_ch160v4096z32")
     # huggingface_hub tells of its tries to resume before it gives up.
-    one_line(result, tmp_path, "--tokenizer-weights: FoundationVision/var/vae_ch160v4096z32.pth: the download failed", "--tokenizer-weights PATH", alone=False)
+    one_line(
+        result,
+        tmp_path,
+        "--tokenizer-weights: FoundationVision/var/vae_ch160v4096z32.pth: the download failed",
+        "--tokenizer-weights PATH",
+        alone=False,
+    )
     assert not [p for p in (tmp_path / "home").rglob("vae_ch160v4096z32.pth") if p.exists()]
 
 

@@ -54,11 +54,16 @@ def test_sequence_logprob_sums_tokens():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_chunked_logprob_equals_the_plain_one(monkeypatch, bias):
-    monkeypatch.setitem(cca.logprob.CHUNK_LOGITS, "cpu", 101 * 7)  # 7 rows at a time: chunks cut through sequences
+    monkeypatch.setitem(
+        cca.logprob.CHUNK_LOGITS, "cpu", 101 * 7
+    )  # 7 rows at a time: chunks cut through sequences
     hidden, weight, offset = torch.randn(3, 13, 16), torch.randn(101, 16), torch.randn(101)
     tokens, outer = torch.randint(0, 101, (3, 13)), torch.randn(3)
     results = []
-    for function in (linear_sequence_logprob, lambda h, w, b, t: sequence_logprob(torch.nn.functional.linear(h, w, b), t)):
+    for function in (
+        linear_sequence_logprob,
+        lambda h, w, b, t: sequence_logprob(torch.nn.functional.linear(h, w, b), t),
+    ):
         inputs = [t.clone().requires_grad_() for t in (hidden, weight, offset)]
         value = function(inputs[0], inputs[1], inputs[2] if bias else None, tokens)
         (value * outer).sum().backward()

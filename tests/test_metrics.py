@@ -17,7 +17,9 @@ def test_fid():
 
 
 def test_inception_score():
-    assert inception_score(FIGURES["class_probabilities"]) == pytest.approx(float(FIGURES["inception_score"]), rel=1e-6)
+    assert inception_score(FIGURES["class_probabilities"]) == pytest.approx(
+        float(FIGURES["inception_score"]), rel=1e-6
+    )
 
 
 def test_inception_score_is_the_mean_over_runs_in_file_order():
@@ -28,12 +30,17 @@ def test_inception_score_is_the_mean_over_runs_in_file_order():
 
 @pytest.mark.parametrize("block", [137, 5000])
 def test_precision_and_recall(block):
-    assert precision_recall(SAMPLES, REFERENCE, block=block) == (float(FIGURES["precision"]), float(FIGURES["recall"]))
+    assert precision_recall(SAMPLES, REFERENCE, block=block) == (
+        float(FIGURES["precision"]),
+        float(FIGURES["recall"]),
+    )
 
 
 def test_radii():
     for features, name in ((REFERENCE, "reference_radii"), (SAMPLES, "sample_radii")):
-        np.testing.assert_allclose(ball_radii(torch.from_numpy(features).double()), FIGURES[name][:, 0], rtol=1e-5)
+        np.testing.assert_allclose(
+            ball_radii(torch.from_numpy(features).double()), FIGURES[name][:, 0], rtol=1e-5
+        )
 
 
 def test_identical_sets_with_a_singular_covariance():

@@ -47,7 +47,9 @@ def test_logits_and_logprob(case):
 def test_teacher_forcing_input(name):
     expected = golden(name)
     with torch.no_grad():
-        close(build(name).tokenizer.teacher_forcing_input(expected["tokens"]), expected["teacher_forcing_input"])
+        close(
+            build(name).tokenizer.teacher_forcing_input(expected["tokens"]), expected["teacher_forcing_input"]
+        )
 
 
 def greedy(model, scale, interval=None):
@@ -91,7 +93,9 @@ def test_no_unconditional_pass_without_guidance(case, monkeypatch):
     model, _ = case
     rows = []
     begin = type(model).begin
-    monkeypatch.setattr(type(model), "begin", lambda self, labels: rows.append(len(labels)) or begin(self, labels))
+    monkeypatch.setattr(
+        type(model), "begin", lambda self, labels: rows.append(len(labels)) or begin(self, labels)
+    )
     greedy(model, 1.0)
     greedy(model, 2.0)
     assert rows == [4, 8]
@@ -137,12 +141,17 @@ def test_noise_is_independent():
     uniforms = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise = exponential_noise(uniforms, 16).double()
     assert (noise.mean(0) - 1).abs().max() < 4.5 / 100_000**0.5  # of deviation 1
-    correlation = torch.corrcoef(torch.cat([noise, noise.roll(1, 0)], 1).T)  # with each other and the row before
+    correlation = torch.corrcoef(
+        torch.cat([noise, noise.roll(1, 0)], 1).T
+    )  # with each other and the row before
     assert (correlation - torch.eye(32)).abs().max() < 5.5 / 100_000**0.5
 
 
 def test_rounding_of_the_logits_hardly_ever_changes_a_draw():
     generator = torch.Generator().manual_seed(0)
-    logits, uniforms = torch.randn(20_000, 512, generator=generator) * 2, torch.rand(20_000, generator=generator, dtype=torch.float64)
+    logits, uniforms = (
+        torch.randn(20_000, 512, generator=generator) * 2,
+        torch.rand(20_000, generator=generator, dtype=torch.float64),
+    )
     rounded = logits + 1e-6 * torch.randn(20_000, 512, generator=generator)
     assert (draw_tokens(logits, uniforms) != draw_tokens(rounded, uniforms)).sum() <= 1

@@ -18,7 +18,11 @@ def summary(seed):
     def model(scales):
         kinds = {kind: metrics() for kind in ("base", "cca", "sft")}
         sweep = {str(s): metrics() for s in scales}
-        return kinds | {"base_cfg": metrics(cfg_scale=scales[0]), "sweep": sweep, "temperature": {"0.8": metrics()}}
+        return kinds | {
+            "base_cfg": metrics(cfg_scale=scales[0]),
+            "sweep": sweep,
+            "temperature": {"0.8": metrics()},
+        }
 
     return {
         "llamagen-mini": model((1.25, 1.5)), "var-mini": model((2.0, 3.0)), "wall_seconds": 1.0, "seed": seed,
@@ -28,7 +32,14 @@ def summary(seed):
 
 def test_report(tmp_path, capsys):
     (tmp_path / "samples").mkdir()
-    for name in ("llamagen-mini-base", "llamagen-mini-base-cfg1.25", "llamagen-mini-cca", "var-mini-base", "var-mini-base-cfg2.0", "var-mini-cca"):
+    for name in (
+        "llamagen-mini-base",
+        "llamagen-mini-base-cfg1.25",
+        "llamagen-mini-cca",
+        "var-mini-base",
+        "var-mini-base-cfg2.0",
+        "var-mini-cca",
+    ):
         np.savez(tmp_path / "samples" / f"{name}.npz", arr_0=np.zeros((40, 32, 32, 3), np.uint8))
     write_report(tmp_path, summary(0))
     report = (tmp_path / "report.md").read_text()
@@ -42,7 +53,10 @@ def test_mean_and_spread(tmp_path, monkeypatch):
     for i, content in enumerate(summaries):
         (tmp_path / f"{i}").mkdir()
         (tmp_path / f"{i}" / "summary.json").write_text(json.dumps(content))
-    monkeypatch.setattr("sys.argv", ["mini_results", str(tmp_path / "0"), str(tmp_path / "1"), "--output", str(tmp_path / "mini.md")])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["mini_results", str(tmp_path / "0"), str(tmp_path / "1"), "--output", str(tmp_path / "mini.md")],
+    )
     mini_results.main()
     fids = [content["var-mini"]["cca"]["fid"] for content in summaries]
     text = (tmp_path / "mini.md").read_text()

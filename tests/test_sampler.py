@@ -49,7 +49,9 @@ def test_seed_and_class_matter(name):
 def test_stored_matrices_give_what_autocast_gives(name, dtype):
     model = load_model(name)
     labels = torch.arange(8)
-    uniforms = torch.rand(8, model.sequence_length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(
+        8, model.sequence_length, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
 
     def run():
         with torch.autocast("cpu", dtype), torch.no_grad():
@@ -89,7 +91,9 @@ def test_processes_and_interruption_do_not_matter(name, tmp_path):
     run(*options, "--output", tmp_path / "one.npz", "--grid", tmp_path / "grid.png")
     run(*options, "--output", tmp_path / "two.npz", "--batch-size", 50, processes=3)
     cut = tmp_path / "cut.npz"
-    process = subprocess.Popen(command_line([*options, "--output", cut]), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command_line([*options, "--output", cut]), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
+    )
     parts = tmp_path / "cut.npz.parts"
     while process.poll() is None and len(list(parts.glob("*.npy"))) < 1:
         time.sleep(0.02)
@@ -104,7 +108,9 @@ def test_processes_and_interruption_do_not_matter(name, tmp_path):
         assert one["arr_1"].tolist() == [i % 10 for i in range(600)]
         for other in ("two.npz", "cut.npz"):
             with np.load(tmp_path / other) as file:
-                assert (file["arr_0"] != one["arr_0"]).any((1, 2, 3)).sum() <= 3  # 0.5 %: tokens flipped by rounding
+                assert (file["arr_0"] != one["arr_0"]).any(
+                    (1, 2, 3)
+                ).sum() <= 3  # 0.5 %: tokens flipped by rounding
                 assert np.array_equal(file["arr_1"], one["arr_1"])
     assert not parts.exists() and (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -142,7 +148,9 @@ def test_compiling_does_not_matter(name, tmp_path):
     compiled = load_model(name)
     compile_blocks(compiled)
     for rows in (8, 6):
-        for found, expected in zip(logits_of_every_step(compiled, rows), logits_of_every_step(load_model(name), rows), strict=True):
+        for found, expected in zip(
+            logits_of_every_step(compiled, rows), logits_of_every_step(load_model(name), rows), strict=True
+        ):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     run("sample.py", "--model", name, "--num-samples", 100, "--compile", "--output", tmp_path / "s.npz")
 
@@ -159,7 +167,10 @@ def test_cuda_graphs_do_not_matter(name):
 
 @pytest.mark.slow
 def test_fifty_thousand_in_bounded_memory(tmp_path):
-    command = command_line(["sample.py", "--model", "llamagen-mini", "--batch-size", 250, "--output", tmp_path / "s.npz"], processes=2)
+    command = command_line(
+        ["sample.py", "--model", "llamagen-mini", "--batch-size", 250, "--output", tmp_path / "s.npz"],
+        processes=2,
+    )
     process = subprocess.Popen(command, cwd=ROOT, env=environment())
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -167,18 +178,47 @@ def test_fifty_thousand_in_bounded_memory(tmp_path):
     assert usage.ru_maxrss < 1.5e6  # KiB, of the largest of its processes
     with np.load(tmp_path / "s.npz") as file:
         assert file["arr_0"].shape == (50_000, 32, 32, 3) and (np.bincount(file["arr_1"]) == 5000).all()
-    run("eval_fid.py", "--samples", tmp_path / "s.npz", "--reference", REFERENCE, "--features", "mini", "--metrics", "fid", "--output", tmp_path / "r.json")
+    run(
+        "eval_fid.py",
+        "--samples",
+        tmp_path / "s.npz",
+        "--reference",
+        REFERENCE,
+        "--features",
+        "mini",
+        "--metrics",
+        "fid",
+        "--output",
+        tmp_path / "r.json",
+    )
     report = json.loads((tmp_path / "r.json").read_text())
-    assert report["samples"]["count"] == 50_000 and not any("instead of 50,000" in note for note in report["notes"])
+    assert report["samples"]["count"] == 50_000 and not any(
+        "instead of 50,000" in note for note in report["notes"]
+    )
 
 
 def test_presets():
-    arguments = sample.make_parser().parse_args(["--model", "var-d16", "--preset", "published-cfg", "--top-k", "5", "--output", "s.npz"])
+    arguments = sample.make_parser().parse_args(
+        ["--model", "var-d16", "--preset", "published-cfg", "--top-k", "5", "--output", "s.npz"]
+    )
     sample.apply_preset(arguments)
-    assert (arguments.cfg_scale, arguments.top_k, arguments.top_p, arguments.dtype, arguments.class_order) == (2.5, 5, 0.96, "float16", "balanced")
-    arguments = sample.make_parser().parse_args(["--model", "llamagen-3b", "--preset", "published", "--output", "s.npz"])
+    assert (
+        arguments.cfg_scale,
+        arguments.top_k,
+        arguments.top_p,
+        arguments.dtype,
+        arguments.class_order,
+    ) == (2.5, 5, 0.96, "float16", "balanced")
+    arguments = sample.make_parser().parse_args(
+        ["--model", "llamagen-3b", "--preset", "published", "--output", "s.npz"]
+    )
     sample.apply_preset(arguments)
-    assert (arguments.cfg_scale, arguments.top_k, arguments.eval_size, arguments.class_order) == (1.0, 0, 256, "random")
+    assert (arguments.cfg_scale, arguments.top_k, arguments.eval_size, arguments.class_order) == (
+        1.0,
+        0,
+        256,
+        "random",
+    )
 
 
 def test_graphs_need_a_gpu(tmp_path, monkeypatch):

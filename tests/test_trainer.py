@@ -42,19 +42,27 @@ def test_training_trace(backbone, model_name, loss):
 
     trainer.micro_loss = record
     for step in range(3):
-        pairs = [pair_labels(trace["labels"][i], trace["uncond_mask"][i], 7) for i in (2 * step, 2 * step + 1)]
+        pairs = [
+            pair_labels(trace["labels"][i], trace["uncond_mask"][i], 7) for i in (2 * step, 2 * step + 1)
+        ]
         labels, negatives = (torch.cat(part) for part in zip(*pairs))
         both = slice(2 * step, 2 * step + 2)
-        metrics = trainer.step(step, trace["tokens"][both].flatten(0, 1), labels, negatives, trace["uncond_mask"][both].flatten())
+        metrics = trainer.step(
+            step, trace["tokens"][both].flatten(0, 1), labels, negatives, trace["uncond_mask"][both].flatten()
+        )
         assert metrics["grad_norm"] == pytest.approx(float(trace["grad_norms"][step]), rel=1e-3)
         if backbone == "var":
             assert metrics["lr"] == pytest.approx(float(trace["lrs"][2 * step + 1]), rel=1e-9)
     # The published runs back-propagate half of each micro-batch's loss and record the whole.
-    torch.testing.assert_close(torch.tensor(micro_losses, dtype=torch.float64), trace["losses"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(micro_losses, dtype=torch.float64), trace["losses"], rtol=0, atol=1e-4
+    )
     weights = trainer.model.transformer.state_dict()
     for key, expected in trace.items():
         if key.startswith("final/"):
-            torch.testing.assert_close(weights[key.removeprefix("final/")].flatten()[:64], expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                weights[key.removeprefix("final/")].flatten()[:64], expected, rtol=0, atol=1e-5
+            )
 
 
 def test_schedule_of_every_micro_step():
@@ -84,7 +92,13 @@ def test_no_moment_of_a_step_loses_a_signal(tmp_path):
         processes = InterruptedProcesses(interrupt_at)
         config = replace(config_of("var", "cca"), batch_size=2)
         folder = RunFolder(tmp_path / str(interrupt_at), processes, {})
-        train(Trainer(model, config, 2, processes), ImageArray(TRAIN, model), folder, save_every=100, log_every=100)
+        train(
+            Trainer(model, config, 2, processes),
+            ImageArray(TRAIN, model),
+            folder,
+            save_every=100,
+            log_every=100,
+        )
         return [state.name for state in (folder.path / "state").iterdir()], processes.sums
 
     states, sums = run(0)

@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from commands import ROOT, TRAIN, command_line, environment, run
+from PIL import Image
 
 from cca.data import Codes
 from models import load_model
@@ -28,7 +28,18 @@ def codes(tmp_path_factory):
 @pytest.fixture(params=["var", "llamagen"])
 def command(request, codes):
     data = ["--data", TRAIN] if request.param == "var" else ["--codes", codes]
-    return [f"train_{request.param}_cca.py", "--model", f"{request.param}-mini", *data, "--batch-size", 16, "--max-steps", 5, "--save-every", 1]
+    return [
+        f"train_{request.param}_cca.py",
+        "--model",
+        f"{request.param}-mini",
+        *data,
+        "--batch-size",
+        16,
+        "--max-steps",
+        5,
+        "--save-every",
+        1,
+    ]
 
 
 def metrics(folder):
@@ -62,7 +73,14 @@ def cut_differently(command, tmp_path, cuts):
 
 
 def test_processes_and_micro_batches_do_not_matter(command, tmp_path):
-    cut_differently(command, tmp_path, [("two", 2, ["--micro-batch-size", 3]), ("sharded", 2, ["--parallel", "fsdp", "--micro-batch-size", 4])])
+    cut_differently(
+        command,
+        tmp_path,
+        [
+            ("two", 2, ["--micro-batch-size", 3]),
+            ("sharded", 2, ["--parallel", "fsdp", "--micro-batch-size", 4]),
+        ],
+    )
     model = load_model(command[2], str(model_file(tmp_path / "one")))
     assert torch.equal(next(model.transformer.parameters()), next(iter(weights(tmp_path / "one").values())))
     assert list((tmp_path / "one" / "tensorboard").iterdir())
@@ -73,12 +91,18 @@ def test_processes_and_micro_batches_do_not_matter(command, tmp_path):
 
 @pytest.mark.slow
 def test_four_processes(command, tmp_path):
-    cut_differently(command, tmp_path, [("four", 4, []), ("sharded", 4, ["--parallel", "fsdp", "--checkpointing"])])
+    cut_differently(
+        command, tmp_path, [("four", 4, []), ("sharded", 4, ["--parallel", "fsdp", "--checkpointing"])]
+    )
 
 
 def start(command, folder, processes=1):
     return subprocess.Popen(
-        command_line([*command, "--output", folder], processes), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        command_line([*command, "--output", folder], processes),
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
 
 
@@ -106,7 +130,9 @@ def ends_as_if_uninterrupted(command, tmp_path, kills, steps):
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(expected[k], found[k]) for k in expected)
     assert [m["step"] for m in metrics(tmp_path / "cut")] == list(range(1, steps + 1))
-    assert not list((tmp_path / "cut").rglob("*.tmp")) and len(list((tmp_path / "cut" / "state").iterdir())) == 1
+    assert (
+        not list((tmp_path / "cut").rglob("*.tmp")) and len(list((tmp_path / "cut" / "state").iterdir())) == 1
+    )
 
 
 def test_killed_run_ends_where_an_uninterrupted_one_does(command, tmp_path):
@@ -129,15 +155,36 @@ def test_sigterm_saves_and_exits(command, tmp_path):
 
 
 def expect_error(command, *parts, **options):
-    result = subprocess.run(command_line(command), cwd=ROOT, env=environment(), capture_output=True, text=True, **options)
+    result = subprocess.run(
+        command_line(command), cwd=ROOT, env=environment(), capture_output=True, text=True, **options
+    )
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert len(errors) == 1 and all(part in errors[0] for part in parts), result.stderr
 
 
 def test_full_disk_leaves_the_last_good_state(tmp_path):
-    common = ["train_var_cca.py", "--model", "var-mini", "--data", TRAIN, "--batch-size", 4, "--max-steps", 3, "--save-every", 2, "--output", tmp_path]
-    expect_error([*common, "--dtype", "bfloat16"], "cannot be written", "no state was saved yet", preexec_fn=limit_files)
+    common = [
+        "train_var_cca.py",
+        "--model",
+        "var-mini",
+        "--data",
+        TRAIN,
+        "--batch-size",
+        4,
+        "--max-steps",
+        3,
+        "--save-every",
+        2,
+        "--output",
+        tmp_path,
+    ]
+    expect_error(
+        [*common, "--dtype", "bfloat16"],
+        "cannot be written",
+        "no state was saved yet",
+        preexec_fn=limit_files,
+    )
     assert not list((tmp_path / "state").iterdir())
     run(*common, "--dtype", "bfloat16")
 
@@ -148,8 +195,22 @@ def limit_files():
 
 
 def test_ten_steps_without_a_finite_gradient_stop_the_run(tmp_path):
-    common = ["train_llamagen_cca.py", "--model", "llamagen-mini", "--codes", make_codes(tmp_path), "--batch-size", 4, "--max-steps", 20]
-    expect_error([*common, "--lr", "1e30", "--save-every", 1, "--output", tmp_path / "run"], "10 steps in a row had no finite gradient", "--lr")
+    common = [
+        "train_llamagen_cca.py",
+        "--model",
+        "llamagen-mini",
+        "--codes",
+        make_codes(tmp_path),
+        "--batch-size",
+        4,
+        "--max-steps",
+        20,
+    ]
+    expect_error(
+        [*common, "--lr", "1e30", "--save-every", 1, "--output", tmp_path / "run"],
+        "10 steps in a row had no finite gradient",
+        "--lr",
+    )
     # The step that failed last is neither logged nor saved; the nine before it are counted.
     assert metrics(tmp_path / "run")[-1]["skipped_steps"] == 9
 
@@ -176,7 +237,13 @@ def test_published_code_folders_equal_packed_ones(tmp_path):
     common = ["train_llamagen_cca.py", "--model", "llamagen-mini", "--batch-size", 8, "--max-steps", 6]
     for name, published in (("packed", False), ("published", True)):
         (tmp_path / name).mkdir()
-        run(*common, "--codes", make_codes(tmp_path / name, published=published), "--output", tmp_path / f"{name}-run")
+        run(
+            *common,
+            "--codes",
+            make_codes(tmp_path / name, published=published),
+            "--output",
+            tmp_path / f"{name}-run",
+        )
     same_losses(tmp_path / "packed-run", tmp_path / "published-run")
 
 
@@ -207,7 +274,21 @@ def make_image_folder(path, images):
 def test_image_folder(tmp_path):
     data = tmp_path / "data"
     broken = make_image_folder(data, 1100)
-    common = ["train_var_cca.py", "--model", "var-mini", "--loss", "sft", "--data", data, "--batch-size", 550, "--micro-batch-size", 64, "--lr", 0]
+    common = [
+        "train_var_cca.py",
+        "--model",
+        "var-mini",
+        "--loss",
+        "sft",
+        "--data",
+        data,
+        "--batch-size",
+        550,
+        "--micro-batch-size",
+        64,
+        "--lr",
+        0,
+    ]
     result = run(*common, "--workers", 2, "--output", tmp_path / "run")
     assert result.stderr.count(str(broken)) == 1
     broken.with_name("another.png").write_bytes(b"no image")
@@ -230,15 +311,41 @@ def test_extraction_from_a_folder(tmp_path):
 
 
 def test_losses_and_options(codes, tmp_path):
-    common = ["train_llamagen_cca.py", "--model", "llamagen-mini", "--codes", codes, "--batch-size", 16, "--max-steps", 2]
-    options = {"dpo": ["--ema", 0.9], "unlearning": ["--sample-every", 2], "sft": ["--checkpointing", "--final-weight-decay", 0.1]}
+    common = [
+        "train_llamagen_cca.py",
+        "--model",
+        "llamagen-mini",
+        "--codes",
+        codes,
+        "--batch-size",
+        16,
+        "--max-steps",
+        2,
+    ]
+    options = {
+        "dpo": ["--ema", 0.9],
+        "unlearning": ["--sample-every", 2],
+        "sft": ["--checkpointing", "--final-weight-decay", 0.1],
+    }
     for loss, more in options.items():
-        run(*common, "--loss", loss, "--uncond-ratio", 0, "--dtype", "bfloat16", *more, "--output", tmp_path / loss)
+        run(
+            *common,
+            "--loss",
+            loss,
+            "--uncond-ratio",
+            0,
+            "--dtype",
+            "bfloat16",
+            *more,
+            "--output",
+            tmp_path / loss,
+        )
         found = metrics(tmp_path / loss)[-1]
         assert all(value == value for value in found.values())
         assert "null_reward" not in found
     start, end, average = (
-        load_model("llamagen-mini", w).transformer.output.weight for w in ("base", str(tmp_path / "dpo/model.pt"), str(tmp_path / "dpo/model_ema.pt"))
+        load_model("llamagen-mini", w).transformer.output.weight
+        for w in ("base", str(tmp_path / "dpo/model.pt"), str(tmp_path / "dpo/model_ema.pt"))
     )
     assert 0 < (average - start).norm() < (end - start).norm()
     assert (tmp_path / "unlearning" / "samples" / "step-000002.png").read_bytes()[:4] == b"\x89PNG"
@@ -259,7 +366,21 @@ def test_compiling_does_not_matter(command, tmp_path):
 
 
 def test_other_options_are_refused(tmp_path):
-    common = ["train_var_cca.py", "--model", "var-mini", "--data", TRAIN, "--batch-size", 4, "--beta", 0.2, "--max-steps", 1, "--output", tmp_path]
+    common = [
+        "train_var_cca.py",
+        "--model",
+        "var-mini",
+        "--data",
+        TRAIN,
+        "--batch-size",
+        4,
+        "--beta",
+        0.2,
+        "--max-steps",
+        1,
+        "--output",
+        tmp_path,
+    ]
     run(*common)
     before = weights(tmp_path)["pos_1LC"]
     expect_error([*common, "--beta", 0.5], "beta 0.2 instead of 0.5")

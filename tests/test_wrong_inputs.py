@@ -45,7 +45,9 @@ def folder(tmp_path, monkeypatch):
 def shortened(images):
     """An .npz whose arr_0 promises more images than it holds."""
     header, buffer = io.BytesIO(), io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (100, *images.shape[1:])})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (100, *images.shape[1:])}
+    )
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue() + images.tobytes())
     return buffer.getvalue()
@@ -76,10 +78,18 @@ CASES = [
     (train_var_cca, [*VAR, "labels.npz"], "labels must lie in 0 … 9"),
     (train_var_cca, [*VAR, "good.npz"], "--batch-size: 64 is more than the 50 images"),
     (train_var_cca, [*VAR, "good.npz", "--beta", "0"], "--beta: 0 must be above 0"),
-    (train_var_cca, [*VAR, "good.npz", "--uncond-ratio", "1.5"], "--uncond-ratio: 1.5 must be at least 0 and at most 1"),
+    (
+        train_var_cca,
+        [*VAR, "good.npz", "--uncond-ratio", "1.5"],
+        "--uncond-ratio: 1.5 must be at least 0 and at most 1",
+    ),
     (train_var_cca, [*VAR, "good.npz", "--epochs", "1", "--max-steps", "1"], "not allowed with argument"),
     (train_llamagen_cca, [*LLAMAGEN, "none"], "--codes: none is not a folder of packed codes"),
-    (train_llamagen_cca, ["--model", "var-mini", *LLAMAGEN[2:], "none"], "--model: invalid choice: 'var-mini'"),
+    (
+        train_llamagen_cca,
+        ["--model", "var-mini", *LLAMAGEN[2:], "none"],
+        "--model: invalid choice: 'var-mini'",
+    ),
     (eval_fid, [*EVAL, "none.npz"], "none.npz: no such file"),
     (eval_fid, [*EVAL, "junk.npz"], "junk.npz: not a readable .npz"),
     (eval_fid, [*EVAL, "wrong-name.npz"], "wrong-name.npz: holds images; expected arr_0"),
@@ -88,24 +98,60 @@ CASES = [
     (eval_fid, [*EVAL, "few.npz"], "holds 3 images; at least 5"),
     (eval_fid, [*EVAL, "codes-labels"], "codes-labels: holds no images"),
     (eval_fid, [*EVAL, "good.npz", "--metrics", "fid,kid"], "--metrics: 'kid' is not one of"),
-    (eval_fid, ["--reference", REFERENCE, "--samples", "good.npz", "--features", "vgg"], "--features: 'vgg' is neither a file"),
-    (eval_fid, ["--reference", REFERENCE, "--samples", "good.npz", "--inception-weights", "none.pth"], "--inception-weights: none.pth: no such file"),
-    (eval_fid, ["--reference", REFERENCE, "--samples", "good.npz", "--inception-weights", "junk.npz"], "junk.npz: not a weights file"),
-    (eval_fid, [*EVAL, "good.npz", "--inception-weights", "junk.npz"], "--inception-weights: goes with --features inception"),
-    (eval_fid, [*EVAL, "good.npz", "--output", "good.json"], "good.json is where sample.py describes the samples"),
+    (
+        eval_fid,
+        ["--reference", REFERENCE, "--samples", "good.npz", "--features", "vgg"],
+        "--features: 'vgg' is neither a file",
+    ),
+    (
+        eval_fid,
+        ["--reference", REFERENCE, "--samples", "good.npz", "--inception-weights", "none.pth"],
+        "--inception-weights: none.pth: no such file",
+    ),
+    (
+        eval_fid,
+        ["--reference", REFERENCE, "--samples", "good.npz", "--inception-weights", "junk.npz"],
+        "junk.npz: not a weights file",
+    ),
+    (
+        eval_fid,
+        [*EVAL, "good.npz", "--inception-weights", "junk.npz"],
+        "--inception-weights: goes with --features inception",
+    ),
+    (
+        eval_fid,
+        [*EVAL, "good.npz", "--output", "good.json"],
+        "good.json is where sample.py describes the samples",
+    ),
     (eval_fid, ["--samples", "good.npz"], "--reference: is required"),
     (eval_fid, ["--compare", "none.json"], "none.json is not a result"),
     (make_reference, ["--images", "good.npz", "--output", "ref.json"], "ref.json does not end in .npz"),
-    (make_reference, ["--images", "good.npz", "--image-size", "16", "--output", "ref.npz"], "--image-size: cuts images of a folder"),
+    (
+        make_reference,
+        ["--images", "good.npz", "--image-size", "16", "--output", "ref.npz"],
+        "--image-size: cuts images of a folder",
+    ),
     (sample, [*SAMPLE, "--preset", "published"], "--preset: var-mini has no published settings"),
     (sample, [*SAMPLE, "--image-size", "64"], "--image-size: var-mini makes images of 32 pixels"),
     (sample, [*SAMPLE, "--tokenizer-weights", "vq_ds16_c2i"], "vq_ds16_c2i is no tokenizer of var-mini"),
-    (sample, ["--model", "var-d36", "--weights", "cca", "--output", "s.npz"], "no cca weights are published for var-d36 at 512"),
+    (
+        sample,
+        ["--model", "var-d36", "--weights", "cca", "--output", "s.npz"],
+        "no cca weights are published for var-d36 at 512",
+    ),
     (train_var_cca, [*VAR, "codes-labels"], "is not a folder of class folders"),
-    (train_llamagen_cca, [*LLAMAGEN, "codes-labels", "--parallel", "fsdp", "--dtype", "float16"], "codes-labels is not a folder of packed codes"),
+    (
+        train_llamagen_cca,
+        [*LLAMAGEN, "codes-labels", "--parallel", "fsdp", "--dtype", "float16"],
+        "codes-labels is not a folder of packed codes",
+    ),
     (convert_weights, ["good.npz", "out.bin"], "out.bin ends in none of .pth, .pt, .safetensors"),
     (convert_weights, ["junk.npz", "out.pt"], "junk.npz: not a weights file"),
-    (extract_codes, ["--model", "llamagen-mini", "--output", "out", "--data", "labels.npz"], "labels must lie in 0 … 9"),
+    (
+        extract_codes,
+        ["--model", "llamagen-mini", "--output", "out", "--data", "labels.npz"],
+        "labels must lie in 0 … 9",
+    ),
 ]
 
 
@@ -115,14 +161,18 @@ def test_one_line(folder, capsys, module, arguments, message):
     with pytest.raises(SystemExit) as caught:
         run_command(lambda: module.main(arguments))
     assert caught.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line.strip()]  # without progress bars
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line.strip()
+    ]  # without progress bars
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert sorted(folder.iterdir()) == before
 
 
 @pytest.mark.parametrize("script", ["sample.py", "train_var_cca.py", "train_llamagen_cca.py", "eval_fid.py"])
 def test_in_a_process_of_its_own(script):
-    result = subprocess.run(command_line([script, "--model", "gpt"]), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    result = subprocess.run(
+        command_line([script, "--model", "gpt"]), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
 

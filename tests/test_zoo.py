@@ -10,7 +10,8 @@ from models.__main__ import zoo_rows
 from models.zoo import TOKENIZERS, ZOO, build_model, recognise
 
 MANIFESTS = {
-    path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden" / "manifests").glob("*.json"))
+    path.stem: json.loads(path.read_text())
+    for path in sorted((Path(__file__).parent / "golden" / "manifests").glob("*.json"))
 }
 TOKENIZER_MANIFESTS = {
     "var-tokenizer-256": "vae_ch160v4096z32",
@@ -43,13 +44,21 @@ def test_every_model_is_held_against_a_manifest():
 
 
 @pytest.mark.parametrize(
-    "manifest, name", [("var-d16-256", "var-d16"), ("llamagen-xl", "llamagen-xl"), ("llamagen-vq-8", "the tokenizer vq_ds8_c2i")]
+    "manifest, name",
+    [
+        ("var-d16-256", "var-d16"),
+        ("llamagen-xl", "llamagen-xl"),
+        ("llamagen-vq-8", "the tokenizer vq_ds8_c2i"),
+    ],
 )
 def test_recognised_by_content(manifest, name):
     assert recognise(module_of(manifest).state_dict()) == name
 
 
-@pytest.mark.parametrize("size, tokenizer, tokens", [(256, None, 256), (384, None, 576), (512, None, 1024), (256, "vq_ds8_c2i", 1024)])
+@pytest.mark.parametrize(
+    "size, tokenizer, tokens",
+    [(256, None, 256), (384, None, 576), (512, None, 1024), (256, "vq_ds8_c2i", 1024)],
+)
 def test_llamagen_sizes(size, tokenizer, tokens):
     model = build_model("llamagen-b", size, tokenizer)
     assert (model.sequence_length, model.image_size) == (tokens, size)
