@@ -1,4 +1,4 @@
-"""Evaluate samples against a reference as guided-diffusion's evaluator does: FID, sFID, IS, precision, recall.
+"""Evaluate samples against a reference as guided-diffusion does: FID, sFID, IS, precision, recall.
 
     python eval_fid.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz --output results.json
     python eval_fid.py --samples samples.npz --reference assets/fashion-mnist-test-10k.npz --features mini
@@ -10,25 +10,18 @@ with mu and sigma (mu_s, sigma_s) is taken at its word, its arr_0 serves precisi
 Prints a table, writes JSON, and says what makes a figure not comparable with published ones.
 """
 
-import time
 from pathlib import Path
 
+from cca.data.image_sets import open_image_set
 from cca.distributed import Processes
-from cca.errors import UserError, run_command
-from cca.evaluator import (
-    METRICS,
-    Seconds,
-    comparability,
-    compare,
-    content_hash,
-    evaluate,
-    extract,
-    load_reference,
-)
-from cca.features import make_extractor
-from cca.image_sets import open_images
-from cca.options import Parser, count
-from models.checkpoints import write_json
+from cca.evaluation.comparability import comparability, compare
+from cca.evaluation.evaluator import METRICS, Comparison, Stopwatch, evaluate, extract, load_reference
+from cca.evaluation.features import make_extractor
+from models import UserError
+from models.devices import EXTRACTED_IMAGES
+from models.errors import run_command
+from models.files import write_json
+from models.options import Parser, count
 
 
 def make_parser() -> Parser:
@@ -48,8 +41,13 @@ def make_parser() -> Parser:
         metavar="PATH",
         help="torch-fidelity's Inception weights (default: its cache, else downloaded)",
     )
-    add("--metrics", default=",".join(METRICS), help="comma-separated (default %(default)s)")
-    add("--batch-size", type=count(), default=250, help="images per forward pass (default %(default)s)")
+    add("--metrics", help=f"comma-separated, of {', '.join(METRICS)} (default: all that the files give)")
+    add(
+        "--batch-size",
+        type=count(),
+        default=EXTRACTED_IMAGES,
+        help="images per forward pass (default %(default)s)",
+    )
     add("--output", type=Path, metavar="FILE.json", help="also write the results there")
     add(
         "--compare",
@@ -69,33 +67,32 @@ def main(argv: list[str] | None = None) -> None:
     for option in ("samples", "reference"):
         if getattr(args, option) is None:
             raise UserError(f"--{option}: is required")
-    metrics = tuple(args.metrics.split(","))
-    unknown = [name for name in metrics if name not in METRICS]
+    metrics = tuple(args.metrics.split(",")) if args.metrics is not None else None
+    unknown = [name for name in metrics or () if name not in METRICS]
     if unknown:
         raise UserError(f"--metrics: {unknown[0]!r} is not one of {', '.join(METRICS)}")
     if args.output and args.output.resolve() == args.samples.with_suffix(".json").resolve():
         raise UserError(
             f"--output: {args.output} is where sample.py describes the samples; take another name"
         )
-    samples, reference_images = open_images(args.samples), open_images(args.reference)
+    samples, reference_images = open_image_set(args.samples), open_image_set(args.reference)
     labels = samples.labels()
     if labels is not None and len(labels) != len(samples):
         raise UserError(f"{args.samples}: arr_0 has {len(samples)} images, arr_1 {len(labels)} labels")
     processes = Processes()
     extractor = make_extractor(args.features, args.inception_weights, processes.device)
-    seconds = Seconds({})
-    began = time.perf_counter()
-    found = extract(samples, extractor, args.batch_size, processes)
-    seconds.measure("features of the samples", began)
-    began = time.perf_counter()
-    reference = load_reference(reference_images, extractor, args.batch_size, processes)
-    seconds.measure("reference", began)
-    if not processes.main:
+    stopwatch = Stopwatch()
+    with stopwatch.measure("features of the samples"):
+        found = extract(samples, extractor, args.batch_size, processes)
+    with stopwatch.measure("reference"):
+        reference = load_reference(reference_images, extractor, args.batch_size, processes)
+    if found is None:  # the main process has the features of all
         return
-    values, notes = evaluate(found, labels, reference, metrics, seconds, processes.device)
+    values, notes = evaluate(Comparison(found, reference, labels, processes.device), metrics, stopwatch)
     notes += comparability(samples, labels, found, reference, extractor, reference_images)
     print(
-        f"{args.samples.name}: {len(samples):,} samples against {args.reference.name}, features {extractor.name}"
+        f"{args.samples.name}: {len(samples):,} samples against {args.reference.name}, "
+        f"features {extractor.name}"
     )
     for name, value in values.items():
         print(f"  {name:<10} {value:10.4f}")
@@ -107,13 +104,13 @@ def main(argv: list[str] | None = None) -> None:
             "samples": {
                 "file": str(args.samples),
                 "count": len(samples),
-                "sha256": content_hash(samples),
+                "sha256": samples.content_hash(),
                 "sampling": samples.sampling_report().get("options"),
             },
             "reference": {
                 "file": str(args.reference),
                 "count": len(reference_images),
-                "sha256": content_hash(reference_images),
+                "sha256": reference_images.content_hash(),
             },
             "features": {
                 "extractor": extractor.name,
@@ -121,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
                 "weights_sha256": extractor.weights_sha256,
             },
             "notes": notes,
-            "seconds": seconds.parts,
+            "seconds": stopwatch.parts,
         }
         args.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.output, report)

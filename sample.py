@@ -1,9 +1,9 @@
 """Sample images from a VAR or LlamaGen model, without guidance unless asked, into one .npz.
 
     python sample.py --model var-mini --num-samples 1000 --output samples.npz --grid grid.png
-    python sample.py --model var-mini --weights runs/var-mini-cca/model.pth --num-samples 1000 --output cca.npz
-    torchrun --nproc_per_node 2 sample.py --model llamagen-mini --cfg-scale 1.5 --num-samples 1000 --output guided.npz
-    torchrun --nproc_per_node 8 sample.py --model var-d16 --weights cca --preset published --output var-d16-cca.npz
+    python sample.py --model var-mini --weights runs/var-mini-cca/model.pth --output cca.npz
+    torchrun --nproc_per_node 2 sample.py --model llamagen-mini --cfg-scale 1.5 --output guided.npz
+    torchrun --nproc_per_node 8 sample.py --model var-d16 --weights cca --preset published --output d16.npz
 
 FILE.npz holds arr_0 uint8 [N, H, W, 3] and arr_1 int64 [N] (classes); FILE.json beside it holds
 every option, the weights' SHA-256, versions and images per second. An interrupted run, started
@@ -15,39 +15,30 @@ from pathlib import Path
 
 import torch
 
+from cca.data.image_sets import NpzImages
 from cca.distributed import Processes
-from cca.errors import UserError, run_command
-from cca.options import Parser, count, number
-from cca.sampler import SampleRequest, compile_blocks, first_images, run_sampling, write_grid
-from models.base import ARImageModel, SamplingOptions
-from models.zoo import ZOO, class_name, load_files, locate, zoo_entry
+from cca.sampling.grid import write_grid
+from cca.sampling.sample_file import run_sampling
+from cca.sampling.sampler import SampleRequest, compile_blocks
+from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError, load_files, locate, zoo_entry
+from models.errors import run_command
+from models.options import Parser, add_model_options, count, number
+from models.zoo import class_name
 
 # Where neither an option nor a preset says otherwise.
 DEFAULTS = {
-    "num_samples": 50_000, "class_order": "balanced", "cfg_scale": 1.0, "top_k": 0, "top_p": 1.0, "temperature": 1.0,
-    "eval_size": None, "dtype": "float32",
+    "num_samples": 50_000, "class_order": "balanced", "cfg_scale": 1.0, "top_k": 0, "top_p": 1.0,
+    "temperature": 1.0, "eval_size": None, "dtype": "float32",
 }  # fmt: skip
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--model", required=True, choices=sorted(ZOO), help="model to sample from")
-    add("--weights", default="base", metavar="base|cca|PATH", help="transformer weights (default base)")
-    add(
-        "--tokenizer-weights",
-        metavar="PATH|NAME",
-        help="tokenizer weights, or vq_ds16_c2i, vq_ds8_c2i for LlamaGen (default: the model's own)",
-    )
-    add(
-        "--image-size",
-        type=count(),
-        metavar="PIXELS",
-        help="side the model works at; LlamaGen: 256, 384 or 512 (default: the model's)",
-    )
+    add_model_options(parser, ZOO, "base|cca|PATH")
     add(
         "--preset", choices=("published", "published-cfg"),
-        help="sampling settings behind the model's published figures, without guidance or with it; single options still overrule it",
+        help="sampling settings behind the published figures, without or with guidance; options overrule it",
     )  # fmt: skip
     add("--num-samples", type=count(), help="images (default 50000)")
     add("--classes", default="all", metavar="all|0,7,8", help="classes to sample (default all)")
@@ -85,7 +76,7 @@ def make_parser() -> Parser:
     )
     add("--seed", type=count(0), default=0, help="seed of classes and tokens (default 0)")
     add("--batch-size", type=count(), default=64, help="images decoded at once in one process (default 64)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="precision (default float32)")
+    add("--dtype", choices=DTYPES, help="precision (default float32)")
     add(
         "--compile",
         action="store_true",
@@ -167,8 +158,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     if args.grid and processes.main:
         columns = min(len(classes), 10)
-        images, labels = first_images(args.output, 8 * columns)
-        write_grid(images, args.grid, columns, [class_name(label, model.num_classes) for label in labels])
+        samples, first = NpzImages(args.output), slice(0, min(8 * columns, args.num_samples))
+        (images,), labels = samples.batches(first, first.stop), samples.labels()
+        assert labels is not None
+        captions = [class_name(label, model.num_classes) for label in labels[first]]
+        write_grid(images, args.grid, columns, captions)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,27 @@
 """Fine-tune LlamaGen with Condition Contrastive Alignment (arXiv 2410.09347).
 
-    python -m scripts.extract_codes --model llamagen-mini --data assets/fashion-mnist-train-10k.npz --output runs/codes
+    python -m scripts.extract_codes --model llamagen-mini \\
+        --data assets/fashion-mnist-train-10k.npz --output runs/codes
     python train_llamagen_cca.py --model llamagen-mini --codes runs/codes --output runs/llamagen-mini-cca
     torchrun --nproc_per_node 2 train_llamagen_cca.py --model llamagen-mini --codes ... --output ...
 
 Writes DIR/model.pt in the published format, metrics.jsonl, tensorboard/, config.json and state/.
 """
 
-from cca.data import Codes
-from cca.errors import run_command
-from cca.training_command import make_parser, run_training
+from cca.data.codes import Codes
+from cca.training.command import make_parser, run_training
+from models.errors import run_command
+from models.llamagen import LlamaGen
+
+CODES = (
+    "folder that scripts/extract_codes.py wrote, "
+    "or published one with imagenet384_codes and imagenet384_labels"
+)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(
-        __doc__,
-        "llamagen",
-        "--codes",
-        "folder that scripts/extract_codes.py wrote, or published one with imagenet384_codes and imagenet384_labels",
-    )
-    args = parser.parse_args(argv)
-    run_training(args, "llamagen", args.codes, Codes)
+    args = make_parser(__doc__, LlamaGen, "--codes", CODES).parse_args(argv)
+    run_training(args, LlamaGen, args.codes, Codes)
 
 
 if __name__ == "__main__":

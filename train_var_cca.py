@@ -1,25 +1,26 @@
 """Fine-tune VAR with Condition Contrastive Alignment (arXiv 2410.09347).
 
-    python train_var_cca.py --model var-mini --data assets/fashion-mnist-train-10k.npz --output runs/var-mini-cca
+    python train_var_cca.py --model var-mini \\
+        --data assets/fashion-mnist-train-10k.npz --output runs/var-mini-cca
     torchrun --nproc_per_node 2 train_var_cca.py --model var-mini --data ... --output ...
 
 Writes DIR/model.pth in the published format, metrics.jsonl, tensorboard/, config.json and state/.
 """
 
-from cca.data import open_images
-from cca.errors import run_command
-from cca.training_command import make_parser, run_training
+from cca.data.sources import open_labelled_images
+from cca.training.command import make_parser, run_training
+from models.errors import run_command
+from models.var import VAR
+
+DATA = (
+    "ImageNet-style folder, one subfolder per class; "
+    "or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]"
+)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(
-        __doc__,
-        "var",
-        "--data",
-        "ImageNet-style folder, one subfolder per class; or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]",
-    )
-    args = parser.parse_args(argv)
-    run_training(args, "var", args.data, open_images)
+    args = make_parser(__doc__, VAR, "--data", DATA).parse_args(argv)
+    run_training(args, VAR, args.data, open_labelled_images)
 
 
 if __name__ == "__main__":

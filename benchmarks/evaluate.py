@@ -1,6 +1,8 @@
-"""Peak memory and time by part of evaluating 50,000 images of 256 pixels in one .npz (made up).
+"""Peak memory and time by part of evaluating 50,000 images of 256 pixels in one .npz.
 
-python -m benchmarks.evaluate
+    python -m benchmarks.evaluate
+
+The images are made up.
 """
 
 import json
@@ -14,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.load_memory import memory
-from cca.errors import run_command
-from cca.options import Parser, count
+from models.errors import run_command
+from models.options import Parser, count
 
 CHILD = "from benchmarks.evaluate import measure; measure({!r}, {!r}, {!r})"
 
@@ -40,20 +42,8 @@ def measure(samples: str, reference: str, output: str) -> None:
     import eval_fid
 
     before = memory("VmRSS")
-    eval_fid.main(
-        [
-            "--samples",
-            samples,
-            "--reference",
-            reference,
-            "--features",
-            "mini",
-            "--metrics",
-            "fid,is,precision,recall",
-            "--output",
-            output,
-        ]
-    )
+    common = ["--samples", samples, "--reference", reference, "--features", "mini"]
+    eval_fid.main([*common, "--metrics", "fid,is,precision,recall", "--output", output])
     print(json.dumps({"peak": memory("VmHWM") - before}))
 
 
@@ -77,7 +67,8 @@ def main() -> None:
         seconds = json.loads(output.read_text())["seconds"]
         features = (args.images + min(args.images, 10_000)) * (96 + 10) * 4
         print(
-            f"{args.images:,} images of {args.side} pixels ({samples.stat().st_size / 1e9:.1f} GB), mini features ({features / 1e6:.0f} MB of them)"
+            f"{args.images:,} images of {args.side} pixels ({samples.stat().st_size / 1e9:.1f} GB), "
+            f"mini features ({features / 1e6:.0f} MB of them)"
         )
         print(f"peak memory above the imports: {peak / 1e9:.2f} GB\n\n| part | seconds |\n|---|---|")
         for name, value in seconds.items():

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import torch
 
-from cca.errors import run_command
-from cca.options import Parser
 from models.checkpoints import save_published, save_safetensors
-from models.zoo import ZOO, build_model, load_model
+from models.errors import run_command
+from models.loading import build_model, load_model
+from models.options import Parser
+from models.tables import markdown_header, markdown_row
+from models.zoo import ZOO
 
 FORMATS = {
     "pt": (save_published, torch.float32),
@@ -65,7 +67,7 @@ def main() -> None:
         "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="formats (default all)"
     )
     args = parser.parse_args()
-    print("| model | format | weights, GB | peak above imports, GB | ratio |\n|---|---|---|---|---|")
+    print(markdown_header(["model", "format", "weights, GB", "peak above imports, GB", "ratio"]))
     for name, form in itertools.product(args.models, args.formats):
         with tempfile.TemporaryDirectory() as folder:
             weights, tokenizer = Path(folder) / "model", Path(folder) / "tokenizer"
@@ -78,7 +80,7 @@ def main() -> None:
                 )
             )
         size, peak = found["weights_bytes"] / 1e9, found["peak_bytes"] / 1e9
-        print(f"| {name} | {form} | {size:.2f} | {peak:.2f} | {peak / size:.2f} |", flush=True)
+        print(markdown_row([name, form, f"{size:.2f}", f"{peak:.2f}", f"{peak / size:.2f}"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.train_step import peak_and_base, reset_peak
-from cca.errors import run_command
-from cca.options import Parser, count, number
-from models.base import ARImageModel, LayerCache, SamplingOptions, draw_tokens, filter_logits
-from models.llamagen import Attention, DecodingState, LlamaGen, rotate
-from models.zoo import ZOO, build_model
+from models.base import ARImageModel
+from models.decoding import LayerCache, SamplingOptions, draw_tokens, filter_logits
+from models.devices import DTYPES, autocast
+from models.errors import run_command
+from models.llamagen import Attention, LlamaGen, LlamaGenState, rotate
+from models.loading import build_model
+from models.options import Parser, count, number
+from models.tables import markdown_table
+from models.var import VAR
+from models.zoo import ZOO
 
 
 class ConcatenatedLayer:
@@ -67,15 +72,12 @@ def full_length_attention(self: Attention, x: Tensor, table: Tensor, cache: Laye
 def plain_var(model: ARImageModel, labels: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
     net, steps = model.transformer, len(model.step_sizes)
     doubled = torch.cat([labels, torch.full_like(labels, model.null_class)])
-    cache, reconstruction, tokens = (
-        ConcatenatedCache(net.config.depth),
-        None,
-        labels.new_empty(len(labels), 0),
-    )
+    cache, reconstruction = ConcatenatedCache(net.config.depth), None
+    tokens = labels.new_empty(len(labels), 0)
     for step, size in enumerate(model.step_sizes):
         state = net.condition(doubled, precompute=False)
         state.cache, state.reconstruction = cache, reconstruction
-        cond, uncond = model.step(state, step, tokens.repeat(2, 1)).chunk(2)
+        cond, uncond = model.next_logits(state, step, tokens.repeat(2, 1)).chunk(2)
         reconstruction = state.reconstruction
         strength = options.scale_at(step, steps) - 1
         logits = (1 + strength) * cond - strength * uncond
@@ -87,7 +89,7 @@ def plain_var(model: ARImageModel, labels: Tensor, uniforms: Tensor, options: Sa
 def plain_llamagen(model: ARImageModel, labels: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
     own_attention, own_begin = Attention.forward, LlamaGen.begin
 
-    def begin(self: LlamaGen, labels: Tensor) -> DecodingState:
+    def begin(self: LlamaGen, labels: Tensor) -> LlamaGenState:
         state = own_begin(self, labels)
         for keys, values in state.cache.layers:
             keys.zero_()
@@ -101,12 +103,14 @@ def plain_llamagen(model: ARImageModel, labels: Tensor, uniforms: Tensor, option
         Attention.forward, LlamaGen.begin = own_attention, own_begin
 
 
+PLAIN = {VAR: plain_var, LlamaGen: plain_llamagen}
+
+
 def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float, int]:
     """Result, seconds, and peak bytes above what was held before."""
     if not torch.cuda.is_available():
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # give back what the run before has freed, else this one's use of it does not show
+        # Give back what the run before has freed, else this one's use of it does not show.
+        ctypes.CDLL(None).malloc_trim(0)
     reset_peak()
     base = peak_and_base()[1]
     began = time.perf_counter()
@@ -126,7 +130,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         default="float32",
         help="precision (default float32)",
     )
@@ -144,7 +148,7 @@ def main() -> None:
     uniforms = torch.rand(args.batch_size, model.sequence_length, dtype=torch.float64).to(device)
     free = SamplingOptions(1.0, model.default_cfg_schedule)
     guided = SamplingOptions(args.cfg_scale, model.default_cfg_schedule)
-    plain = plain_llamagen if isinstance(model, LlamaGen) else plain_var
+    plain = PLAIN[type(model)]
     runs = {
         "plain, no guidance": lambda: plain(model, labels, uniforms, free),
         "ours, no guidance": lambda: model.generate(labels, uniforms, free),
@@ -152,36 +156,39 @@ def main() -> None:
         "ours, guided": lambda: model.generate(labels, uniforms, guided),
     }
     tokens, seconds, peaks = {}, {name: [] for name in runs}, dict.fromkeys(runs, 0)
-    model.transformer.store_matrices(getattr(torch, args.dtype))
-    with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
-        for turn in range(
-            -1 if device.type == "cuda" else 0, args.rounds
-        ):  # a GPU's first picks kernels and gets memory
+    model.transformer.store_matrices(DTYPES[args.dtype])
+    with autocast(device, args.dtype):
+        first = -1 if device.type == "cuda" else 0  # a GPU's first picks kernels and gets memory
+        for turn in range(first, args.rounds):
             for name, run in runs.items():
                 tokens[name], value, peak = timed(run)
                 peaks[name] = max(peak, peaks[name])
                 if turn >= 0:
                     seconds[name].append(value)
     with torch.inference_mode():
-        decoding = timed(lambda: model.decode(tokens["ours, no guidance"][: min(8, args.batch_size)]))[
-            1
-        ] / min(8, args.batch_size)
+        few = tokens["ours, no guidance"][:8]
+        decoding = timed(lambda: model.decode(few))[1] / len(few)
     machine = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
     print(
-        f"{args.model} at {model.image_size}, batch {args.batch_size}, {args.dtype}, {machine}, torch {torch.__version__}"
+        f"{args.model} at {model.image_size}, batch {args.batch_size}, {args.dtype}, "
+        f"{machine}, torch {torch.__version__}"
     )
-    print("| way | images/s | peak, MB | tokens that differ from the plain way |\n|---|---|---|---|")
+    rows = []
     for name in runs:
         differ = (tokens[name] != tokens[name.replace("ours", "plain")]).float().mean().item()
-        print(
-            f"| {name} | {args.batch_size / statistics.median(seconds[name]):.3f} | {peaks[name] / 1e6:,.0f} | {differ:.2%} |"
-        )
-    ratio = lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))  # noqa: E731
+        speed = args.batch_size / statistics.median(seconds[name])
+        rows.append([name, f"{speed:.3f}", f"{peaks[name] / 1e6:,.0f}", f"{differ:.2%}"])
+    print(markdown_table(["way", "images/s", "peak, MB", "tokens that differ from the plain way"], rows))
+
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))
+
     print(
-        f"speed over plain: {ratio('plain, no guidance', 'ours, no guidance'):.2f} without guidance, {ratio('plain, guided', 'ours, guided'):.2f} guided; "
-        f"time without guidance over guided: {ratio('ours, no guidance', 'ours, guided'):.2f}; decoding {decoding:.2f} s per image"
+        f"speed over plain: {ratio('plain, no guidance', 'ours, no guidance'):.2f} without guidance, "
+        f"{ratio('plain, guided', 'ours, guided'):.2f} guided; time without guidance over guided: "
+        f"{ratio('ours, no guidance', 'ours, guided'):.2f}; decoding {decoding:.2f} s per image"
     )
 
 

@@ -1,11 +1,12 @@
-"""One training step, side by side with the plain way: whole logits, log_softmax, gather, for policy and reference.
+"""One training step, side by side with the plain way.
 
     python -m benchmarks.train_step --model llamagen-b --image-size 384 --micro-batch-size 2
     python -m benchmarks.train_step --model var-d16 --micro-batch-size 2
 
-Random weights of the full size. Each way runs in a process of its own; peaks are above what was
-held before. "loss part" is the output layer and the likelihoods alone, of random hidden states:
-the reference's forward pass, then the policy's with its backward pass, positives and negatives.
+The plain way: whole logits, log_softmax, gather, for policy and reference. Random weights of the
+full size. Each way runs in a process of its own; peaks are above what was held before. "loss
+part" is the output layer and the likelihoods alone, of random hidden states: the reference's
+forward pass, then the policy's with its backward pass, positives and negatives.
 """
 
 import json
@@ -19,14 +20,16 @@ from torch import Tensor
 
 from benchmarks.load_memory import memory
 from cca.distributed import Processes
-from cca.errors import run_command
-from cca.logprob import linear_sequence_logprob
-from cca.losses import pair_labels
-from cca.options import Parser, count
-from cca.plan import TrainingConfig
-from cca.trainer import Trainer
+from cca.training.losses import Batch, pair_labels
+from cca.training.schedule import TrainingConfig
+from cca.training.trainer import Trainer
 from models.base import ARTransformer
-from models.zoo import ZOO, build_model
+from models.errors import run_command
+from models.loading import build_model
+from models.logprob import linear_sequence_logprob
+from models.options import Parser, count
+from models.tables import markdown_table
+from models.zoo import ZOO
 
 CHILD = "from benchmarks import train_step; train_step.{}({!r}, {!r}, {!r}, {!r}, {!r})"
 WAYS = ("plain", "chunked")
@@ -63,22 +66,23 @@ def measure(name: str, image_size: int | None, way: str, micro_batch: int, round
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     model.tokenizer.requires_grad_(False)
-    recipe = ZOO[name].recipe
+    recipe = ZOO[name].recipe()
     config = TrainingConfig(
-        loss="cca", beta=recipe.beta, lam=recipe.lam, uncond_ratio=0.1, batch_size=micro_batch, lr=recipe.lr, weight_decay=0.05,
-        final_weight_decay=None, grad_clip=recipe.grad_clip, warmup=0.0, final_lr=1.0, schedule_accumulation=1, max_steps=rounds + 1,
-        ema=0.0, seed=0, dtype=recipe.dtype if torch.cuda.is_available() else "float32",
+        loss="cca", beta=recipe.beta, lambda_=recipe.lambda_, uncond_ratio=0.1, batch_size=micro_batch,
+        lr=recipe.lr, weight_decay=0.05, final_weight_decay=None, grad_clip=recipe.grad_clip, warmup=0.0,
+        final_lr=1.0, schedule_accumulation=1, max_steps=rounds + 1, ema=0.0, seed=0,
+        dtype=recipe.dtype if torch.cuda.is_available() else "float32",
     )  # fmt: skip
     trainer = Trainer(model, config, micro_batch, Processes())
     tokens = torch.randint(0, model.vocab_size, (micro_batch, model.sequence_length))
     uncond = torch.zeros(micro_batch, dtype=torch.bool)
-    labels, negatives = pair_labels(torch.arange(micro_batch), uncond, model.null_class)
+    batch = Batch(tokens, *pair_labels(torch.arange(micro_batch), uncond, model.null_class), uncond)
     seconds, peaks = [], []
     for step in range(rounds + 1):
         reset_peak()
         base = peak_and_base()[1]
         began = time.perf_counter()
-        trainer.step(step, tokens, labels, negatives, uncond)
+        trainer.optimizer_step(step, batch)
         seconds.append(time.perf_counter() - began)
         peaks.append(peak_and_base()[0] - base)
     print(json.dumps({"seconds": statistics.median(seconds[1:]), "peak": statistics.median(peaks[1:])}))
@@ -141,19 +145,14 @@ def main() -> None:
     )
     size = build_model(args.model, args.image_size).image_size
     print(f"{args.model} at {size}, {args.micro_batch_size} images, {machine}, torch {torch.__version__}")
-    print(
-        "| way | seconds per step | its peak, MB | seconds of the loss part | its peak, MB |\n|---|---|---|---|---|"
-    )
+    rows = []
     for way in WAYS:
-        values = (found[part, way][key] for part, key in columns)
-        print(f"| {way} | " + " | ".join(f"{v / 1e6:,.0f}" if v > 1e4 else f"{v:.2f}" for v in values) + " |")
-    print(
-        "| ratio | "
-        + " | ".join(
-            f"{found[part, 'chunked'][key] / found[part, 'plain'][key]:.2f}" for part, key in columns
-        )
-        + " |"
-    )
+        values = [found[part, way][key] for part, key in columns]
+        rows.append([way, *(f"{v / 1e6:,.0f}" if v > 1e4 else f"{v:.2f}" for v in values)])
+    ratios = [found[part, "chunked"][key] / found[part, "plain"][key] for part, key in columns]
+    rows.append(["ratio", *(f"{ratio:.2f}" for ratio in ratios)])
+    titles = ["seconds per step", "its peak, MB", "seconds of the loss part", "its peak, MB"]
+    print(markdown_table(["way", *titles], rows))
 
 
 if __name__ == "__main__":

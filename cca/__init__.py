@@ -1,6 +1,24 @@
 """Condition Contrastive Alignment (arXiv 2410.09347): losses, trainer, sampler, evaluator."""
 
-from cca.logprob import linear_sequence_logprob, sequence_logprob
-from cca.losses import cca_loss, dpo_loss, unlearning_loss
+from cca.distributed import Processes
+from cca.sampling.sampler import SampleRequest, sample_images
+from cca.training.losses import LOSSES, Batch, Loss, cca_loss, dpo_loss, unlearning_loss
+from cca.training.schedule import TrainingConfig
+from cca.training.trainer import Trainer
+from models.logprob import linear_sequence_logprob, sequence_logprob
 
-__all__ = ["cca_loss", "dpo_loss", "linear_sequence_logprob", "sequence_logprob", "unlearning_loss"]
+__all__ = [
+    "LOSSES",
+    "Batch",
+    "Loss",
+    "Processes",
+    "SampleRequest",
+    "Trainer",
+    "TrainingConfig",
+    "cca_loss",
+    "dpo_loss",
+    "linear_sequence_logprob",
+    "sample_images",
+    "sequence_logprob",
+    "unlearning_loss",
+]

@@ -31,6 +31,7 @@ class Processes:
         return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
     def sum(self, values: Tensor) -> Tensor:
+        """Add up a tensor of equal shape over all processes, in place; returns the same tensor."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
@@ -48,9 +49,12 @@ class Processes:
         padded = part.new_zeros(max(counts), *part.shape[1:])
         padded[: len(part)] = part
         padded = padded.to(self.device)
-        parts = [torch.empty_like(padded) for _ in counts] if self.main else None
+        if not self.main:
+            dist.gather(padded)
+            return None
+        parts = [torch.empty_like(padded) for _ in counts]
         dist.gather(padded, parts)
-        return torch.cat([p[:n].to(part.device) for p, n in zip(parts, counts)]) if self.main else None
+        return torch.cat([p[:n].to(part.device) for p, n in zip(parts, counts)])
 
     def barrier(self) -> None:
         if self.world > 1:

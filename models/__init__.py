@@ -1,6 +1,24 @@
 """VAR and LlamaGen, reached by name: ``load_model("var-mini")``."""
 
-from models.base import ARImageModel, SamplingOptions
-from models.zoo import ZOO, load_model
+from models.base import ARImageModel, ARTransformer
+from models.decoding import SamplingOptions
+from models.devices import DTYPES, autocast
+from models.errors import UserError
+from models.loading import load_files, load_model, locate, model_names, zoo_entry
+from models.zoo import ZOO, Recipe
 
-__all__ = ["ZOO", "ARImageModel", "SamplingOptions", "load_model"]
+__all__ = [
+    "DTYPES",
+    "ZOO",
+    "ARImageModel",
+    "ARTransformer",
+    "Recipe",
+    "SamplingOptions",
+    "UserError",
+    "autocast",
+    "load_files",
+    "load_model",
+    "locate",
+    "model_names",
+    "zoo_entry",
+]

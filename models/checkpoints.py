@@ -1,22 +1,20 @@
 """Reading and writing weights. A file's layout is told by its content, never by its name."""
 
 import argparse
-import hashlib
-import json
 import os
 import pickle
 import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cca.errors import UserError
+from models.errors import UserError
+from models.files import atomic_write
 from models.hub import downloaded
 
 # Constant buffers and statistics: a file may hold them or not, and in other shapes.
@@ -34,36 +32,6 @@ WRAPPERS = ("model", "module", "state_dict", "trainer", "var_wo_ddp")
 PREFIXES = ("module.", "_orig_mod.")
 
 
-def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` with a temporary path beside ``path``, then rename: never a half-written file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON, atomically."""
-    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
-
-
-def write_binary(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call ``write`` with an open file, atomically (given a name, numpy would add a suffix to it)."""
-
-    def open_and_write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            write(file)
-
-    atomic_write(path, open_and_write)
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """State dict of a ``.safetensors`` or PyTorch file, out of whatever wraps it.
 
@@ -74,16 +42,19 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return read_weights(path)[0]
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
-    """State dict of a file as in ``read_state_dict``, and the key it is published under ("" for a bare one)."""
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
+    """State dict of a file as in ``read_state_dict``, and the key under which it stood.
+
+    "" is a bare state dict; None: the file does not say how such weights are published.
+    """
     path = Path(path)
     try:
         with open(path, "rb") as file:
             head = file.read(9)
         if head[8:9] == b"{":  # safetensors: eight bytes of length, then a JSON header
             with safe_open(path, "pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}
-                return state, (file.metadata() or {}).get("wrapper", published_wrapper(state))
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no dict
+                return state, (file.metadata() or {}).get("wrapper")
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
@@ -112,7 +83,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in content)), None):
         content = {k.removeprefix(prefix): v for k, v in content.items()}
     # Nested, it is a training checkpoint, which nobody publishes.
-    return content, published_wrapper(content) if len(wrappers) > 1 else "".join(wrappers)
+    return content, None if len(wrappers) > 1 else "".join(wrappers)
 
 
 def _is_dense(value: object) -> bool:
@@ -125,18 +96,13 @@ def _no_weights(path: Path) -> UserError:
     return UserError(f"{path}: not a weights file (.pt, .pth or .safetensors), or truncated{again}")
 
 
-def published_wrapper(state: dict[str, Tensor]) -> str:
-    """The key under which the official code expects a state dict: LlamaGen's "model", VAR's bare ("")."""
-    return "model" if "tok_embeddings.weight" in state or "quantize.codebook_used" in state else ""
-
-
 def is_constant(key: str) -> bool:
     """Whether a key names a constant buffer or a usage statistic."""
     return key.split(".")[-1] in CONSTANTS
 
 
 def mismatch(module: nn.Module, state: dict[str, Tensor]) -> str | None:
-    """The first few missing, unexpected, wrongly shaped and wrongly typed tensors of a state dict; None if it fits."""
+    """The first few missing, unexpected, wrongly shaped and wrongly typed tensors; None if all fit."""
     own = {k: v for k, v in module.state_dict().items() if not is_constant(k)}
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own and not is_constant(k)]
@@ -186,16 +152,15 @@ def load_weights(
     assign_weights(module, state)
 
 
-def save_published(state: dict[str, Tensor], path: Path, wrapper: str | None = None) -> None:
-    """Write a state dict as the official code loads it; ``wrapper`` overrules where it stands."""
-    key = published_wrapper(state) if wrapper is None else wrapper
+def save_published(state: dict[str, Tensor], path: Path, key: str = "") -> None:
+    """Write a state dict as the official code loads it: under ``key``, or bare."""
     state = {k: v.detach().cpu().clone() for k, v in state.items()}
     atomic_write(path, lambda temporary: torch.save({key: state} if key else state, temporary))
 
 
-def save_safetensors(state: dict[str, Tensor], path: Path, wrapper: str | None = None) -> None:
-    """Write a state dict as .safetensors, which remembers where it stood in the published file."""
-    metadata = {"format": "pt", "wrapper": published_wrapper(state) if wrapper is None else wrapper}
+def save_safetensors(state: dict[str, Tensor], path: Path, key: str = "") -> None:
+    """Write a state dict as .safetensors, which remembers under which key it is published."""
+    metadata = {"format": "pt", "wrapper": key}
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
 
     def write(temporary: Path) -> None:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from cca.errors import UserError
+from models.errors import UserError
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -53,7 +53,7 @@ class WeightsFile:
             return ASSETS / self.file
         try:
             if not constants.HF_HUB_OFFLINE and not self.cached():
-                self._reach()
+                self._reach(self.repository)
             return Path(hf_hub_download(self.repository, self.file))
         except LocalEntryNotFoundError:
             reason = "it is not in the cache and the hub is out of reach"
@@ -67,12 +67,10 @@ class WeightsFile:
             f"{option}: {self}: {reason}; fetch that file by hand and give its path with {option} PATH"
         )
 
-    def _reach(self) -> None:
-        """Raise LocalEntryNotFoundError at once where there is no network; the download would try for half a minute."""
+    def _reach(self, repository: str) -> None:
+        """Raise LocalEntryNotFoundError at once without a network: the download tries for half a minute."""
         try:
-            get_hf_file_metadata(
-                hf_hub_url(self.repository, self.file), timeout=constants.HF_HUB_ETAG_TIMEOUT
-            )
+            get_hf_file_metadata(hf_hub_url(repository, self.file), timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except HfHubHTTPError:
             pass  # an answer: the download deals with it
         except Exception as error:

@@ -5,14 +5,17 @@ here loads in the official code with ``strict=True``.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.autoencoder import AutoencoderConfig, Decoder, Encoder, nearest_code
-from models.base import ARImageModel, ARTransformer, KVCache, LayerCache
+from models.base import ARImageModel, ARTransformer, ImageTokenizer
+from models.decoding import DecodingState, KVCache, LayerCache
+from models.devices import autocast_dtype
+from models.image_transforms import OneOfTenCrops
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,8 @@ class ClassEmbedding(nn.Module):
 
 
 class LlamaGenTransformer(ARTransformer):
+    rotary: Tensor
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
@@ -143,8 +148,7 @@ class LlamaGenTransformer(ARTransformer):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)
 
-    @property
-    def stack(self) -> nn.ModuleList:
+    def transformer_blocks(self) -> nn.ModuleList:
         return self.layers
 
     def output_layer(self) -> nn.Linear:
@@ -178,7 +182,7 @@ class Codebook(nn.Module):
         return F.normalize(self.embedding.weight, dim=-1)
 
 
-class LlamaGenTokenizer(nn.Module):
+class LlamaGenTokenizer(ImageTokenizer):
     """VQGAN with normalised codes: images [B, 3, H, W] <-> tokens [B, (H/f) * (W/f)]."""
 
     def __init__(self, config: TokenizerConfig):
@@ -213,7 +217,7 @@ class LlamaGenTokenizer(nn.Module):
 
 
 @dataclass
-class DecodingState:
+class LlamaGenState(DecodingState):
     labels: Tensor
     cache: KVCache
 
@@ -222,10 +226,16 @@ class DecodingState:
         self.cache.keep_rows(rows)
 
 
-class LlamaGen(ARImageModel):
+class LlamaGen(ARImageModel[LlamaGenState]):
+    transformer: LlamaGenTransformer
+    tokenizer: LlamaGenTokenizer
+
+    family = "llamagen"
     default_cfg_schedule = "constant"
-    checkpoint_name = "model.pt"
+    checkpoint_name, checkpoint_key = "model.pt", "model"
     decodes_in_half_precision = False
+    trains_on_codes = True
+    lr_scales_with_batch = False
 
     def __init__(self, transformer: TransformerConfig, tokenizer: TokenizerConfig):
         super().__init__()
@@ -235,25 +245,27 @@ class LlamaGen(ARImageModel):
         self.step_sizes = (1,) * transformer.grid**2
         self.image_size = transformer.grid * tokenizer.autoencoder.downsampling
 
+    @classmethod
+    def build(cls, transformer: TransformerConfig, tokenizer: TokenizerConfig, image_size: int) -> "LlamaGen":
+        return cls(replace(transformer, grid=image_size // tokenizer.autoencoder.downsampling), tokenizer)
+
+    def training_transform(self) -> OneOfTenCrops:
+        return OneOfTenCrops(self.image_size)
+
     def inputs(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    def begin(self, labels: Tensor) -> DecodingState:
+    def begin(self, labels: Tensor) -> LlamaGenState:
         config, weight = self.transformer.config, self.transformer.tok_embeddings.weight
-        dtype = (
-            torch.get_autocast_dtype(weight.device.type)
-            if torch.is_autocast_enabled(weight.device.type)
-            else weight.dtype
-        )
-        like = weight.new_empty(0, dtype=dtype)
+        like = weight.new_empty(0, dtype=autocast_dtype(weight.device, weight.dtype))
         head_dim = config.dim // config.heads
-        return DecodingState(
-            labels, KVCache(config.layers, len(labels), config.heads, config.grid**2, head_dim, like)
-        )
+        cache = KVCache(config.layers, len(labels), config.heads, config.grid**2, head_dim, like)
+        return LlamaGenState(labels, cache)
 
-    def step(self, state: DecodingState, step: int, tokens: Tensor) -> Tensor:
+    def next_logits(self, state: LlamaGenState, decoding_step: int, tokens: Tensor) -> Tensor:
         net = self.transformer
-        embeddings = net.cls_embedding(state.labels) if step == 0 else net.tok_embeddings(tokens[:, -1:])
+        first = decoding_step == 0
+        embeddings = net.cls_embedding(state.labels) if first else net.tok_embeddings(tokens[:, -1:])
         return net.to_logits(net.advance(embeddings, state.cache))
 
     def to_uint8(self, images: Tensor) -> Tensor:

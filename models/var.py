@@ -7,6 +7,7 @@ here loads in the official code with ``strict=True``.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.autoencoder import AutoencoderConfig, Decoder, Encoder, nearest_code
-from models.base import ARImageModel, ARTransformer, KVCache, LayerCache
+from models.base import ARImageModel, ARTransformer, ImageTokenizer
+from models.decoding import DecodingState, KVCache, LayerCache
+from models.image_transforms import RandomCrop
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class DropPath(nn.Module):
 
 class Attention(nn.Module):
     """Attention with L2-normalised queries and keys and a learned temperature per head."""
+
+    zero_k_bias: Tensor
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -149,8 +154,8 @@ class HeadNorm(nn.Module):
 
 
 @dataclass
-class DecodingState:
-    """What stays fixed while an image is decoded: everything that depends on the class alone."""
+class VARState(DecodingState):
+    """What stays fixed while an image is decoded, which depends on the class alone, and the cache."""
 
     condition: Tensor
     modulations: Sequence[Tensor | Modulation]  # of each block; in training what they are made of
@@ -163,6 +168,7 @@ class DecodingState:
         self.condition = self.condition[:rows]
         self.modulations = [tuple(t[:rows] for t in m) for m in self.modulations]
         self.head_modulation = tuple(t[:rows] for t in self.head_modulation)
+        assert self.cache is not None
         self.cache.keep_rows(rows)
         if self.reconstruction is not None:
             self.reconstruction = self.reconstruction[:rows]
@@ -170,6 +176,8 @@ class DecodingState:
 
 class VARTransformer(ARTransformer):
     float32_parts = ("head_nm", "head")
+    lvl_1L: Tensor
+    attn_bias_for_masking: Tensor
 
     def __init__(self, config: TransformerConfig, patch_nums: tuple[int, ...], code_dim: int):
         super().__init__()
@@ -203,14 +211,15 @@ class VARTransformer(ARTransformer):
         for parameter in (self.pos_start, self.pos_1LC):
             nn.init.trunc_normal_(parameter, std=std)
         self.head.weight.data.mul_(0.02)
-        for block in self.blocks:
+        for block in cast(list[Block], self.blocks):
             block.attn.proj.weight.data.div_(math.sqrt(2 * self.config.depth))
             block.ffn.fc2.weight.data.div_(math.sqrt(2 * self.config.depth))
             if not self.config.shared_adaln:
-                block.ada_lin[1].weight.data.mul_(0.5)
-                block.ada_lin[1].bias.data[: 2 * self.config.dim] = 0.5
+                gains = cast(nn.Linear, block.ada_lin[1])
+                gains.weight.data.mul_(0.5)
+                gains.bias.data[: 2 * self.config.dim] = 0.5
 
-    def condition(self, labels: Tensor, precompute: bool) -> DecodingState:
+    def condition(self, labels: Tensor, precompute: bool) -> VARState:
         """Everything that the class decides: labels [B].
 
         ``precompute`` makes each block's vectors here, once per image; else the blocks make them,
@@ -220,12 +229,10 @@ class VARTransformer(ARTransformer):
         source = self.shared_ada_lin(c).view(-1, 1, 6, self.config.dim) if self.config.shared_adaln else c
         with torch.autocast(c.device.type, enabled=False):
             head = self.head_nm.modulation(c.float())
-        return DecodingState(
-            c, [block.modulation(source) if precompute else source for block in self.blocks], head
-        )
+        blocks = cast(list[Block], self.blocks)
+        return VARState(c, [block.modulation(source) if precompute else source for block in blocks], head)
 
-    @property
-    def stack(self) -> nn.ModuleList:
+    def transformer_blocks(self) -> nn.ModuleList:
         return self.blocks
 
     def output_layer(self) -> nn.Linear:
@@ -234,7 +241,7 @@ class VARTransformer(ARTransformer):
     def hidden(self, labels: Tensor, inputs: Tensor) -> Tensor:
         return self.advance(inputs, self.condition(labels, precompute=False))
 
-    def advance(self, inputs: Tensor | None, state: DecodingState) -> Tensor:
+    def advance(self, inputs: Tensor | None, state: VARState) -> Tensor:
         """What the head takes of the next n positions, [B, n, dim] float32.
 
         inputs: [B, n, code_dim], or [B, n - 1, code_dim] where position 0, the class, is among
@@ -309,14 +316,13 @@ class MultiScaleQuantizer(nn.Module):
 
     def partial_sums(self, tokens: Tensor) -> list[Tensor]:
         """Latents after each level [B, C, P, P], from tokens [B, L]."""
-        sums, total = [], 0
+        sums: list[Tensor] = []
         for level, part in enumerate(tokens.split([p * p for p in self.patch_nums], dim=1)):
-            total = total + self.expand(level, part)
-            sums.append(total)
+            sums.append((sums[-1] if sums else 0) + self.expand(level, part))
         return sums
 
 
-class VARTokenizer(nn.Module):
+class VARTokenizer(ImageTokenizer):
     """Multi-scale VQGAN: images [B, 3, H, W] <-> tokens of all levels [B, L]."""
 
     def __init__(self, config: TokenizerConfig):
@@ -352,10 +358,16 @@ class VARTokenizer(nn.Module):
         return torch.cat(inputs, dim=1)
 
 
-class VAR(ARImageModel):
+class VAR(ARImageModel[VARState]):
+    transformer: VARTransformer
+    tokenizer: VARTokenizer
+
+    family = "var"
     default_cfg_schedule = "linear"
-    checkpoint_name = "model.pth"
+    checkpoint_name, checkpoint_key = "model.pth", ""
     decodes_in_half_precision = True
+    trains_on_codes = False
+    lr_scales_with_batch = True
     no_decay = ("pos_start", "pos_1LC", "lvl_embed", "scale_mul", "ada_gss")
 
     def __init__(self, transformer: TransformerConfig, tokenizer: TokenizerConfig):
@@ -366,11 +378,18 @@ class VAR(ARImageModel):
         self.step_sizes = tuple(p * p for p in tokenizer.patch_nums)
         self.image_size = tokenizer.patch_nums[-1] * tokenizer.autoencoder.downsampling
 
+    @classmethod
+    def build(cls, transformer: TransformerConfig, tokenizer: TokenizerConfig, image_size: int) -> "VAR":
+        return cls(transformer, tokenizer)  # the levels of the tokenizer decide the size
+
+    def training_transform(self) -> RandomCrop:
+        return RandomCrop(self.image_size)
+
     @torch.no_grad()
     def inputs(self, tokens: Tensor) -> Tensor:
         return self.tokenizer.teacher_forcing_input(tokens)
 
-    def begin(self, labels: Tensor) -> DecodingState:
+    def begin(self, labels: Tensor) -> VARState:
         config = self.transformer.config
         state = self.transformer.condition(labels, precompute=True)
         like = state.modulations[0][0]
@@ -379,14 +398,14 @@ class VAR(ARImageModel):
         )
         return state
 
-    def step(self, state: DecodingState, step: int, tokens: Tensor) -> Tensor:
+    def next_logits(self, state: VARState, decoding_step: int, tokens: Tensor) -> Tensor:
         net = self.transformer
-        if step == 0:
+        if decoding_step == 0:
             return net.to_logits(net.advance(None, state))
-        quantizer = self.tokenizer.quantize
-        added = quantizer.expand(step - 1, tokens[:, -self.step_sizes[step - 1] :])
+        quantizer, last_level = self.tokenizer.quantize, decoding_step - 1
+        added = quantizer.expand(last_level, tokens[:, -self.step_sizes[last_level] :])
         state.reconstruction = added if state.reconstruction is None else state.reconstruction + added
-        inputs = quantizer.shrink(state.reconstruction, step).flatten(2).transpose(1, 2)
+        inputs = quantizer.shrink(state.reconstruction, decoding_step).flatten(2).transpose(1, 2)
         return net.to_logits(net.advance(inputs, state))
 
     def to_uint8(self, images: Tensor) -> Tensor:

@@ -4,24 +4,23 @@ This table is the only place for these facts; README's table is tested against i
 model zoos of VAR (arXiv 2404.02905), LlamaGen (arXiv 2406.06525) and CCA (arXiv 2410.09347).
 """
 
-import functools
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torchvision.models import ResNet50_Weights
 
-from cca.errors import UserError
 from models import llamagen, var
 from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
 from models.base import ARImageModel
-from models.checkpoints import file_sha256, load_weights, mismatch
 from models.hub import WeightsFile
+from models.llamagen import LlamaGen
+from models.var import VAR
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Defaults of CCA fine-tuning for one model.
+    """Defaults of fine-tuning one model with one loss.
 
     lr: peak learning rate at a global batch of ``batch_size``; scaled in proportion for VAR.
     warmup: fraction of the run; final_lr: fraction of the peak at the end (1 = constant).
@@ -31,7 +30,7 @@ class Recipe:
     """
 
     beta: float
-    lam: float
+    lambda_: float
     lr: float
     batch_size: int
     grad_clip: float
@@ -67,23 +66,33 @@ class Published:
 
 @dataclass(frozen=True)
 class TokenizerEntry:
-    backbone: str
-    config: var.TokenizerConfig | llamagen.TokenizerConfig
-    weights: WeightsFile
+    """One tokenizer: the backbone that uses it, its sizes, its weights (None: it has none)."""
+
+    backbone: type[ARImageModel]
+    config: Any
+    weights: WeightsFile | None
 
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """One model. ``base`` and ``cca`` map image sizes (pixels) to weights files; None: unpublished."""
+    """One model, as ``backbone.build`` makes it of ``transformer`` and the config of ``tokenizer``.
 
-    backbone: str
-    transformer: var.TransformerConfig | llamagen.TransformerConfig
+    ``base`` and ``cca`` map image sizes (pixels) to weights files, None: unpublished; ``recipes``
+    has the defaults of training by loss.
+    """
+
+    backbone: type[ARImageModel]
+    transformer: Any
     tokenizer: str
-    base: dict[int, WeightsFile | None]
-    recipe: Recipe
-    cca: dict[int, WeightsFile] = field(default_factory=dict)
+    base: Mapping[int, WeightsFile | None]
+    recipes: Mapping[str, Recipe]
+    cca: Mapping[int, WeightsFile] = field(default_factory=dict)
     published: Published | None = None
     default_image_size: int = 256
+
+    def recipe(self, loss: str = "cca") -> Recipe:
+        """Defaults of training with that loss: CCA's where it has none of its own."""
+        return self.recipes.get(loss, self.recipes["cca"])
 
 
 VAR_256, VAR_512 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -102,23 +111,23 @@ _VAR_REPOSITORY = "FoundationVision/var"
 _VAR_VAE = WeightsFile("vae_ch160v4096z32.pth", _VAR_REPOSITORY)
 _LLAMAGEN_REPOSITORY = "FoundationVision/LlamaGen"
 TOKENIZERS: dict[str, TokenizerEntry] = {
-    "vae_ch160v4096z32": TokenizerEntry("var", var.TokenizerConfig(_VAR_AUTOENCODER, VAR_256), _VAR_VAE),
-    "vae_ch160v4096z32-512": TokenizerEntry("var", var.TokenizerConfig(_VAR_AUTOENCODER, VAR_512), _VAR_VAE),
+    "vae_ch160v4096z32": TokenizerEntry(VAR, var.TokenizerConfig(_VAR_AUTOENCODER, VAR_256), _VAR_VAE),
+    "vae_ch160v4096z32-512": TokenizerEntry(VAR, var.TokenizerConfig(_VAR_AUTOENCODER, VAR_512), _VAR_VAE),
     "vq_ds16_c2i": TokenizerEntry(
-        "llamagen", _vq((1, 1, 2, 2, 4)), WeightsFile("vq_ds16_c2i.pt", _LLAMAGEN_REPOSITORY)
+        LlamaGen, _vq((1, 1, 2, 2, 4)), WeightsFile("vq_ds16_c2i.pt", _LLAMAGEN_REPOSITORY)
     ),
     "vq_ds8_c2i": TokenizerEntry(
-        "llamagen", _vq((1, 2, 2, 4)), WeightsFile("vq_ds8_c2i.pt", _LLAMAGEN_REPOSITORY)
+        LlamaGen, _vq((1, 2, 2, 4)), WeightsFile("vq_ds8_c2i.pt", _LLAMAGEN_REPOSITORY)
     ),
     "var-mini-tokenizer": TokenizerEntry(
-        "var",
+        VAR,
         var.TokenizerConfig(
             AutoencoderConfig(32, (1, 1, 2), 16, VAR_KEYS, blocks=1), (1, 2, 3, 4, 6, 8), vocab_size=512
         ),
         _bundled("var-mini-tokenizer"),
     ),
     "llamagen-mini-tokenizer": TokenizerEntry(
-        "llamagen",
+        LlamaGen,
         llamagen.TokenizerConfig(
             AutoencoderConfig(32, (1, 1, 2), 32, LLAMAGEN_KEYS, blocks=1), vocab_size=512
         ),
@@ -133,27 +142,34 @@ def _var_figures(cca: float, guided: float, base: float | None = None) -> Publis
 
 def _var(
     depth: int,
-    lam: float,
+    lambda_: float,
     accumulation: int,
     final_lr: float,
     published: Published | None = None,
     size: int = 256,
     **other,
 ) -> ZooEntry:
-    """VAR of depth d; without ``published`` CCA was not run by its authors. CCA trained d16 without stochastic depth, the others with the pretraining rate."""
+    """VAR of depth d; without ``published`` CCA was not run by its authors.
+
+    CCA trained d16 without stochastic depth, the others with the pretraining rate.
+    """
+    recipe = Recipe(
+        beta=0.02, lambda_=lambda_, lr=2e-5, batch_size=256, grad_clip=2.0, dtype="float16", warmup=0.02,
+        final_lr=final_lr, published_accumulation=accumulation, **other,
+    )  # fmt: skip
+    drop_path = 0.0 if depth == 16 else 0.1 * depth / 24
     return ZooEntry(
-        "var",
-        var.TransformerConfig(64 * depth, depth, depth, shared_adaln=size == 512, drop_path_rate=0.0 if depth == 16 else 0.1 * depth / 24),
+        VAR,
+        var.TransformerConfig(64 * depth, depth, depth, shared_adaln=size == 512, drop_path_rate=drop_path),
         "vae_ch160v4096z32" if size == 256 else "vae_ch160v4096z32-512",
         {size: WeightsFile(f"var_d{depth}.pth", _VAR_REPOSITORY)},
-        Recipe(
-            beta=0.02, lam=lam, lr=2e-5, batch_size=256, grad_clip=2.0, dtype="float16", warmup=0.02, final_lr=final_lr,
-            published_accumulation=accumulation, **other,
-        ),
-        {256: WeightsFile(f"CCA_VAR_Guidance_Free/VAR_d{depth}_CCA.pth", "ChenDRAG/CCA_VAR")} if published else {},
+        {"cca": recipe},
+        {256: WeightsFile(f"CCA_VAR_Guidance_Free/VAR_d{depth}_CCA.pth", "ChenDRAG/CCA_VAR")}
+        if published
+        else {},
         published,
         size,
-    )  # fmt: skip
+    )
 
 
 def _llamagen(
@@ -161,43 +177,39 @@ def _llamagen(
     dim: int,
     layers: int,
     heads: int,
-    lam: float,
+    lambda_: float,
     published: Published | None = None,
     bases: tuple[int, ...] = (),
     **other,
 ) -> ZooEntry:
-    """LlamaGen; ``bases``: image sizes whose base weights are published. Without ``published`` CCA was not run by its authors."""
+    """LlamaGen; ``bases``: image sizes whose base weights are published.
+
+    Without ``published`` CCA was not run by its authors.
+    """
+    cca = WeightsFile(f"CCA_LlamaGen_Guidance_Free/c2i_{name}_384_CCA_0005000.pt", "ChenDRAG/CCA_LlamaGen")
+    recipe = Recipe(
+        beta=0.02, lambda_=lambda_, lr=1e-5, batch_size=256, grad_clip=1.0, dtype="bfloat16",
+        published_accumulation=16, **other,
+    )  # fmt: skip
     return ZooEntry(
-        "llamagen",
+        LlamaGen,
         llamagen.TransformerConfig(dim, layers, heads, grid=24),
         "vq_ds16_c2i",
         {
             size: WeightsFile(f"c2i_{name}_{size}.pt", _LLAMAGEN_REPOSITORY) if size in bases else None
             for size in (256, 384, 512)
         },
-        Recipe(
-            beta=0.02,
-            lam=lam,
-            lr=1e-5,
-            batch_size=256,
-            grad_clip=1.0,
-            dtype="bfloat16",
-            published_accumulation=16,
-            **other,
-        ),
-        {
-            384: WeightsFile(
-                f"CCA_LlamaGen_Guidance_Free/c2i_{name}_384_CCA_0005000.pt", "ChenDRAG/CCA_LlamaGen"
-            )
-        }
-        if published
-        else {},
+        {"cca": recipe},
+        {384: cca} if published else {},
         published,
         384,
     )
 
 
-_MINI = dict(lam=3, batch_size=64, dtype="float32", warmup=0.02, final_lr=0.1)
+def _mini(**other) -> Recipe:
+    return Recipe(lambda_=3, batch_size=64, dtype="float32", warmup=0.02, final_lr=0.1, **other)
+
+
 ZOO: dict[str, ZooEntry] = {
     "var-d16": _var(16, 50, 4, 0.1, _var_figures(4.03, 3.55)),
     "var-d20": _var(20, 50, 8, 0.1, _var_figures(3.02, 2.95)),
@@ -216,46 +228,28 @@ ZOO: dict[str, ZooEntry] = {
     "llamagen-xxxl": _llamagen("XXXL", 2560, 48, 40, 1000, parallel="fsdp"),
     "llamagen-1b": _llamagen("1B", 2048, 22, 32, 1000),
     "var-mini": ZooEntry(
-        "var",
+        VAR,
         var.TransformerConfig(dim=128, depth=3, heads=4, vocab_size=512, num_classes=10),
         "var-mini-tokenizer",
         {32: _bundled("var-mini")},
-        Recipe(**_MINI, beta=0.05, lr=1e-3, grad_clip=2.0),
+        {"cca": _mini(beta=0.05, lr=1e-3, grad_clip=2.0)},
         default_image_size=32,
     ),
     "llamagen-mini": ZooEntry(
-        "llamagen",
+        LlamaGen,
         llamagen.TransformerConfig(
             dim=128, layers=4, heads=4, grid=8, vocab_size=512, num_classes=10, dropout=0.0
         ),
         "llamagen-mini-tokenizer",
         {32: _bundled("llamagen-mini")},
-        Recipe(**_MINI, beta=0.2, lr=1.5e-4, grad_clip=1.0),
+        {"cca": _mini(beta=0.2, lr=1.5e-4, grad_clip=1.0)},
         default_image_size=32,
     ),
 }
 
-
-def zoo_entry(name: str, backbone: str | None = None) -> ZooEntry:
-    """The zoo's row of that name; raises UserError for another name or another backbone."""
-    names = [n for n, entry in ZOO.items() if backbone in (None, entry.backbone)]
-    if name not in names:
-        raise UserError(f"--model: {name!r} is not one of {', '.join(names)}")
-    return ZOO[name]
-
-
 FASHION_CLASSES = (
-    "T-shirt",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+    "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 
 
 def class_name(label: int, num_classes: int) -> str:
@@ -263,117 +257,3 @@ def class_name(label: int, num_classes: int) -> str:
     if num_classes == 1000:
         return ResNet50_Weights.DEFAULT.meta["categories"][label]
     return FASHION_CLASSES[label]
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """What a model is made of: its row, image size, tokenizer and the two weights files, resolved."""
-
-    name: str
-    image_size: int
-    tokenizer: str
-    weights: Path | None
-    tokenizer_weights: Path
-
-    def describe(self) -> dict:
-        """Provenance for config.json and samples.json."""
-        return {
-            "model": self.name,
-            "image_size": self.image_size,
-            "weights_sha256": self.weights and file_sha256(self.weights),
-            "tokenizer_sha256": file_sha256(self.tokenizer_weights),
-        }
-
-
-def locate(
-    name: str,
-    weights: str | None = "base",
-    tokenizer_weights: str | None = None,
-    image_size: int | None = None,
-) -> ModelFiles:
-    """Find (downloading what is published and not in the cache) the files of a model.
-
-    Args:
-        name: a model of the zoo, such as "var-d16".
-        weights: "base", "cca", or a path (.pt, .pth, .safetensors); None: the tokenizer alone is needed.
-        tokenizer_weights: a path, or a name of ``TOKENIZERS``; None takes the model's own.
-        image_size: pixels; None takes the model's default.
-
-    Raises:
-        UserError: an unknown name, size or file, or a published file that cannot be had.
-    """
-    entry = zoo_entry(name)
-    size = image_size or entry.default_image_size
-    if size not in entry.base:
-        raise UserError(
-            f"--image-size: {name} makes images of {', '.join(map(str, entry.base))} pixels, not {size}"
-        )
-    if weights == "base":
-        file = entry.base[size]
-    elif weights == "cca":
-        file = entry.cca.get(size)
-    else:
-        file = weights and Path(weights)
-    if weights and file is None:
-        raise UserError(
-            f"--weights: no {weights} weights are published for {name} at {size} pixels; give a path"
-        )
-    own = tokenizer_weights or entry.tokenizer
-    tokenizer = own if own in TOKENIZERS else entry.tokenizer
-    if TOKENIZERS[tokenizer].backbone != entry.backbone:
-        raise UserError(f"--tokenizer-weights: {tokenizer} is no tokenizer of {name}")
-    tokenizer_file = TOKENIZERS[own].weights if own in TOKENIZERS else Path(own)
-    tokenizers = [n for n, row in TOKENIZERS.items() if row.backbone == entry.backbone]
-    wanted = ((file, "--weights", ("base", "cca")), (tokenizer_file, "--tokenizer-weights", tokenizers))
-    for path, option, names in wanted:  # before anything is downloaded
-        if isinstance(path, Path) and not path.exists():
-            raise UserError(f"{option}: {path}: no such file, nor one of {', '.join(names)}")
-    fetched = [f.fetch(option) if isinstance(f, WeightsFile) else f for f, option, _ in wanted]
-    return ModelFiles(name, size, tokenizer, *fetched)
-
-
-def build_model(
-    name: str, image_size: int | None = None, tokenizer: str | None = None, device: str = "meta"
-) -> ARImageModel:
-    """The model without weights: parameters on ``device``, constant buffers on the CPU."""
-    entry = zoo_entry(name)
-    config = TOKENIZERS[tokenizer or entry.tokenizer].config
-    with torch.device(device):
-        if entry.backbone == "var":
-            return var.VAR(entry.transformer, config)
-        grid = (image_size or entry.default_image_size) // config.autoencoder.downsampling
-        return llamagen.LlamaGen(replace(entry.transformer, grid=grid), config)
-
-
-def load_files(files: ModelFiles) -> ARImageModel:
-    """Transformer and tokenizer on the CPU, in evaluation mode, memory-mapped where the file allows.
-
-    Raises UserError for a file that is missing, broken or of another model.
-    """
-    model = build_model(files.name, files.image_size, files.tokenizer)
-    if files.weights:
-        load_weights(model.transformer, files.weights, files.name, recognise)
-    load_weights(model.tokenizer, files.tokenizer_weights, f"the tokenizer of {files.name}", recognise)
-    model.tokenizer.requires_grad_(False)
-    return model.eval()
-
-
-def load_model(
-    name: str, weights: str = "base", tokenizer_weights: str | None = None, image_size: int | None = None
-) -> ARImageModel:
-    """Transformer and tokenizer by name; arguments and errors as in ``locate`` and ``load_files``."""
-    return load_files(locate(name, weights, tokenizer_weights, image_size))
-
-
-@functools.cache
-def _all_modules() -> dict[str, torch.nn.Module]:
-    modules = {name: build_model(name).transformer for name in ZOO}
-    for tokenizer, entry in TOKENIZERS.items():
-        user = next(name for name, row in ZOO.items() if row.backbone == entry.backbone)
-        modules[f"the tokenizer {tokenizer}"] = build_model(user, tokenizer=tokenizer).tokenizer
-    return modules
-
-
-def recognise(state: dict[str, torch.Tensor]) -> str | None:
-    """Which model or tokenizer of the zoo a state dict belongs to, by keys and shapes."""
-    return next((name for name, module in _all_modules().items() if mismatch(module, state) is None), None)

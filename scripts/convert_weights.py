@@ -5,14 +5,16 @@
 
 The state dict keeps its keys, shapes, dtypes and buffers. What LlamaGen's files hold besides it
 (options, step counters) is left out. The published layout, bare or under "model", is put back;
-a training checkpoint (nested, or with the prefixes of DDP and torch.compile) becomes a file as it is published.
+a training checkpoint (nested, or with the prefixes of DDP and torch.compile) becomes a file as it
+is published.
 """
 
 from pathlib import Path
 
-from cca.errors import UserError, run_command
-from cca.options import Parser
 from models.checkpoints import read_weights, save_published, save_safetensors
+from models.errors import UserError, run_command
+from models.loading import published_key
+from models.options import Parser
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
@@ -26,10 +28,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output.suffix not in SUFFIXES:
         raise UserError(f"output: {args.output} ends in none of {', '.join(SUFFIXES)}")
-    state, wrapper = read_weights(args.input)
+    state, key = read_weights(args.input)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save = save_safetensors if args.output.suffix == ".safetensors" else save_published
-    save(state, args.output, wrapper)
+    save(state, args.output, published_key(state) if key is None else key)
     print(f"{args.output}: {len(state)} tensors, {sum(v.nbytes for v in state.values()) / 1e6:,.1f} MB")
 
 

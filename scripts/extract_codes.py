@@ -1,8 +1,11 @@
 """Encode labelled images with a model's tokenizer, once, into packed codes for training.
 
-    python -m scripts.extract_codes --model llamagen-mini --data assets/fashion-mnist-train-10k.npz --output runs/codes
-    torchrun --nproc_per_node 8 -m scripts.extract_codes --model llamagen-b --data imagenet --output codes384_ten_crop
-    torchrun --nproc_per_node 8 -m scripts.extract_codes --model llamagen-b --data imagenet --crop-range 1.05 --output codes384_ten_crop_105
+    python -m scripts.extract_codes --model llamagen-mini \\
+        --data assets/fashion-mnist-train-10k.npz --output runs/codes
+    torchrun --nproc_per_node 8 -m scripts.extract_codes --model llamagen-b \\
+        --data imagenet --output codes384_ten_crop
+    torchrun --nproc_per_node 8 -m scripts.extract_codes --model llamagen-b \\
+        --data imagenet --crop-range 1.05 --output codes384_ten_crop_105
 
 Writes DIR/codes.npy uint16 [N, crops, L], DIR/labels.npy int64 [N] and DIR/header.json, which is
 written last: a folder with a header is complete. Images of a folder give ten crops, as LlamaGen
@@ -19,15 +22,16 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cca.data import TokenSource, open_images, ten_crop_transform
+from cca.data.sources import TokenSource, open_labelled_images
 from cca.distributed import Processes
-from cca.errors import UserError, run_command
-from cca.options import Parser, count, number
-from models.checkpoints import write_binary, write_json
-from models.zoo import ZOO, load_files, locate
+from models.errors import UserError, run_command
+from models.files import write_binary, write_json
+from models.image_transforms import TenCrops
+from models.loading import load_files, locate
+from models.options import Parser, count, number
+from models.zoo import ZOO
 
 CHUNK = 1024  # images between two notes of progress
-CROPS = 10
 
 
 def make_parser() -> Parser:
@@ -79,7 +83,8 @@ class CodeFile:
         begun = self.notes / "header.json"
         if begun.exists() and json.loads(begun.read_text()) != header:
             raise UserError(
-                f"--output: {folder} holds an unfinished run with other options; repeat its command, or remove that folder"
+                f"--output: {folder} holds an unfinished run with other options; "
+                "repeat its command, or remove that folder"
             )
         processes.barrier()
         if processes.main and not begun.exists():
@@ -148,17 +153,17 @@ def main(argv: list[str] | None = None) -> None:
     processes = Processes()
     files = locate(args.model, None, tokenizer_weights=args.tokenizer_weights, image_size=args.image_size)
     model = load_files(files)
-    source = open_images(args.data, model, transform=ten_crop_transform(model.image_size, args.crop_range))
+    transform = TenCrops(model.image_size, args.crop_range)
+    source = open_labelled_images(args.data, model, transform=transform)
     model.tokenizer.to(processes.device)
-    from_folder = args.data.is_dir()
     header = {
         "model": args.model,
         "image_size": model.image_size,
         "vocab_size": model.vocab_size,
         "tokenizer_sha256": files.describe()["tokenizer_sha256"],
         "images": len(source),
-        "crops": CROPS if from_folder else 1,
-        "crop_range": args.crop_range if from_folder else None,
+        "crops": source.crops,
+        "crop_range": args.crop_range if source.crops > 1 else None,
     }
     file = CodeFile(args.output, (len(source), header["crops"], model.sequence_length), header, processes)
     chunks = file.open_chunks()

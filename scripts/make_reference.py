@@ -10,34 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from cca.data import to_uint8_tensor
+from cca.data.image_sets import open_image_set, to_uint8_tensor
 from cca.distributed import Processes
-from cca.errors import UserError, run_command
-from cca.evaluator import REFERENCE_IMAGES
-from cca.features import make_extractor
-from cca.image_geometry import centre_crop
-from cca.image_sets import FolderOfImages, open_images
-from cca.metrics import Gaussian, RunningGaussian
-from cca.options import Parser, count
-from cca.random import DATA_ORDER, stream
-from models.checkpoints import write_binary
-
-
-class CroppedFolder(FolderOfImages):
-    """A folder of images of any size, each cut to a square as guided-diffusion does it."""
-
-    def __init__(self, path: Path, size: int):
-        self.side = size
-        super().__init__(path)
-
-    def _read(self, file: Path) -> np.ndarray:
-        try:
-            return np.asarray(centre_crop(Image.open(file).convert("RGB"), self.side))
-        except (OSError, SyntaxError, ValueError):
-            raise UserError(f"{file}: not a readable image") from None
+from cca.evaluation.evaluator import REFERENCE_IMAGES
+from cca.evaluation.features import make_extractor
+from cca.evaluation.metrics import Gaussian, RunningGaussian
+from cca.streams import DATA_ORDER, stream
+from models.devices import EXTRACTED_IMAGES
+from models.errors import UserError, run_command
+from models.files import write_binary
+from models.options import Parser, count
 
 
 def total(running: RunningGaussian, processes: Processes) -> Gaussian:
@@ -81,7 +65,12 @@ def main(argv: list[str] | None = None) -> None:
         default=REFERENCE_IMAGES,
         help="images in arr_0, drawn at random (default %(default)s)",
     )
-    add("--batch-size", type=count(), default=250, help="images per forward pass (default %(default)s)")
+    add(
+        "--batch-size",
+        type=count(),
+        default=EXTRACTED_IMAGES,
+        help="images per forward pass (default %(default)s)",
+    )
     add("--seed", type=count(0), default=0, help="seed of the draw (default 0)")
     add("--output", required=True, type=Path, metavar="FILE.npz", help="file to write")
     args = parser.parse_args(argv)
@@ -89,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output: {args.output} does not end in .npz")
     if args.image_size and not args.images.is_dir():
         raise UserError("--image-size: cuts images of a folder; those of an .npz are taken as they are")
-    images = CroppedFolder(args.images, args.image_size) if args.image_size else open_images(args.images)
+    images = open_image_set(args.images, args.image_size)
     processes = Processes()
     if len(images) < 2 * processes.world:
         raise UserError(

@@ -1,51 +1,27 @@
-"""Mean and spread of several quickstart runs, as Markdown: what results/mini.md holds.
+"""Mean and spread of several quickstart runs, as Markdown.
 
-for seed in 0 1 2; do bash scripts/quickstart.sh --control --seed $seed --output runs/mini-$seed; done
-python -m scripts.mini_results runs/mini-0 runs/mini-1 runs/mini-2 --output results/mini.md
+    for seed in 0 1 2; do bash scripts/quickstart.sh --control --seed $seed --output runs/mini-$seed; done
+    python -m scripts.mini_results runs/mini-0 runs/mini-1 runs/mini-2 --output results/mini.md
+
+That is what results/mini.md holds.
 """
 
 import datetime
 import json
 import platform
-import statistics
 from pathlib import Path
 
-from cca.errors import UserError, run_command
-from cca.options import Parser
-from models.checkpoints import atomic_write
+from models.errors import UserError, run_command
+from models.files import atomic_write
+from models.options import Parser
 from models.zoo import ZOO
-from scripts.quickstart_report import COLUMNS, MODELS, ROWS, gap_closed
+from scripts.quickstart_report import MODELS, ROWS, gap_closed, results_table, spread, table_row
 
 NOTES = Path(__file__).parent.parent / "results" / "mini-notes.md"
 
 
-def spread(values: list[float], form: str, factor: float = 1.0) -> str:
-    """Mean ± sample standard deviation."""
-    values = [factor * v for v in values]
-    return (
-        f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
-        if len(values) > 1
-        else f"{values[0]:{form}}"
-    )
-
-
-def row(label: str, runs: list[dict]) -> str:
-    cells = [
-        spread([r[name] for r in runs], form, 1000 if name == "seconds_per_image" else 1)
-        if runs[0].get(name) is not None
-        else "–"
-        for name, _, form in COLUMNS
-    ]
-    return f"| {label} | {' | '.join(cells)} |"
-
-
 def model_section(model: str, runs: list[dict]) -> list[str]:
-    lines = [
-        f"## {model}",
-        "",
-        "| samples | " + " | ".join(title for _, title, _ in COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
-    ]
+    rows = []
     controlled = [r for r in runs if "sft" in r]  # some runs may be without --control
     fewer = f", {len(controlled)} seed(s)" if len(controlled) < len(runs) else ""
     for kind, label in ROWS.items():
@@ -53,34 +29,36 @@ def model_section(model: str, runs: list[dict]) -> list[str]:
         scales = sorted({r[kind]["cfg_scale"] for r in runs}) if kind == "base_cfg" else []
         label += f" (scale {', '.join(map(str, scales))})" if scales else fewer if kind == "sft" else ""
         if having:
-            lines.append(row(label, [r[kind] for r in having]))
+            rows.append(table_row(label, [r[kind] for r in having]))
     for scale in runs[0]["sweep"]:
-        lines.append(row(f"base, guidance {scale}", [r["sweep"][scale] for r in runs]))
+        rows.append(table_row(f"base, guidance {scale}", [r["sweep"][scale] for r in runs]))
     for temperature in controlled[0]["temperature"] if controlled else ():
-        lines.append(
-            row(
-                f"control: base at temperature {temperature}{fewer}",
-                [r["temperature"][temperature] for r in controlled],
-            )
-        )
+        label = f"control: base at temperature {temperature}{fewer}"
+        rows.append(table_row(label, [r["temperature"][temperature] for r in controlled]))
 
-    def ratios(name: str, a: str, b: str) -> list[float]:
-        return [r[a][name] / r[b][name] for r in runs if a in r]
+    def ratio(name: str, a: str, b: str) -> str:
+        return spread([r[a][name] / r[b][name] for r in runs if a in r], ".2f")
 
-    recipe = ZOO[model].recipe
-    lines += [
+    guided, cca = ratio("fid", "base_cfg", "base"), ratio("fid", "cca", "base_cfg")
+    closed = spread([gap_closed(r) for r in runs], ".2f")
+    seconds = ratio("seconds_per_image", "cca", "base_cfg")
+    recipe = ZOO[model].recipe()
+    lines = [
+        f"## {model}",
         "",
-        f"- best guided FID over unguided: {spread(ratios('fid', 'base_cfg', 'base'), '.2f')} (wanted: below 0.80)",
-        f"- CCA's FID without guidance over best guided: {spread(ratios('fid', 'cca', 'base_cfg'), '.2f')} (aim: at most 1.00)",
-        f"- share of the gap between base and best guided that CCA closes: {spread([gap_closed(r) for r in runs], '.2f')} (wanted: at least 0.90)",
+        *results_table(rows),
+        f"- best guided FID over unguided: {guided} (wanted: below 0.80)",
+        f"- CCA's FID without guidance over best guided: {cca} (aim: at most 1.00)",
+        f"- share of the gap between base and best guided that CCA closes: {closed} (wanted: at least 0.90)",
     ]
     if controlled:
-        lines.append(
-            f"- control, plain maximum likelihood, over base: {spread(ratios('fid', 'sft', 'base'), '.2f')} (wanted: 0.90 to 1.10)"
-        )
+        control = ratio("fid", "sft", "base")
+        lines.append(f"- control, plain maximum likelihood, over base: {control} (wanted: 0.90 to 1.10)")
     lines += [
-        f"- seconds per image, CCA without guidance over guided base: {spread(ratios('seconds_per_image', 'cca', 'base_cfg'), '.2f')} (wanted: at most 0.70)",
-        f"- CCA: beta {recipe.beta:g}, lambda {recipe.lam:g}, learning rate {recipe.lr:g} falling to {recipe.final_lr:g} of it, batch {recipe.batch_size}, {recipe.epochs} epoch(s) of 10,000 images",
+        f"- seconds per image, CCA without guidance over guided base: {seconds} (wanted: at most 0.70)",
+        f"- CCA: beta {recipe.beta:g}, lambda {recipe.lambda_:g}, "
+        f"learning rate {recipe.lr:g} falling to {recipe.final_lr:g} of it, batch {recipe.batch_size}, "
+        f"{recipe.epochs} epoch(s) of 10,000 images",
         "",
     ]
     return lines
@@ -98,15 +76,20 @@ def main() -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"runs: {error}") from None
     first = summaries[0]
+    seeds = ", ".join(str(s["seed"]) for s in summaries)
+    seconds = ", ".join(str(round(s["wall_seconds"])) for s in summaries)
     lines = [
         "# The mini models",
         "",
-        f"Command, for each of the seeds {', '.join(str(s['seed']) for s in summaries)}:",
-        "`bash scripts/quickstart.sh [--control] --seed SEED --output runs/mini-SEED`, then `python -m scripts.mini_results runs/mini-*`.",
+        f"Command, for each of the seeds {seeds}:",
+        "`bash scripts/quickstart.sh [--control] --seed SEED --output runs/mini-SEED`, "
+        "then `python -m scripts.mini_results runs/mini-*`.",
         "",
-        f"{datetime.date.today()}, {first['processor']}, {first['threads']} CPU threads, Python {platform.python_version()}, torch {first['versions']['torch']}; "
-        f"{', '.join(str(round(s['wall_seconds'])) for s in summaries)} s. Mean ± standard deviation over the seeds, which change the CCA run and the samples; "
-        f"one base per model. {first['samples']:,} samples per row against the 10,000 test images, which no network has seen.",
+        f"{datetime.date.today()}, {first['processor']}, {first['threads']} CPU threads, "
+        f"Python {platform.python_version()}, torch {first['versions']['torch']}; "
+        f"{seconds} s. Mean ± standard deviation over the seeds, which change the CCA run and the "
+        f"samples; one base per model. {first['samples']:,} samples per row against the 10,000 test "
+        "images, which no network has seen.",
         "",
     ]
     for model in MODELS:

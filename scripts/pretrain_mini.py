@@ -25,19 +25,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cca.data import TokenSource, to_model_input, to_uint8_tensor
+from cca.data.image_sets import to_uint8_tensor
+from cca.data.sources import TokenSource, to_model_input
 from cca.distributed import Processes
-from cca.errors import UserError, run_command
-from cca.features import MINI_WEIGHTS, FeatureNetwork
-from cca.plan import TrainingConfig
-from cca.run_folder import RunFolder, describe
-from cca.trainer import Trainer
-from cca.training_loop import train
-from models.base import ARImageModel, draw_tokens
+from cca.evaluation.features import MINI_WEIGHTS, FeatureNetwork
+from cca.training.command import train
+from cca.training.run_folder import RunFolder, describe
+from cca.training.schedule import TrainingConfig
+from cca.training.trainer import Trainer
+from models.base import ARImageModel
 from models.checkpoints import is_constant, load_weights, save_safetensors
+from models.decoding import draw_tokens
+from models.errors import UserError, run_command
 from models.llamagen import LlamaGen, LlamaGenTokenizer
-from models.var import VARTokenizer
-from models.zoo import build_model, load_model
+from models.loading import build_model, load_model
+from models.var import VAR, VARTokenizer
 
 ASSETS = Path("assets")
 TRAINING, TUNING = slice(0, 50_000), slice(50_000, 60_000)
@@ -166,24 +168,55 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     return right / len(labels)
 
 
-def vq_loss(tokenizer: LlamaGenTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Reconstruction and quantisation loss of the single-scale tokenizer (VQ-VAE, arXiv 1711.00937)."""
-    z = F.normalize(tokenizer.latents(images).float(), dim=1)
-    tokens = tokenizer.quantise(z.detach())
-    side = z.shape[-1]
-    codes = F.embedding(tokens, tokenizer.quantize.vectors()).transpose(1, 2).unflatten(2, (side, side))
-    loss = (codes - z.detach()).square().mean() + 0.25 * (codes.detach() - z).square().mean()
-    return tokenizer.decode_latents(z + (codes - z).detach()), loss
+class SingleScale:
+    """How LlamaGen's tokenizer is pretrained (van den Oord et al., 2017, arXiv 1711.00937, eq. 3)."""
+
+    @staticmethod
+    def straight_through(tokenizer: LlamaGenTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruction whose gradient passes by the quantiser, and the quantisation loss."""
+        z = F.normalize(tokenizer.latents(images).float(), dim=1)
+        tokens, side = tokenizer.quantise(z.detach()), z.shape[-1]
+        codes = F.embedding(tokens, tokenizer.quantize.vectors()).transpose(1, 2).unflatten(2, (side, side))
+        loss = (codes - z.detach()).square().mean() + 0.25 * (codes.detach() - z).square().mean()
+        return tokenizer.decode_latents(z + (codes - z).detach()), loss
+
+    @staticmethod
+    def first_codes(latents: Tensor) -> Tensor:
+        """Codes to start from, of as many random latents."""
+        return latents
+
+    @staticmethod
+    def fresh_codes(tokenizer: LlamaGenTokenizer, images: Tensor, used: Tensor, count: int) -> Tensor:
+        """Replacements for codes that recent images did not use: latents of these images."""
+        return tokenizer.latents(images).permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def multi_scale_vq_loss(tokenizer: VARTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Reconstruction and quantisation loss of the residual tokenizer, averaged over the levels."""
-    z = tokenizer.latents(images).float()
-    sums = tokenizer.quantize.partial_sums(tokenizer.quantize.quantise(z.detach()))
-    loss = sum(
-        (total - z.detach()).square().mean() + 0.25 * (total.detach() - z).square().mean() for total in sums
-    ) / len(sums)
-    return tokenizer.decode_latents(z + (sums[-1] - z).detach()), loss
+class MultiScale:
+    """The same for VAR's residual tokenizer; the quantisation loss is averaged over the levels."""
+
+    @staticmethod
+    def straight_through(tokenizer: VARTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
+        z = tokenizer.latents(images).float()
+        sums = tokenizer.quantize.partial_sums(tokenizer.quantize.quantise(z.detach()))
+        losses = [
+            (total - z.detach()).square().mean() + 0.25 * (total.detach() - z).square().mean()
+            for total in sums
+        ]
+        return tokenizer.decode_latents(z + (sums[-1] - z).detach()), sum(losses) / len(sums)
+
+    @staticmethod
+    def first_codes(latents: Tensor) -> Tensor:
+        """Residual codes shrink from level to level."""
+        return latents * torch.logspace(0, -1, len(latents))[:, None]
+
+    @staticmethod
+    def fresh_codes(tokenizer: VARTokenizer, images: Tensor, used: Tensor, count: int) -> Tensor:
+        """At least ``count``: used ones, jittered."""
+        source = tokenizer.quantize.embedding.weight[used.multinomial(max(count, 1), replacement=True)]
+        return source * (1 + 0.1 * torch.randn_like(source))
+
+
+TOKENIZER_PRETRAINING = {VAR: MultiScale, LlamaGen: SingleScale}
 
 
 @torch.no_grad()
@@ -191,21 +224,15 @@ def start_codebook(model: ARImageModel, images: Tensor) -> None:
     """Codes start at latents of real images, so that none is dead from the first step."""
     latents = model.tokenizer.latents(images).permute(0, 2, 3, 1).flatten(0, 2)
     chosen = latents[torch.randperm(len(latents))[: model.vocab_size]]
-    if not isinstance(model, LlamaGen):  # residual codes shrink from level to level
-        chosen = chosen * torch.logspace(0, -1, model.vocab_size)[:, None]
-    model.tokenizer.quantize.embedding.weight.copy_(chosen)
+    model.tokenizer.quantize.embedding.weight.copy_(TOKENIZER_PRETRAINING[type(model)].first_codes(chosen))
 
 
 @torch.no_grad()
 def revive_codes(model: ARImageModel, used: Tensor, images: Tensor) -> int:
-    """Move codes that no recent image used to latents (for VAR: to used codes, jittered)."""
+    """Replace the codes that no recent image used; returns how many."""
     weight = model.tokenizer.quantize.embedding.weight
     dead = (used == 0).nonzero().flatten()
-    if isinstance(model, LlamaGen):
-        source = model.tokenizer.latents(images).permute(0, 2, 3, 1).flatten(0, 2)
-    else:
-        source = weight[used.multinomial(max(len(dead), 1), replacement=True)]
-        source = source * (1 + 0.1 * torch.randn_like(source))
+    source = TOKENIZER_PRETRAINING[type(model)].fresh_codes(model.tokenizer, images, used, len(dead))
     weight[dead] = source[torch.randperm(len(source))[: len(dead)]]
     return len(dead)
 
@@ -222,8 +249,7 @@ def encode_all(model: ARImageModel, images: Tensor) -> Tensor:
 def train_tokenizer(
     model: ARImageModel, perceptual: PerceptualNetwork, images: Tensor, steps: int, name: str
 ) -> None:
-    tokenizer = model.tokenizer.train()
-    objective = vq_loss if isinstance(model, LlamaGen) else multi_scale_vq_loss
+    tokenizer, pretraining = model.tokenizer.train(), TOKENIZER_PRETRAINING[type(model)]
     for module in tokenizer.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
@@ -241,7 +267,7 @@ def train_tokenizer(
             tqdm.write(f"{name}: step {done}, {dead} unused codes moved")
             used.zero_()
         with torch.autocast("cpu", torch.bfloat16):
-            reconstruction, quantisation = objective(tokenizer, batch)
+            reconstruction, quantisation = pretraining.straight_through(tokenizer, batch)
             perceived = perceptual.distance(reconstruction, batch).float()
         return pixel_distance(reconstruction, batch) + perceived + quantisation
 
@@ -317,8 +343,9 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
     model.transformer.init_weights()
     data = TokenArray(model, images, labels)
     config = TrainingConfig(
-        loss="sft", beta=0.0, lam=0.0, uncond_ratio=0.1, batch_size=64, lr=1.5e-3, weight_decay=0.05, final_weight_decay=None,
-        grad_clip=1.0, warmup=0.02, final_lr=0.01, schedule_accumulation=1, max_steps=steps, ema=0.0, seed=seed, dtype="bfloat16",
+        loss="sft", beta=0.0, lambda_=0.0, uncond_ratio=0.1, batch_size=64, lr=1.5e-3, weight_decay=0.05,
+        final_weight_decay=None, grad_clip=1.0, warmup=0.02, final_lr=0.01, schedule_accumulation=1,
+        max_steps=steps, ema=0.0, seed=seed, dtype="bfloat16",
     )  # fmt: skip
     processes = Processes()
     folder = RunFolder(Path(f"runs/pretrain-{name}"), processes, describe(config, {"model": name}))
@@ -327,10 +354,10 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
     return model
 
 
-def save(path: Path, module: nn.Module) -> None:
+def save(path: Path, module: nn.Module, key: str = "") -> None:
     """Half-precision .safetensors without constant buffers; what is rounded here is the base model."""
     kept = {k: v for k, v in module.state_dict().items() if not is_constant(k)}
-    save_safetensors({k: v.half() if v.is_floating_point() else v for k, v in kept.items()}, path)
+    save_safetensors({k: v.half() if v.is_floating_point() else v for k, v in kept.items()}, path, key)
 
 
 def main() -> None:
@@ -353,9 +380,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.stage in ("tokenizer", "transformer", "decoder") and not args.model:
         raise UserError(f"--model: the stage {args.stage} needs one of {', '.join(sorted(DEFAULT_STEPS))}")
-    if args.stage == "decoder" and args.model != "var-mini":
+    if args.stage == "decoder" and max(build_model(args.model).step_sizes) == 1:
         raise UserError(
-            "--model: the stage decoder is for var-mini alone; the other model draws no tokens at once"
+            f"--model: the stage decoder is not for {args.model}, which draws its tokens one by one"
         )
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -367,10 +394,8 @@ def main() -> None:
         )
         write_images(ASSETS / "fashion-mnist-test-10k.npz", *read_raw(args.raw, "t10k"))
         return
-    images, labels = (
-        to_model_input(to_uint8_tensor(raw_images[TRAINING])),
-        torch.from_numpy(raw_labels[TRAINING]),
-    )
+    images = to_model_input(to_uint8_tensor(raw_images[TRAINING]))
+    labels = torch.from_numpy(raw_labels[TRAINING])
     if args.stage == "networks":
         test_images, test_labels = read_raw(args.raw, "t10k")
         perceptual_path.parent.mkdir(exist_ok=True)
@@ -382,9 +407,9 @@ def main() -> None:
             network = build()
             train_classifier(network, images, labels, epochs, path.stem)
             save(path, network)
-            print(
-                f"{path.stem}: accuracy {accuracy(network, to_model_input(to_uint8_tensor(test_images)), torch.from_numpy(test_labels)):.4f} on the test images"
-            )
+            pixels = to_model_input(to_uint8_tensor(test_images))
+            share = accuracy(network, pixels, torch.from_numpy(test_labels))
+            print(f"{path.stem}: accuracy {share:.4f} on the test images")
     elif args.stage in ("tokenizer", "decoder"):
         perceptual = PerceptualNetwork()
         perceptual.load_state_dict(load_file(perceptual_path))
@@ -395,12 +420,12 @@ def main() -> None:
         else:
             model = load_model(args.model)
             train_decoder(model, perceptual, images, labels, args.steps or 1500, f"{args.model} decoder")
-        save(ASSETS / f"{args.model}-tokenizer.safetensors", model.tokenizer)
+        save(ASSETS / f"{args.model}-tokenizer.safetensors", model.tokenizer, model.checkpoint_key)
     else:
         model = train_transformer(
             args.model, images, labels, args.steps or DEFAULT_STEPS[args.model], args.seed
         )
-        save(ASSETS / f"{args.model}.safetensors", model.transformer)
+        save(ASSETS / f"{args.model}.safetensors", model.transformer, model.checkpoint_key)
 
 
 if __name__ == "__main__":

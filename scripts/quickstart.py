@@ -22,16 +22,20 @@ import sample
 import train_llamagen_cca
 import train_var_cca
 from cca.distributed import Processes
-from cca.errors import run_command
-from cca.options import Parser, count
-from cca.sampler import SampleRequest, sample_images
+from cca.sampling.sampler import SampleRequest, sample_images
 from models import SamplingOptions, load_model
-from models.checkpoints import write_json
+from models.errors import run_command
+from models.files import write_json
+from models.llamagen import LlamaGen
+from models.loading import zoo_entry
+from models.options import Parser, count
+from models.var import VAR
 from scripts import extract_codes
 from scripts.quickstart_report import write_report
 
 TRAIN, REFERENCE = "assets/fashion-mnist-train-10k.npz", "assets/fashion-mnist-test-10k.npz"
 SCALES = {"llamagen-mini": (1.25, 1.5, 1.75, 2.0), "var-mini": (2.0, 2.5, 3.0, 3.5)}
+TRAINING = {VAR: train_var_cca, LlamaGen: train_llamagen_cca}
 TEMPERATURES = (0.7, 0.8, 0.9)
 BATCH_SIZE = 128  # of sampling and of its timing
 TIMED_IMAGES, TIMED_ROUNDS = 256, 3
@@ -57,48 +61,28 @@ class Quickstart:
         """Fine-tune one model; returns the path of its weights."""
         folder = self.output / f"{model}-{loss}"
         common = ["--model", model, "--loss", loss, "--seed", str(self.seed), "--output", str(folder)]
-        if model == "var-mini":
-            self.run(train_var_cca, [*common, "--data", TRAIN])
-            return str(folder / "model.pth")
-        codes = self.output / "codes"
-        if not (codes / "header.json").exists():
+        backbone, codes = zoo_entry(model).backbone, self.output / "codes"
+        if backbone.trains_on_codes and not (codes / "header.json").exists():
             self.run(extract_codes, ["--model", model, "--data", TRAIN, "--output", str(codes)])
-        self.run(train_llamagen_cca, [*common, "--codes", str(codes)])
-        return str(folder / "model.pt")
+        data = ["--codes", str(codes)] if backbone.trains_on_codes else ["--data", TRAIN]
+        self.run(TRAINING[backbone], [*common, *data])
+        return str(folder / backbone.checkpoint_name)
 
     def sample(self, model: str, tag: str, *options: str) -> str:
         """Sample one file and queue its evaluation; returns its name."""
         name = f"{model}-{tag}"
         path = self.output / "samples" / f"{name}.npz"
         fixed = [
-            "--model",
-            model,
-            "--num-samples",
-            str(self.samples),
-            "--batch-size",
-            str(BATCH_SIZE),
-            "--seed",
-            str(self.seed),
-            "--output",
-            str(path),
-        ]
+            "--model", model,
+            "--num-samples", str(self.samples),
+            "--batch-size", str(BATCH_SIZE),
+            "--seed", str(self.seed),
+            "--output", str(path),
+        ]  # fmt: skip
         self.run(sample, [*fixed, *options])
         result = self.output / "results" / f"{name}.json"
-        self.evaluations.append(
-            (
-                name,
-                [
-                    "--samples",
-                    str(path),
-                    "--reference",
-                    REFERENCE,
-                    "--features",
-                    "mini",
-                    "--output",
-                    str(result),
-                ],
-            )
-        )
+        evaluation = ["--samples", str(path), "--reference", REFERENCE, "--features", "mini"]
+        self.evaluations.append((name, [*evaluation, "--output", str(result)]))
         return name
 
     def evaluate(self) -> dict[str, dict]:
@@ -120,9 +104,8 @@ class Quickstart:
                     found[name].append((time.perf_counter() - began) / TIMED_IMAGES)
             torch.set_num_threads(threads)
         self.processes.barrier()
-        return {
-            name: statistics.median(values[1:]) for name, values in found.items() if values
-        }  # first round warms up
+        # The first round warms up.
+        return {name: statistics.median(values[1:]) for name, values in found.items() if values}
 
 
 def timed_run(

@@ -1,11 +1,13 @@
 """The quickstart's report: a Markdown table, a picture per backbone, a chart of FID over guidance scale."""
 
+import statistics
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from models.checkpoints import atomic_write
+from models.files import atomic_write
+from models.tables import markdown_table
 from models.zoo import FASHION_CLASSES
 
 matplotlib.use("Agg")
@@ -18,8 +20,14 @@ ROWS = {
     "cca": "CCA, no guidance",
     "sft": "control: maximum likelihood, no guidance",
 }
-COLUMNS = (("fid", "FID ↓", ".3f"), ("is", "IS ↑", ".3f"), ("precision", "precision ↑", ".3f"), ("recall", "recall ↑", ".3f"),
-           ("accuracy", "class accuracy ↑", ".3f"), ("seconds_per_image", "ms per image ↓", ".2f"))  # fmt: skip
+COLUMNS = (
+    ("fid", "FID ↓", ".3f"),
+    ("is", "IS ↑", ".3f"),
+    ("precision", "precision ↑", ".3f"),
+    ("recall", "recall ↑", ".3f"),
+    ("accuracy", "class accuracy ↑", ".3f"),
+    ("seconds_per_image", "ms per image ↓", ".2f"),
+)
 
 
 def gap_closed(results: dict) -> float:
@@ -28,34 +36,41 @@ def gap_closed(results: dict) -> float:
     return (base - cca) / (base - guided)
 
 
-def table_row(label: str, metrics: dict) -> str:
-    cells = []
+def spread(values: list[float], form: str) -> str:
+    """Mean ± sample standard deviation; a single value as it is."""
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
+
+
+def table_row(label: str, runs: list[dict]) -> list[str]:
+    """Cells of one kind of sample, over one or several runs."""
+    cells = [label]
     for name, _, form in COLUMNS:
-        value = metrics.get(name)
-        cells.append(
-            "–" if value is None else format(1000 * value if name == "seconds_per_image" else value, form)
-        )
-    return f"| {label} | {' | '.join(cells)} |"
+        factor = 1000 if name == "seconds_per_image" else 1
+        known = runs[0].get(name) is not None
+        cells.append(spread([factor * run[name] for run in runs], form) if known else "–")
+    return cells
+
+
+def results_table(rows: list[list[str]]) -> list[str]:
+    return [markdown_table(["samples", *(title for _, title, _ in COLUMNS)], rows), ""]
 
 
 def model_table(model: str, results: dict) -> list[str]:
-    lines = [
-        f"## {model}",
-        "",
-        "| samples | " + " | ".join(title for _, title, _ in COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
-    ]
+    rows = []
     for kind, label in ROWS.items():
         if kind in results:
             scale = f" (scale {results[kind]['cfg_scale']})" if kind == "base_cfg" else ""
-            lines.append(table_row(label + scale, results[kind]))
+            rows.append(table_row(label + scale, [results[kind]]))
     for temperature, metrics in results.get("temperature", {}).items():
-        lines.append(table_row(f"control: base at temperature {temperature}", metrics))
-    ratio = results["cca"]["seconds_per_image"] / results["base_cfg"]["seconds_per_image"]
+        rows.append(table_row(f"control: base at temperature {temperature}", [metrics]))
+    lines = [f"## {model}", "", *results_table(rows)]
+    cca, guided = results["cca"], results["base_cfg"]
     lines += [
-        "",
-        f"CCA without guidance has {results['cca']['fid'] / results['base_cfg']['fid']:.2f} × the FID of the best guided base, "
-        f"closes {gap_closed(results):.0%} of the gap, and takes {ratio:.2f} × its time.",
+        f"CCA without guidance has {cca['fid'] / guided['fid']:.2f} × the FID of the best guided base, "
+        f"closes {gap_closed(results):.0%} of the gap, "
+        f"and takes {cca['seconds_per_image'] / guided['seconds_per_image']:.2f} × its time.",
         "",
         f"![samples]({model}.png)",
         "",
@@ -64,9 +79,14 @@ def model_table(model: str, results: dict) -> list[str]:
 
 
 def write_table(folder: Path, summary: dict) -> None:
-    lines = ["# Quickstart", ""]
-    lines += [f"{summary['samples']:,} samples per row against the 10,000 Fashion-MNIST test images; features of the bundled network; "
-              f"seed {summary['seed']}, {summary['threads']} CPU threads, {summary['wall_seconds']:.0f} s in all.", ""]  # fmt: skip
+    lines = [
+        "# Quickstart",
+        "",
+        f"{summary['samples']:,} samples per row against the 10,000 Fashion-MNIST test images; "
+        f"features of the bundled network; seed {summary['seed']}, {summary['threads']} CPU threads, "
+        f"{summary['wall_seconds']:.0f} s in all.",
+        "",
+    ]
     for model in MODELS:
         lines += model_table(model, summary[model])
     lines += ["![FID over guidance scale](fid.png)", ""]
@@ -136,5 +156,6 @@ def write_report(folder: Path, summary: dict) -> None:
         write_picture(folder, model, summary[model])
     write_chart(folder, summary)
     print(
-        f"\n{(folder / 'report.md').read_text()}\nreport: {folder}/report.md, {folder}/summary.json, pictures beside them"
+        f"\n{(folder / 'report.md').read_text()}\n"
+        f"report: {folder}/report.md, {folder}/summary.json, pictures beside them"
     )

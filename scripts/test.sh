@@ -1,4 +1,9 @@
 #!/usr/bin/env bash
-# Sets up the environment and runs the tests; options go to pytest (-m slow runs the long ones).
+# Sets up the environment, checks the code (ruff, mypy) and runs the tests; options go to pytest
+# (-m slow runs the long ones).
+requirements=requirements-dev.txt
 source "$(dirname "${BASH_SOURCE[0]}")/setup_environment.sh"
+.venv/bin/python -m ruff check --quiet .
+.venv/bin/python -m ruff format --check --quiet . || { echo "error: run ruff format" >&2; exit 1; }
+.venv/bin/python -m mypy --no-error-summary
 exec .venv/bin/python -m pytest "$@"

@@ -29,4 +29,19 @@ def run(*arguments, processes: int = 1, **variables: str) -> subprocess.Complete
         text=True,
     )
     assert result.returncode == 0, result.stderr
+    own = [
+        line
+        for line in result.stderr.splitlines()
+        if "Warning: " in line and str(ROOT) in line and ".venv" not in line
+    ]
+    assert not own, own
     return result
+
+
+def expect_error(command, *parts, **options):
+    result = subprocess.run(
+        command_line(command), cwd=ROOT, env=environment(), capture_output=True, text=True, **options
+    )
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert len(errors) == 1 and all(part in errors[0] for part in parts), result.stderr

@@ -10,7 +10,7 @@ COMMIT = "0123456789" * 4
 
 
 class Handler(BaseHTTPRequestHandler):
-    """/REPOSITORY/resolve/REVISION/FILE: a HEAD request tells size, commit and ETag, a GET request sends the file."""
+    """/REPOSITORY/resolve/REVISION/FILE: HEAD tells size, commit and ETag, GET sends the file."""
 
     protocol_version = "HTTP/1.1"
 
@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Hub(ThreadingHTTPServer):
-    """``files`` maps "OWNER/REPOSITORY/FILE" to what is served under it; ``cut`` breaks downloads off half-way."""
+    """``files`` maps "OWNER/REPOSITORY/FILE" to what it serves; ``cut`` breaks downloads off half-way."""
 
     daemon_threads = True
 

@@ -12,7 +12,7 @@ import eval_fid
 import sample
 import train_llamagen_cca
 import train_var_cca
-from cca.errors import run_command
+from models.errors import run_command
 from scripts import convert_weights, extract_codes, make_reference
 
 SAMPLE = ["--model", "var-mini", "--num-samples", "5", "--output", "out/s.npz"]
@@ -72,7 +72,7 @@ CASES = [
     (train_var_cca, [*VAR, "junk.npz"], "junk.npz: not a readable .npz"),
     (train_var_cca, [*VAR, "empty.npz"], "empty.npz: not a readable .npz"),
     (train_var_cca, [*VAR, "cut.npz"], "cut.npz: not a readable .npz"),
-    (train_var_cca, [*VAR, "wrong-name.npz"], "wrong-name.npz: holds no array arr_0"),
+    (train_var_cca, [*VAR, "wrong-name.npz"], "wrong-name.npz: holds images; expected arr_0"),
     (train_var_cca, [*VAR, "float.npz"], "expected uint8"),
     (train_var_cca, [*VAR, "large.npz"], "images of 64 x 64, the model takes 32 x 32"),
     (train_var_cca, [*VAR, "labels.npz"], "labels must lie in 0 … 9"),
@@ -161,9 +161,8 @@ def test_one_line(folder, capsys, module, arguments, message):
     with pytest.raises(SystemExit) as caught:
         run_command(lambda: module.main(arguments))
     assert caught.value.code == 2
-    lines = [
-        line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line.strip()
-    ]  # without progress bars
+    printed = capsys.readouterr().err.splitlines()
+    lines = [line for line in printed if "%|" not in line and line.strip()]  # without progress bars
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert sorted(folder.iterdir()) == before
 

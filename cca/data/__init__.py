@@ -1,0 +1,1 @@
+"""Image sets, and what the trainer reads."""

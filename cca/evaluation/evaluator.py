@@ -1,0 +1,231 @@
+"""The evaluation suite of guided-diffusion (Dhariwal & Nichol, 2021) on torch-fidelity's features.
+
+Same numbers from the same files: FID and sFID against the statistics of a reference, inception
+score over runs of 5,000 images in file order, improved precision and recall against its images.
+"""
+
+import hashlib
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cca.data.image_sets import ImageSet, to_uint8_tensor
+from cca.distributed import Processes
+from cca.evaluation.features import Extractor, Features
+from cca.evaluation.metrics import Gaussian, frechet_distance, inception_score, precision_recall
+from models import UserError
+from models.files import write_binary
+
+REFERENCE_IMAGES = 10_000
+CACHED_IMAGES = 50_000  # features of larger references are not kept
+
+
+class Stopwatch:
+    """Seconds by part of an evaluation, in ``parts``."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - began
+
+
+def extract(images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes) -> Features | None:
+    """Features of a whole set, dealt out over the processes; on the main one (None elsewhere)."""
+    if len(images) < max(5, processes.world):
+        raise UserError(
+            f"{images.path}: holds {len(images)} images; at least {max(5, processes.world)} are needed"
+        )
+    share = processes.share(len(images))
+    parts: list[Features] = []
+    with tqdm(
+        total=share.stop - share.start,
+        desc=f"features of {images.path.name}",
+        unit="image",
+        leave=False,
+        disable=not processes.main,
+    ) as bar:
+        for batch in images.batches(share, batch_size):
+            parts.append(extractor(to_uint8_tensor(batch)))
+            bar.update(len(batch))
+
+    def gather(column: list[Tensor | None]) -> Tensor | None:
+        known = [part for part in column if part is not None]
+        return processes.gather(torch.cat(known)) if known else None
+
+    pooled, spatial = gather([f.pooled for f in parts]), gather([f.spatial for f in parts])
+    probabilities = gather([f.probabilities for f in parts])
+    return None if pooled is None else Features(pooled, spatial, probabilities)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are held against: Gaussians of the whole set, and features of (some of) its images."""
+
+    pooled: Gaussian | None
+    spatial: Gaussian | None
+    features: np.ndarray | None
+    whole_set_statistics: bool
+    images: int
+
+
+def cache_path(images: ImageSet, extractor: Extractor) -> Path:
+    """Where a reference's features are kept: named by the content of the images and of the extractor."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cca-evaluator"
+    name = hashlib.sha256((images.content_hash() + extractor.weights_sha256 + extractor.name).encode())
+    return home / f"{name.hexdigest()}.npz"
+
+
+def read_cache(path: Path) -> dict[str, Any] | None:
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def reference_features(
+    images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes
+) -> dict[str, Any]:
+    """Pooled and spatial features of the reference's images, from the cache if they were taken before."""
+    path = cache_path(images, extractor)
+    arrays = read_cache(path)
+    # All extract, or none: nodes may not share the cache.
+    cached = processes.sum(torch.tensor([float(arrays is not None)], device=processes.device)).item()
+    if arrays is not None and cached == processes.world:
+        return arrays
+    found = extract(images, extractor, batch_size, processes)
+    if found is None:
+        return {}
+    arrays = {"pooled": found.pooled.numpy()}
+    if found.spatial is not None:
+        arrays["spatial"] = found.spatial.numpy()
+    if len(images) <= CACHED_IMAGES:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_binary(path, lambda file: np.savez(file, **arrays))
+    return arrays
+
+
+def load_reference(
+    images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes
+) -> Reference:
+    """Statistics of the file where it has them, else of its images."""
+    statistics = images.statistics()
+    arrays = reference_features(images, extractor, batch_size, processes) if len(images) else {}
+    width = arrays["pooled"].shape[1] if arrays else None
+    if "mu" in statistics and width and statistics["mu"].shape != (width,):
+        raise UserError(
+            f"{images.path}: mu has {statistics['mu'].shape[0]} dimensions, "
+            f"--features {extractor.name} gives {width}"
+        )
+
+    def gaussian(mu: str, sigma: str, features: str) -> Gaussian | None:
+        if mu in statistics and sigma in statistics:
+            return Gaussian(statistics[mu], statistics[sigma])
+        return Gaussian.of(arrays[features]) if features in arrays else None
+
+    return Reference(
+        gaussian("mu", "sigma", "pooled"),
+        gaussian("mu_s", "sigma_s", "spatial"),
+        arrays.get("pooled"),
+        "mu" in statistics,
+        len(images),
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Samples held against a reference: what a metric is a function of.
+
+    labels: the classes [N] that the samples were made for, None where they are not known.
+    """
+
+    samples: Features
+    reference: Reference
+    labels: np.ndarray | None
+    device: torch.device
+
+    @cached_property
+    def precision_and_recall(self) -> tuple[float, float] | tuple[None, None]:
+        if self.reference.features is None:
+            return None, None
+        return precision_recall(self.samples.pooled.numpy(), self.reference.features, device=self.device)
+
+
+def fid(compared: Comparison) -> float | None:
+    reference, pooled = compared.reference.pooled, compared.samples.pooled.numpy()
+    return None if reference is None else frechet_distance(Gaussian.of(pooled), reference)
+
+
+def sfid(compared: Comparison) -> float | None:
+    spatial, reference = compared.samples.spatial, compared.reference.spatial
+    if spatial is None or reference is None:
+        return None
+    return frechet_distance(Gaussian.of(spatial.numpy()), reference)
+
+
+def inception(compared: Comparison) -> float | None:
+    probabilities = compared.samples.probabilities
+    return None if probabilities is None else inception_score(probabilities.numpy())
+
+
+def accuracy(compared: Comparison) -> float | None:
+    """Share of samples that the extractor's classifier gives the class they were made for.
+
+    It needs a classifier of the samples' own classes, which Inception is not.
+    """
+    labels, probabilities = compared.labels, compared.samples.probabilities
+    if labels is None or probabilities is None or probabilities.shape[1] != 10:
+        return None
+    return float((probabilities.argmax(1).numpy() == labels).mean())
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a comparison; ``measure`` gives None where these files or features have none.
+
+    always: whether one asks for it by asking for nothing in particular, and is told when it is left out.
+    """
+
+    measure: Callable[[Comparison], float | None]
+    always: bool = True
+
+
+METRICS: dict[str, Metric] = {
+    "fid": Metric(fid),
+    "sfid": Metric(sfid, always=False),
+    "is": Metric(inception),
+    "precision": Metric(lambda compared: compared.precision_and_recall[0]),
+    "recall": Metric(lambda compared: compared.precision_and_recall[1]),
+    "accuracy": Metric(accuracy, always=False),
+}
+
+
+def evaluate(
+    compared: Comparison, asked: tuple[str, ...] | None, stopwatch: Stopwatch
+) -> tuple[dict[str, float], list[str]]:
+    """The metrics asked for (None: all that can be had), and a note for each that these files do not give."""
+    values: dict[str, float] = {}
+    notes: list[str] = []
+    for name in asked or METRICS:
+        with stopwatch.measure(name):
+            value = METRICS[name].measure(compared)
+        if value is not None:
+            values[name] = value
+        elif asked or METRICS[name].always:
+            notes.append(f"{name} is left out: these files or features do not give it")
+    return values, notes

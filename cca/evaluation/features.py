@@ -1,0 +1,175 @@
+"""Feature extractors for the evaluator, all of them torch-fidelity's or registered with it."""
+
+import functools
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor
+
+from models import UserError
+from models.checkpoints import read_state_dict, save_published
+from models.hub import ASSETS
+
+MINI_WEIGHTS = ASSETS / "features-mini.safetensors"
+INCEPTION = "inception-v3-compat"
+
+
+class FeatureNetwork(nn.Module):
+    """A small classifier of grey 32 x 32 images; its pooled activations are the features."""
+
+    widths = (32, 64, 96)
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        stages, width = [], 1
+        for out in self.widths:
+            for stride, wide in ((2, width), (1, out)):
+                stages += [
+                    nn.Conv2d(wide, out, 3, stride=stride, padding=1, bias=False),
+                    nn.BatchNorm2d(out),
+                    nn.ReLU(),
+                ]
+            width = out
+        self.body = nn.Sequential(*stages)
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, 32, 32] in [-1, 1] -> features [B, 96] >= 0, class logits [B, 10]."""
+        features = self.body(images.mean(1, keepdim=True)).mean((2, 3))
+        return features, self.classifier(features)
+
+
+class MiniFeatures(FeatureExtractorBase):
+    """Features "96" and "logits" of uint8 images [B, 3, H, W], shrunk to 32 x 32, for torch-fidelity."""
+
+    def __init__(
+        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **_
+    ):
+        super().__init__(name, features_list)
+        self.network = FeatureNetwork()
+        self.network.load_state_dict(load_file(feature_extractor_weights_path or MINI_WEIGHTS))
+        self.eval().requires_grad_(False)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return "96", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "96"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        pixels = images.float() / 127.5 - 1
+        if pixels.shape[-2:] != (32, 32):
+            pixels = F.interpolate(pixels, (32, 32), mode="area")
+        features, logits = self.network(pixels)
+        values = {"96": features, "logits": logits}
+        return tuple(values[name] for name in self.features_list)
+
+
+register_feature_extractor("mini", MiniFeatures)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of a batch or a set: pooled [N, D], spatial [N, S] or None, class probabilities [N, C] or None."""
+
+    pooled: Tensor
+    spatial: Tensor | None
+    probabilities: Tensor | None
+
+
+class Extractor:
+    """One forward pass for everything the metrics need.
+
+    ``spatial`` (for sFID; Nash et al., 2021, arXiv 2103.03841) exists for Inception alone: the
+    first 7 channels of the 1 x 1 branch of Mixed_6d, 17 x 17, flattened channels last to 2023
+    numbers as in guided-diffusion's evaluator.
+    """
+
+    def __init__(self, name: str, weights: str | None, device: torch.device):
+        self.name, self.device = name, device
+        kind = FEATURE_EXTRACTORS_REGISTRY[name]
+        self.layer = kind.get_default_feature_layer_for_metric("fid")
+        try:
+            self.logits_layer = kind.get_default_feature_layer_for_metric("isc")
+        except KeyError:
+            self.logits_layer = None
+        layers = list(dict.fromkeys(filter(None, (self.layer, self.logits_layer))))
+        self.module = create_feature_extractor(
+            name, layers, cuda=False, verbose=False, feature_extractor_weights_path=weights
+        ).to(device)
+        self.is_inception = name == INCEPTION
+        if self.is_inception:
+            self.module.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    def _keep_spatial(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.seen = output[:, :7].permute(0, 2, 3, 1).flatten(1)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Features:
+        """uint8 [B, 3, H, W] -> features on the CPU."""
+        found = self.module.convert_features_tuple_to_dict(self.module(images.to(self.device)))
+        probabilities = found[self.logits_layer].softmax(-1).cpu() if self.logits_layer else None
+        spatial = self.seen.float().cpu() if self.is_inception else None
+        return Features(found[self.layer].float().cpu(), spatial, probabilities)
+
+    @functools.cached_property
+    def weights_sha256(self) -> str:
+        """Hash of all parameters and buffers, so that any file with the same numbers has the same one."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.module.state_dict().items()):
+            digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def make_extractor(name: str, inception_weights: Path | None, device: torch.device) -> Extractor:
+    """Extractor by name: "inception", "mini", any that torch-fidelity has, or a path of Inception weights.
+
+    Raises UserError for an unknown name, and for weights that are missing or broken.
+    """
+    if name not in FEATURE_EXTRACTORS_REGISTRY and name != "inception":
+        if not Path(name).exists():
+            known = ", ".join(["inception", *sorted(FEATURE_EXTRACTORS_REGISTRY)])
+            raise UserError(f"--features: {name!r} is neither a file of Inception weights nor one of {known}")
+        name, inception_weights = "inception", Path(name)
+    name = INCEPTION if name == "inception" else name
+    if inception_weights and name != INCEPTION:
+        raise UserError(f"--inception-weights: goes with --features inception, not {name}")
+    if inception_weights and not inception_weights.exists():
+        raise UserError(f"--inception-weights: {inception_weights}: no such file")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = None
+        if (
+            inception_weights
+        ):  # torch-fidelity loads with weights_only=False, so it gets the tensors that were read, and no more
+            copy = f"{folder}/inception.pth"
+            save_published(read_state_dict(inception_weights), Path(copy))
+        try:
+            return Extractor(name, copy, device)
+        except Exception as error:  # whatever download and unpickling let through
+            reason = " ".join(str(error).split())[:100]
+            if inception_weights:
+                raise UserError(
+                    f"--inception-weights: {inception_weights} does not hold "
+                    f"torch-fidelity's Inception weights ({reason})"
+                ) from None
+            if name != INCEPTION:
+                raise UserError(f"--features: the weights of {name} cannot be had ({reason})") from None
+            raise UserError(
+                "--inception-weights: Inception weights are not in the cache and cannot be downloaded "
+                f"({reason}); fetch {URL_INCEPTION_V3} by hand and give its path"
+            ) from None

@@ -1,0 +1,111 @@
+"""FID, inception score, precision and recall of given features, in double precision.
+
+The formulas are those of guided-diffusion's evaluator (Dhariwal & Nichol, 2021, arXiv 2105.05233).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean [D] and covariance [D, D] of a set of features, float64."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+
+    @staticmethod
+    def of(features: np.ndarray) -> "Gaussian":
+        """Fit to features [N, D], N >= 2; the covariance divides by N - 1."""
+        running = RunningGaussian()
+        for start in range(0, len(features), 5000):
+            running.add(features[start : start + 5000])
+        return running.fit()
+
+
+class RunningGaussian:
+    """Fits a Gaussian to features that arrive in blocks, in float64 and bounded memory."""
+
+    def __init__(self):
+        self.count, self.origin, self.sum, self.products = 0, np.zeros(()), np.zeros(()), np.zeros(())
+
+    def add(self, block: np.ndarray) -> None:
+        """block: features [n, D]."""
+        block = block.astype(np.float64)
+        if self.count == 0:
+            self.origin = block.mean(0)  # sums of squares about a point near the mean lose no digits
+        shifted = block - self.origin
+        self.count += len(block)
+        self.sum = self.sum + shifted.sum(0)
+        self.products = self.products + shifted.T @ shifted
+
+    def fit(self) -> Gaussian:
+        offset = self.sum / self.count
+        sigma = (self.products - self.count * np.outer(offset, offset)) / (self.count - 1)
+        return Gaussian(self.origin + offset, sigma)
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """FID (Heusel et al., 2017, arXiv 1706.08500, eq. 6).
+
+    The trace of sqrt(A B) is the sum of square roots of the eigenvalues of A^1/2 B A^1/2, which
+    is symmetric and positive semi-definite, so singular covariances need no special care.
+    """
+    values, vectors = np.linalg.eigh(a.sigma)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    inner = root @ b.sigma @ root
+    cross = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(min=0)).sum()
+    return float(np.square(a.mu - b.mu).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross)
+
+
+def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:
+    """Mean over runs of ``split`` images, in file order, of exp(mean KL(p(y|x) || p(y))).
+
+    Salimans et al., 2016, arXiv 1606.03498. probabilities: [N, classes], rows sum to 1.
+    """
+    scores = []
+    for start in range(0, len(probabilities), split):
+        part = probabilities[start : start + split].astype(np.float64)
+        marginal = part.mean(0, keepdims=True)
+        ratio = np.log(np.where(part > 0, part, 1)) - np.log(np.where(marginal > 0, marginal, 1))
+        scores.append(np.exp((part * ratio).sum(1).mean()))
+    return float(np.mean(scores))
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """[n, D], [m, D] -> [n, m], float64, not below zero."""
+    products = torch.addmm(b.square().sum(1)[None], a, b.T, alpha=-2)
+    return products.add_(a.square().sum(1)[:, None]).clamp_(min=0)
+
+
+def ball_radii(features: Tensor, k: int = 3, block: int = 1000) -> Tensor:
+    """Squared distance of each feature [N, D] to its k-th nearest other one: [N]."""
+    nearest = [
+        squared_distances(part, features).topk(k + 1, largest=False).values[:, -1]
+        for part in features.split(block)
+    ]
+    return torch.cat(nearest)  # k + 1, since each is its own nearest
+
+
+def precision_recall(
+    samples: np.ndarray,
+    reference: np.ndarray,
+    k: int = 3,
+    block: int = 1000,
+    device: torch.device | str = "cpu",
+) -> tuple[float, float]:
+    """Share of samples inside some reference ball, and of references inside some sample ball.
+
+    Kynkäänniemi et al., 2019, arXiv 1904.06991, eqs. 1 and 2.
+    """
+    own, real = (torch.from_numpy(x).to(device).double() for x in (samples, reference))
+    own_radii, real_radii = ball_radii(own, k, block), ball_radii(real, k, block)
+    covered, inside = torch.zeros(len(real), dtype=torch.bool, device=device), []
+    for part, radii in zip(own.split(block), own_radii.split(block)):
+        distance = squared_distances(part, real)
+        inside.append((distance <= real_radii).any(1))
+        covered |= (distance <= radii[:, None]).any(0)
+    return torch.cat(inside).double().mean().item(), covered.double().mean().item()

@@ -1,0 +1,27 @@
+"""Pictures of samples."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from models.files import atomic_write
+
+
+def write_grid(images: np.ndarray, path: Path, columns: int, captions: list[str] | None = None) -> None:
+    """PNG of uint8 images [n, H, W, 3] in rows of ``columns``, with a caption under each if given."""
+    height, width = images.shape[1:3]
+    scale = max(1, 96 // width)  # small images are shown larger, pixel for pixel
+    cell, strip = (width * scale, height * scale), 14 if captions else 0
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (cell[0] + 2), rows * (cell[1] + strip + 2)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for i, image in enumerate(images):
+        left, top = i % columns * (cell[0] + 2), i // columns * (cell[1] + strip + 2)
+        sheet.paste(Image.fromarray(image).resize(cell, Image.Resampling.NEAREST), (left, top))
+        if captions:
+            name = captions[i]
+            while font.getlength(name) > cell[0] and len(name) > 1:
+                name = name[:-2] + "…"
+            draw.text((left + 1, top + cell[1]), name, "black", font)
+    atomic_write(path, lambda temporary: sheet.save(temporary, format="PNG"))

@@ -1,0 +1,1 @@
+"""From options and data to fine-tuned weights."""

@@ -1,0 +1,309 @@
+"""A training run, from the command line to the exported model: what the training commands share.
+
+``run_training`` loads and checks, ``train`` is the loop: data in, optimizer steps (``trainer.py``, whose
+loss is in ``losses.py``), metrics out, saving, stopping.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from cca.data.sources import TokenSource
+from cca.distributed import Processes
+from cca.sampling.grid import write_grid
+from cca.sampling.sampler import SampleRequest, sample_images
+from cca.training.losses import LOSSES, Batch, pair_labels
+from cca.training.run_folder import RunFolder, describe
+from cca.training.schedule import TrainingConfig, global_batches, unconditional_rows
+from cca.training.trainer import Trainer
+from models import (
+    DTYPES,
+    ARImageModel,
+    Recipe,
+    SamplingOptions,
+    UserError,
+    load_files,
+    locate,
+    model_names,
+    zoo_entry,
+)  # fmt: skip
+from models.options import Parser, add_model_options, count, number
+
+GRID_ROWS, GRID_COLUMNS = 4, 10
+PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
+UNREADABLE_SHARE = 0.001  # of all images; beyond it the run stops
+
+
+def run_training(
+    args: argparse.Namespace,
+    backbone: type[ARImageModel],
+    path: Path,
+    open_data: Callable[[Path, ARImageModel, int], TokenSource],
+) -> None:
+    """Load model and data, then train; ``open_data`` takes path, model and seed. Raises UserError."""
+    recipe = zoo_entry(args.model, backbone).recipe(args.loss)
+    if args.weights == "cca":
+        raise UserError("--weights: training starts from base or from a path")
+    files = locate(args.model, args.weights, args.tokenizer_weights, args.image_size)
+    model = load_files(files)
+    data = open_data(path, model, args.seed)
+    config = training_config(args, recipe, len(data), backbone.lr_scales_with_batch)
+    processes = Processes()
+    parallel = args.parallel or recipe.parallel
+    if config.batch_size < processes.world:
+        raise UserError(f"--batch-size: {config.batch_size} is less than the {processes.world} processes")
+    if parallel == "fsdp" and config.batch_size % processes.world:
+        raise UserError(
+            f"--batch-size: with --parallel fsdp it must be a multiple of the {processes.world} processes, "
+            f"{config.batch_size} is not"
+        )
+    if parallel == "fsdp" and config.dtype == "float16":
+        raise UserError("--dtype: --parallel fsdp takes bfloat16 or float32, not float16")
+    if parallel == "fsdp" and args.sample_every and processes.world > 1:
+        raise UserError(
+            "--sample-every: a sharded model cannot draw samples; "
+            "use --parallel ddp, or sample.py on a finished run"
+        )
+    provenance = {**files.describe(), "data": str(path), "images": len(data)}
+    folder = RunFolder(args.output, processes, describe(config, provenance))
+    published = config.batch_size // (PUBLISHED_GPUS * recipe.published_accumulation)
+    whole = recipe.published_accumulation == 1
+    micro_batch_size = args.micro_batch_size or (config.batch_size if whole else max(published, 1))
+    trainer = Trainer(model, config, micro_batch_size, processes, parallel, args.compile, args.checkpointing)
+    draw = grid_drawer(trainer, folder.path / "samples") if args.sample_every else lambda step: None
+    train(trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw)
+
+
+def train(
+    trainer: Trainer,
+    data: TokenSource,
+    folder: RunFolder,
+    save_every: int,
+    log_every: int,
+    workers: int = 0,
+    sample_every: int = 0,
+    draw_samples: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Run or resume training up to ``max_steps``, then leave model and state in ``folder``."""
+    config, processes = trainer.config, trainer.processes
+    done = folder.resume(trainer)
+    asked = False
+
+    def ask_to_stop(*_) -> None:
+        nonlocal asked
+        asked = True
+
+    previous = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    share, negatives_of = processes.share(config.batch_size), LOSSES[config.loss].negatives
+    items, unreadable = own_items(data, config, done, share, workers), Unreadable(data, processes)
+    bar = tqdm(
+        total=config.max_steps,
+        initial=done,
+        desc=f"{config.loss} {folder.path.name}",
+        disable=not processes.main,
+    )
+    try:
+        for epoch, indices in global_batches(len(data), config, done):
+            began = time.perf_counter()
+            uncond = unconditional_rows(indices, epoch, config)
+            labels, negatives = pair_labels(
+                data.labels(indices), uncond, trainer.model.null_class, negatives_of
+            )
+            views, flags = next(items)
+            batch = Batch(data.tokens(views), labels[share], negatives[share], uncond[share])
+            metrics = trainer.optimizer_step(done, batch)
+            metrics["images_per_second"] = config.batch_size / (time.perf_counter() - began)
+            done += 1
+            if processes.main:
+                folder.log(done, metrics)
+                show(bar, metrics, done % log_every == 0)
+            # A signal reaches the processes at different moments; they agree on the step to stop at.
+            agreed = processes.sum(
+                torch.tensor([float(asked), float(unreadable.report(flags))], device=processes.device)
+            )
+            stop = bool(agreed[0])
+            unreadable.add(int(agreed[1]))
+            if stop or done % save_every == 0 or done == config.max_steps:
+                folder.save(trainer, done)
+            if sample_every and done % sample_every == 0:
+                draw_samples(done)
+            if stop and done < config.max_steps:
+                if processes.main:
+                    bar.close()
+                    print(f"stopped and saved after step {done}; the same command goes on from there")
+                return
+        folder.export(trainer)
+    finally:
+        bar.close()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def show(bar: tqdm, metrics: dict[str, float], refresh: bool) -> None:
+    bar.update()
+    if refresh:
+        shown = (
+            "loss",
+            "accuracy",
+            "margin",
+            "images_per_second",
+            *(["skipped_steps"] if metrics["skipped_steps"] else []),
+        )
+        bar.set_postfix({k: f"{metrics[k]:.4g}" for k in shown if k in metrics})
+
+
+def own_items(
+    data: TokenSource, config: TrainingConfig, done: int, share: slice, workers: int
+) -> Iterator[list[Tensor]]:
+    """This process's part of every global batch from step ``done``: (items, unreadable indices)."""
+    batches = [
+        [(epoch, int(i)) for i in indices[share]]
+        for epoch, indices in global_batches(len(data), config, done)
+    ]
+    loader = DataLoader(
+        data,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="fork" if workers else None,
+    )
+    return iter(loader)
+
+
+class Unreadable:
+    """Images that could not be read, by path, over all processes."""
+
+    def __init__(self, data: TokenSource, processes: Processes):
+        self.data, self.processes = data, processes
+        self.own: set[int] = set()
+        self.total = 0
+
+    def report(self, flags: Tensor) -> int:
+        """Note one batch's unreadable indices (-1: readable); returns how many are new here."""
+        new = set(flags[flags >= 0].tolist()) - self.own
+        self.own |= new
+        for index in new:
+            tqdm.write(
+                f"unreadable, replaced by another image of its class: {self.data.name(index)}",
+                file=sys.stderr,
+            )
+        return len(new)
+
+    def add(self, count: int) -> None:
+        self.total += count
+        if self.total > UNREADABLE_SHARE * len(self.data):
+            raise UserError(
+                f"--data: {self.total} of {len(self.data)} images cannot be read, "
+                f"more than {UNREADABLE_SHARE:.1%}; their paths are above"
+            )
+
+
+def grid_drawer(trainer: Trainer, folder: Path):
+    """A function that samples a grid without guidance, always from the same random numbers."""
+    model, processes = trainer.model, trainer.processes
+    classes = tuple(torch.linspace(0, model.num_classes - 1, GRID_COLUMNS).long().tolist())
+    request = SampleRequest(
+        GRID_ROWS * GRID_COLUMNS, classes, "balanced", 0, None, trainer.config.dtype, SamplingOptions()
+    )
+
+    def draw(step: int) -> None:
+        if processes.main:
+            model.eval()
+            images = sample_images(
+                model, range(request.num_samples), request, GRID_ROWS * GRID_COLUMNS, processes.device
+            )
+            trainer.net.train()
+            folder.mkdir(exist_ok=True)
+            write_grid(images.numpy(), folder / f"step-{step:06d}.png", GRID_COLUMNS)
+        processes.barrier()
+
+    return draw
+
+
+# fmt: off
+def make_parser(description: str, backbone: type[ARImageModel], data_option: str, data_help: str) -> Parser:
+    """The parser of a backbone's training command; ``data_option`` is where its data comes from."""
+    parser = Parser(description)
+    add = parser.add_argument
+    recipe = "default: the model's recipe"
+    add_model_options(parser, model_names(backbone), "base|PATH")
+    add(data_option, required=True, type=Path, metavar="PATH", help=data_help)
+    add("--output", required=True, type=Path, metavar="DIR",
+        help="run folder; the same command again resumes it")
+    add("--loss", choices=LOSSES, default="cca",
+        help="training loss (default cca); sft is plain maximum likelihood")
+    add("--beta", type=number(0, above=True), help=f"inverse temperature of the reward ({recipe})")
+    add("--lambda", dest="lambda_", type=number(0), help=f"weight of the negatives ({recipe})")
+    add("--uncond-ratio", type=number(0, 1), help=f"share of images trained without their class ({recipe})")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=count(), help=f"passes over the data ({recipe})")
+    length.add_argument("--max-steps", type=count(), help="optimizer steps, instead of --epochs")
+    add("--batch-size", type=count(), help=f"global batch in images, over all processes ({recipe})")
+    add("--micro-batch-size", type=count(),
+        help="images of one forward pass in one process (default: as published on 8 GPUs; mini: all at once)")
+    add("--lr", type=number(0), help=f"peak learning rate ({recipe}; VAR: times batch size / 256)")
+    add("--warmup", type=number(0, 1), help=f"fraction of the run with rising rate ({recipe})")
+    add("--final-lr", type=number(0, 1), help=f"last rate over peak rate; 1 keeps it constant ({recipe})")
+    add("--weight-decay", type=number(0), help=f"AdamW weight decay ({recipe})")
+    add("--final-weight-decay", type=number(0),
+        help=f"weight decay at the end, reached along a cosine ({recipe}: constant but for var-d30)")
+    add("--grad-clip", type=number(0, above=True), help=f"largest gradient norm ({recipe})")
+    add("--ema", type=number(0, 1), default=0.0, metavar="DECAY",
+        help="also keep and write an average of the weights, e.g. 0.999 (default 0: none)")
+    add("--dtype", choices=DTYPES, help=f"precision of the forward pass; float16 scales the loss ({recipe})")
+    add("--parallel", choices=("ddp", "fsdp"),
+        help=f"replicate the model in each process, or shard it ({recipe})")
+    add("--compile", action="store_true", help="torch.compile the transformer blocks")
+    add("--checkpointing", action="store_true",
+        help="keep no activations of the blocks, compute them again in the backward pass")
+    add("--workers", type=count(0), default=0,
+        help="data loading processes of each training process (default 0: none; 8 suits image folders)")
+    add("--seed", type=count(0), default=0,
+        help="seed of data order, crops, null-class draws and dropout (default 0)")
+    add("--save-every", type=count(), default=100, help="steps between saved states (default 100)")
+    add("--log-every", type=count(), default=10,
+        help="steps between updates of the shown metrics (default 10)")
+    add("--sample-every", type=count(0), default=0,
+        help="steps between guidance-free sample grids in DIR/samples (default 0: none)")
+    return parser
+
+
+# fmt: on
+
+FROM_RECIPE = (
+    "beta", "lambda_", "uncond_ratio", "weight_decay", "final_weight_decay", "grad_clip", "warmup",
+    "final_lr", "dtype",
+)  # fmt: skip
+
+
+def training_config(
+    args: argparse.Namespace, recipe: Recipe, images: int, lr_scales_with_batch: bool
+) -> TrainingConfig:
+    """The recipe with what the user gave instead; raises UserError for a batch larger than the data."""
+
+    def pick(name: str):
+        given = getattr(args, name)
+        return getattr(recipe, name) if given is None else given
+
+    batch_size = pick("batch_size")
+    if batch_size > images:
+        raise UserError(f"--batch-size: {batch_size} is more than the {images} images of the data")
+    recipe_lr = recipe.lr * (batch_size / recipe.batch_size if lr_scales_with_batch else 1)
+    return TrainingConfig(
+        loss=args.loss,
+        batch_size=batch_size,
+        lr=recipe_lr if args.lr is None else args.lr,
+        schedule_accumulation=recipe.published_accumulation,
+        max_steps=args.max_steps or pick("epochs") * (images // batch_size),
+        ema=args.ema,
+        seed=args.seed,
+        **{name: pick(name) for name in FROM_RECIPE},
+    )

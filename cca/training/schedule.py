@@ -1,0 +1,86 @@
+"""What is trained when: the options of a run, its schedules, and the order of the data.
+
+Everything here is a function of the options and the step, so a resumed run, or one with other
+processes, plans the same.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cca.streams import DATA_ORDER, UNCONDITIONAL, stream
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Every option that decides what is trained; see ``--help`` of the commands."""
+
+    loss: str
+    beta: float
+    lambda_: float
+    uncond_ratio: float
+    batch_size: int
+    lr: float
+    weight_decay: float
+    final_weight_decay: float | None
+    grad_clip: float
+    warmup: float
+    final_lr: float
+    schedule_accumulation: int
+    max_steps: int
+    ema: float
+    seed: int
+    dtype: str
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Rate of optimizer step ``step`` (from 0): VAR's linear schedule, constant for final_lr 1.
+
+    lr/peak = wpe + (1 - wpe) * rest / 0.95, at most 1, with rest falling from 1 to 0 after the
+    warm-up from 0.005. The published schedule counts micro-batches; a step takes the rate of its
+    last one.
+    """
+    total = config.max_steps * config.schedule_accumulation
+    return config.lr * lr_factor(_tick(step, config), config.warmup * total, total, config.final_lr)
+
+
+def lr_factor(tick: int, warm: float, total: int, final: float) -> float:
+    """Fraction of the peak rate at one tick of the schedule."""
+    if tick < warm:
+        return 0.005 + 0.995 * tick / warm
+    rest = 1.0 - (tick - warm) / max(total - 1 - warm, 1)
+    return final + (1.0 - final) * min(1.0, rest / 0.95)
+
+
+def weight_decay(step: int, config: TrainingConfig) -> float:
+    """Weight decay of a step: constant, or a cosine from ``weight_decay`` to ``final_weight_decay``."""
+    first, last = config.weight_decay, config.final_weight_decay
+    if last is None:
+        return first
+    total = config.max_steps * config.schedule_accumulation
+    return last + (first - last) * (0.5 + 0.5 * math.cos(math.pi * _tick(step, config) / max(total - 1, 1)))
+
+
+def _tick(step: int, config: TrainingConfig) -> int:
+    """Place in the published schedule, which counts micro-batches, of an optimizer step's last one."""
+    return (step + 1) * config.schedule_accumulation - 1
+
+
+def global_batches(size: int, config: TrainingConfig, start: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, image indices [batch_size]) of every step from ``start``; the rest of an epoch is dropped."""
+    steps_per_epoch = size // config.batch_size
+    for step in range(start, config.max_steps):
+        epoch, position = divmod(step, steps_per_epoch)
+        if step == start or position == 0:
+            order = stream(config.seed, DATA_ORDER, epoch).permutation(size)
+        yield epoch, order[position * config.batch_size : (position + 1) * config.batch_size]
+
+
+def unconditional_rows(indices: np.ndarray, epoch: int, config: TrainingConfig) -> Tensor:
+    """Which images lose their class: drawn per (seed, epoch, image), bool [B]."""
+    draws = [stream(config.seed, UNCONDITIONAL, epoch, int(i)).random() for i in indices]
+    return torch.tensor(draws) < config.uncond_ratio

@@ -1,0 +1,237 @@
+"""The training step of both backbones: reward of policy over reference, one loss, one optimizer step.
+
+Everything random belongs to an image or a step (see ``cca.streams``), and negatives are rolled
+over the global batch, so neither the micro-batch size nor the number of processes changes what
+is trained.
+"""
+
+import copy
+import inspect
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from cca.distributed import Processes
+from cca.streams import DROPOUT, stream
+from cca.training.losses import LOSSES, Batch, diagnostics
+from cca.training.schedule import TrainingConfig, learning_rate, weight_decay
+from models import DTYPES, ARImageModel, ARTransformer, UserError, autocast
+
+# Our buffers are constants. PyTorch 2.14 gave the option its new name, and warns of the old one.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+BUFFERS_ALONE: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+MAX_SKIPPED = 10  # steps in a row without a finite gradient
+
+
+def make_optimizer(model: ARImageModel, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW (0.9, 0.95); no decay for vectors and the names the backbone exempts."""
+    trained = [(k, p) for k, p in model.transformer.named_parameters() if p.requires_grad]
+    decays = {k: p.ndim >= 2 and not any(part in k for part in model.no_decay) for k, p in trained}
+    groups = [
+        {"params": [p for k, p in trained if decays[k]], "weight_decay": config.weight_decay},
+        {"params": [p for k, p in trained if not decays[k]], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+
+
+def pair_logprobs(net: nn.Module, inputs: Tensor, batch: Batch, repeat_equal: bool) -> tuple[Tensor, Tensor]:
+    """log p(x|c) and log p(x|c-) of each row, positives and negatives as one forward pass: two [B].
+
+    Where c- equals c the two are one number, and such rows are run once, unless ``repeat_equal``:
+    with dropout they differ.
+    """
+    labels, tokens = batch.labels, batch.tokens
+    other = torch.ones_like(batch.same_label) if repeat_equal else ~batch.same_label
+    rows = other.nonzero().flatten()
+    logp = net(
+        torch.cat([labels, batch.negatives[rows]]),
+        torch.cat([inputs, inputs[rows]]),
+        torch.cat([tokens, tokens[rows]]),
+    )
+    positive, rest = logp.split([len(labels), len(rows)])
+    return positive, positive.index_copy(0, rows, rest)
+
+
+def shard(net: ARTransformer, processes: Processes) -> None:
+    """FSDP2: parameters, gradients and optimizer state of each block split over all processes."""
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    for block in net.transformer_blocks():
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP may have split, whole on the CPU (all processes take part)."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+class Trainer:
+    """Holds policy, reference and optimizer; ``optimizer_step`` is one on a global batch."""
+
+    def __init__(
+        self,
+        model: ARImageModel,
+        config: TrainingConfig,
+        micro_batch_size: int,
+        processes: Processes,
+        parallel: str = "ddp",
+        compile: bool = False,
+        checkpointing: bool = False,
+    ):
+        self.model, self.config, self.processes = model.to(processes.device), config, processes
+        self.micro_batch_size = micro_batch_size
+        self.net = model.transformer.train()
+        self.stochastic = model.stochastic
+        self.sharded = parallel == "fsdp" and processes.world > 1
+        self.objective = LOSSES[config.loss].objective
+        self.reference: ARTransformer | None = None
+        if self.objective is not None:
+            # The reference keeps training mode, as in the published runs: its dropout is on.
+            self.reference = copy.deepcopy(self.net).requires_grad_(False)
+            if not self.sharded:
+                self.reference.store_matrices(DTYPES[config.dtype])  # half the memory
+        self.net.checkpointing = checkpointing
+        for net in (self.net, self.reference):
+            if net is not None and compile:
+                for block in net.transformer_blocks():
+                    block.compile()
+            if net is not None and self.sharded:
+                shard(net, processes)
+        self.policy: nn.Module = self.net
+        if processes.world > 1 and not self.sharded:
+            self.policy = DistributedDataParallel(self.net, **BUFFERS_ALONE)
+        self.optimizer = make_optimizer(model, config)
+        self.autocast = autocast(processes.device, config.dtype)
+        self.scaler = torch.amp.GradScaler(
+            processes.device.type, init_scale=2.0**11, growth_interval=1000, enabled=config.dtype == "float16"
+        )
+        # float32 copies; empty without --ema.
+        self.ema = {k: p.detach().clone() for k, p in self.net.named_parameters()} if config.ema else {}
+        self.skipped = self.skipped_in_a_row = 0
+
+    def micro_loss(self, batch: Batch) -> tuple[Tensor, dict[str, tuple[float, int]]]:
+        """Mean loss [] of one micro-batch and its diagnostics."""
+        inputs, config = self.model.inputs(batch.tokens), self.config
+        if self.objective is None or self.reference is None:
+            with self.autocast:
+                return -self.policy(batch.labels, inputs, batch.tokens).mean(), {}
+        # FSDP's unsharded parameters must not become inference tensors.
+        with torch.no_grad() if self.sharded else torch.inference_mode(), self.autocast:
+            ref_positive, ref_negative = pair_logprobs(self.reference, inputs, batch, self.stochastic)
+        with self.autocast:
+            positive, negative = pair_logprobs(self.policy, inputs, batch, self.stochastic)
+        reward, negative_reward = positive - ref_positive, negative - ref_negative
+        loss = self.objective(reward, negative_reward, batch.same_label, config.beta, config.lambda_)
+        return loss, diagnostics(reward.detach(), negative_reward.detach(), batch.uncond)
+
+    def synchronise(self, last: bool):
+        """Context of one backward pass: gradients are reduced with the last micro-batch alone."""
+        if isinstance(self.net, FSDPModule):
+            self.net.set_requires_gradient_sync(last)
+        return (
+            self.policy.no_sync()
+            if isinstance(self.policy, DistributedDataParallel) and not last
+            else nullcontext()
+        )
+
+    def optimizer_step(self, step: int, batch: Batch) -> dict[str, float]:
+        """Step ``step``, from 0, on this process's part of the global batch.
+
+        Returns:
+            metrics of the whole global batch. A step without a finite gradient leaves the weights
+            as they are and is counted in ``skipped_steps``.
+
+        Raises:
+            UserError: MAX_SKIPPED such steps in a row.
+        """
+        config, device = self.config, self.processes.device
+        torch.manual_seed(int(stream(config.seed, DROPOUT, step, self.processes.rank).integers(2**62)))
+        lr, decay = learning_rate(step, config), weight_decay(step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.param_groups[0]["weight_decay"] = decay
+        total_loss, done = 0.0, 0
+        sums: dict[str, tuple[float, int]] = {}
+        for part in batch.micro_batches(self.micro_batch_size):
+            done += len(part)
+            share = len(part) / config.batch_size
+            with self.synchronise(last=done == len(batch)):
+                loss, found = self.micro_loss(part.to(device))
+                self.scaler.scale(loss * share * self.processes.world).backward()
+            total_loss += loss.item() * share
+            for name, (value, count) in found.items():
+                old = sums.get(name, (0.0, 0))
+                sums[name] = (old[0] + value, old[1] + count)
+        flat = torch.tensor([total_loss, *(v for pair in sums.values() for v in pair)], dtype=torch.float64)
+        mean_loss, *totals = self.processes.sum(flat.to(device)).tolist()
+        means = {n: totals[2 * i] / totals[2 * i + 1] for i, n in enumerate(sums) if totals[2 * i + 1]}
+        norm = self.update(mean_loss)
+        learned = {"grad_norm": norm, "lr": lr, "weight_decay": decay, "skipped_steps": self.skipped}
+        return {"loss": mean_loss, **means, **learned}
+
+    def update(self, loss: float) -> float:
+        """Clip and apply the gradients unless they are not finite; returns their norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        norm = float(_whole(nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip)))
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+            self.skipped_in_a_row = 0
+            with torch.no_grad():
+                for key, parameter in self.net.named_parameters() if self.ema else ():
+                    self.ema[key].lerp_(parameter, 1 - self.config.ema)
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.scaler.update()  # after an overflow, unscale_ has told it so
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            raise UserError(
+                f"--lr: {MAX_SKIPPED} steps in a row had no finite gradient (last loss {loss:g}); "
+                "the state saved last is intact. A lower --lr or --dtype float32 helps"
+            )
+        return norm
+
+    def state(self) -> dict:
+        """Everything that decides the following steps, sharded where the model is."""
+        net, optimizer = get_state_dict(self.net, self.optimizer)
+        counters = torch.tensor([self.skipped, self.skipped_in_a_row])
+        return {
+            "model": net,
+            "optimizer": optimizer,
+            "ema": self.ema,
+            "scaler": self.scaler.state_dict(),
+            "counters": counters,
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Take back what ``state`` gave; ``ema`` was read in place."""
+        set_state_dict(
+            self.net, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped, self.skipped_in_a_row = state["counters"].tolist()
+
+    def full_weights(self) -> dict[str, Any]:
+        """The whole state dict on the CPU (all processes take part; the main one gets it)."""
+        if not self.sharded:
+            return self.net.state_dict()
+        return get_model_state_dict(
+            self.net, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+
+    def full_ema(self) -> dict[str, Any]:
+        """The averaged weights in the published layout, constant buffers included."""
+        averaged = {k: _whole(v) for k, v in self.ema.items()}
+        return {**self.full_weights(), **averaged} if averaged else {}

@@ -1,0 +1,32 @@
+"""What depends on the device: precisions by name, and how much is worked on at a time."""
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Each by kind of device. float32 logits held at a time by the likelihood, and those that a draw
+# works on: enough to fill a GPU; what stays in a CPU's cache.
+LIKELIHOOD_LOGITS = {"cuda": 2**24, "cpu": 2**21}
+DRAWN_LOGITS = {"cuda": 2**24, "cpu": 2**18}
+# Pixels of one batch of the tokenizer's decoder: 32 images of 256 x 256, and 4 on a CPU, which more
+# do not make faster.
+DECODED_PIXELS = {"cuda": 2**21, "cpu": 2**18}
+# Images per forward pass of a feature extractor, unless the user says otherwise.
+EXTRACTED_IMAGES = 250
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Mixed precision by name on that device; float32 turns it off."""
+    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+
+
+def autocast_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:
+    """The precision in which a layer of precision ``own`` computes: autocast's, where it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else own
+
+
+def row_chunks(rows: Tensor, vocab: int, logits_at_once: dict[str, int]) -> list[slice]:
+    """Slices of the rows of a tensor with at most so many logits each; at least one row."""
+    count = max(1, logits_at_once[rows.device.type] // vocab)
+    return [slice(start, min(start + count, len(rows))) for start in range(0, len(rows), count)]

@@ -1,0 +1,232 @@
+"""Sampling: images belong to (seed, index), not to batches, processes or interruptions."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from commands import REFERENCE, ROOT, command_line, environment, run
+
+import sample
+from cca.sampling.sampler import GraphedGenerate, SampleRequest, class_of, compile_blocks, sample_images
+from models import SamplingOptions, load_model
+from models.errors import UserError
+
+MODELS = ("llamagen-mini", "var-mini")
+
+
+def request(samples=64, order="balanced", seed=0, size=None, **options):
+    return SampleRequest(samples, tuple(range(10)), order, seed, size, "float32", SamplingOptions(**options))
+
+
+def in_batches(model, batch_size, asked):
+    return sample_images(model, range(asked.num_samples), asked, batch_size, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 2.0, "top_k": 100, "top_p": 0.9, "temperature": 0.9}])
+@pytest.mark.parametrize("name", MODELS)
+def test_batch_size_does_not_matter(name, options):
+    model = load_model(name)
+    whole = in_batches(model, 64, request(**options))
+    for batch_size in (1, 17):
+        differs = (in_batches(model, batch_size, request(**options)) != whole).flatten(1).any(1)
+        assert differs.sum() <= 0.005 * len(whole)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_seed_and_class_matter(name):
+    model = load_model(name)
+    first, other = (in_batches(model, 10, request(10, seed=seed)) for seed in (0, 1))
+    assert (first != other).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_stored_matrices_give_what_autocast_gives(name, dtype):
+    model = load_model(name)
+    labels = torch.arange(8)
+    uniforms = torch.rand(
+        8, model.sequence_length, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+
+    def run():
+        with torch.autocast("cpu", dtype), torch.no_grad():
+            tokens = model.generate(labels, uniforms, SamplingOptions(1.5))
+            return tokens, model.logits(labels, tokens), model.sequence_logprob(labels, tokens)
+
+    before = run()
+    size = sum(p.nbytes for p in model.transformer.parameters())
+    model.transformer.store_matrices(dtype)
+    assert sum(p.nbytes for p in model.transformer.parameters()) < 0.75 * size
+    assert all(torch.equal(a, b) for a, b in zip(before, run()))
+
+
+def test_classes():
+    assert [class_of(i, request()) for i in (0, 9, 10, 25)] == [0, 9, 0, 5]
+    drawn = [class_of(i, request(order="random")) for i in range(2000)]
+    assert drawn[:50] == [class_of(i, request(order="random")) for i in range(50)]
+    counts = np.bincount(drawn, minlength=10)
+    assert ((counts - 200) ** 2 / 200).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
+
+
+def test_resizing_and_8_bit():
+    model = load_model("llamagen-mini")
+    images = in_batches(model, 4, request(4, size=20))
+    assert images.shape == (4, 20, 20, 3) and images.dtype == torch.uint8
+
+
+def test_8_bit_conversions():
+    x = torch.tensor([-1.0, 0.0, 0.5, 1.0])
+    assert load_model("var-mini").to_uint8(x).tolist() == [0, 127, 191, 255]
+    assert load_model("llamagen-mini").to_uint8(x).tolist() == [0, 128, 191, 255]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_processes_and_interruption_do_not_matter(name, tmp_path):
+    options = ["sample.py", "--model", name, "--num-samples", 600, "--seed", 3]
+    run(*options, "--output", tmp_path / "one.npz", "--grid", tmp_path / "grid.png")
+    run(*options, "--output", tmp_path / "two.npz", "--batch-size", 50, processes=3)
+    cut = tmp_path / "cut.npz"
+    process = subprocess.Popen(
+        command_line([*options, "--output", cut]), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
+    )
+    parts = tmp_path / "cut.npz.parts"
+    while process.poll() is None and len(list(parts.glob("*.npy"))) < 1:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(list(parts.glob("*.npy"))) >= 1 and not cut.exists()
+    run(*options, "--output", cut)
+    made = json.loads(cut.with_suffix(".json").read_text())["images_made_by_this_run"]
+    assert made in (600 - 256, 600 - 512)
+    with np.load(tmp_path / "one.npz") as one:
+        assert one["arr_0"].shape == (600, 32, 32, 3) and one["arr_0"].dtype == np.uint8
+        assert one["arr_1"].tolist() == [i % 10 for i in range(600)]
+        for other in ("two.npz", "cut.npz"):
+            with np.load(tmp_path / other) as file:
+                different = (file["arr_0"] != one["arr_0"]).any((1, 2, 3))
+                assert different.sum() <= 3  # 0.5 %: tokens flipped by rounding
+                assert np.array_equal(file["arr_1"], one["arr_1"])
+    assert not parts.exists() and (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_unfinished_run_with_other_options_is_refused(tmp_path):
+    parts = tmp_path / "s.npz.parts"
+    parts.mkdir()
+    arguments = ["--model", "var-mini", "--num-samples", "10", "--output", str(tmp_path / "s.npz")]
+    sample.main(arguments)
+    (parts / "options.json").parent.mkdir()
+    options = json.loads((tmp_path / "s.json").read_text())["options"]
+    (parts / "options.json").write_text(json.dumps({**options, "seed": 5}))
+    with pytest.raises(UserError, match="unfinished run with seed 5 instead of 0"):
+        sample.main(arguments)
+
+
+@torch.inference_mode()
+def logits_of_every_step(model, rows):
+    """Of random tokens, half of the rows dropped on the way, as where guidance ends."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.vocab_size, (rows, model.sequence_length), generator=generator)
+    state, done, logits = model.begin(torch.arange(rows) % model.num_classes), 0, []
+    for step, size in enumerate(model.step_sizes):
+        if step == 3:
+            rows //= 2
+            state.keep_rows(rows)
+        logits.append(model.next_logits(state, step, tokens[:rows, :done]))
+        done += size
+    return logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_compiling_does_not_matter(name, tmp_path):
+    compiled = load_model(name)
+    compile_blocks(compiled)
+    for rows in (8, 6):
+        for found, expected in zip(
+            logits_of_every_step(compiled, rows), logits_of_every_step(load_model(name), rows), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    run("sample.py", "--model", name, "--num-samples", 100, "--compile", "--output", tmp_path / "s.npz")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", MODELS)
+def test_cuda_graphs_do_not_matter(name):
+    model, device = load_model(name).cuda(), torch.device("cuda")
+    asked = request(90, cfg_scale=2.0)
+    eager = sample_images(model, range(90), asked, 40, device)
+    graphed = sample_images(model, range(90), asked, 40, device, GraphedGenerate(model, asked, 40, device))
+    assert torch.equal(eager, graphed)
+
+
+@pytest.mark.slow
+def test_fifty_thousand_in_bounded_memory(tmp_path):
+    command = command_line(
+        ["sample.py", "--model", "llamagen-mini", "--batch-size", 250, "--output", tmp_path / "s.npz"],
+        processes=2,
+    )
+    process = subprocess.Popen(command, cwd=ROOT, env=environment())
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_maxrss < 1.5e6  # KiB, of the largest of its processes
+    with np.load(tmp_path / "s.npz") as file:
+        assert file["arr_0"].shape == (50_000, 32, 32, 3) and (np.bincount(file["arr_1"]) == 5000).all()
+    run(
+        "eval_fid.py",
+        "--samples",
+        tmp_path / "s.npz",
+        "--reference",
+        REFERENCE,
+        "--features",
+        "mini",
+        "--metrics",
+        "fid",
+        "--output",
+        tmp_path / "r.json",
+    )
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["samples"]["count"] == 50_000 and not any(
+        "instead of 50,000" in note for note in report["notes"]
+    )
+
+
+def test_presets():
+    arguments = sample.make_parser().parse_args(
+        ["--model", "var-d16", "--preset", "published-cfg", "--top-k", "5", "--output", "s.npz"]
+    )
+    sample.apply_preset(arguments)
+    assert (
+        arguments.cfg_scale,
+        arguments.top_k,
+        arguments.top_p,
+        arguments.dtype,
+        arguments.class_order,
+    ) == (2.5, 5, 0.96, "float16", "balanced")
+    arguments = sample.make_parser().parse_args(
+        ["--model", "llamagen-3b", "--preset", "published", "--output", "s.npz"]
+    )
+    sample.apply_preset(arguments)
+    assert (arguments.cfg_scale, arguments.top_k, arguments.eval_size, arguments.class_order) == (
+        1.0,
+        0,
+        256,
+        "random",
+    )
+
+
+def test_graphs_need_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--cuda-graphs: there is no GPU here"):
+        sample.main(["--model", "var-mini", "--cuda-graphs", "--output", str(tmp_path / "s.npz")])
+
+
+def test_too_little_space(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
+    with pytest.raises(UserError, match="has 1.0 GB free, the run needs 1.2 GB"):
+        sample.main(["--model", "var-mini", "--num-samples", "200000", "--output", str(tmp_path / "s.npz")])

@@ -1,0 +1,318 @@
+"""Training as users run it: processes, micro-batches, interruption, resume."""
+
+import json
+import random
+import resource
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from commands import ROOT, TRAIN, command_line, environment, expect_error, run
+from made_data import make_codes, make_image_folder
+
+from models import load_model
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("codes")
+    run("-m", "scripts.extract_codes", "--model", "llamagen-mini", "--data", TRAIN, "--output", folder)
+    return folder
+
+
+@pytest.fixture(params=["var", "llamagen"])
+def command(request, codes):
+    data = ["--data", TRAIN] if request.param == "var" else ["--codes", codes]
+    return [
+        f"train_{request.param}_cca.py",
+        "--model",
+        f"{request.param}-mini",
+        *data,
+        "--batch-size",
+        16,
+        "--max-steps",
+        5,
+        "--save-every",
+        1,
+    ]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def model_file(folder):
+    return next(folder.glob("model.pt*"))
+
+
+def weights(folder):
+    content = torch.load(model_file(folder), weights_only=True)
+    return content.get("model", content)
+
+
+def same_losses(a, b):
+    for x, y in zip(metrics(a), metrics(b), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-5), x["step"]
+        for name in ("accuracy", "margin", "chosen_reward", "rejected_reward", "grad_norm"):
+            assert x[name] == pytest.approx(y[name], rel=1e-4, abs=1e-4), name
+
+
+def cut_differently(command, tmp_path, cuts):
+    run(*command, "--output", tmp_path / "one")
+    for name, processes, options in cuts:
+        run(*command, *options, "--output", tmp_path / name, processes=processes)
+        same_losses(tmp_path / "one", tmp_path / name)
+    assert [m["step"] for m in metrics(tmp_path / "one")] == [1, 2, 3, 4, 5]
+    first = metrics(tmp_path / "one")[0]
+    assert first["margin"] == pytest.approx(0, abs=1e-3)  # policy and reference start as one
+
+
+def test_processes_and_micro_batches_do_not_matter(command, tmp_path):
+    cut_differently(
+        command,
+        tmp_path,
+        [
+            ("two", 2, ["--micro-batch-size", 3]),
+            ("sharded", 2, ["--parallel", "fsdp", "--micro-batch-size", 4]),
+        ],
+    )
+    model = load_model(command[2], str(model_file(tmp_path / "one")))
+    assert torch.equal(next(model.transformer.parameters()), next(iter(weights(tmp_path / "one").values())))
+    assert list((tmp_path / "one" / "tensorboard").iterdir())
+    whole, sharded = weights(tmp_path / "one"), weights(tmp_path / "sharded")
+    assert list(whole) == list(sharded)
+    assert all(torch.allclose(whole[k], sharded[k], atol=1e-4) for k in whole)
+
+
+@pytest.mark.slow
+def test_four_processes(command, tmp_path):
+    cut_differently(
+        command, tmp_path, [("four", 4, []), ("sharded", 4, ["--parallel", "fsdp", "--checkpointing"])]
+    )
+
+
+def start(command, folder, processes=1):
+    return subprocess.Popen(
+        command_line([*command, "--output", folder], processes),
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def lines_of(folder):
+    path = folder / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def kill_at_random(command, folder, kills, generator):
+    """SIGKILL at random moments after the first step of each try."""
+    for _ in range(kills):
+        process, before = start(command, folder), lines_of(folder)
+        while process.poll() is None and lines_of(folder) <= before:
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def ends_as_if_uninterrupted(command, tmp_path, kills, steps):
+    command = [*command, "--max-steps", steps, "--save-every", 1]
+    run(*command, "--output", tmp_path / "whole")
+    kill_at_random(command, tmp_path / "cut", kills, random.Random(0))
+    run(*command, "--output", tmp_path / "cut")
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert [m["step"] for m in metrics(tmp_path / "cut")] == list(range(1, steps + 1))
+    assert (
+        not list((tmp_path / "cut").rglob("*.tmp")) and len(list((tmp_path / "cut" / "state").iterdir())) == 1
+    )
+
+
+def test_killed_run_ends_where_an_uninterrupted_one_does(command, tmp_path):
+    ends_as_if_uninterrupted(command, tmp_path, kills=2, steps=8)
+
+
+@pytest.mark.slow
+def test_ten_kills(command, tmp_path):
+    ends_as_if_uninterrupted(command, tmp_path, kills=10, steps=40)
+
+
+def test_sigterm_saves_and_exits(command, tmp_path):
+    process = start([*command, "--max-steps", 1000, "--save-every", 1000], tmp_path)
+    while process.poll() is None and lines_of(tmp_path) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+    (state,) = (tmp_path / "state").iterdir()
+    assert state.name == f"step-{lines_of(tmp_path)}"
+
+
+def test_full_disk_leaves_the_last_good_state(tmp_path):
+    common = [
+        "train_var_cca.py",
+        "--model",
+        "var-mini",
+        "--data",
+        TRAIN,
+        "--batch-size",
+        4,
+        "--max-steps",
+        3,
+        "--save-every",
+        2,
+        "--output",
+        tmp_path,
+    ]
+    expect_error(
+        [*common, "--dtype", "bfloat16"],
+        "cannot be written",
+        "no state was saved yet",
+        preexec_fn=limit_files,
+    )
+    assert not list((tmp_path / "state").iterdir())
+    run(*common, "--dtype", "bfloat16")
+
+
+def limit_files():
+    """No file may grow beyond 1 MB: what writing to a full disk looks like from inside."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+
+
+def test_ten_steps_without_a_finite_gradient_stop_the_run(tmp_path):
+    common = [
+        "train_llamagen_cca.py",
+        "--model",
+        "llamagen-mini",
+        "--codes",
+        make_codes(tmp_path),
+        "--batch-size",
+        4,
+        "--max-steps",
+        20,
+    ]
+    expect_error(
+        [*common, "--lr", "1e30", "--save-every", 1, "--output", tmp_path / "run"],
+        "10 steps in a row had no finite gradient",
+        "--lr",
+    )
+    # The step that failed last is neither logged nor saved; the nine before it are counted.
+    assert metrics(tmp_path / "run")[-1]["skipped_steps"] == 9
+
+
+def test_published_code_folders_equal_packed_ones(tmp_path):
+    common = ["train_llamagen_cca.py", "--model", "llamagen-mini", "--batch-size", 8, "--max-steps", 6]
+    for name, published in (("packed", False), ("published", True)):
+        (tmp_path / name).mkdir()
+        run(
+            *common,
+            "--codes",
+            make_codes(tmp_path / name, published=published),
+            "--output",
+            tmp_path / f"{name}-run",
+        )
+    same_losses(tmp_path / "packed-run", tmp_path / "published-run")
+
+
+def test_image_folder(tmp_path):
+    data = tmp_path / "data"
+    broken = make_image_folder(data, 1100)
+    common = [
+        "train_var_cca.py",
+        "--model",
+        "var-mini",
+        "--loss",
+        "sft",
+        "--data",
+        data,
+        "--batch-size",
+        550,
+        "--micro-batch-size",
+        64,
+        "--lr",
+        0,
+    ]
+    result = run(*common, "--workers", 2, "--output", tmp_path / "run")
+    assert result.stderr.count(str(broken)) == 1
+    broken.with_name("another.png").write_bytes(b"no image")
+    expect_error([*common, "--output", tmp_path / "other"], "2 of 1101 images cannot be read, more than 0.1%")
+
+
+def test_losses_and_options(codes, tmp_path):
+    common = [
+        "train_llamagen_cca.py",
+        "--model",
+        "llamagen-mini",
+        "--codes",
+        codes,
+        "--batch-size",
+        16,
+        "--max-steps",
+        2,
+    ]
+    options = {
+        "dpo": ["--ema", 0.9],
+        "unlearning": ["--sample-every", 2],
+        "sft": ["--checkpointing", "--final-weight-decay", 0.1],
+    }
+    for loss, more in options.items():
+        run(
+            *common,
+            "--loss",
+            loss,
+            "--uncond-ratio",
+            0,
+            "--dtype",
+            "bfloat16",
+            *more,
+            "--output",
+            tmp_path / loss,
+        )
+        found = metrics(tmp_path / loss)[-1]
+        assert all(value == value for value in found.values())
+        assert "null_reward" not in found
+    start, end, average = (
+        load_model("llamagen-mini", w).transformer.output.weight
+        for w in ("base", str(tmp_path / "dpo/model.pt"), str(tmp_path / "dpo/model_ema.pt"))
+    )
+    assert 0 < (average - start).norm() < (end - start).norm()
+    assert (tmp_path / "unlearning" / "samples" / "step-000002.png").read_bytes()[:4] == b"\x89PNG"
+    assert [m["weight_decay"] for m in metrics(tmp_path / "sft")] == pytest.approx([0.05, 0.1])
+
+
+def test_checkpointing_does_not_matter(command, tmp_path):
+    run(*command, "--output", tmp_path / "plain")
+    run(*command, "--checkpointing", "--output", tmp_path / "again")
+    same_losses(tmp_path / "plain", tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_compiling_does_not_matter(command, tmp_path):
+    run(*command, "--output", tmp_path / "plain")
+    run(*command, "--compile", "--output", tmp_path / "compiled")
+    same_losses(tmp_path / "plain", tmp_path / "compiled")
+
+
+def test_other_options_are_refused(tmp_path):
+    common = [
+        "train_var_cca.py",
+        "--model",
+        "var-mini",
+        "--data",
+        TRAIN,
+        "--batch-size",
+        4,
+        "--beta",
+        0.2,
+        "--max-steps",
+        1,
+        "--output",
+        tmp_path,
+    ]
+    run(*common)
+    before = weights(tmp_path)["pos_1LC"]
+    expect_error([*common, "--beta", 0.5], "beta 0.2 instead of 0.5")
+    assert torch.equal(before, weights(tmp_path)["pos_1LC"])

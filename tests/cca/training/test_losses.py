@@ -1,0 +1,45 @@
+"""Losses and their gradients against the figures of the published code, in float64."""
+
+import pytest
+import torch
+from golden_models import golden
+
+from cca.training.losses import LOSSES, diagnostics, pair_labels
+
+FIGURES = golden("losses")
+GOLDEN_LOSSES = ["cca", "dpo", "unlearning"]
+SETTINGS = [(0.02, 50.0), (0.02, 1000.0), (0.1, 0.5)]
+
+
+@pytest.mark.parametrize("beta, lam", SETTINGS)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("name", GOLDEN_LOSSES)
+def test_loss_and_gradient(name, masked, beta, lam):
+    mask = FIGURES["uncond_mask"] & masked
+    labels, negatives = pair_labels(FIGURES["labels"], mask, int(FIGURES["num_classes"]))
+    positive, negative = (FIGURES[k].clone().requires_grad_() for k in ("positive_logp", "negative_logp"))
+    rewards = positive - FIGURES["ref_positive_logp"], negative - FIGURES["ref_negative_logp"]
+    loss = LOSSES[name].objective(*rewards, labels == negatives, beta, lam)
+    loss.backward()
+    key = f"{name}_{'masked' if masked else 'nomask'}_beta{beta}_lambda{lam}"
+    for actual, part in ((loss, "loss"), (positive.grad, "grad_positive"), (negative.grad, "grad_negative")):
+        torch.testing.assert_close(actual, FIGURES[f"{key}_{part}"], rtol=0, atol=1e-9)
+
+
+def test_pair_labels():
+    null = int(FIGURES["num_classes"])
+    labels, negatives = pair_labels(FIGURES["labels"], FIGURES["uncond_mask"], null)
+    assert torch.equal(labels, FIGURES["labels_masked"])
+    assert torch.equal(negatives, FIGURES["negative_labels_masked"])
+    nobody = torch.zeros_like(FIGURES["uncond_mask"])
+    assert torch.equal(pair_labels(FIGURES["labels"], nobody, null)[1], FIGURES["negative_labels"])
+
+
+def test_diagnostics():
+    reward = FIGURES["positive_logp"] - FIGURES["ref_positive_logp"]
+    negative = FIGURES["negative_logp"] - FIGURES["ref_negative_logp"]
+    found = diagnostics(reward, negative, FIGURES["uncond_mask"])
+    for name in ("accuracy", "margin", "chosen_reward", "rejected_reward"):
+        total, count = found[name]
+        assert total / count == pytest.approx(float(FIGURES[f"metric_{name}"]), abs=1e-9)
+    assert found["null_reward"][1] == int(FIGURES["uncond_mask"].sum())

@@ -1,0 +1,109 @@
+"""The trainer's own step against six micro-steps of training with the published code."""
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from commands import TRAIN
+from golden_models import build, golden
+
+from cca.data.sources import ImageArray
+from cca.distributed import Processes
+from cca.training.command import train
+from cca.training.losses import Batch, pair_labels
+from cca.training.run_folder import RunFolder
+from cca.training.schedule import TrainingConfig, lr_factor
+from cca.training.trainer import Trainer
+from models import load_model
+
+
+def config_of(backbone: str, loss: str) -> TrainingConfig:
+    is_var = backbone == "var"
+    return TrainingConfig(
+        loss=loss, beta=0.1, lambda_=10.0, uncond_ratio=0.1, batch_size=8, lr=1e-3, weight_decay=0.05,
+        final_weight_decay=None, ema=0.0, grad_clip=2.0 if is_var else 1.0,
+        warmup=2 / 6 if is_var else 0.0, final_lr=0.1 if is_var else 1.0,
+        schedule_accumulation=2, max_steps=3, seed=0, dtype="float32",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", ["cca", "dpo", "unlearning"])
+@pytest.mark.parametrize("backbone, model_name", [("var", "var_tiny_a"), ("llamagen", "llamagen_tiny_vq16")])
+def test_training_trace(backbone, model_name, loss):
+    trace = golden(f"train_trace_{backbone}_{loss}")
+    trainer = Trainer(build(model_name), config_of(backbone, loss), micro_batch_size=4, processes=Processes())
+    micro_losses = []
+    micro_loss = trainer.micro_loss
+
+    def record(batch):
+        value = micro_loss(batch)
+        micro_losses.append(value[0].item())
+        return value
+
+    trainer.micro_loss = record
+    for step in range(3):
+        pairs = [
+            pair_labels(trace["labels"][i], trace["uncond_mask"][i], 7) for i in (2 * step, 2 * step + 1)
+        ]
+        labels, negatives = (torch.cat(part) for part in zip(*pairs))
+        both = slice(2 * step, 2 * step + 2)
+        tokens, uncond = trace["tokens"][both].flatten(0, 1), trace["uncond_mask"][both].flatten()
+        metrics = trainer.optimizer_step(step, Batch(tokens, labels, negatives, uncond))
+        assert metrics["grad_norm"] == pytest.approx(float(trace["grad_norms"][step]), rel=1e-3)
+        if backbone == "var":
+            assert metrics["lr"] == pytest.approx(float(trace["lrs"][2 * step + 1]), rel=1e-9)
+    # The published runs back-propagate half of each micro-batch's loss and record the whole.
+    torch.testing.assert_close(
+        torch.tensor(micro_losses, dtype=torch.float64), trace["losses"], rtol=0, atol=1e-4
+    )
+    weights = trainer.model.transformer.state_dict()
+    for key, expected in trace.items():
+        if key.startswith("final/"):
+            torch.testing.assert_close(
+                weights[key.removeprefix("final/")].flatten()[:64], expected, rtol=0, atol=1e-5
+            )
+
+
+def test_schedule_of_every_micro_step():
+    expected = golden("train_trace_var_cca")["lrs"]
+    found = [1e-3 * lr_factor(i, 2, 6, 0.1) for i in range(6)]
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-9, atol=0)
+
+
+class InterruptedProcesses(Processes):
+    """SIGTERM arrives just after the n-th sum over the processes."""
+
+    def __init__(self, interrupt_at: int):
+        super().__init__()
+        self.interrupt_at, self.sums = interrupt_at, 0
+
+    def sum(self, values):
+        self.sums += 1
+        total = super().sum(values)
+        if self.sums == self.interrupt_at:
+            signal.raise_signal(signal.SIGTERM)
+        return total
+
+
+def test_no_moment_of_a_step_loses_a_signal(tmp_path):
+    def run(interrupt_at: int) -> tuple[list[str], int]:
+        model = load_model("var-mini")
+        processes = InterruptedProcesses(interrupt_at)
+        config = replace(config_of("var", "cca"), batch_size=2)
+        folder = RunFolder(tmp_path / str(interrupt_at), processes, {})
+        train(
+            Trainer(model, config, 2, processes),
+            ImageArray(Path(TRAIN), model),
+            folder,
+            save_every=100,
+            log_every=100,
+        )
+        return [state.name for state in (folder.path / "state").iterdir()], processes.sums
+
+    states, sums = run(0)
+    assert states == ["step-3"] and sums >= 3
+    for interrupt_at in range(1, sums // 3 + 1):  # every sum of the first step
+        states, _ = run(interrupt_at)
+        assert states in (["step-1"], ["step-2"])

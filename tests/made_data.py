@@ -1,0 +1,38 @@
+"""Small data sets made for tests."""
+
+import json
+
+import numpy as np
+from commands import ROOT, TRAIN
+from PIL import Image
+
+
+def make_codes(folder, images=40, published=False):
+    """Random codes for llamagen-mini: packed, or in the published one-file-per-image layout."""
+    generator = np.random.default_rng(0)
+    codes, labels = generator.integers(0, 512, (images, 10, 64)), np.arange(images) % 10
+    path = folder / "codes"
+    if published:
+        for name, arrays in (("imagenet32_codes", codes[:, None]), ("imagenet32_labels", labels[:, None])):
+            (path / name).mkdir(parents=True)
+            for i, array in enumerate(arrays):
+                np.save(path / name / f"{i}.npy", array)
+        return path
+    path.mkdir()
+    np.save(path / "codes.npy", codes.astype(np.uint16))
+    np.save(path / "labels.npy", labels)
+    (path / "header.json").write_text(json.dumps({"vocab_size": 512}))
+    return path
+
+
+def make_image_folder(path, images):
+    """As ImageNet: train/CLASS/NAME.png, not of the model's size; the second image of class 3 is broken."""
+    with np.load(ROOT / TRAIN) as file:
+        pixels, labels = file["arr_0"][:images], file["arr_1"][:images]
+    for i, (image, label) in enumerate(zip(pixels, labels)):
+        target = path / "train" / f"class{label}" / f"{i:04d}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).resize((40, 48)).save(target)
+    broken = sorted((path / "train" / "class3").iterdir())[1]
+    broken.write_bytes(broken.read_bytes()[:100])
+    return broken

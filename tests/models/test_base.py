@@ -1,0 +1,98 @@
+"""Models against the figures of the published code, and what their interface promises."""
+
+import pytest
+import torch
+from golden_models import LLAMAGEN_CASES, VAR_CASES, build, golden
+
+from models.decoding import SamplingOptions
+
+ALL = LLAMAGEN_CASES + VAR_CASES
+
+
+@pytest.fixture(scope="module", params=ALL)
+def case(request):
+    with torch.no_grad():
+        yield build(request.param), golden(request.param)
+
+
+def close(actual, expected, tolerance=1e-4):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def test_encoder_and_tokens(case):
+    model, expected = case
+    close(model.tokenizer.latents(expected["image"]), expected["encoder_out"])
+    assert torch.equal(model.encode(expected["image"]), expected["tokens"])
+
+
+def test_reconstruction(case):
+    model, expected = case
+    # The VAR figure was clamped by the published code, LlamaGen's was not.
+    decode = model.decode if model.checkpoint_name == "model.pth" else model.tokenizer.decode
+    close(decode(expected["tokens"]), expected["reconstruction"])
+
+
+def test_logits_and_logprob(case):
+    model, expected = case
+    logits = model.logits(expected["labels"], expected["tokens"])
+    assert logits.dtype == torch.float32
+    close(logits, expected["logits"])
+    close(model.sequence_logprob(expected["labels"], expected["tokens"]), expected["sequence_logprob"], 1e-3)
+
+
+@pytest.mark.parametrize("name", VAR_CASES)
+def test_teacher_forcing_input(name):
+    expected = golden(name)
+    with torch.no_grad():
+        close(
+            build(name).tokenizer.teacher_forcing_input(expected["tokens"]), expected["teacher_forcing_input"]
+        )
+
+
+def greedy(model, scale, interval=None):
+    options = SamplingOptions(scale, model.default_cfg_schedule, interval, top_k=1)
+    return model.generate(torch.arange(4), torch.rand(4, model.sequence_length), options)
+
+
+@pytest.mark.parametrize("name", LLAMAGEN_CASES)
+def test_llamagen_greedy(name):
+    model, expected = build(name), golden(name)
+    for scale in (1.0, 2.0, 4.0):
+        tokens = greedy(model, scale)
+        assert torch.equal(tokens, expected[f"greedy_tokens_cfg{scale}"].long())
+        close(model.tokenizer.decode(tokens), expected[f"greedy_image_cfg{scale}"])
+
+
+@pytest.mark.parametrize("name", LLAMAGEN_CASES)
+def test_llamagen_guidance_interval(name):
+    # The published interval 5 counts decode steps 0 to 5 after the first token: 7 tokens in all.
+    expected = golden(name)["greedy_tokens_cfg4.0_interval5"].long()
+    assert torch.equal(greedy(build(name), 4.0, interval=7), expected)
+
+
+@pytest.mark.parametrize("name", VAR_CASES)
+def test_var_greedy(name):
+    model, expected = build(name), golden(name)
+    for strength in (0.0, 1.5, 4.0):  # VAR's own notation
+        tokens = greedy(model, 1.0 + strength)
+        assert torch.equal(tokens, expected[f"greedy_tokens_cfg{strength}"])
+        close((model.decode(tokens) + 1) / 2, expected[f"greedy_image_cfg{strength}"])
+
+
+def test_generation_agrees_with_teacher_forcing(case):
+    """Cached decoding gives the teacher-forced distribution: the greedy token is its argmax."""
+    model, _ = case
+    tokens = greedy(model, 1.0)
+    assert torch.equal(model.logits(torch.arange(4), tokens).argmax(-1), tokens)
+
+
+def test_no_unconditional_pass_without_guidance(case, monkeypatch):
+    model, _ = case
+    rows = []
+    begin = type(model).begin
+    monkeypatch.setattr(
+        type(model), "begin", lambda self, labels: rows.append(len(labels)) or begin(self, labels)
+    )
+    greedy(model, 1.0)
+    greedy(model, 2.0)
+    assert rows == [4, 8]

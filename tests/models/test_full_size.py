@@ -1,0 +1,87 @@
+"""Published sizes on the CPU with weights made from tensor names; minutes, so run by hand with -m slow.
+
+The files are made from the manifests of the published checkpoints, in the layouts that they have,
+and come by name from a local hub.
+"""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+from commands import run
+from golden_models import GOLDEN, named_tensor
+from hub_server import hub_variables, serving
+
+from models import load_model
+from models.checkpoints import is_constant
+from models.decoding import SamplingOptions
+from models.loading import build_model
+
+
+def official_file(path, manifest, constants, llamagen):
+    """A checkpoint with every key of a manifest, without a model of ours; ``constants`` holds the buffers."""
+    described = json.loads((GOLDEN / "manifests" / f"{manifest}.json").read_text())["state_dict"]
+    state = {
+        key: constants[key] if is_constant(key) else named_tensor(key, tuple(shape))
+        for key, (_, shape) in described.items()
+    }
+    torch.save(
+        {"model": state, "args": argparse.Namespace(lr=1e-4), "steps": 300_000} if llamagen else state, path
+    )
+    return path
+
+
+MODELS = [
+    (
+        "var-d16",
+        256,
+        ("var-d16-256", "var-tokenizer-256"),
+        ("FoundationVision/var/var_d16.pth", "FoundationVision/var/vae_ch160v4096z32.pth"),
+    ),
+    (
+        "llamagen-b",
+        256,
+        ("llamagen-b", "llamagen-vq-16"),
+        ("FoundationVision/LlamaGen/c2i_B_256.pt", "FoundationVision/LlamaGen/vq_ds16_c2i.pt"),
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, size, manifests, published", MODELS)
+def test_official_files_sample_greedily(tmp_path, name, size, manifests, published):
+    empty = build_model(name, size)
+    paths = []
+    for module, manifest in zip((empty.transformer, empty.tokenizer), manifests):
+        paths.append(
+            official_file(tmp_path / manifest, manifest, module.state_dict(), name.startswith("llamagen"))
+        )
+    command = [
+        "sample.py",
+        "--model",
+        name,
+        "--image-size",
+        size,
+        "--num-samples",
+        2,
+        "--classes",
+        "207,360",
+        "--top-k",
+        1,
+    ]
+    with serving(dict(zip(published, paths))) as hub:
+        run(*command, "--output", tmp_path / "s.npz", **hub_variables(tmp_path / "home", hub.endpoint))
+    model = load_model(name, str(paths[0]), str(paths[1]), size)
+    labels = torch.tensor([207, 360])
+    with torch.inference_mode():
+        tokens = model.generate(labels, torch.zeros(2, model.sequence_length), SamplingOptions(top_k=1))
+        logits = model.logits(labels, tokens)
+        best, chosen = logits.amax(-1), logits.gather(-1, tokens[..., None])[..., 0]
+        images = model.to_uint8(model.decode(tokens)).permute(0, 2, 3, 1)
+    assert (best - chosen).max() < 1e-3  # the cached decoding agrees with the teacher-forced model
+    with np.load(tmp_path / "s.npz") as file:
+        assert file["arr_0"].shape == (2, size, size, 3) and file["arr_1"].tolist() == [207, 360]
+        difference = np.abs(file["arr_0"].astype(int) - images.numpy())
+    assert difference.max() <= 1  # one grey level: the batch of two is decoded here without filling up

@@ -1,0 +1,121 @@
+"""Published weights through huggingface_hub, against a local server that speaks its protocol."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import ROOT, command_line, environment
+from hub_server import hub_variables, serving
+
+FILES = (ROOT / "tests" / "golden" / "published_files.txt").read_text().split()
+EVERYTHING = """
+from models.__main__ import main
+from models.loading import locate
+from models.zoo import ZOO
+for name, entry in ZOO.items():
+    for weights, sizes in (("base", entry.base), ("cca", entry.cca)):
+        for size, file in sizes.items():
+            if file and file.repository:
+                print(locate(name, weights, image_size=size).weights.read_text())
+print(locate("llamagen-b", None, "vq_ds8_c2i").tokenizer_weights.read_text())
+main([])
+"""
+
+
+def url(file: str) -> str:
+    """Where the hub has "OWNER/REPOSITORY/FILE"."""
+    owner, repository, name = file.split("/", 2)
+    return f"{owner}/{repository}/resolve/main/{name}"
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub with all published files, each of which holds its own name."""
+    served = {}
+    for number, file in enumerate(FILES):
+        served[file] = tmp_path / f"served-{number}"
+        served[file].write_text(file)
+    with serving(served) as server:
+        yield server
+
+
+def python(arguments, tmp_path, endpoint, offline=False):
+    variables = hub_variables(tmp_path / "home", endpoint, offline)
+    return subprocess.run(
+        command_line(arguments), cwd=ROOT, env=environment(**variables), capture_output=True, text=True
+    )
+
+
+def sample(tmp_path, endpoint, *options, offline=False):
+    return python(
+        ["sample.py", *options, "--output", tmp_path / "out" / "samples.npz"], tmp_path, endpoint, offline
+    )
+
+
+def one_line(result, tmp_path, *parts, alone=True):
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ") or alone]
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert len(lines) == 1 and all(part in lines[0] for part in parts), result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_published_file_by_name_then_from_the_cache(hub, tmp_path):
+    """All are asked for under their names, once each; the two usual tokenizers come along unprinted."""
+    first = python(["-c", EVERYTHING], tmp_path, hub.endpoint)
+    assert first.returncode == 0, first.stderr
+    assert sorted(r for r in hub.requests if "/resolve/" in r and r.startswith("GET")) == sorted(
+        f"GET /{url(f)}" for f in FILES
+    )
+    found, _, table = first.stdout.partition("model ")
+    assert set(FILES) - set(found.split()) == {
+        "FoundationVision/var/vae_ch160v4096z32.pth",
+        "FoundationVision/LlamaGen/vq_ds16_c2i.pt",
+    }
+    table = table.partition("FID-50k")[0]
+    assert "cached" in table and "on the hub" not in table
+    offline = python(["-c", EVERYTHING], tmp_path, "http://127.0.0.1:9", offline=True)
+    assert offline.stdout == first.stdout
+
+
+def test_missing_file(hub, tmp_path):
+    hub.files.clear()
+    result = sample(tmp_path, hub.endpoint, "--model", "var-d16", "--weights", "cca")
+    one_line(
+        result,
+        tmp_path,
+        "--weights: ChenDRAG/CCA_VAR/CCA_VAR_Guidance_Free/VAR_d16_CCA.pth: the hub has no such file",
+        "--weights PATH",
+    )
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_no_network(tmp_path, offline):
+    result = sample(tmp_path, "http://127.0.0.1:9", "--model", "llamagen-3b", offline=offline)
+    message = (
+        "FoundationVision/LlamaGen/c2i_3B_384.pt: it is not in the cache and the hub is out of reach; "
+        "fetch that file by hand"
+    )
+    one_line(result, tmp_path, "--weights: ", message)
+
+
+def test_truncated_download(hub, tmp_path):
+    hub.cut = True
+    result = sample(tmp_path, hub.endpoint, "--model", "var-mini", "--tokenizer-weights", "vae_ch160v4096z32")
+    # huggingface_hub tells of its tries to resume before it gives up.
+    one_line(
+        result,
+        tmp_path,
+        "--tokenizer-weights: FoundationVision/var/vae_ch160v4096z32.pth: the download failed",
+        "--tokenizer-weights PATH",
+        alone=False,
+    )
+    assert not [p for p in (tmp_path / "home").rglob("vae_ch160v4096z32.pth") if p.exists()]
+
+
+def test_damaged_file_in_the_cache(hub, tmp_path):
+    """The message names the one file to delete; deleted, it is downloaded again."""
+    broken = sample(tmp_path, hub.endpoint, "--model", "var-d20")
+    one_line(broken, tmp_path, "var_d20.pth: not a weights file", "to have it downloaded again", alone=False)
+    Path(broken.stderr.rpartition("; delete ")[2].partition(" to have")[0]).unlink()
+    sample(tmp_path, hub.endpoint, "--model", "var-d20")
+    assert hub.requests.count(f"GET /{url('FoundationVision/var/var_d20.pth')}") == 2

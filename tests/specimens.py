@@ -1,0 +1,53 @@
+"""The two tiny models whose run folders, sample parts and codes lie frozen in ``fixtures/version-1``.
+
+They were written by the last version before ``models/`` and ``cca/`` had layers: the runs and the
+extraction killed after the third step and the first chunk, sampling after the first part;
+``expected-*`` is what that version made of them uninterrupted (one thread, x86-64, torch 2.14.1).
+"""
+
+from pathlib import Path
+
+from models import llamagen, var
+from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
+from models.llamagen import LlamaGen
+from models.var import VAR
+from models.zoo import TOKENIZERS, ZOO, Recipe, TokenizerEntry, ZooEntry
+
+VERSION_1 = Path(__file__).parent / "fixtures" / "version-1"
+RECIPE = Recipe(
+    beta=0.1, lambda_=10, lr=1e-3, batch_size=8, grad_clip=1.0, dtype="float32", warmup=0.1, final_lr=0.1
+)
+
+
+def register(monkeypatch) -> None:
+    """Put the specimens' models into the zoo for the length of a test."""
+    rows = {
+        VAR: (
+            var.TransformerConfig(dim=32, depth=2, heads=2, vocab_size=16, num_classes=4, drop_path_rate=0.1),
+            var.TokenizerConfig(
+                AutoencoderConfig(32, (1, 1), 4, VAR_KEYS, blocks=1), (1, 2, 4), vocab_size=16
+            ),
+        ),
+        LlamaGen: (
+            llamagen.TransformerConfig(dim=32, layers=2, heads=2, grid=4, vocab_size=16, num_classes=4),
+            llamagen.TokenizerConfig(
+                AutoencoderConfig(32, (1, 1), 32, LLAMAGEN_KEYS, blocks=1), vocab_size=16
+            ),
+        ),
+    }
+    for backbone, (transformer, tokenizer) in rows.items():
+        name = f"specimen-{backbone.family}"
+        monkeypatch.setitem(TOKENIZERS, f"{name}-tokenizer", TokenizerEntry(backbone, tokenizer, None))
+        entry = ZooEntry(
+            backbone, transformer, f"{name}-tokenizer", {8: None}, {"cca": RECIPE}, default_image_size=8
+        )
+        monkeypatch.setitem(ZOO, name, entry)
+
+
+def weights(family: str) -> list[str]:
+    name = f"specimen-{family}"
+    return [
+        "--model", name,
+        "--weights", f"{name}.safetensors",
+        "--tokenizer-weights", f"{name}-tokenizer.safetensors",
+    ]  # fmt: skip

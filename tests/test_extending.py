@@ -1,0 +1,229 @@
+"""What CONTRIBUTING.md says of extending, done: a backbone, a loss, a metric, a data format.
+
+The third backbone is one class and its rows in the zoo; it is trained, sampled and evaluated. Nothing
+else in the code knows of any of these.
+"""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import eval_fid
+import sample
+from cca.data.sources import TokenSource, open_labelled_images
+from cca.evaluation.evaluator import METRICS, Metric
+from cca.training.command import make_parser, run_training
+from cca.training.losses import LOSSES, Loss
+from models import ZOO, load_model
+from models.base import ARImageModel, ARTransformer, ImageTokenizer
+from models.checkpoints import save_published
+from models.decoding import DecodingState, SamplingOptions
+from models.image_transforms import RandomCrop
+from models.zoo import TOKENIZERS, Recipe, TokenizerEntry, ZooEntry
+
+SIDE, GREYS, CLASSES = 4, 8, 3
+
+
+@dataclass
+class ToyState(DecodingState):
+    labels: torch.Tensor
+
+    def keep_rows(self, rows):
+        self.labels = self.labels[:rows]
+
+
+class Table(ARTransformer):
+    """A vector per class and position; the output layer makes logits of it. Earlier tokens play no part."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.vectors = nn.Embedding(CLASSES + 1, SIDE * SIDE * width)
+        self.head = nn.Linear(width, GREYS)
+
+    def transformer_blocks(self):
+        return nn.ModuleList()
+
+    def hidden(self, labels, inputs):
+        return self.vectors(labels).unflatten(1, (SIDE * SIDE, -1))
+
+    def output_layer(self):
+        return self.head
+
+    def init_weights(self):
+        nn.init.normal_(self.vectors.weight)
+
+
+class Pixels(ImageTokenizer):
+    """A token is a pixel's grey level."""
+
+    def encode(self, images):
+        return ((images.mean(1).flatten(1) + 1) / 2 * (GREYS - 1)).round().long()
+
+    def decode(self, tokens):
+        images = tokens.float().view(-1, 1, SIDE, SIDE) / (GREYS - 1) * 2 - 1
+        return images.expand(-1, 3, -1, -1)
+
+
+class Toy(ARImageModel[ToyState]):
+    family = "toy"
+    default_cfg_schedule = "constant"
+    checkpoint_name, checkpoint_key = "model.pt", "state_dict"
+    decodes_in_half_precision = False
+    trains_on_codes = False
+    lr_scales_with_batch = False
+
+    def __init__(self, width):
+        super().__init__()
+        self.transformer, self.tokenizer = Table(width), Pixels()
+        self.num_classes, self.vocab_size, self.image_size = CLASSES, GREYS, SIDE
+        self.step_sizes = (6, 10)
+
+    @classmethod
+    def build(cls, transformer, tokenizer, image_size):
+        return cls(transformer)
+
+    def training_transform(self):
+        return RandomCrop(SIDE)
+
+    def inputs(self, tokens):
+        return tokens
+
+    def begin(self, labels):
+        return ToyState(labels)
+
+    def next_logits(self, state, decoding_step, tokens):
+        start = tokens.shape[1]
+        hidden = self.transformer.hidden(state.labels, tokens)[
+            :, start : start + self.step_sizes[decoding_step]
+        ]
+        return self.transformer.to_logits(hidden)
+
+    def to_uint8(self, images):
+        return ((images + 1) * 127.5).round().to(torch.uint8)
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """The model in the zoo, its random weights on disk, and images whose grey tells their class."""
+    recipe = Recipe(beta=0.5, lambda_=1.0, lr=0.3, batch_size=16, grad_clip=10.0, dtype="float32", epochs=20)
+    monkeypatch.setitem(TOKENIZERS, "pixels", TokenizerEntry(Toy, None, None))
+    monkeypatch.setitem(
+        ZOO, "toy", ZooEntry(Toy, 16, "pixels", {SIDE: None}, {"cca": recipe}, default_image_size=SIDE)
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    generator, labels = np.random.default_rng(0), np.arange(96) % CLASSES
+    images = generator.integers(0, 40, (96, SIDE, SIDE), np.uint8) + (80 * labels[:, None, None]).astype(
+        np.uint8
+    )
+    np.savez(tmp_path / "images.npz", arr_0=images, arr_1=labels)
+    torch.manual_seed(0)
+    save_published(Toy(16).transformer.state_dict(), tmp_path / "base.pt", Toy.checkpoint_key)
+    return tmp_path
+
+
+def train(folder, run, *options, open_data=open_labelled_images, data="images.npz"):
+    """Run the training command of the toy; returns its metrics."""
+    fixed = ["--model", "toy", "--weights", str(folder / "base.pt"), "--data", data, "--output", str(run)]
+    arguments = make_parser("toy", Toy, "--data", "images").parse_args([*fixed, *options])
+    run_training(arguments, Toy, folder / data, open_data)
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_backbone_trains_samples_and_is_evaluated(toy):
+    images, run = toy / "images.npz", toy / "run"
+    metrics = train(toy, run)
+    assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"] and metrics[-1]["margin"] > 1
+    assert torch.load(run / "model.pt", weights_only=True).keys() == {"state_dict"}
+    fid = {}
+    for name, weights in (("base", toy / "base.pt"), ("cca", run / "model.pt")):
+        output, result = toy / f"{name}.npz", toy / f"{name}-result.json"
+        sample.main(
+            ["--model", "toy", "--weights", str(weights), "--num-samples", "96", "--classes", "0,1,2"]
+            + ["--cfg-scale", "1.5", "--cfg-interval", "1", "--output", str(output)]
+        )
+        eval_fid.main(
+            [
+                "--samples",
+                str(output),
+                "--reference",
+                str(images),
+                "--features",
+                "mini",
+                "--output",
+                str(result),
+            ]
+        )
+        fid[name] = json.loads(result.read_text())["metrics"]["fid"]
+    assert fid["cca"] < fid["base"]
+
+
+def test_generation_follows_teacher_forcing(toy):
+    model, labels = load_model("toy", str(toy / "base.pt")), torch.arange(CLASSES)
+    tokens = model.generate(labels, torch.rand(CLASSES, SIDE * SIDE), SamplingOptions(top_k=1))
+    assert torch.equal(tokens, model.logits(labels, tokens).argmax(-1))
+    assert torch.equal(model.encode(model.decode(tokens)), tokens)
+
+
+def test_loss_with_its_own_negatives(toy, monkeypatch):
+    """A hinge on the margin, against the class that follows the true one."""
+    seen = []
+
+    def hinge_loss(reward, negative_reward, same_label, beta, lambda_):
+        seen.append(same_label)
+        return (1 - beta * (reward - negative_reward)).clamp(min=0)[~same_label].mean()
+
+    hinge = Loss(hinge_loss, negatives=lambda labels: (labels + 1) % CLASSES)
+    monkeypatch.setitem(LOSSES, "hinge", hinge)
+    metrics = train(toy, toy / "run", "--loss", "hinge", "--uncond-ratio", "0", "--max-steps", "30")
+    assert not any(same.any() for same in seen)  # no pair shares its class, unlike rolled labels
+    assert metrics[-1]["accuracy"] == 1 and metrics[-1]["margin"] > metrics[0]["margin"] + 1
+
+
+def test_metric(toy, monkeypatch):
+    def brightness(compared):
+        return float(compared.samples.pooled.mean()) if compared.labels is not None else None
+
+    monkeypatch.setitem(METRICS, "brightness", Metric(brightness))
+    samples, result = str(toy / "images.npz"), toy / "result.json"
+    options = ["--reference", samples, "--features", "mini", "--output", str(result)]
+    eval_fid.main(["--samples", samples, *options, "--metrics", "brightness,fid"])
+    assert set(json.loads(result.read_text())["metrics"]) == {"brightness", "fid"}
+    with np.load(samples) as file:
+        np.savez(toy / "unlabelled.npz", arr_0=file["arr_0"])
+    eval_fid.main(["--samples", str(toy / "unlabelled.npz"), *options])
+    report = json.loads(result.read_text())
+    assert "brightness" not in report["metrics"]
+    assert any(note.startswith("brightness is left out") for note in report["notes"])
+
+
+class TextFile(TokenSource):
+    """One image a line: its class, then its grey levels."""
+
+    def __init__(self, path, model, seed):
+        rows = torch.from_numpy(np.loadtxt(path, dtype=np.int64))
+        self.all_labels, self.all_tokens = rows[:, 0], rows[:, 1:]
+
+    def __len__(self):
+        return len(self.all_labels)
+
+    def __getitem__(self, key):
+        return self.all_tokens[key[1]], -1
+
+    def labels(self, indices):
+        return self.all_labels[torch.from_numpy(indices)]
+
+    def tokens(self, batch):
+        return batch
+
+
+def test_data_format(toy):
+    with np.load(toy / "images.npz") as file:
+        levels = (file["arr_0"].reshape(96, -1) / 255 * (GREYS - 1)).round().astype(int)
+        np.savetxt(toy / "images.txt", np.c_[file["arr_1"], levels], fmt="%d")
+    expected = train(toy, toy / "npz", "--max-steps", "5")
+    found = train(toy, toy / "txt", "--max-steps", "5", open_data=TextFile, data="images.txt")
+    assert [m["loss"] for m in found] == pytest.approx([m["loss"] for m in expected], rel=1e-5)
