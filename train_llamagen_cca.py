@@ -9,9 +9,10 @@ Writes DIR/model.pt in the published format, metrics.jsonl, tensorboard/, config
 """
 
 from cca.data.codes import Codes
-from cca.training.command import make_parser, run_training
+from cca.training.command import run_training, training_parser
 from models.errors import run_command
 from models.llamagen import LlamaGen
+from models.options import Parser
 
 CODES = (
     "folder that scripts/extract_codes.py wrote, "
@@ -19,8 +20,12 @@ CODES = (
 )
 
 
+def make_parser() -> Parser:
+    return training_parser(__doc__, LlamaGen, "--codes", CODES)
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser(__doc__, LlamaGen, "--codes", CODES).parse_args(argv)
+    args = make_parser().parse_args(argv)
     run_training(args, LlamaGen, args.codes, Codes)
 
 

@@ -8,8 +8,9 @@ Writes DIR/model.pth in the published format, metrics.jsonl, tensorboard/, confi
 """
 
 from cca.data.sources import open_labelled_images
-from cca.training.command import make_parser, run_training
+from cca.training.command import run_training, training_parser
 from models.errors import run_command
+from models.options import Parser
 from models.var import VAR
 
 DATA = (
@@ -18,8 +19,12 @@ DATA = (
 )
 
 
+def make_parser() -> Parser:
+    return training_parser(__doc__, VAR, "--data", DATA)
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser(__doc__, VAR, "--data", DATA).parse_args(argv)
+    args = make_parser().parse_args(argv)
     run_training(args, VAR, args.data, open_labelled_images)
 
 

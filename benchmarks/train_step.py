@@ -66,7 +66,7 @@ def measure(name: str, image_size: int | None, way: str, micro_batch: int, round
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     model.tokenizer.requires_grad_(False)
-    recipe = ZOO[name].recipe()
+    recipe = ZOO[name].recipes["cca"]
     config = TrainingConfig(
         loss="cca", beta=recipe.beta, lambda_=recipe.lambda_, uncond_ratio=0.1, batch_size=micro_batch,
         lr=recipe.lr, weight_decay=0.05, final_weight_decay=None, grad_clip=recipe.grad_clip, warmup=0.0,

@@ -5,7 +5,7 @@ model zoos of VAR (arXiv 2404.02905), LlamaGen (arXiv 2406.06525) and CCA (arXiv
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchvision.models import ResNet50_Weights
@@ -77,8 +77,9 @@ class TokenizerEntry:
 class ZooEntry:
     """One model, as ``backbone.build`` makes it of ``transformer`` and the config of ``tokenizer``.
 
-    ``base`` and ``cca`` map image sizes (pixels) to weights files, None: unpublished; ``recipes``
-    has the defaults of training by loss.
+    ``base`` and ``cca`` map image sizes (pixels) to weights files, None: unpublished. ``recipes`` has
+    the defaults of training by loss, and "with-guidance", CCA for sampling with guidance on top; a
+    loss that is not among them has no published values.
     """
 
     backbone: type[ARImageModel]
@@ -89,10 +90,6 @@ class ZooEntry:
     cca: Mapping[int, WeightsFile] = field(default_factory=dict)
     published: Published | None = None
     default_image_size: int = 256
-
-    def recipe(self, loss: str = "cca") -> Recipe:
-        """Defaults of training with that loss: CCA's where it has none of its own."""
-        return self.recipes.get(loss, self.recipes["cca"])
 
 
 VAR_256, VAR_512 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -163,7 +160,7 @@ def _var(
         var.TransformerConfig(64 * depth, depth, depth, shared_adaln=size == 512, drop_path_rate=drop_path),
         "vae_ch160v4096z32" if size == 256 else "vae_ch160v4096z32-512",
         {size: WeightsFile(f"var_d{depth}.pth", _VAR_REPOSITORY)},
-        {"cca": recipe},
+        {"cca": recipe, "sft": recipe},
         {256: WeightsFile(f"CCA_VAR_Guidance_Free/VAR_d{depth}_CCA.pth", "ChenDRAG/CCA_VAR")}
         if published
         else {},
@@ -191,6 +188,7 @@ def _llamagen(
         beta=0.02, lambda_=lambda_, lr=1e-5, batch_size=256, grad_clip=1.0, dtype="bfloat16",
         published_accumulation=16, **other,
     )  # fmt: skip
+    guided = replace(recipe, lambda_=1, beta=0.02 if name == "L" else 0.1)  # the paper's section on both
     return ZooEntry(
         LlamaGen,
         llamagen.TransformerConfig(dim, layers, heads, grid=24),
@@ -199,15 +197,19 @@ def _llamagen(
             size: WeightsFile(f"c2i_{name}_{size}.pt", _LLAMAGEN_REPOSITORY) if size in bases else None
             for size in (256, 384, 512)
         },
-        {"cca": recipe},
+        {"cca": recipe, "sft": recipe, "with-guidance": guided},
         {384: cca} if published else {},
         published,
         384,
     )
 
 
-def _mini(**other) -> Recipe:
-    return Recipe(lambda_=3, batch_size=64, dtype="float32", warmup=0.02, final_lr=0.1, **other)
+def _mini(beta: float, lambda_: float, lr: float, grad_clip: float = 1.0) -> Recipe:
+    """A recipe of a bundled model, found with scripts/tune_mini.py; the control takes CCA's."""
+    return Recipe(
+        beta, lambda_, lr, batch_size=128, grad_clip=grad_clip, dtype="float32", warmup=0.02, final_lr=0.1,
+        epochs=2,
+    )  # fmt: skip
 
 
 ZOO: dict[str, ZooEntry] = {
@@ -229,20 +231,32 @@ ZOO: dict[str, ZooEntry] = {
     "llamagen-1b": _llamagen("1B", 2048, 22, 32, 1000),
     "var-mini": ZooEntry(
         VAR,
-        var.TransformerConfig(dim=128, depth=3, heads=4, vocab_size=512, num_classes=10),
+        var.TransformerConfig(dim=64, depth=2, heads=4, vocab_size=512, num_classes=10),
         "var-mini-tokenizer",
         {32: _bundled("var-mini")},
-        {"cca": _mini(beta=0.05, lr=1e-3, grad_clip=2.0)},
+        {
+            "cca": _mini(0.05, 10, 1e-3, 2.0),
+            "sft": _mini(0.05, 10, 1e-3, 2.0),
+            "with-guidance": _mini(0.1, 1, 1e-3, 2.0),
+            "dpo": _mini(0.1, 1, 5e-4, 2.0),
+            "unlearning": _mini(1, 1, 5e-5, 2.0),
+        },
         default_image_size=32,
     ),
     "llamagen-mini": ZooEntry(
         LlamaGen,
         llamagen.TransformerConfig(
-            dim=128, layers=4, heads=4, grid=8, vocab_size=512, num_classes=10, dropout=0.0
+            dim=64, layers=2, heads=4, grid=8, vocab_size=512, num_classes=10, dropout=0.0
         ),
         "llamagen-mini-tokenizer",
         {32: _bundled("llamagen-mini")},
-        {"cca": _mini(beta=0.2, lr=1.5e-4, grad_clip=1.0)},
+        {
+            "cca": _mini(0.2, 10, 5e-4),
+            "sft": _mini(0.2, 10, 5e-4),
+            "with-guidance": _mini(0.1, 1, 5e-4),
+            "dpo": _mini(0.1, 1, 5e-4),
+            "unlearning": _mini(1, 1, 5e-5),
+        },
         default_image_size=32,
     ),
 }

@@ -42,9 +42,11 @@ from models.loading import build_model, load_model
 from models.var import VAR, VARTokenizer
 
 ASSETS = Path("assets")
+RAW = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package has them
 TRAINING, TUNING = slice(0, 50_000), slice(50_000, 60_000)
 BUNDLED_TRAINING = slice(0, 10_000)
-DEFAULT_STEPS = {"llamagen-mini": 7_500, "var-mini": 8_000}
+DEFAULT_STEPS = {"llamagen-mini": 4_000, "var-mini": 4_000}
+TRANSFORMER_LR = 3e-3
 REDRAWN = 2  # levels of VAR that the decoder sees drawn, at most
 
 
@@ -343,8 +345,8 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
     model.transformer.init_weights()
     data = TokenArray(model, images, labels)
     config = TrainingConfig(
-        loss="sft", beta=0.0, lambda_=0.0, uncond_ratio=0.1, batch_size=64, lr=1.5e-3, weight_decay=0.05,
-        final_weight_decay=None, grad_clip=1.0, warmup=0.02, final_lr=0.01, schedule_accumulation=1,
+        loss="sft", beta=0.0, lambda_=0.0, uncond_ratio=0.1, batch_size=64, lr=TRANSFORMER_LR, warmup=0.02,
+        final_lr=0.01, weight_decay=0.05, final_weight_decay=None, grad_clip=1.0, schedule_accumulation=1,
         max_steps=steps, ema=0.0, seed=seed, dtype="bfloat16",
     )  # fmt: skip
     processes = Processes()
@@ -360,6 +362,17 @@ def save(path: Path, module: nn.Module, key: str = "") -> None:
     save_safetensors({k: v.half() if v.is_floating_point() else v for k, v in kept.items()}, path, key)
 
 
+@torch.no_grad()
+def save_tokenizer(model: ARImageModel, path: Path) -> None:
+    """Save with the decoder's three output channels averaged: grey images come out grey.
+
+    The targets are grey, so the pixel losses can only fall.
+    """
+    for parameter in model.tokenizer.decoder.conv_out.parameters():
+        parameter.copy_(parameter.mean(0, keepdim=True).expand_as(parameter))
+    save(path, model.tokenizer, model.checkpoint_key)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -369,7 +382,7 @@ def main() -> None:
     parser.add_argument(
         "--raw",
         type=Path,
-        default=Path("/usr/share/datasets/fashion-mnist"),
+        default=RAW,
         help="folder of the four files (default %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0)
@@ -420,7 +433,7 @@ def main() -> None:
         else:
             model = load_model(args.model)
             train_decoder(model, perceptual, images, labels, args.steps or 1500, f"{args.model} decoder")
-        save(ASSETS / f"{args.model}-tokenizer.safetensors", model.tokenizer, model.checkpoint_key)
+        save_tokenizer(model, ASSETS / f"{args.model}-tokenizer.safetensors")
     else:
         model = train_transformer(
             args.model, images, labels, args.steps or DEFAULT_STEPS[args.model], args.seed

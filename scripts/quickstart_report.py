@@ -1,160 +1,96 @@
-"""The quickstart's report: a Markdown table, a picture per backbone, a chart of FID over guidance scale."""
+"""The quickstart's report, of one seed or several: tables, a picture per model, a chart of FID over scale."""
 
 import statistics
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-
 from models.files import atomic_write
 from models.tables import markdown_table
-from models.zoo import FASHION_CLASSES
+from scripts.report import METRICS, cell, fid_chart, sample_sheet, spread
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-MODELS = ("llamagen-mini", "var-mini")
-ROWS = {
-    "base": "base, no guidance",
-    "base_cfg": "base, best guidance",
-    "cca": "CCA, no guidance",
-    "sft": "control: maximum likelihood, no guidance",
-}
-COLUMNS = (
-    ("fid", "FID ↓", ".3f"),
-    ("is", "IS ↑", ".3f"),
-    ("precision", "precision ↑", ".3f"),
-    ("recall", "recall ↑", ".3f"),
-    ("accuracy", "class accuracy ↑", ".3f"),
-    ("seconds_per_image", "ms per image ↓", ".2f"),
-)
+# In the paper: guidance-free CCA over the guided base, and over the unguided one.
+PAPER_OVER_GUIDED, PAPER_OVER_BASE = "1.02 to 1.33", "0.16 to 0.5"
+COLUMNS = tuple(column for column in METRICS if column[0] != "sfid")
 
 
-def gap_closed(results: dict) -> float:
+def table_line(runs: list[dict]) -> list[str]:
+    """Cells of one kind of samples over the seeds."""
+    cells = [
+        runs[0]["label"] if len({run["label"] for run in runs}) == 1 else runs[0]["label"].partition(" (")[0]
+    ]
+    cells += [cell(runs, name, form) for name, _, form in COLUMNS]
+    return [*cells, cell(runs, "seconds_per_image", ".2f", 1000)]
+
+
+def ratios(seeds: list[dict], name: str, a: str, b: str) -> list[float]:
+    return [run["main"][a][name] / run["main"][b][name] for run in seeds]
+
+
+def gaps_closed(seeds: list[dict]) -> list[float]:
     """Share of the FID gap between base and best guided base that CCA closes without guidance."""
-    base, guided, cca = (results[k]["fid"] for k in ("base", "base_cfg", "cca"))
-    return (base - cca) / (base - guided)
+    fids = [{kind: run["main"][kind]["fid"] for kind in ("base", "guided", "cca")} for run in seeds]
+    return [(fid["base"] - fid["cca"]) / (fid["base"] - fid["guided"]) for fid in fids]
 
 
-def spread(values: list[float], form: str) -> str:
-    """Mean ± sample standard deviation; a single value as it is."""
-    if len(values) == 1:
-        return f"{values[0]:{form}}"
-    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
-
-
-def table_row(label: str, runs: list[dict]) -> list[str]:
-    """Cells of one kind of sample, over one or several runs."""
-    cells = [label]
-    for name, _, form in COLUMNS:
-        factor = 1000 if name == "seconds_per_image" else 1
-        known = runs[0].get(name) is not None
-        cells.append(spread([factor * run[name] for run in runs], form) if known else "–")
-    return cells
-
-
-def results_table(rows: list[list[str]]) -> list[str]:
-    return [markdown_table(["samples", *(title for _, title, _ in COLUMNS)], rows), ""]
-
-
-def model_table(model: str, results: dict) -> list[str]:
-    rows = []
-    for kind, label in ROWS.items():
-        if kind in results:
-            scale = f" (scale {results[kind]['cfg_scale']})" if kind == "base_cfg" else ""
-            rows.append(table_row(label + scale, [results[kind]]))
-    for temperature, metrics in results.get("temperature", {}).items():
-        rows.append(table_row(f"control: base at temperature {temperature}", [metrics]))
-    lines = [f"## {model}", "", *results_table(rows)]
-    cca, guided = results["cca"], results["base_cfg"]
-    lines += [
-        f"CCA without guidance has {cca['fid'] / guided['fid']:.2f} × the FID of the best guided base, "
-        f"closes {gap_closed(results):.0%} of the gap, "
-        f"and takes {cca['seconds_per_image'] / guided['seconds_per_image']:.2f} × its time.",
-        "",
-        f"![samples]({model}.png)",
-        "",
-    ]
-    return lines
-
-
-def write_table(folder: Path, summary: dict) -> None:
-    lines = [
-        "# Quickstart",
-        "",
-        f"{summary['samples']:,} samples per row against the 10,000 Fashion-MNIST test images; "
-        f"features of the bundled network; seed {summary['seed']}, {summary['threads']} CPU threads, "
-        f"{summary['wall_seconds']:.0f} s in all.",
-        "",
-    ]
-    for model in MODELS:
-        lines += model_table(model, summary[model])
-    lines += ["![FID over guidance scale](fid.png)", ""]
-    atomic_write(folder / "report.md", lambda temporary: temporary.write_text("\n".join(lines)))
-
-
-def save_figure(figure: plt.Figure, path: Path) -> None:
-    atomic_write(
-        path, lambda temporary: figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")
+def verdict(model: str, seeds: list[dict]) -> str:
+    """One sentence: what was seen, and the paper's own range."""
+    over_guided, over_base = ratios(seeds, "fid", "cca", "guided"), ratios(seeds, "fid", "cca", "base")
+    seconds = ratios(seeds, "seconds_per_image", "cca", "guided")
+    recall = [run["main"]["cca"]["recall"] - run["main"]["guided"]["recall"] for run in seeds]
+    return (
+        f"{model}: without guidance CCA has {spread(over_guided, '.2f')} × the FID of the best guided base "
+        f"(paper: {PAPER_OVER_GUIDED}) and {spread(over_base, '.2f')} × that of the unguided one "
+        f"(paper: {PAPER_OVER_BASE}), closes {statistics.mean(gaps_closed(seeds)):.0%} of the gap, "
+        f"has {spread(recall, '+.3f')} recall, and takes {spread(seconds, '.2f')} × the time."
     )
-    plt.close(figure)
 
 
-def write_picture(folder: Path, model: str, results: dict, rows: int = 4) -> None:
-    """The same classes (columns) and random numbers (rows) from the three ways of sampling."""
-    scale = results["base_cfg"]["cfg_scale"]
-    panels = (
-        ("base", "base, no guidance", f"{model}-base"),
-        ("base_cfg", f"base, guidance {scale}", f"{model}-base-cfg{scale}"),
-        ("cca", "CCA, no guidance", f"{model}-cca"),
-    )
-    figure, axes = plt.subplots(1, 3, figsize=(17, 3.2))
-    for axis, (kind, title, name) in zip(axes, panels):
-        with np.load(folder / "samples" / f"{name}.npz") as file:
-            images = file["arr_0"][: 10 * rows]  # balanced order: image i has class i mod 10
-        sheet = images.reshape(rows, 10, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(rows * 32, 320, 3)
-        axis.imshow(sheet, interpolation="nearest")
-        axis.set_title(f"{title}   (FID {results[kind]['fid']:.2f})")
-        axis.set_xticks(np.arange(16, 320, 32), FASHION_CLASSES, rotation=40, ha="right", fontsize=8)
-        axis.set_yticks([])
-    save_figure(figure, folder / f"{model}.png")
+def model_section(model: str, seeds: list[dict], picture: str | None = None) -> list[str]:
+    """Table and sentence of one model; ``seeds`` are its parts of one or several summaries."""
+    kinds = [kind for kind in seeds[0]["main"] if all(kind in run["main"] for run in seeds)]
+    lines = [table_line([run["main"][kind] for run in seeds]) for kind in kinds]
+    for group in ("sweep", "temperature"):
+        lines += [table_line(list(runs)) for runs in zip(*(run[group] for run in seeds))]
+    text = [f"## {model}", "", verdict(model, seeds), ""]
+    if picture:
+        text += [
+            f"![the same classes (columns) and random numbers from three ways of sampling]({picture})",
+            "",
+        ]
+    titles = ["samples", *(title for _, title, _ in COLUMNS), "ms per image ↓"]
+    return [*text, markdown_table(titles, lines), ""]
 
 
-def write_chart(folder: Path, summary: dict) -> None:
-    figure, axes = plt.subplots(1, len(MODELS), figsize=(11, 3.8))
-    for axis, model in zip(axes, MODELS):
-        results = summary[model]
-        scales = [1.0, *map(float, results["sweep"])]
-        fids = [results["base"]["fid"], *(m["fid"] for m in results["sweep"].values())]
-        axis.plot(scales, fids, "o-", color="tab:blue", label="base, guided (two passes per image)")
-        axis.plot(
-            [1.0],
-            [results["cca"]["fid"]],
-            "*",
-            markersize=15,
-            color="tab:red",
-            label="CCA, no guidance (one pass)",
-        )
-        axis.axhline(results["cca"]["fid"], color="tab:red", linestyle=":", linewidth=1)
-        if "sft" in results:
-            axis.plot(
-                [1.0],
-                [results["sft"]["fid"]],
-                "x",
-                markersize=9,
-                color="tab:gray",
-                label="maximum likelihood, no guidance",
+def write_pictures(folder: Path, summary: dict) -> None:
+    for model, results in summary["models"].items():
+        panels = []
+        for kind in ("base", "guided", "cca"):
+            figures = results["main"][kind]
+            panels.append(
+                (
+                    f"{figures['label']}   (FID {figures['fid']:.2f})",
+                    folder / "samples" / f"{model}-{kind}.npz",
+                )
             )
-        axis.set(title=model, xlabel="guidance scale", ylabel="FID (bundled feature network)", ylim=(0, None))
-        axis.legend(fontsize=8)
-    save_figure(figure, folder / "fid.png")
+        sample_sheet(folder / f"{model}.png", panels, columns=10, lines=4, classes=10)
+    fid_chart(folder / "fid.png", summary["models"])
 
 
 def write_report(folder: Path, summary: dict) -> None:
-    write_table(folder, summary)
-    for model in MODELS:
-        write_picture(folder, model, summary[model])
-    write_chart(folder, summary)
+    """report.md and the pictures of one run."""
+    write_pictures(folder, summary)
+    samples = summary["samples"]
+    text = [
+        "# Quickstart",
+        "",
+        f"{2 * samples:,} samples (sweep and temperatures: {samples:,}) against the 10,000 Fashion-MNIST "
+        f"test images; features of the bundled network; seed {summary['seed']}, "
+        f"{summary['threads']} CPU threads, {summary['wall_seconds']:.0f} s in all.",
+        "",
+    ]
+    for model, results in summary["models"].items():
+        text += model_section(model, [results], f"{model}.png")
+    text += ["![FID over guidance scale](fid.png)", ""]
+    atomic_write(folder / "report.md", lambda temporary: temporary.write_text("\n".join(text)))
     print(
         f"\n{(folder / 'report.md').read_text()}\n"
         f"report: {folder}/report.md, {folder}/summary.json, pictures beside them"

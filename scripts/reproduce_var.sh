@@ -1,10 +1,5 @@
 #!/usr/bin/env bash
-# VAR rows of the paper's tables: base without guidance, base with guidance, published CCA, and CCA trained here.
-#   bash scripts/reproduce_var.sh IMAGENET REFERENCE.npz [MODEL …]      (default: all; GPUS=8 processes)
-source "$(dirname "${BASH_SOURCE[0]}")/reproduce.sh" "$@"
-
-for model in "${models[@]:-}"; do
-    train train_var_cca.py "$model" --data "$data" --workers 8
-    rows "$model" "runs/reproduce/$model/model.pth"
-done
-table
+# VAR rows of the paper's tables and figure 1: base without guidance, with it, published CCA, CCA trained here.
+#   bash scripts/reproduce_var.sh --help
+source "$(dirname "${BASH_SOURCE[0]}")/setup_environment.sh"
+exec .venv/bin/python -m scripts.reproduce var "$@"

@@ -16,7 +16,7 @@ import eval_fid
 import sample
 from cca.data.sources import TokenSource, open_labelled_images
 from cca.evaluation.evaluator import METRICS, Metric
-from cca.training.command import make_parser, run_training
+from cca.training.command import run_training, training_parser
 from cca.training.losses import LOSSES, Loss
 from models import ZOO, load_model
 from models.base import ARImageModel, ARTransformer, ImageTokenizer
@@ -112,7 +112,9 @@ def toy(tmp_path, monkeypatch):
     recipe = Recipe(beta=0.5, lambda_=1.0, lr=0.3, batch_size=16, grad_clip=10.0, dtype="float32", epochs=20)
     monkeypatch.setitem(TOKENIZERS, "pixels", TokenizerEntry(Toy, None, None))
     monkeypatch.setitem(
-        ZOO, "toy", ZooEntry(Toy, 16, "pixels", {SIDE: None}, {"cca": recipe}, default_image_size=SIDE)
+        ZOO,
+        "toy",
+        ZooEntry(Toy, 16, "pixels", {SIDE: None}, {"cca": recipe, "hinge": recipe}, default_image_size=SIDE),
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     generator, labels = np.random.default_rng(0), np.arange(96) % CLASSES
@@ -128,7 +130,7 @@ def toy(tmp_path, monkeypatch):
 def train(folder, run, *options, open_data=open_labelled_images, data="images.npz"):
     """Run the training command of the toy; returns its metrics."""
     fixed = ["--model", "toy", "--weights", str(folder / "base.pt"), "--data", data, "--output", str(run)]
-    arguments = make_parser("toy", Toy, "--data", "images").parse_args([*fixed, *options])
+    arguments = training_parser("toy", Toy, "--data", "images").parse_args([*fixed, *options])
     run_training(arguments, Toy, folder / data, open_data)
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -36,6 +36,7 @@ from models import (
     zoo_entry,
 )  # fmt: skip
 from models.options import Parser, add_model_options, count, number
+from models.zoo import ZooEntry
 
 GRID_ROWS, GRID_COLUMNS = 4, 10
 PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
@@ -49,7 +50,7 @@ def run_training(
     open_data: Callable[[Path, ARImageModel, int], TokenSource],
 ) -> None:
     """Load model and data, then train; ``open_data`` takes path, model and seed. Raises UserError."""
-    recipe = zoo_entry(args.model, backbone).recipe(args.loss)
+    recipe = chosen_recipe(args, zoo_entry(args.model, backbone))
     if args.weights == "cca":
         raise UserError("--weights: training starts from base or from a path")
     files = locate(args.model, args.weights, args.tokenizer_weights, args.image_size)
@@ -229,7 +230,9 @@ def grid_drawer(trainer: Trainer, folder: Path):
 
 
 # fmt: off
-def make_parser(description: str, backbone: type[ARImageModel], data_option: str, data_help: str) -> Parser:
+def training_parser(
+    description: str, backbone: type[ARImageModel], data_option: str, data_help: str
+) -> Parser:
     """The parser of a backbone's training command; ``data_option`` is where its data comes from."""
     parser = Parser(description)
     add = parser.add_argument
@@ -240,6 +243,8 @@ def make_parser(description: str, backbone: type[ARImageModel], data_option: str
         help="run folder; the same command again resumes it")
     add("--loss", choices=LOSSES, default="cca",
         help="training loss (default cca); sft is plain maximum likelihood")
+    add("--recipe", choices=("with-guidance",),
+        help="other defaults for --loss cca: with-guidance, for sampling with guidance on top")
     add("--beta", type=number(0, above=True), help=f"inverse temperature of the reward ({recipe})")
     add("--lambda", dest="lambda_", type=number(0), help=f"weight of the negatives ({recipe})")
     add("--uncond-ratio", type=number(0, 1), help=f"share of images trained without their class ({recipe})")
@@ -282,6 +287,24 @@ FROM_RECIPE = (
     "beta", "lambda_", "uncond_ratio", "weight_decay", "final_weight_decay", "grad_clip", "warmup",
     "final_lr", "dtype",
 )  # fmt: skip
+
+
+def chosen_recipe(args: argparse.Namespace, entry: ZooEntry) -> Recipe:
+    """The defaults of a run; raises UserError where there are none and the user gives no values either."""
+    if args.recipe is not None:
+        if args.loss != "cca" or args.recipe not in entry.recipes:
+            raise UserError(
+                f"--recipe: there is none named {args.recipe} for {args.model} and --loss {args.loss}"
+            )
+        return entry.recipes[args.recipe]
+    if args.loss not in entry.recipes:
+        needed = (*LOSSES[args.loss].hyperparameters, "lr")
+        missing = [f"--{name.rstrip('_')}" for name in needed if getattr(args, name) is None]
+        if missing:
+            raise UserError(
+                f"--loss: no values are published for {args.loss} on {args.model}; give {', '.join(missing)}"
+            )
+    return entry.recipes.get(args.loss, entry.recipes["cca"])
 
 
 def training_config(

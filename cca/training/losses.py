@@ -109,17 +109,19 @@ class Loss:
     objective: the loss [] of (reward [B], negative reward [B], same_label [B], beta, lambda_), as in
         ``cca_loss``; None is plain maximum likelihood, which needs no reference model.
     negatives: labels [B] of a global batch, in the data order -> the classes [B] to contrast with.
+    hyperparameters: those of beta and lambda_ that the objective depends on.
     """
 
     objective: Callable[[Tensor, Tensor, Tensor, float, float], Tensor] | None
     negatives: Callable[[Tensor], Tensor] = next_label
+    hyperparameters: tuple[str, ...] = ("beta", "lambda_")
 
 
 LOSSES: dict[str, Loss] = {
     "cca": Loss(cca_loss),
-    "dpo": Loss(dpo_loss),
-    "unlearning": Loss(unlearning_loss),
-    "sft": Loss(None),
+    "dpo": Loss(dpo_loss, hyperparameters=("beta",)),
+    "unlearning": Loss(unlearning_loss, hyperparameters=("lambda_",)),
+    "sft": Loss(None, hyperparameters=()),
 }
 
 

@@ -1,0 +1,157 @@
+"""The paper's tables and figures (arXiv 2410.09347), as rows of samples to be made and measured.
+
+``*_rows`` give what an experiment needs of one model; numbers in the names are the paper's own. The
+bundled models have the same experiments at small scale, with the sweeps that ``Sweeps`` states.
+"""
+
+from dataclasses import dataclass
+
+from models import ZOO, UserError
+from models.llamagen import LlamaGen
+from models.var import VAR
+from scripts.pipeline import Row, Run
+
+
+@dataclass(frozen=True)
+class Sweeps:
+    """What is varied: guidance (as in --cfg-scale), lambda at the recipe's beta, beta at ``beta_lambda``."""
+
+    scales: tuple[float, ...]
+    lambdas: tuple[float, ...]
+    betas: tuple[float, ...]
+    beta_lambda: float | None = None
+
+
+# Figure 4: guidance from 0 to 3, lambda from 1 to 10,000 at beta 0.02; figure 9: beta at lambda 1,000.
+PUBLISHED = Sweeps(
+    scales=(1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0),
+    lambdas=(1, 10, 100, 300, 1000, 10_000),
+    betas=(2, 0.5, 0.1, 0.02, 0.005),
+    beta_lambda=1000,
+)
+MINI = {
+    "llamagen-mini": Sweeps(
+        scales=(1.25, 1.5, 2.0, 2.5, 3.0), lambdas=(1, 3, 30, 100), betas=(1, 0.5, 0.1, 0.05)
+    ),
+    "var-mini": Sweeps(scales=(1.5, 2.0, 3.0, 4.0, 5.0), lambdas=(1, 3, 30, 100), betas=(1, 0.2, 0.1, 0.02)),
+}
+# Guidance-free FID-50k of table 3, and with it that of its baselines.
+ABLATION = {
+    "llamagen-l": {"base": 19.00, "dpo": 61.69, "unlearning": 12.22, "cca": 3.43},
+    "var-d24": {"base": 6.20, "dpo": 7.53, "unlearning": 5.55, "cca": 2.63},
+}
+PAPER_ORDER = {
+    LlamaGen: "The paper's, LlamaGen-L: CCA (3.43) < unlearning (12.22) < base (19.00) < DPO (61.69).",
+    VAR: "The paper's, VAR-d24: CCA (2.63) < unlearning (5.55) < base (6.20) < DPO (7.53).",
+}
+BUNDLED_TRAIN, BUNDLED_REFERENCE = "assets/fashion-mnist-train-10k.npz", "assets/fashion-mnist-test-10k.npz"
+CONTROL = Run("sft", ("--loss", "sft"))
+CCA = Run("cca")
+
+
+def is_mini(model: str) -> bool:
+    return model in MINI
+
+
+def sweeps(model: str) -> Sweeps:
+    return MINI.get(model, PUBLISHED)
+
+
+def sampled(model: str, guidance: float | None = None) -> tuple[str, ...]:
+    """Options of sample.py: the published settings at full size, guided at that scale."""
+    preset = () if is_mini(model) else ("--preset", "published")
+    return preset if guidance is None else (*preset, "--cfg-scale", f"{guidance:g}")
+
+
+def base_row(model: str) -> Row:
+    return Row(
+        model,
+        "base",
+        "base, no guidance",
+        sampling=sampled(model),
+        published=ABLATION.get(model, {}).get("base"),
+    )
+
+
+def guided_rows(model: str) -> list[Row]:
+    """The base over its guidance scales."""
+    return [
+        Row(model, f"base-cfg{s:g}", f"base, guidance {s:g}", sampling=sampled(model, s))
+        for s in sweeps(model).scales
+    ]
+
+
+def trained_row(model: str, run: Run, label: str, **other) -> Row:
+    return Row(model, run.name, label, run, sampled(model), **other)
+
+
+def ablation_rows(model: str, options: dict[str, tuple[str, ...]]) -> list[Row]:
+    """Table 3: the losses side by side, and plain maximum likelihood.
+
+    options: more options of a loss's run. A loss without a recipe and without options is left out.
+    """
+    published = ABLATION.get(model, {})
+    labels = {"cca": "CCA", "dpo": "DPO", "unlearning": "unlearning", "sft": "control: maximum likelihood"}
+    rows = [base_row(model)]
+    for loss, label in labels.items():
+        if loss not in options and loss not in ZOO[model].recipes:
+            continue  # nobody has published its settings
+        run = Run(loss, ("--loss", loss, *options.get(loss, ())))
+        rows.append(trained_row(model, run, f"{label}, no guidance", published=published.get(loss)))
+    return rows
+
+
+def lambda_rows(model: str) -> list[Row]:
+    """CCA at the recipe's beta, lambda varied: figure 4, and the right half of figure 9."""
+    return [
+        trained_row(model, Run(f"cca-lambda{value:g}", ("--lambda", f"{value:g}")), f"CCA, lambda {value:g}")
+        for value in sweeps(model).lambdas
+    ]
+
+
+def beta_rows(model: str) -> list[Row]:
+    """CCA with beta varied: the left half of figure 9."""
+    fixed = sweeps(model).beta_lambda
+    more = () if fixed is None else ("--lambda", f"{fixed:g}")
+    return [
+        trained_row(model, Run(f"cca-beta{value:g}", ("--beta", f"{value:g}", *more)), f"CCA, beta {value:g}")
+        for value in sweeps(model).betas
+    ]
+
+
+def with_guidance_rows(model: str) -> list[Row]:
+    """Figures 5 and 6: CCA by the recipe for it, with guidance on top."""
+    if "with-guidance" not in ZOO[model].recipes:
+        raise UserError(f"--models: {model} has no recipe for CCA with guidance on top")
+    run = Run("with-guidance", ("--recipe", "with-guidance"))
+    rows = [trained_row(model, run, "CCA, no guidance")]
+    for s in sweeps(model).scales:
+        rows.append(Row(model, f"with-guidance-cfg{s:g}", f"CCA, guidance {s:g}", run, sampled(model, s)))
+    return rows
+
+
+def table_rows(model: str, from_released: bool) -> list[Row]:
+    """Tables 1 and 2, and figure 1: base and CCA without guidance, the base with it."""
+    published = ZOO[model].published
+    assert published is not None
+    rows = [
+        Row(model, "base", "base, no guidance", sampling=("--preset", "published"), published=published.base),
+        Row(
+            model, "base-guided", f"base, guidance {published.cfg_scale:g}",
+            sampling=("--preset", "published-cfg"), published=published.guided,
+        ),
+        Row(model, "cca-released", "CCA as published, no guidance", "cca", sampled(model), published.cca),
+    ]  # fmt: skip
+    own = trained_row(model, CCA, "CCA trained here, no guidance", published=published.cca)
+    return rows if from_released else [*rows, own]
+
+
+def same_noise_rows(model: str, label: int, images: int, weights: str | Run, guidance: float) -> list[Row]:
+    """Figures 7 and 8: one class from the same random numbers, three ways."""
+    fixed = ("--classes", str(label), "--num-samples", str(images))
+    ways = (("base", "base, no guidance", "base", None), ("cca", "CCA, no guidance", weights, None),
+            ("guided", f"base, guidance {guidance:g}", "base", guidance))  # fmt: skip
+    return [
+        Row(model, f"class{label}-{name}", title, source, (*sampled(model, scale), *fixed))
+        for name, title, source, scale in ways
+    ]
