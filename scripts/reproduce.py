@@ -25,7 +25,7 @@ from cca.training.losses import LOSSES
 from models import ZOO, UserError, zoo_entry
 from models.errors import run_command
 from models.files import atomic_write
-from models.options import Parser, count
+from models.options import Parser, count, number
 from scripts import experiments as e
 from scripts.pipeline import InProcess, Launcher, Pipeline, Row, Torchrun
 from scripts.report import (
@@ -85,7 +85,7 @@ def make_parser() -> Parser:
     )
     add(
         "--guidance",
-        type=float,
+        type=number(0),
         help="samples: scale of the guided row (default: the published one; --mini: 2)",
     )
     add(
@@ -117,8 +117,6 @@ def settings(args: argparse.Namespace) -> None:
         raise UserError("--from-released: goes with reproduce_var.sh and reproduce_llamagen.sh alone")
     if args.from_released and args.mini:
         raise UserError("--from-released: no CCA weights of the bundled models are released")
-    if args.experiment in ("var", "llamagen") and args.mini:
-        raise UserError("--mini: the bundled models' table is that of scripts/quickstart.sh")
     args.data = args.data or (e.BUNDLED_TRAIN if args.mini else None)
     args.reference = args.reference or (e.BUNDLED_REFERENCE if args.mini else None)
     args.output = Path(args.output or ("runs/reproduce-mini" if args.mini else "runs/reproduce"))
@@ -236,8 +234,7 @@ class Experiment:
                 }
                 found.append(seeds)
         if found:
-            merged = [{key: value for run in runs for key, value in run.items()} for runs in zip(*found)]
-            self.chart(panels, merged)
+            self.chart(panels, found)
 
     def with_guidance(self) -> None:
         panels, found = {}, []
@@ -249,21 +246,15 @@ class Experiment:
                     statistics.mean(min(run[row.key]["fid"] for row in some) for run in seeds)
                     for some in (guided, cca)
                 ]
-                self.table(
-                    model,
-                    rows,
-                    seeds,
-                    f"Best FID: guidance alone {best[0]:.3f}, CCA with guidance on top {best[1]:.3f}.",
-                )
+                remark = f"Best FID: guidance alone {best[0]:.3f}, CCA with guidance on top {best[1]:.3f}."
+                self.table(model, rows, seeds, remark)
                 panels[model] = {
                     "base, guidance": ([base, *guided], "o-"),
                     "CCA with guidance on top": (cca, "s-"),
                 }
                 found.append(seeds)
         if found:
-            self.chart(
-                panels, [{key: value for run in runs for key, value in run.items()} for runs in zip(*found)]
-            )
+            self.chart(panels, found)
 
     def samples(self) -> None:
         columns, lines = 6, 4
@@ -275,38 +266,34 @@ class Experiment:
             files = [self.pipelines[0].sample(row) for row in rows]
             if self.launcher.main and not self.launcher.dry:
                 name = f"samples-{model}-class{self.args.label}.png"
-                sample_sheet(
-                    self.args.output / name,
-                    [(row.label, file) for row, file in zip(rows, files)],
-                    columns,
-                    lines,
-                )
+                panels = [(row.label, file) for row, file in zip(rows, files)]
+                sample_sheet(self.args.output / name, panels, columns, lines)
                 self.sections += [
                     f"## {model}",
                     f"Class {self.args.label}, the same random numbers in each panel.",
                     f"![samples]({name})",
                 ]
 
-    def chart(self, panels: dict, merged: list[dict]) -> None:
+    def chart(self, panels: dict, found: list[list[dict]]) -> None:
+        """``found``: for each model the figures of all seeds."""
         if self.launcher.main:
             name = f"{self.args.experiment}.png"
-            tradeoff_chart(self.args.output / name, panels, merged)
+            seeds = [{key: figures for run in runs for key, figures in run.items()} for runs in zip(*found)]
+            tradeoff_chart(self.args.output / name, panels, seeds)
             self.sections.append(f"![FID over inception score]({name})")
 
     def write(self, argv: list[str]) -> None:
         """OUTPUT/EXPERIMENT.md."""
         if not self.sections or not self.launcher.main:
             return
-        script = (
-            f"bash scripts/reproduce_{self.args.experiment.replace('-', '_')}.sh {shlex.join(argv)}".strip()
-        )
+        name = f"scripts/reproduce_{self.args.experiment.replace('-', '_')}.sh"
+        script = f"bash {name} {shlex.join(argv)}".strip()
         title = f"# {self.args.experiment.replace('-', ' ').capitalize()}"
-        count_of = (
-            f"{self.args.num_samples:,} samples per row against {Path(self.args.reference or 'none').name}."
-        )
-        text = (
-            "\n\n".join([title, provenance(script, range(self.args.seeds)), count_of, *self.sections]) + "\n"
-        )
+        head = [title, provenance(script, range(self.args.seeds))]
+        if self.args.experiment != "samples":
+            reference = Path(self.args.reference).name
+            head.append(f"{self.args.num_samples:,} samples per row against {reference}.")
+        text = "\n\n".join([*head, *self.sections]) + "\n"
         path = self.args.output / f"{self.args.experiment}.md"
         atomic_write(path, lambda temporary: temporary.write_text(text))
         print(f"\n{text}\nwritten to {path}")

@@ -35,6 +35,7 @@ from models import (
     model_names,
     zoo_entry,
 )  # fmt: skip
+from models.devices import TRAINED_IMAGES
 from models.options import Parser, add_model_options, count, number
 from models.zoo import ZooEntry
 
@@ -76,8 +77,9 @@ def run_training(
     provenance = {**files.describe(), "data": str(path), "images": len(data)}
     folder = RunFolder(args.output, processes, describe(config, provenance))
     published = config.batch_size // (PUBLISHED_GPUS * recipe.published_accumulation)
-    whole = recipe.published_accumulation == 1
-    micro_batch_size = args.micro_batch_size or (config.batch_size if whole else max(published, 1))
+    if recipe.published_accumulation == 1:
+        published = TRAINED_IMAGES[processes.device.type]
+    micro_batch_size = args.micro_batch_size or max(published, 1)
     trainer = Trainer(model, config, micro_batch_size, processes, parallel, args.compile, args.checkpointing)
     draw = grid_drawer(trainer, folder.path / "samples") if args.sample_every else lambda step: None
     train(trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw)
@@ -253,7 +255,7 @@ def training_parser(
     length.add_argument("--max-steps", type=count(), help="optimizer steps, instead of --epochs")
     add("--batch-size", type=count(), help=f"global batch in images, over all processes ({recipe})")
     add("--micro-batch-size", type=count(),
-        help="images of one forward pass in one process (default: as published on 8 GPUs; mini: all at once)")
+        help="images of one forward pass in one process (default: as published on 8 GPUs; mini: 32)")
     add("--lr", type=number(0), help=f"peak learning rate ({recipe}; VAR: times batch size / 256)")
     add("--warmup", type=number(0, 1), help=f"fraction of the run with rising rate ({recipe})")
     add("--final-lr", type=number(0, 1), help=f"last rate over peak rate; 1 keeps it constant ({recipe})")
