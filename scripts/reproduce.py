@@ -43,14 +43,14 @@ VAR_TABLE, LLAMAGEN_TABLE = ("var-d16", "var-d20", "var-d24", "var-d30"), (
     "llamagen-b", "llamagen-l", "llamagen-xl", "llamagen-xxl", "llamagen-3b",
 )  # fmt: skip
 FULL_MODELS = {
-    "var": VAR_TABLE,
-    "llamagen": LLAMAGEN_TABLE,
+    "var-tables": VAR_TABLE,
+    "llamagen-tables": LLAMAGEN_TABLE,
     "tradeoff": ("llamagen-l", "var-d24"),
     "ablation": ("llamagen-l", "var-d24"),
     "with-guidance": LLAMAGEN_TABLE,
     "samples": ("llamagen-l", "var-d24"),
 }
-MINI_MODELS = {"var": ("var-mini",), "llamagen": ("llamagen-mini",)}
+MINI_MODELS = {"var-tables": ("var-mini",), "llamagen-tables": ("llamagen-mini",)}
 
 
 def make_parser() -> Parser:
@@ -71,7 +71,7 @@ def make_parser() -> Parser:
     add(
         "--from-released",
         action="store_true",
-        help="var, llamagen: the published CCA weights alone, no training",
+        help="tables: the published CCA weights alone, no training",
     )
     add("--seeds", type=count(), default=1, help="repeat everything with so many seeds from 0 (default 1)")
     add("--num-samples", type=count(100), help="images of each row (default 50000; --mini: 5000)")
@@ -113,7 +113,7 @@ def settings(args: argparse.Namespace) -> None:
         zoo_entry(name)
         if e.is_mini(name) != args.mini:
             raise UserError(f"--models: {name} {'needs' if e.is_mini(name) else 'does not go with'} --mini")
-    if args.from_released and args.experiment not in ("var", "llamagen"):
+    if args.from_released and args.experiment not in MINI_MODELS:
         raise UserError("--from-released: goes with reproduce_var.sh and reproduce_llamagen.sh alone")
     if args.from_released and args.mini:
         raise UserError("--from-released: no CCA weights of the bundled models are released")
@@ -286,7 +286,7 @@ class Experiment:
         """OUTPUT/EXPERIMENT.md."""
         if not self.sections or not self.launcher.main:
             return
-        name = f"scripts/reproduce_{self.args.experiment.replace('-', '_')}.sh"
+        name = f"scripts/reproduce_{self.args.experiment.removesuffix('-tables').replace('-', '_')}.sh"
         script = f"bash {name} {shlex.join(argv)}".strip()
         title = f"# {self.args.experiment.replace('-', ' ').capitalize()}"
         head = [title, provenance(script, range(self.args.seeds))]
@@ -300,8 +300,8 @@ class Experiment:
 
 
 RUN: dict[str, Callable[[Experiment], None]] = {
-    "var": Experiment.tables,
-    "llamagen": Experiment.tables,
+    "var-tables": Experiment.tables,
+    "llamagen-tables": Experiment.tables,
     "tradeoff": Experiment.tradeoff,
     "ablation": Experiment.ablation,
     "with-guidance": Experiment.with_guidance,

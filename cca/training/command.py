@@ -34,7 +34,7 @@ from models import (
     locate,
     model_names,
     zoo_entry,
-)  # fmt: skip
+)
 from models.devices import TRAINED_IMAGES
 from models.options import Parser, add_model_options, count, number
 from models.zoo import ZooEntry

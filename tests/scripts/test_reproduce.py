@@ -14,7 +14,7 @@ from scripts.pipeline import Launcher, Pipeline, Row
 from scripts.report import distances_to_curve, figures_table
 
 OPTIONS = {
-    "var": [], "llamagen": ["--from-released"], "tradeoff": [], "with-guidance": [], "samples": [],
+    "var-tables": [], "llamagen-tables": ["--from-released"], "tradeoff": [], "with-guidance": [], "samples": [],
     "ablation": ["--loss-options", "dpo", "--beta 0.02 --lr 1e-6",
                  "--loss-options", "unlearning", "--lambda 1 --lr 1e-7"],
 }  # fmt: skip
@@ -64,8 +64,8 @@ def test_losses_without_published_values_are_left_out(capsys):
         (["tradeoff", "--mini", "--models", "var-d16"], "var-d16 does not go with --mini"),
         (["tradeoff", "--models", "var-mini"], "var-mini needs --mini"),
         (["ablation", "--from-released"], "--from-released: goes with"),
-        (["var", "--data", "nowhere", "--reference", "none.npz"], "--data: nowhere: no such file"),
-        (["var", "--nnodes", "2", "--dry-run"], "--rdzv-endpoint: several machines need one"),
+        (["var-tables", "--data", "nowhere", "--reference", "none.npz"], "--data: nowhere: no such file"),
+        (["var-tables", "--nnodes", "2", "--dry-run"], "--rdzv-endpoint: several machines need one"),
         (["with-guidance", "--models", "var-d24", "--dry-run"], "no recipe for CCA with guidance on top"),
     ],
 )
