@@ -13,11 +13,15 @@ from scripts.experiments import CCA, ablation_rows, base_row
 from scripts.pipeline import Launcher, Pipeline, Row
 from scripts.report import distances_to_curve, figures_table
 
+GIVEN = (("dpo", "--beta 1 --lr 1e-6"), ("unlearning", "--lambda 1 --lr 1e-7"))
 OPTIONS = {
-    "var-tables": [], "llamagen-tables": ["--from-released"], "tradeoff": [], "with-guidance": [], "samples": [],
-    "ablation": ["--loss-options", "dpo", "--beta 0.02 --lr 1e-6",
-                 "--loss-options", "unlearning", "--lambda 1 --lr 1e-7"],
-}  # fmt: skip
+    "var-tables": [],
+    "llamagen-tables": ["--from-released"],
+    "tradeoff": [],
+    "with-guidance": [],
+    "samples": [],
+    "ablation": [word for loss, options in GIVEN for word in ("--loss-options", loss, options)],
+}
 
 
 def planned(capsys, *arguments):
