@@ -204,11 +204,10 @@ def _llamagen(
     )
 
 
-def _mini(beta: float, lambda_: float, lr: float, grad_clip: float = 1.0) -> Recipe:
+def _mini(beta: float, lambda_: float, lr: float, batch_size: int, grad_clip: float) -> Recipe:
     """A recipe of a bundled model, found with scripts/tune_mini.py; the control takes CCA's."""
     return Recipe(
-        beta, lambda_, lr, batch_size=128, grad_clip=grad_clip, dtype="float32", warmup=0.02, final_lr=0.1,
-        epochs=2,
+        beta, lambda_, lr, batch_size, grad_clip, dtype="float32", warmup=0.02, final_lr=0.1, epochs=2
     )  # fmt: skip
 
 
@@ -235,11 +234,11 @@ ZOO: dict[str, ZooEntry] = {
         "var-mini-tokenizer",
         {32: _bundled("var-mini")},
         {
-            "cca": _mini(0.05, 10, 1e-3, 2.0),
-            "sft": _mini(0.05, 10, 1e-3, 2.0),
-            "with-guidance": _mini(0.1, 1, 1e-3, 2.0),
-            "dpo": _mini(0.1, 1, 5e-4, 2.0),
-            "unlearning": _mini(1, 1, 5e-5, 2.0),
+            "cca": _mini(0.05, 10, 1e-3, 64, 2.0),
+            "sft": _mini(0.05, 10, 1e-3, 64, 2.0),
+            "with-guidance": _mini(0.1, 1, 1e-3, 64, 2.0),
+            "dpo": _mini(0.2, 1, 1e-4, 64, 2.0),
+            "unlearning": _mini(1, 0.1, 1e-4, 64, 2.0),
         },
         default_image_size=32,
     ),
@@ -251,11 +250,11 @@ ZOO: dict[str, ZooEntry] = {
         "llamagen-mini-tokenizer",
         {32: _bundled("llamagen-mini")},
         {
-            "cca": _mini(0.2, 10, 5e-4),
-            "sft": _mini(0.2, 10, 5e-4),
-            "with-guidance": _mini(0.1, 1, 5e-4),
-            "dpo": _mini(0.1, 1, 5e-4),
-            "unlearning": _mini(1, 1, 5e-5),
+            "cca": _mini(0.2, 10, 5e-4, 128, 1.0),
+            "sft": _mini(0.2, 10, 5e-4, 128, 1.0),
+            "with-guidance": _mini(0.1, 1, 5e-4, 128, 1.0),
+            "dpo": _mini(0.2, 1, 1e-4, 128, 1.0),
+            "unlearning": _mini(1, 0.1, 1e-4, 128, 1.0),
         },
         default_image_size=32,
     ),
