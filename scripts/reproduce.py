@@ -318,7 +318,9 @@ def main(argv: list[str] | None = None) -> None:
         processes = args.nproc or min(cores, 4)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        os.execv(sys.executable, [sys.executable, *torchrun, "-m", "scripts.reproduce", *argv])
+        given = argv.index("--nproc") if "--nproc" in argv else len(argv)
+        rest = argv[:given] + argv[given + 2 :]  # torchrun takes it for its own, abbreviated
+        os.execv(sys.executable, [sys.executable, *torchrun, "-m", "scripts.reproduce", *rest])
     experiment = Experiment(args)
     RUN[args.experiment](experiment)
     experiment.write(argv[1:])
