@@ -145,6 +145,18 @@ CASES = [
         [*LLAMAGEN, "codes-labels", "--parallel", "fsdp", "--dtype", "float16"],
         "codes-labels is not a folder of packed codes",
     ),
+    (train_var_cca, ["--model", "var-d16", "--loss", "dpo", *VAR[2:], "good.npz"], "give --beta, --lr"),
+    (
+        train_llamagen_cca,
+        ["--model", "llamagen-l", "--loss", "unlearning", *LLAMAGEN[2:], "none"],
+        "--loss: no values are published for unlearning on llamagen-l; give --lambda, --lr",
+    ),
+    (
+        train_var_cca,
+        ["--model", "var-d16", "--recipe", "with-guidance", *VAR[2:], "good.npz"],
+        "--recipe: there is none named with-guidance for var-d16",
+    ),
+    (train_llamagen_cca, [*LLAMAGEN, "none", "--recipe", "with-guidance", "--loss", "dpo"], "and --loss dpo"),
     (convert_weights, ["good.npz", "out.bin"], "out.bin ends in none of .pth, .pt, .safetensors"),
     (convert_weights, ["junk.npz", "out.pt"], "junk.npz: not a weights file"),
     (

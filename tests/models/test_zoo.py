@@ -72,6 +72,20 @@ def test_readme_table_is_the_zoo():
             assert f"| {' | '.join(cells)} |" in readme
 
 
+def test_recipes():
+    """The published ones (method and its section on guidance on top); the control trains as CCA does."""
+    found = {name: ZOO[name].recipes["cca"] for name in ("var-d16", "var-d30", "llamagen-l", "llamagen-3b")}
+    assert {name: (r.lambda_, r.lr) for name, r in found.items()} == {
+        "var-d16": (50, 2e-5), "var-d30": (1000, 2e-5), "llamagen-l": (300, 1e-5), "llamagen-3b": (500, 1e-5),
+    }  # fmt: skip
+    guided = {name: ZOO[name].recipes["with-guidance"] for name in ("llamagen-b", "llamagen-l")}
+    assert {n: (r.beta, r.lambda_) for n, r in guided.items()} == {
+        "llamagen-b": (0.1, 1),
+        "llamagen-l": (0.02, 1),
+    }
+    assert all(entry.recipes["sft"] == entry.recipes["cca"] for entry in ZOO.values())
+
+
 def test_example_of_the_readme():
     """It samples, and takes the gradient of CCA on the samples."""
     names = {}
