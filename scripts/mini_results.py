@@ -56,7 +56,6 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"runs: {error}") from None
     first = summaries[0]
-    samples, seconds = first["samples"], ", ".join(str(round(s["wall_seconds"])) for s in summaries)
     text = [
         "# The mini models",
         "",
@@ -64,10 +63,10 @@ def main(argv: list[str] | None = None) -> None:
         f"{', '.join(str(s['seed']) for s in summaries)}, then `python -m scripts.mini_results runs/mini-*`.",
         "",
         f"{datetime.date.today()}, {first['processor']}, {first['threads']} CPU threads, "
-        f"Python {platform.python_version()}, torch {first['versions']['torch']}; {seconds} s. "
+        f"Python {platform.python_version()}, torch {first['versions']['torch']}. "
         "Mean ± standard deviation over the seeds, which change the CCA run and the samples; one base per "
-        f"model. {2 * samples:,} samples per row (sweep and temperatures: {samples:,}) against the 10,000 "
-        "test images, which no network has seen. How settings were chosen: [mini-notes.md](mini-notes.md).",
+        f"model. {first['samples']:,} samples per row against the 10,000 test images, which no network has "
+        "seen. How settings were chosen: [mini-notes.md](mini-notes.md).",
         "",
     ]
     for model in first["models"]:

@@ -10,6 +10,7 @@ maximum likelihood for the same images and steps, and base samples at lower temp
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,44 +61,45 @@ def timed_run(
 
 
 def run_model(job: Pipeline, processes: Processes, model: str, control: bool) -> dict:
-    """Everything for one model; its part of summary.json: figures by label, and the best scale."""
-    more = ("--num-samples", str(2 * job.num_samples))  # for the rows that are compared
+    """Everything for one model; its part of summary.json: figures by kind, and the guidance sweep.
 
-    def row(name: str, label: str, *sampling: str) -> Row:
-        return Row(model, name, label, sampling=sampling)
-
-    sweep = {
-        s: row(f"base-cfg{s:g}", f"base, guidance {s:g}", "--cfg-scale", f"{s:g}") for s in MINI[model].scales
-    }
+    Rows are named as in scripts/reproduce.py, whose results in the same folder are taken.
+    """
+    sweep = dict(zip(MINI[model].scales, guided_rows(model)))
     swept = job.run(list(sweep.values()))
     best = min(sweep, key=lambda s: swept[sweep[s].key]["fid"])
     rows = {
-        "base": row("base", "base, no guidance", *more),
-        "guided": row("guided", f"base, best guidance (scale {best:g})", "--cfg-scale", f"{best:g}", *more),
-        "cca": Row(model, "cca", "CCA, no guidance", CCA, more),
+        "base": base_row(model),
+        "guided": replace(sweep[best], label=f"base, best guidance (scale {best:g})"),
+        "cca": trained_row(model, CCA, "CCA, no guidance"),
     }
     cooler = []
     if control:
-        rows["sft"] = Row(model, "sft", "control: maximum likelihood, no guidance", CONTROL, more)
-        cooler = [
-            row(f"base-t{t}", f"control: base at temperature {t}", "--temperature", f"{t}")
-            for t in TEMPERATURES
-        ]
+        rows["sft"] = trained_row(model, CONTROL, "control: maximum likelihood, no guidance")
+        for value in TEMPERATURES:
+            options = ("--temperature", f"{value}")
+            cooler.append(
+                Row(model, f"base-t{value}", f"control: base at temperature {value}", "base", options)
+            )
     figures = job.run([*rows.values(), *cooler])
-    device = processes.device
-    timed = {"guided": timed_run(model, "base", best, job.seed, device)}
-    timed |= {
-        kind: timed_run(model, job.weights(row), 1.0, job.seed, device)
+    scales = {kind: best if kind == "guided" else 1.0 for kind in rows}
+    timed = {
+        kind: timed_run(model, job.weights(row), scales[kind], job.seed, processes.device)
         for kind, row in rows.items()
-        if kind != "guided"
     }
     seconds = seconds_per_image(timed, processes)
+    main = {
+        kind: {
+            "label": row.label,
+            "file": row.key,
+            **figures[row.key],
+            "seconds_per_image": seconds.get(kind),
+        }
+        for kind, row in rows.items()
+    }
     return {
         "best_scale": best,
-        "main": {
-            kind: {"label": row.label, **figures[row.key], "seconds_per_image": seconds.get(kind)}
-            for kind, row in rows.items()
-        },
+        "main": main,
         "sweep": [{"label": row.label, "scale": s, **swept[row.key]} for s, row in sweep.items()],
         "temperature": [{"label": row.label, **figures[row.key]} for row in cooler],
     }
@@ -118,7 +120,7 @@ def main() -> None:
         "--samples",
         type=count(100),
         default=5000,
-        help="images of each row; twice as many of the main ones (default 5000)",
+        help="images of each row (default 5000)",
     )
     add(
         "--control",

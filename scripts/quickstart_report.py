@@ -68,7 +68,7 @@ def write_pictures(folder: Path, summary: dict) -> None:
             panels.append(
                 (
                     f"{figures['label']}   (FID {figures['fid']:.2f})",
-                    folder / "samples" / f"{model}-{kind}.npz",
+                    folder / "samples" / f"{figures['file']}.npz",
                 )
             )
         sample_sheet(folder / f"{model}.png", panels, columns=10, lines=4, classes=10)
@@ -78,12 +78,11 @@ def write_pictures(folder: Path, summary: dict) -> None:
 def write_report(folder: Path, summary: dict) -> None:
     """report.md and the pictures of one run."""
     write_pictures(folder, summary)
-    samples = summary["samples"]
     text = [
         "# Quickstart",
         "",
-        f"{2 * samples:,} samples (sweep and temperatures: {samples:,}) against the 10,000 Fashion-MNIST "
-        f"test images; features of the bundled network; seed {summary['seed']}, "
+        f"{summary['samples']:,} samples of each kind against the 10,000 Fashion-MNIST test images; "
+        f"features of the bundled network; seed {summary['seed']}, "
         f"{summary['threads']} CPU threads, {summary['wall_seconds']:.0f} s in all.",
         "",
     ]

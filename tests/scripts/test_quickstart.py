@@ -15,6 +15,7 @@ def summary(seed, control=True):
     generator = np.random.default_rng(seed)
 
     def figures(label, **more):
+        more.setdefault("file", f"{len(label)}")
         names = ("fid", "is", "precision", "recall", "accuracy", "seconds_per_image")
         return {"label": label, **{name: float(generator.uniform(0.1, 1)) for name in names}, **more}
 
@@ -38,11 +39,12 @@ def summary(seed, control=True):
 
 def test_report(tmp_path, capsys):
     (tmp_path / "samples").mkdir()
-    for model in SCALES:
+    content = summary(0)
+    for results in content["models"].values():
         for kind in ("base", "guided", "cca"):
-            file = tmp_path / "samples" / f"{model}-{kind}.npz"
+            file = tmp_path / "samples" / f"{results['main'][kind]['file']}.npz"
             np.savez(file, arr_0=np.zeros((40, 32, 32, 3), np.uint8), arr_1=np.arange(40) % 10)
-    write_report(tmp_path, summary(0))
+    write_report(tmp_path, content)
     report = (tmp_path / "report.md").read_text()
     assert "base, best guidance (scale 1.25)" in report and "control: base at temperature 0.8" in report
     assert "(paper: 1.02 to 1.33)" in report
