@@ -21,7 +21,16 @@ from models import SamplingOptions, load_model
 from models.errors import run_command
 from models.files import write_json
 from models.options import Parser, count
-from scripts.experiments import BUNDLED_REFERENCE, BUNDLED_TRAIN, CCA, CONTROL, MINI
+from scripts.experiments import (
+    BUNDLED_REFERENCE,
+    BUNDLED_TRAIN,
+    CCA,
+    CONTROL,
+    MINI,
+    base_row,
+    guided_rows,
+    trained_row,
+)
 from scripts.pipeline import InProcess, Pipeline, Row
 from scripts.quickstart_report import write_report
 from scripts.report import processor
