@@ -35,7 +35,7 @@ from scripts.pipeline import InProcess, Pipeline, Row
 from scripts.quickstart_report import write_report
 from scripts.report import processor
 
-TEMPERATURES = (0.7, 0.8, 0.9)
+TEMPERATURES = (0.8,)
 BATCH_SIZE = 128  # of sampling and of its timing
 TIMED_IMAGES, TIMED_ROUNDS = 512, 3
 
