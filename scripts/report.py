@@ -118,7 +118,11 @@ def tradeoff_chart(
             axis.plot(*means.T, form, label=name, markersize=7)
             for (score, fid), row in zip(means, rows) if len(rows) > 1 else ():
                 axis.annotate(
-                    row.label.split()[-1], (score, fid), textcoords="offset points", xytext=(4, 5), fontsize=7
+                    row.label.split()[-1].replace("guidance", "1"),
+                    (score, fid),
+                    textcoords="offset points",
+                    xytext=(4, 5),
+                    fontsize=7,
                 )
         axis.set(title=model, xlabel="inception score", ylabel="FID")
         axis.legend(fontsize=8)

@@ -156,6 +156,11 @@ def series(rows: list[Row], seeds: list[dict], curve: list[Row]) -> str:
     )
 
 
+def in_order(rows: list[tuple[float, Row]]) -> list[Row]:
+    """Rows by the value that was varied."""
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+
 class Experiment:
     """Runs one experiment for all seeds and writes its report."""
 
@@ -225,10 +230,15 @@ class Experiment:
                     f"beta varied. {series([recipe, *betas], seeds, curve)}",
                 ]
                 self.table(model, rows, seeds, *remarks)
+                settings, varied = ZOO[model].recipes["cca"], e.sweeps(model)
+                over_lambda = [(settings.lambda_, recipe), *zip(varied.lambdas, lambdas)]
+                over_beta = [*zip(varied.betas, betas)]
+                if varied.beta_lambda is None:
+                    over_beta.append((settings.beta, recipe))
                 panels[model] = {
                     "base, guidance over its scale": (curve, "o-"),
-                    "CCA, no guidance, over lambda": (lambdas, "s--"),
-                    "CCA, no guidance, over beta": (betas, "^--"),
+                    "CCA, no guidance, over lambda": (in_order(over_lambda), "s--"),
+                    "CCA, no guidance, over beta": (in_order(over_beta), "^--"),
                     "CCA, the recipe": ([recipe], "*"),
                     "control: maximum likelihood": ([control], "x"),
                 }
