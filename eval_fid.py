@@ -5,14 +5,18 @@
     torchrun --nproc_per_node 8 eval_fid.py --samples samples.npz --reference reference.npz
     python eval_fid.py --compare base.json guided.json cca.json
 
-Samples and reference are .npz files (arr_0 uint8 [N, H, W, 3]) or folders of images. A reference
-with mu and sigma (mu_s, sigma_s) is taken at its word, its arr_0 serves precision and recall.
-Prints a table, writes JSON, and says what makes a figure not comparable with published ones.
+Samples and reference are .npz files (arr_0 uint8 [N, H, W, 3]) or folders of images, which --resize cuts
+to one size. A reference with mu and sigma (mu_s, sigma_s) is taken at its word, its arr_0 serves
+precision, recall and KID. Prints a table, writes JSON, and says what makes a figure not comparable
+with published ones.
 """
 
+import os
 from pathlib import Path
 
+from cca.data.classes import add_classes_option, read_classes
 from cca.data.image_sets import open_image_set
+from cca.data.sampling_report import report_path
 from cca.distributed import Processes
 from cca.evaluation.comparability import comparability, compare
 from cca.evaluation.evaluator import METRICS, Comparison, Stopwatch, evaluate, extract, load_reference
@@ -20,8 +24,9 @@ from cca.evaluation.features import make_extractor
 from models import UserError
 from models.devices import EXTRACTED_IMAGES
 from models.errors import run_command
-from models.files import write_json
+from models.files import write_json, writing
 from models.options import Parser, count
+from models.outputs import check_output
 
 
 def make_parser() -> Parser:
@@ -48,6 +53,19 @@ def make_parser() -> Parser:
         default=EXTRACTED_IMAGES,
         help="images per forward pass (default %(default)s)",
     )
+    add(
+        "--resize",
+        type=count(),
+        metavar="PIXELS",
+        help="resize images of folders and cut them to squares of this side, as guided-diffusion does it",
+    )
+    add(
+        "--workers",
+        type=count(0),
+        default=0,
+        help="processes of each process that read images of folders (default 0: none)",
+    )
+    add_classes_option(parser)
     add("--output", type=Path, metavar="FILE.json", help="also write the results there")
     add(
         "--compare",
@@ -71,21 +89,33 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [name for name in metrics or () if name not in METRICS]
     if unknown:
         raise UserError(f"--metrics: {unknown[0]!r} is not one of {', '.join(METRICS)}")
-    if args.output and args.output.resolve() == args.samples.with_suffix(".json").resolve():
+    if args.output and args.output.resolve() == report_path(args.samples).resolve():
         raise UserError(
             f"--output: {args.output} is where sample.py describes the samples; take another name"
         )
-    samples, reference_images = open_image_set(args.samples), open_image_set(args.reference)
+    if args.resize and not any(os.path.isdir(path) for path in (args.samples, args.reference)):
+        raise UserError("--resize: cuts images of folders; those of an .npz are taken as they are")
+    given = read_classes(args.classes_from)
+    if given is not None and not os.path.isdir(args.samples):
+        raise UserError(
+            f"--classes-from: goes with a folder of samples; the labels of {args.samples} are arr_1"
+        )
+    if args.output:
+        check_output("--output", args.output, {"--samples": args.samples, "--reference": args.reference})
+    samples = open_image_set(args.samples, args.resize, args.workers, given)
+    reference_images = open_image_set(args.reference, args.resize, args.workers)
     labels = samples.labels()
     if labels is not None and len(labels) != len(samples):
         raise UserError(f"{args.samples}: arr_0 has {len(samples)} images, arr_1 {len(labels)} labels")
+    if labels is not None and len(labels) and labels.min() < 0:
+        raise UserError(f"{args.samples}: arr_1 holds class {labels.min()}; classes start at 0")
     processes = Processes()
     extractor = make_extractor(args.features, args.inception_weights, processes.device)
     stopwatch = Stopwatch()
+    with stopwatch.measure("reference"):  # first, since it may have to be refused
+        reference = load_reference(reference_images, extractor, args.batch_size, processes)
     with stopwatch.measure("features of the samples"):
         found = extract(samples, extractor, args.batch_size, processes)
-    with stopwatch.measure("reference"):
-        reference = load_reference(reference_images, extractor, args.batch_size, processes)
     if found is None:  # the main process has the features of all
         return
     values, notes = evaluate(Comparison(found, reference, labels, processes.device), metrics, stopwatch)
@@ -95,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         f"features {extractor.name}"
     )
     for name, value in values.items():
-        print(f"  {name:<10} {value:10.4f}")
+        print(f"  {name:<10} {value:10.{METRICS[name].digits + 1}f}")
     for note in notes:
         print(f"  note: {note}")
     if args.output:
@@ -105,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
                 "file": str(args.samples),
                 "count": len(samples),
                 "sha256": samples.content_hash(),
+                "classes": samples.classes(),
                 "sampling": samples.sampling_report().get("options"),
             },
             "reference": {
@@ -120,7 +151,8 @@ def main(argv: list[str] | None = None) -> None:
             "notes": notes,
             "seconds": stopwatch.parts,
         }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with writing(args.output):
+            args.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.output, report)
 
 

@@ -2,12 +2,13 @@
 
     python sample.py --model var-mini --num-samples 1000 --output samples.npz --grid grid.png
     python sample.py --model var-mini --weights runs/var-mini-cca/model.pth --output cca.npz
+    python sample.py --model var-mini --weights runs/var-mini-cca --output running.npz   # or its newest state
     torchrun --nproc_per_node 2 sample.py --model llamagen-mini --cfg-scale 1.5 --output guided.npz
     torchrun --nproc_per_node 8 sample.py --model var-d16 --weights cca --preset published --output d16.npz
 
 FILE.npz holds arr_0 uint8 [N, H, W, 3] and arr_1 int64 [N] (classes); FILE.json beside it holds
 every option, the weights' SHA-256, versions and images per second. An interrupted run, started
-again with the same command, goes on where it stopped.
+again with the same command, goes on where it stopped; a finished one is left as it is.
 """
 
 import argparse
@@ -20,9 +21,13 @@ from cca.distributed import Processes
 from cca.sampling.grid import write_grid
 from cca.sampling.sample_file import run_sampling
 from cca.sampling.sampler import SampleRequest, compile_blocks
+from cca.training.states import load_run_weights, weights_of_run
 from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError, load_files, locate, zoo_entry
+from models.decoding import LOWEST_TEMPERATURE
 from models.errors import run_command
+from models.files import writing
 from models.options import Parser, add_model_options, count, number
+from models.outputs import check_output
 from models.zoo import class_name
 
 # Where neither an option nor a preset says otherwise.
@@ -35,7 +40,7 @@ DEFAULTS = {
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add_model_options(parser, ZOO, "base|cca|PATH")
+    add_model_options(parser, ZOO, "base|cca|PATH|RUN[/state/step-N][:ema]")
     add(
         "--preset", choices=("published", "published-cfg"),
         help="sampling settings behind the published figures, without or with guidance; options overrule it",
@@ -68,7 +73,7 @@ def make_parser() -> Parser:
         type=number(0, 1, above=True),
         help="keep the likeliest tokens with this much probability (default 1.0)",
     )
-    add("--temperature", type=number(0, above=True), help="divides the logits (default 1.0)")
+    add("--temperature", type=number(LOWEST_TEMPERATURE), help="divides the logits (default 1.0)")
     add(
         "--eval-size",
         type=count(),
@@ -124,16 +129,36 @@ def parse_classes(text: str, model: ARImageModel) -> tuple[int, ...]:
     return classes
 
 
+def load(args: argparse.Namespace) -> tuple[ARImageModel, dict]:
+    """The model on the CPU, and what is noted of its files; ``--weights`` may name a run or its state."""
+    name = zoo_entry(args.model).backbone.checkpoint_name
+    found = weights_of_run(args.weights, name)
+    state = found is not None and found[0].is_dir()
+    weights = args.weights if found is None else None if state else str(found[0])
+    files = locate(args.model, weights, args.tokenizer_weights, args.image_size)
+    model, described = load_files(files), {**files.describe(), "weights": args.weights}
+    if found is not None and state:
+        try:
+            described["weights_sha256"] = load_run_weights(model, *found)
+        except UserError:
+            if weights_of_run(args.weights, name) != found:  # the run has saved a newer one meanwhile
+                return load(args)
+            raise
+    return model, described
+
+
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     apply_preset(args)
     for option, path, suffix in (("--output", args.output, ".npz"), ("--grid", args.grid, ".png")):
         if path and path.suffix != suffix:
             raise UserError(f"{option}: {path} does not end in {suffix}")
+        if path:
+            check_output(option, path)
     if args.cuda_graphs and not torch.cuda.is_available():
         raise UserError("--cuda-graphs: there is no GPU here")
-    files = locate(args.model, args.weights, args.tokenizer_weights, args.image_size)
-    model = load_files(files)
+    processes = Processes()
+    model, described = load(args)
     if args.compile:
         compile_blocks(model)
     schedule = args.cfg_schedule or model.default_cfg_schedule
@@ -144,19 +169,18 @@ def main(argv: list[str] | None = None) -> None:
     request = SampleRequest(
         args.num_samples, classes, args.class_order, args.seed, args.eval_size, args.dtype, sampling
     )
-    for path in filter(None, (args.output, args.grid)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    processes = Processes()
-    run_sampling(
+    finished = run_sampling(
         model,
         request,
         args.batch_size,
         args.output,
-        {**files.describe(), "weights": args.weights},
+        described,
         processes,
         args.cuda_graphs,
     )
-    if args.grid and processes.main:
+    if args.grid and finished and processes.main:
+        with writing(args.grid):
+            args.grid.parent.mkdir(parents=True, exist_ok=True)
         columns = min(len(classes), 10)
         samples, first = NpzImages(args.output), slice(0, min(8 * columns, args.num_samples))
         (images,), labels = samples.batches(first, first.stop), samples.labels()

@@ -7,6 +7,9 @@
 Writes DIR/model.pth in the published format, metrics.jsonl, tensorboard/, config.json and state/.
 """
 
+from functools import partial
+
+from cca.data.classes import add_classes_option, read_classes
 from cca.data.sources import open_labelled_images
 from cca.training.command import run_training, training_parser
 from models.errors import run_command
@@ -20,12 +23,14 @@ DATA = (
 
 
 def make_parser() -> Parser:
-    return training_parser(__doc__, VAR, "--data", DATA)
+    parser = training_parser(__doc__, VAR, "--data", DATA)
+    add_classes_option(parser)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    run_training(args, VAR, args.data, open_labelled_images)
+    run_training(args, VAR, args.data, partial(open_labelled_images, classes=read_classes(args.classes_from)))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,116 @@
-"""One process or several under torchrun: rank, device, and the few collectives that are needed."""
+"""One process or several under torchrun: rank, device, the few collectives that are needed, and signals."""
 
 import atexit
 import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from models.errors import UserError
+from models.outputs import claimed
+
+QUIET_SECONDS = 4  # torchrun ends all with the first: who has something to say comes first
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Stopped(Exception):
+    """Work was given up because the run is asked to stop."""
+
+
+class StopRequest:
+    """While it is entered, signals that would end the process are noted, so that a run can save first.
+
+    Signals that were ignored before (SIGHUP under nohup) stay ignored.
+    """
+
+    asked = False
+
+    def __enter__(self) -> "StopRequest":
+        self.previous = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+        for number, handler in self.previous.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, self._note)
+        return self
+
+    def _note(self, *_) -> None:
+        self.asked = True
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise Stopped if this process was asked to stop."""
+        if self.asked:
+            raise Stopped
+
+
+@contextmanager
+def children_ignore_signals() -> Iterator[None]:
+    """Processes forked inside never see a stop signal: loaders must outlive a signal to the whole group.
+
+    They end when their parent closes them, or is gone.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _environment(name: str, default: int, low: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if value < low:
+        raise UserError(
+            f"{name}: the environment says {text!r}, an integer of at least {low} is right; "
+            "torchrun sets it, else unset it"
+        )
+    return value
 
 
 class Processes:
     """This process among all of the run; starts the process group where torchrun set one up."""
 
     def __init__(self):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        """Raises UserError where the environment's RANK, WORLD_SIZE and the like do not make a group."""
+        self.rank, self.world = _environment("RANK", 0, 0), _environment("WORLD_SIZE", 1, 1)
+        local = _environment("LOCAL_RANK", 0, 0)
+        if self.rank >= self.world:
+            raise UserError(
+                f"RANK: the environment says {self.rank}, WORLD_SIZE {self.world}; "
+                "start several processes with torchrun, or unset RANK"
+            )
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if self.world > 1 and missing:
+            raise UserError(
+                f"{missing[0]}: is not set, though WORLD_SIZE is {self.world}; "
+                "start several processes with torchrun, or unset WORLD_SIZE"
+            )
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if gpus and local >= gpus:
+            raise UserError(f"LOCAL_RANK: is {local}, there are {gpus} GPUs; start one process for each")
+        self.device = torch.device("cuda", local) if gpus else torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            try:
+                dist.init_process_group("nccl" if gpus else "gloo")
+            except (RuntimeError, ValueError) as error:
+                place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                why = str(error).strip().splitlines()[0][:120]
+                raise UserError(
+                    f"MASTER_ADDR: the {self.world} processes do not meet at {place} ({why})"
+                ) from None
             atexit.register(dist.destroy_process_group)
 
     @property
@@ -35,6 +127,34 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in one process at least."""
+        return bool(self.sum(torch.tensor([float(flag)], device=self.device)))
+
+    def agree(self, call: Callable[[], object], main: bool = False) -> None:
+        """Run ``call`` in each process (or the main one); all stop together where one refuses.
+
+        Raises UserError where ``call`` did; the other processes end without a word.
+        """
+        refusal = None
+        try:
+            if self.main or not main:
+                call()
+        except UserError as error:
+            refusal = error
+        if self.any(refusal is not None):
+            if refusal is None:
+                time.sleep(QUIET_SECONDS)
+                raise SystemExit(2)
+            raise refusal
+
+    @contextmanager
+    def holding(self, path: Path, folder: bool = False) -> Iterator[None]:
+        """The main process holds an output against other runs; see ``models.outputs.claimed``."""
+        with ExitStack() as stack:
+            self.agree(lambda: stack.enter_context(claimed(path, folder)), main=True)
+            yield
 
     def gather(self, part: Tensor) -> Tensor | None:
         """The rows of all processes in the order of their ranks, on the main one (None elsewhere).
@@ -55,6 +175,15 @@ class Processes:
         parts = [torch.empty_like(padded) for _ in counts]
         dist.gather(padded, parts)
         return torch.cat([p[:n].to(part.device) for p, n in zip(parts, counts)])
+
+    def digest_of_main(self, take: Callable[[], str | None]) -> str | None:
+        """A SHA-256 (or None) that the main process alone takes, on all."""
+        found = torch.zeros(33, dtype=torch.int64, device=self.device)
+        digest = take() if self.main else None
+        if digest is not None:
+            found += torch.tensor([1, *bytes.fromhex(digest)], device=self.device)
+        known, *numbers = self.sum(found).tolist()
+        return bytes(numbers).hex() if known else None
 
     def barrier(self) -> None:
         if self.world > 1:

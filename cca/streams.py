@@ -11,6 +11,7 @@ DATA_ORDER, UNCONDITIONAL, TOKENS, CLASSES, CROPS, DROPOUT = range(6)
 
 
 def stream(seed: int, purpose: int, *counters: int) -> np.random.Generator:
-    """Generator of (seed, purpose, up to three counters)."""
-    counter = [0, *counters, *[0] * (3 - len(counters))]  # word 0 counts the numbers drawn
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=counter))
+    """Generator of (seed, purpose, up to three counters), all of them integers from 0 to 2^64 - 1."""
+    # Word 0 counts the numbers drawn. As lists, large integers would be rounded to floats.
+    counter = np.array([0, *counters, *[0] * (3 - len(counters))], np.uint64)
+    return np.random.Generator(np.random.Philox(key=np.array([seed, purpose], np.uint64), counter=counter))

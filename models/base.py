@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.decoding import DecodingState, SamplingOptions, generate_tokens
+from models.decoding import DecodingState, SamplingOptions, generate_tokens, require_finite
 from models.devices import autocast_dtype
 from models.image_transforms import Transform
 from models.logprob import linear_sequence_logprob
@@ -203,6 +203,11 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
 
         Returns:
             tokens [B, L] int64.
+
+        Raises:
+            UserError: the logits are not finite.
         """
+        weight = self.transformer.output_layer().weight
+        tokens = generate_tokens(self, labels, uniforms, options)
         # A copy is no inference tensor: it may be trained on.
-        return generate_tokens(self, labels, uniforms, options).clone()
+        return require_finite(tokens, autocast_dtype(labels.device, weight.dtype)).clone()

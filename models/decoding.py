@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from models.devices import DRAWN_LOGITS, row_chunks
+from models.errors import UserError
 
 if TYPE_CHECKING:
     from models.base import ARImageModel
+
+# Below it every draw is the likeliest token already, and the division would overflow.
+LOWEST_TEMPERATURE = 1e-6
+NOT_FINITE = -1  # the "token" where a model's logits were not finite
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class SamplingOptions:
     cfg_interval: guide only the first this many decoding steps (LlamaGen: tokens, VAR: levels);
         None guides all.
     top_k: keep the k likeliest tokens, 0 keeps all. top_p: then the smallest set with this much
-        of the remaining probability, in (0, 1]. temperature: divides the logits first, > 0.
+        of the remaining probability, in (0, 1]. temperature: divides the logits first, >= 1e-6.
     """
 
     cfg_scale: float = 1.0
@@ -155,7 +160,11 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
 def generate_tokens(
     model: "ARImageModel", labels: Tensor, uniforms: Tensor, options: SamplingOptions
 ) -> Tensor:
-    """Tokens [B, L] of classes [B], from uniforms [B, L]; see ``ARImageModel.generate``."""
+    """Tokens [B, L] of classes [B], from uniforms [B, L]; see ``ARImageModel.generate``.
+
+    Where the logits of a decoding step were not finite, all tokens of that row are NOT_FINITE:
+    ``require_finite`` tells the user, once per batch, so that no step waits for the device.
+    """
     rows, steps = labels.shape[0], len(model.step_sizes)
     scales = [options.scale_at(decoding_step, steps) for decoding_step in range(steps)]
     # The unconditional rows must run up to the last guided step, to have their cache filled.
@@ -164,7 +173,7 @@ def generate_tokens(
         state = model.begin(torch.cat([labels, torch.full_like(labels, model.null_class)]))
     else:
         state = model.begin(labels)
-    tokens = labels.new_empty(rows, 0)
+    tokens, finite = labels.new_empty(rows, 0), torch.ones_like(labels, dtype=torch.bool)
     for decoding_step, size in enumerate(model.step_sizes):
         if decoding_step < guided_steps:
             cond, uncond = model.next_logits(state, decoding_step, tokens.repeat(2, 1)).float().chunk(2)
@@ -173,6 +182,27 @@ def generate_tokens(
             if 0 < decoding_step == guided_steps:
                 state.keep_rows(rows)
             logits = model.next_logits(state, decoding_step, tokens)
+        low, high = logits.flatten(1).aminmax(dim=1)  # NaN where there is one
+        finite &= (torch.maximum(high, -low).float() / options.temperature).isfinite()
         noise = uniforms[:, tokens.shape[1] : tokens.shape[1] + size]
         tokens = torch.cat([tokens, draw_tokens(filter_logits(logits, options), noise)], dim=1)
+    return tokens.masked_fill(~finite[:, None], NOT_FINITE)
+
+
+def require_finite(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tokens of ``generate_tokens`` as they are; waits for the device.
+
+    dtype: the precision that the transformer ran in.
+
+    Raises:
+        UserError: some of them were drawn from logits that were not finite.
+    """
+    bad = int((tokens == NOT_FINITE).any(1).sum())
+    if bad:
+        cause = (
+            "float16 overflow is the likely cause: --dtype bfloat16 or float32 has the range"
+            if dtype == torch.float16
+            else f"in {str(dtype).removeprefix('torch.')} the weights or --cfg-scale are too large"
+        )
+        raise UserError(f"--dtype: the logits of {bad} of {len(tokens)} images are not finite; {cause}")
     return tokens

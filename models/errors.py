@@ -1,9 +1,17 @@
 """Users' mistakes: one line on stderr, exit status 2, no traceback."""
 
+import errno
+import io
 import os
 import sys
 import time
 from collections.abc import Callable
+
+# What a user's disk or permissions cause wherever a path is used, and no check foresees for certain.
+OF_THE_MACHINE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR,
+    errno.EISDIR, errno.ELOOP, errno.EIO,
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -11,13 +19,63 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's ``main`` and turn a UserError into its one line."""
+    """Run a command's ``main`` and turn a UserError into its one line.
+
+    Whatever the terminal's encoding, text is printed; where standard output is closed before the end
+    (``| head -1``) the command does its work without printing.
+    """
+    outlets = [_replace_stream(name) for name in ("stdout", "stderr")]
     try:
         main()
-    except UserError as error:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        if lost := next((outlet.lost for outlet in outlets if outlet and outlet.lost), None):
+            raise UserError(f"standard output cannot be written ({lost.strerror})")
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and (error.errno not in OF_THE_MACHINE or error.filename is None):
+            raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # all make most mistakes; torchrun ends this one here if the main one said so
-        # A data loader's worker process hands its error on with a traceback; the message is its last line.
-        message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:  # where there is nothing to save
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def one_line(error: UserError | OSError) -> str:
+    """The message, with what would break the line or not show (file names may hold it) as escapes."""
+    # A data loader's worker process hands its error on behind a traceback.
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    message = text.rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+
+
+class _Outlet(io.FileIO):
+    """Where printed text goes; what can no longer be written is dropped, so that the work goes on."""
+
+    lost: OSError | None = None  # why text was dropped, but where its reader left
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno != errno.EPIPE:
+                self.lost = error
+            return memoryview(data).nbytes
+
+
+def _replace_stream(name: str) -> _Outlet | None:
+    """Give sys.stdout or sys.stderr an _Outlet, and escapes for what its encoding lacks."""
+    stream = getattr(sys, name)
+    if stream is not getattr(sys, f"__{name}__") or not isinstance(stream, io.TextIOWrapper):
+        return None  # closed, or not the process's own
+    stream.flush()
+    outlet = _Outlet(stream.fileno(), "wb", closefd=False)
+    lines = stream.line_buffering or name == "stderr"
+    text = io.TextIOWrapper(
+        io.BufferedWriter(outlet), stream.encoding, "backslashreplace", line_buffering=lines,
+        write_through=stream.write_through,
+    )  # fmt: skip
+    setattr(sys, name, text)
+    return outlet

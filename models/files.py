@@ -1,26 +1,131 @@
 """Files of any kind: atomic writes, JSON, hashes."""
 
+import fcntl
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
+
+from models.errors import UserError
+
+
+def causes(error: BaseException | None) -> list[BaseException]:
+    """An error and what it came from; a CheckpointException holds the errors of all processes."""
+    if error is None:
+        return []
+    inner = [e[0] for e in getattr(error, "failures", {}).values()]
+    return [error, *(c for e in [*inner, error.__cause__ or error.__context__] for c in causes(e))]
+
+
+def reason(error: BaseException) -> str:
+    """Why something could not be read or written, in a few words."""
+    system = next((e for e in causes(error) if isinstance(e, OSError) and e.strerror), None)
+    if system:
+        return str(system.strerror)
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses (full, read-only, a folder in the way) into a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # PyTorch's writer has no error of its own.
+        of_torch = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container"))
+        if isinstance(error, RuntimeError) and not of_torch:
+            raise
+        raise UserError(f"{path}: cannot be written ({reason(error)})") from None
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a temporary path beside ``path``, then rename: never a half-written file."""
+    """Call ``write`` with a temporary path beside ``path``, then rename: never a half-written file.
+
+    What writers that were killed left of the same file is removed. Raises UserError.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        sweep(path)
+        try:
+            with open(temporary, "wb") as held:
+                _try_lock(held)
+                write(temporary)
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sweep(path: Path) -> None:
+    """Remove temporary files of ``path`` whose writers are dead: a living one holds a lock on its own."""
+    for entry in list(os.scandir(path.parent)):
+        if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp"):
+            with suppress(OSError), open(entry.path, "r+b") as file:
+                if _try_lock(file):
+                    os.unlink(entry.path)
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    """Lock an open file for as long as it is open; False where another holds it or locks do not work."""
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder: renamed first, so that no moment leaves it with a part of its files.
+
+    What a removal that was killed left behind is removed as well. Raises UserError.
+    """
+    doomed = folder.with_name(f".{folder.name}.removed")
+    with writing(folder):
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        if folder.exists():
+            os.replace(folder, doomed)
+            shutil.rmtree(doomed)
+
+
+def finite_or_none(content: Any) -> Any:
+    """The same dicts and lists with None (JSON's null) for each number that is NaN or infinite."""
+    if isinstance(content, dict):
+        return {key: finite_or_none(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite_or_none(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write JSON, atomically."""
-    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+    """Write JSON, atomically.
+
+    Raises UserError for numbers that are NaN or infinite, which JSON does not have; where null is
+    meant, ``finite_or_none`` puts it there.
+    """
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except ValueError:
+        wrong = [key for key, value in content.items() if finite_or_none(value) != value]
+        raise UserError(f"{path}: is not written, {', '.join(wrong)} would hold NaN or infinity") from None
+    atomic_write(path, lambda temporary: temporary.write_text(text + "\n"))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises UserError for anything else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is damaged or not JSON ({reason(error)})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__} instead of an object")
+    return content
 
 
 def write_binary(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -10,8 +10,34 @@ from torch import Tensor
 from torchvision.transforms import functional as transforms
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB; 16-bit grey is scaled by 1/257 and rounded.
+
+    Raises ValueError for floating-point numbers, and for 32-bit grey outside 0 … 65,535.
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point grey; expected 8 or 16 bits")
+    if image.mode.startswith("I"):  # the library's own conversion clips at 255
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"grey levels from {grey.min()} to {grey.max()}; expected 0 … 65,535")
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def check_sides(image: Image.Image, short: int) -> None:
+    """Raise ValueError for a picture so long that it is too large once its short side is ``short``."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and short * short * max(image.size) > limit * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels: too long for a short side of {short}")
+
+
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop: box-halve while the short side is at least 2 x size, bicubic to size, cut."""
+    """ADM's centre crop: box-halve while the short side is at least 2 x size, bicubic to size, cut.
+
+    Raises ValueError for a picture that is too long (``check_sides``).
+    """
+    check_sides(image, size)
     while min(image.size) >= 2 * size:  # box-halving keeps the bicubic step free of aliasing
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -38,6 +64,7 @@ class RandomCrop(Transform):
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
         size = self.size
+        check_sides(image, round(1.125 * size))
         image = transforms.resize(image, round(1.125 * size), transforms.InterpolationMode.LANCZOS)
         top, left = (int(generator.integers(side - size + 1)) for side in (image.height, image.width))
         return transforms.pil_to_tensor(transforms.crop(image, top, left, size, size))

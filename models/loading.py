@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from models.base import ARImageModel
-from models.checkpoints import load_weights, mismatch
+from models.checkpoints import load_weights, mismatch, weights_sha256
 from models.errors import UserError
-from models.files import file_sha256
 from models.hub import WeightsFile
 from models.zoo import TOKENIZERS, ZOO, ZooEntry
 
@@ -43,8 +42,8 @@ class ModelFiles:
         return {
             "model": self.name,
             "image_size": self.image_size,
-            "weights_sha256": self.weights and file_sha256(self.weights),
-            "tokenizer_sha256": self.tokenizer_weights and file_sha256(self.tokenizer_weights),
+            "weights_sha256": self.weights and weights_sha256(self.weights),
+            "tokenizer_sha256": self.tokenizer_weights and weights_sha256(self.tokenizer_weights),
         }
 
 

@@ -1,11 +1,14 @@
 """Command-line pieces that several commands share."""
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
 from models.errors import UserError
+
+LARGEST_INTEGER = 2**63 - 1  # what a tensor holds, and what a seed may be (see ``cca.streams``)
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,12 +24,23 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, but for ``--option=--``, which it takes as an empty list, unchecked."""
+        args = list(sys.argv[1:] if args is None else args)
+        for text in args:
+            if text.startswith("--") and text.endswith("=--"):
+                self.error(f"{text.removesuffix('=--')}: expected one argument")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
 
 
-def number(low: float, high: float = float("inf"), kind: type = float, above: bool = False):
-    """An argparse type: a number from ``low`` (or above it) to ``high``."""
+def number(low: float, high: float | None = None, kind: type = float, above: bool = False):
+    """An argparse type: a finite number from ``low`` (or above it) to ``high`` (None: as large as one likes).
+
+    Integers end at LARGEST_INTEGER in any case.
+    """
 
     def parse(text: str):
         try:
@@ -35,18 +49,23 @@ def number(low: float, high: float = float("inf"), kind: type = float, above: bo
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not {'an integer' if kind is int else 'a number'}"
             ) from None
-        if not (low < value if above else low <= value) or not value <= high:
-            lower = f"above {low:g}" if above else f"at least {low:g}"
-            raise argparse.ArgumentTypeError(
-                f"{text} must be {lower}" + (f" and at most {high:g}" if high != float("inf") else "")
-            )
-        return value
+        wanted = [f"above {low:g}" if above else f"at least {low:g}"]
+        if high is not None:
+            wanted.append(f"at most {high:g}")
+        inside = (low < value if above else low <= value) and (high is None or value <= high)
+        if kind is int and value > LARGEST_INTEGER:
+            wanted.append(f"at most {LARGEST_INTEGER}")
+        elif not math.isfinite(value):
+            wanted.append("finite")
+        elif inside:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(wanted)}")
 
     return parse
 
 
 def count(low: int = 1):
-    """An argparse type: an integer of at least ``low``."""
+    """An argparse type: an integer of at least ``low``; see ``number``."""
     return number(low, kind=int)
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from models.checkpoints import read_weights, save_published, save_safetensors
 from models.errors import UserError, run_command
+from models.files import writing
 from models.loading import published_key
 from models.options import Parser
+from models.outputs import check_output
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
@@ -28,8 +30,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output.suffix not in SUFFIXES:
         raise UserError(f"output: {args.output} ends in none of {', '.join(SUFFIXES)}")
+    check_output("output", args.output, {"input": args.input})
     state, key = read_weights(args.input)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with writing(args.output):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
     save = save_safetensors if args.output.suffix == ".safetensors" else save_published
     save(state, args.output, published_key(state) if key is None else key)
     print(f"{args.output}: {len(state)} tensors, {sum(v.nbytes for v in state.values()) / 1e6:,.1f} MB")

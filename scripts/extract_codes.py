@@ -13,8 +13,11 @@ was trained; images of an .npz are taken as they are. An interrupted run goes on
 Training draws half of its crops from DIR_105 if that folder lies beside DIR.
 """
 
-import json
+import os
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +25,16 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from cca.data.classes import add_classes_option, read_classes
 from cca.data.sources import TokenSource, open_labelled_images
-from cca.distributed import Processes
+from cca.distributed import Processes, Stopped, StopRequest, children_ignore_signals
+from models.checkpoints import tensors_sha256
 from models.errors import UserError, run_command
-from models.files import write_binary, write_json
+from models.files import read_json, reason, remove_folder, write_binary, write_json, writing
 from models.image_transforms import TenCrops
 from models.loading import load_files, locate
 from models.options import Parser, count, number
+from models.outputs import check_output, check_space, differing
 from models.zoo import ZOO
 
 CHUNK = 1024  # images between two notes of progress
@@ -52,6 +58,7 @@ def make_parser() -> Parser:
         metavar="PATH",
         help="folder of class folders, or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]",
     )
+    add_classes_option(parser)
     add(
         "--crop-range",
         type=number(1, 2),
@@ -75,53 +82,118 @@ def make_parser() -> Parser:
 
 
 class CodeFile:
-    """DIR/codes.npy while it is being filled, and which chunks of it are done."""
+    """DIR/codes.npy while it is being filled, and which chunks of it are done.
+
+    DIR/progress/ holds the options and a note of each finished chunk. The header, with which the codes
+    are complete, is written last; then the notes go.
+    """
 
     def __init__(self, folder: Path, shape: tuple[int, ...], header: dict, processes: Processes):
-        self.folder, self.header, self.processes = folder, header, processes
-        self.notes, self.partial = folder / "progress", folder / "codes.partial.npy"
-        begun = self.notes / "header.json"
-        if begun.exists() and json.loads(begun.read_text()) != header:
+        """Raises UserError where the folder holds codes of other options, or the codes do not fit."""
+        self.folder, self.shape, self.header, self.processes = folder, shape, header, processes
+        self.notes, self.partial, self.whole = (
+            folder / "progress",
+            folder / "codes.partial.npy",
+            folder / "codes.npy",
+        )
+        self.finished = False
+        processes.agree(self._begin, main=True)
+        self.finished = processes.any(self.finished)
+        if not self.finished:
+            self.codes = np.load(self._filled(), mmap_mode="r+")
+
+    def _filled(self) -> Path:
+        """The file that is being filled; it gets its name before the header is written."""
+        return self.partial if self.partial.exists() else self.whole
+
+    def _begin(self) -> None:
+        final, begun = self.folder / "header.json", self.notes / "header.json"
+        for marker, what in ((final, "finished codes"), (begun, "an unfinished run")):
+            changed = differing(read_json(marker), self.header) if marker.exists() else []
+            if changed:
+                raise UserError(
+                    f"--output: {self.folder} holds {what} with {changed[0]}; "
+                    "repeat its command, remove that folder, or take another"
+                )
+        if final.exists():
+            remove_folder(self.notes)
+            self.finished = True
+        elif not begun.exists():
+            self._reserve()
+            with writing(self.notes):
+                self.notes.mkdir(exist_ok=True)
+            write_json(begun, self.header)
+        else:
+            self._check()
+
+    def _reserve(self) -> None:
+        """Make the file with all its space: a hole in it would end the process where the disk is full."""
+        in_the_way = next((f for f in (self.whole, self.folder / "labels.npy") if f.exists()), None)
+        if in_the_way:
             raise UserError(
-                f"--output: {folder} holds an unfinished run with other options; "
-                "repeat its command, or remove that folder"
+                f"--output: {in_the_way} is there without a header.json; remove it, or take another folder"
             )
-        processes.barrier()
-        if processes.main and not begun.exists():
-            self.notes.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(self.partial, "w+", np.uint16, shape).flush()
-            write_json(begun, header)
-        processes.barrier()
-        self.codes = np.lib.format.open_memmap(self.partial, "r+")
+        size = int(np.prod(self.shape)) * 2
+        check_space("--output", self.partial, size, "its codes")
+        try:
+            with writing(self.partial), open(self.partial, "wb") as file:
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": "<u2", "fortran_order": False, "shape": self.shape}
+                )
+                file.flush()
+                os.posix_fallocate(file.fileno(), 0, file.tell() + size)
+        except UserError:
+            self.partial.unlink(missing_ok=True)
+            raise
+
+    def _check(self) -> None:
+        """What was begun must be there as it was reserved."""
+        try:
+            found = np.load(self._filled(), mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(
+                f"--output: {self._filled()} is missing or damaged ({reason(error)}); remove {self.folder}"
+            ) from None
+        if found.shape != self.shape or found.dtype != np.uint16:
+            raise UserError(
+                f"--output: {self._filled()} holds {list(found.shape)} codes instead of {list(self.shape)}; "
+                f"remove {self.folder}"
+            )
 
     def open_chunks(self) -> list[range]:
         """This process's chunks that are not done."""
         size = len(self.codes)
         chunks = [range(i, min(i + CHUNK, size)) for i in range(0, size, CHUNK)]
-        return [
-            c
-            for c in chunks[self.processes.rank :: self.processes.world]
-            if not (self.notes / f"{c.start}").exists()
-        ]
+        missing = [c for c in chunks if not (self.notes / f"{c.start}").exists()]
+        self.processes.barrier()  # all have looked before one writes
+        return missing[self.processes.rank :: self.processes.world]
 
     def finish_chunk(self, chunk: range) -> None:
         self.codes.flush()
-        (self.notes / f"{chunk.start}").touch()
+        with writing(self.notes):
+            (self.notes / f"{chunk.start}").touch()
 
     def finish(self, labels: np.ndarray) -> None:
-        self.processes.barrier()
-        if self.processes.main:
-            write_binary(self.folder / "labels.npy", lambda file: np.save(file, labels))
-            self.partial.rename(self.folder / "codes.npy")
-            write_json(self.folder / "header.json", self.header)
-            for note in self.notes.iterdir():
-                note.unlink()
-            self.notes.rmdir()
-        self.processes.barrier()
+        self.processes.agree(partial(self._finish, labels), main=True)
+
+    def _finish(self, labels: np.ndarray) -> None:
+        write_binary(self.folder / "labels.npy", lambda file: np.save(file, labels))
+        with writing(self.whole):
+            if self.partial.exists():
+                os.replace(self.partial, self.whole)
+        write_json(self.folder / "header.json", self.header)
+        remove_folder(self.notes)
 
 
-def encode(source: TokenSource, chunk: range, file: CodeFile, batch_size: int, workers: int) -> None:
-    """Fill one chunk of the file."""
+def encode(
+    source: TokenSource,
+    chunk: range,
+    file: CodeFile,
+    batch_size: int,
+    workers: int,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Fill one chunk of the file; ``check`` is called after each batch, and may raise."""
     crops = file.codes.shape[1]
     loader = DataLoader(
         source,
@@ -131,7 +203,9 @@ def encode(source: TokenSource, chunk: range, file: CodeFile, batch_size: int, w
     )
     waiting: list[torch.Tensor] = []
     done = chunk.start
-    for index, (images, unreadable) in zip(chunk, loader):
+    with children_ignore_signals():
+        items = iter(loader)
+    for index, (images, unreadable) in zip(chunk, items):
         if int(unreadable) >= 0:
             tqdm.write(
                 f"unreadable, replaced by another image of its class: {source.name(index)}", file=sys.stderr
@@ -141,37 +215,69 @@ def encode(source: TokenSource, chunk: range, file: CodeFile, batch_size: int, w
             tokens = torch.cat([source.tokens(part) for part in torch.cat(waiting).split(batch_size)])
             file.codes[done : done + len(waiting)] = tokens.view(len(waiting), crops, -1).cpu().numpy()
             done, waiting = done + len(waiting), []
+            check()
     file.finish_chunk(chunk)
+
+
+def fill(source: TokenSource, file: CodeFile, batch_size: int, workers: int, stop: StopRequest) -> bool:
+    """Encode all chunks that are not done and finish the file; False if a signal came first."""
+    processes, chunks = file.processes, file.open_chunks()
+    with tqdm(total=sum(map(len, chunks)), desc="encoding", unit="image", disable=not processes.main) as bar:
+
+        def encode_next() -> None:
+            if not chunks:
+                return
+            chunk = chunks.pop(0)
+            with suppress(Stopped):  # a part of a chunk is not noted
+                encode(source, chunk, file, batch_size, workers, stop.check)
+                bar.update(len(chunk))
+
+        # Signals reach the processes at different moments, and one may have a chunk more than another.
+        while processes.any(bool(chunks)) and not processes.any(stop.asked):
+            processes.agree(encode_next)
+        stopped = processes.any(stop.asked)
+    if stopped:
+        if processes.main:
+            notes = sum(note.name.isdigit() for note in file.notes.iterdir())
+            print(f"stopped; {notes} chunks of {CHUNK} images are done, the same command goes on from there")
+        return False
+    file.finish(source.labels(np.arange(len(source))).numpy())
+    return True
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    if (args.output / "header.json").exists():
-        raise UserError(
-            f"--output: {args.output} holds finished codes already; remove that folder, or take another"
-        )
+    check_output("--output", args.output, {"--data": args.data}, folder=True)
     processes = Processes()
     files = locate(args.model, None, tokenizer_weights=args.tokenizer_weights, image_size=args.image_size)
     model = load_files(files)
     transform = TenCrops(model.image_size, args.crop_range)
-    source = open_labelled_images(args.data, model, transform=transform)
+    classes = read_classes(args.classes_from)
+    source = open_labelled_images(args.data, model, transform=transform, classes=classes)
+    tokenizer = tensors_sha256(model.tokenizer)
     model.tokenizer.to(processes.device)
     header = {
         "model": args.model,
         "image_size": model.image_size,
         "vocab_size": model.vocab_size,
         "tokenizer_sha256": files.describe()["tokenizer_sha256"],
+        "tokenizer_tensors_sha256": tokenizer,
         "images": len(source),
         "crops": source.crops,
         "crop_range": args.crop_range if source.crops > 1 else None,
+        "data_sha256": processes.digest_of_main(source.fingerprint),
+        "classes": source.classes,
     }
-    file = CodeFile(args.output, (len(source), header["crops"], model.sequence_length), header, processes)
-    chunks = file.open_chunks()
-    with tqdm(total=sum(map(len, chunks)), desc="encoding", unit="image", disable=not processes.main) as bar:
-        for chunk in chunks:
-            encode(source, chunk, file, args.batch_size, args.workers)
-            bar.update(len(chunk))
-    file.finish(source.labels(np.arange(len(source))).numpy())
+    shape = (len(source), header["crops"], model.sequence_length)
+    with processes.holding(args.output, folder=True), StopRequest() as stop:
+        file = CodeFile(args.output, shape, header, processes)
+        if processes.main:
+            for note in source.notes():
+                print(f"note: {note}", file=sys.stderr)
+        if not file.finished:
+            fill(source, file, args.batch_size, args.workers, stop)
+        elif processes.main:
+            print(f"{args.output} holds these codes already; nothing is left to do")
 
 
 if __name__ == "__main__":

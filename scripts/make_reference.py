@@ -6,6 +6,8 @@ Writes mu, sigma (pooled features of all images), mu_s, sigma_s (spatial ones, f
 some of the images, uint8 [n, H, W, 3], for precision and recall. torchrun shares the work.
 """
 
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,9 @@ from cca.evaluation.metrics import Gaussian, RunningGaussian
 from cca.streams import DATA_ORDER, stream
 from models.devices import EXTRACTED_IMAGES
 from models.errors import UserError, run_command
-from models.files import write_binary
+from models.files import write_binary, writing
 from models.options import Parser, count
+from models.outputs import check_output
 
 
 def total(running: RunningGaussian, processes: Processes) -> Gaussian:
@@ -71,14 +74,21 @@ def main(argv: list[str] | None = None) -> None:
         default=EXTRACTED_IMAGES,
         help="images per forward pass (default %(default)s)",
     )
+    add(
+        "--workers",
+        type=count(0),
+        default=0,
+        help="processes of each process that read images of a folder (default 0: none)",
+    )
     add("--seed", type=count(0), default=0, help="seed of the draw (default 0)")
     add("--output", required=True, type=Path, metavar="FILE.npz", help="file to write")
     args = parser.parse_args(argv)
     if args.output.suffix != ".npz":
         raise UserError(f"--output: {args.output} does not end in .npz")
-    if args.image_size and not args.images.is_dir():
+    if args.image_size and not os.path.isdir(args.images):
         raise UserError("--image-size: cuts images of a folder; those of an .npz are taken as they are")
-    images = open_image_set(args.images, args.image_size)
+    check_output("--output", args.output, {"--images": args.images})
+    images = open_image_set(args.images, args.image_size, args.workers)
     processes = Processes()
     if len(images) < 2 * processes.world:
         raise UserError(
@@ -105,7 +115,10 @@ def main(argv: list[str] | None = None) -> None:
     pixels = torch.from_numpy(np.stack(kept)) if kept else torch.empty(0, *images.size, 3, dtype=torch.uint8)
     gathered = processes.gather(pixels)
     if processes.main:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        for note in images.notes():
+            print(f"note: {note}", file=sys.stderr)
+        with writing(args.output):
+            args.output.parent.mkdir(parents=True, exist_ok=True)
         write_binary(args.output, lambda file: np.savez(file, arr_0=gathered.numpy(), **arrays))
         print(f"{args.output}: statistics of {len(images):,} images, {len(gathered):,} of them kept")
 

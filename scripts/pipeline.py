@@ -175,13 +175,19 @@ class Pipeline:
             return not planned
         return not path.exists()
 
+    def make(self, path: Path, module: str, arguments: list[str]) -> None:
+        """Run the command that makes ``path``; raises UserError where a signal stopped it before."""
+        self.launcher.run(module, arguments)
+        if not self.launcher.dry and not path.exists():
+            raise UserError(f"{module} was stopped; this script goes on from there")
+
     def train(self, model: str, run: Run) -> str:
         """Path of the weights that a run makes."""
         backbone, folder = zoo_entry(model).backbone, self.folder / f"{model}-{run.name}"
         weights = folder / backbone.checkpoint_name
         if self.missing(weights):
             fixed = ["--model", model, *self.training_data(model), "--seed", str(self.seed)]
-            self.launcher.run(TRAINING[backbone], [*fixed, *run.options, "--output", str(folder)])
+            self.make(weights, TRAINING[backbone], [*fixed, *run.options, "--output", str(folder)])
         return str(weights)
 
     def training_data(self, model: str) -> list[str]:
@@ -192,7 +198,7 @@ class Pipeline:
         codes = self.shared / f"codes-{entry.tokenizer}-{entry.default_image_size}"
         if self.missing(codes / "header.json"):
             options = ["--model", model, "--data", self.data, *workers, "--output", str(codes)]
-            self.launcher.run("scripts.extract_codes", options)
+            self.make(codes / "header.json", "scripts.extract_codes", options)
         return ["--codes", str(codes)]
 
     def weights(self, row: Row) -> str:
@@ -206,14 +212,14 @@ class Pipeline:
             if self.batch_size:
                 fixed += ["--batch-size", str(self.batch_size)]
             number = [] if "--num-samples" in row.sampling else ["--num-samples", str(self.num_samples)]
-            self.launcher.run("sample", [*fixed, *number, *row.sampling, "--output", str(path)])
+            self.make(path, "sample", [*fixed, *number, *row.sampling, "--output", str(path)])
         return path
 
     def evaluate(self, row: Row) -> Path:
         path, samples = self.folder / "results" / f"{row.key}.json", self.sample(row)
         if self.missing(path):
             fixed = ["--samples", str(samples), "--reference", self.reference, "--features", self.features]
-            self.launcher.run("eval_fid", [*fixed, "--output", str(path)])
+            self.make(path, "eval_fid", [*fixed, "--output", str(path)])
         return path
 
     def figures(self, row: Row) -> dict:

@@ -353,6 +353,8 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
     folder = RunFolder(Path(f"runs/pretrain-{name}"), processes, describe(config, {"model": name}))
     trainer = Trainer(model, config, config.batch_size, processes, compile=True)
     train(trainer, data, folder, save_every=500, log_every=20)
+    if not (folder.path / model.checkpoint_name).exists():  # a signal came first
+        raise UserError("pretraining was stopped; the same command goes on from there")
     return model
 
 

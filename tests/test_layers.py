@@ -10,7 +10,7 @@ from commands import ROOT
 LAYERS = {
     "models": (),
     "cca.streams": (),
-    "cca.distributed": (),
+    "cca.distributed": ("models",),
     "cca.data": ("models", "cca.streams"),
     "cca.sampling": ("models", "cca.streams", "cca.distributed"),
     "cca.evaluation": ("models", "cca.distributed", "cca.data"),

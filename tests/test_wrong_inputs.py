@@ -1,23 +1,26 @@
 """Users' mistakes: one line on stderr, exit status 2, no traceback, nothing half-written."""
 
 import io
+import os
 import subprocess
 import zipfile
 
 import numpy as np
 import pytest
 from commands import REFERENCE, ROOT, TRAIN, command_line, environment
+from PIL import Image
 
 import eval_fid
 import sample
 import train_llamagen_cca
 import train_var_cca
 from models.errors import run_command
-from scripts import convert_weights, extract_codes, make_reference
+from scripts import convert_weights, extract_codes, make_reference, reconstruct
 
 SAMPLE = ["--model", "var-mini", "--num-samples", "5", "--output", "out/s.npz"]
 VAR = ["--model", "var-mini", "--output", "out", "--data"]
 LLAMAGEN = ["--model", "llamagen-mini", "--output", "out", "--codes"]
+CODES = ["--model", "llamagen-mini", "--output", "out", "--data"]
 EVAL = ["--reference", REFERENCE, "--features", "mini", "--samples"]
 
 
@@ -38,6 +41,11 @@ def folder(tmp_path, monkeypatch):
     np.savez("good.npz", **whole)
     (tmp_path / "short.npz").write_bytes(shortened(whole["arr_0"]))
     (tmp_path / "codes-labels").mkdir()
+    os.mkfifo("pipe.npz")
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "photos" / name / "a.png")
+    (tmp_path / "classes.json").write_text('{"cat": 3, "bird": 5}')
     (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:20000])
     return tmp_path
 
@@ -62,7 +70,7 @@ CASES = [
     (sample, [*SAMPLE, "--cfg", "2"], "unrecognized arguments: --cfg"),
     (sample, [*SAMPLE, "--top-p", "0"], "--top-p: 0 must be above 0"),
     (sample, [*SAMPLE, "--top-k", "some"], "--top-k: 'some' is not an integer"),
-    (sample, [*SAMPLE, "--temperature", "nan"], "--temperature: nan must be above 0"),
+    (sample, [*SAMPLE, "--temperature", "nan"], "--temperature: nan must be at least 1e-06 and finite"),
     (sample, [*SAMPLE, "--weights", "cca"], "no cca weights are published for var-mini"),
     (sample, [*SAMPLE, "--weights", "none.pth"], "none.pth: no such file"),
     (sample, [*SAMPLE, "--weights", "assets/llamagen-mini.safetensors"], "does not fit var-mini"),
@@ -97,7 +105,7 @@ CASES = [
     (eval_fid, [*EVAL, "short.npz"], "short.npz: arr_0 is cut off or damaged"),
     (eval_fid, [*EVAL, "few.npz"], "holds 3 images; at least 5"),
     (eval_fid, [*EVAL, "codes-labels"], "codes-labels: holds no images"),
-    (eval_fid, [*EVAL, "good.npz", "--metrics", "fid,kid"], "--metrics: 'kid' is not one of"),
+    (eval_fid, [*EVAL, "good.npz", "--metrics", "fid,lpips"], "--metrics: 'lpips' is not one of"),
     (
         eval_fid,
         ["--reference", REFERENCE, "--samples", "good.npz", "--features", "vgg"],
@@ -138,6 +146,35 @@ CASES = [
         sample,
         ["--model", "var-d36", "--weights", "cca", "--output", "s.npz"],
         "no cca weights are published for var-d36 at 512",
+    ),
+    (train_var_cca, [*VAR, "pipe.npz"], "pipe.npz: is not a file"),
+    (train_var_cca, [*VAR, "photos"], "--classes-from FILE.json says which class each folder is"),
+    (extract_codes, [*CODES, "photos"], "--classes-from FILE.json says which class each folder is"),
+    (
+        extract_codes,
+        [*CODES, "photos", "--classes-from", "classes.json"],
+        "--classes-from: does not name dog of photos",
+    ),
+    (
+        train_var_cca,
+        [*VAR, "good.npz", "--classes-from", "classes.json"],
+        "--classes-from: goes with class folders",
+    ),
+    (
+        train_var_cca,
+        [*VAR, "photos", "--classes-from", "none.json"],
+        "--classes-from: none.json: no such file",
+    ),
+    (eval_fid, [*EVAL, "good.npz", "--resize", "16"], "--resize: cuts images of folders"),
+    (
+        eval_fid,
+        [*EVAL, "good.npz", "--classes-from", "classes.json"],
+        "--classes-from: goes with a folder of samples",
+    ),
+    (
+        reconstruct,
+        ["--model", "var-mini", "--images", "large.npz", "--output", "r.npz"],
+        "images of 64 x 64, the model takes 32 x 32",
     ),
     (train_var_cca, [*VAR, "codes-labels"], "is not a folder of class folders"),
     (

@@ -1,5 +1,6 @@
 """Tokens extracted beforehand: packed codes, and the published folders of one file per image."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,35 +9,67 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cca.data.sources import TokenSource, check_labels
+from cca.data.classes import check_labels
+from cca.data.folders import fingerprint
+from cca.data.sources import TokenSource
 from cca.streams import CROPS, stream
 from models import ARImageModel, UserError
+from models.checkpoints import tensors_sha256
+from models.files import file_sha256
+
+CHECKED_AT_ONCE = 4096  # images
 
 
 class PackedCodes:
-    """A folder that ``scripts/extract_codes.py`` wrote: memory-mapped uint16 tokens, labels, a header."""
+    """A folder that ``scripts/extract_codes.py`` wrote: memory-mapped uint16 tokens, labels, a header.
+
+    Raises UserError for codes, labels or a header that do not fit each other or the model's tokenizer.
+    """
 
     def __init__(self, path: Path, model: ARImageModel):
+        self.path = path
         try:
             self.header = json.loads((path / "header.json").read_text())
             self.codes = np.load(path / "codes.npy", mmap_mode="r", allow_pickle=False)
-            labels = np.load(path / "labels.npy", allow_pickle=False).astype(np.int64)
-        except (OSError, ValueError) as error:
+            labels = np.load(path / "labels.npy", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(
                 f"--codes: {path} is not a folder of packed codes ({error}); "
                 "scripts/extract_codes.py makes one"
             ) from None
+        if not isinstance(self.header, dict):
+            raise UserError(f"--codes: {path}/header.json was not written by scripts/extract_codes.py")
+        vocabulary = self.header.get("vocab_size")
         if (
-            self.codes.ndim != 3
+            self.codes.dtype.kind not in "iu"
+            or self.codes.ndim != 3
+            or self.codes.shape[1] < 1
             or self.codes.shape[2] != model.sequence_length
-            or self.header.get("vocab_size") != model.vocab_size
+            or vocabulary != model.vocab_size
         ):
             raise UserError(
-                f"--codes: {path} holds {list(self.codes.shape)} codes "
-                f"of a vocabulary of {self.header.get('vocab_size')}, "
+                f"--codes: {path} holds {self.codes.dtype} codes {list(self.codes.shape)} "
+                f"of a vocabulary of {vocabulary}, "
                 f"the model takes {model.sequence_length} per image of {model.vocab_size}"
             )
-        self.all_labels = check_labels(labels, model, path)
+        self.all_labels = check_labels(labels, model, f"--codes: {path}/labels.npy")
+        if len(labels) != len(self.codes):
+            raise UserError(
+                f"--codes: {path} holds codes of {len(self.codes)} images and {len(labels)} labels"
+            )
+        own = self.header.get("tokenizer_tensors_sha256")
+        if own is not None and own != tensors_sha256(model.tokenizer):
+            raise UserError(
+                f"--codes: {path} was made with other tokenizer weights than the model has; "
+                "give those with --tokenizer-weights, or extract the codes again"
+            )
+        for start in range(0, len(self.codes), CHECKED_AT_ONCE):
+            part = self.codes[start : start + CHECKED_AT_ONCE]
+            if part.min() < 0 or part.max() >= model.vocab_size:
+                raise UserError(
+                    f"--codes: {path}/codes.npy holds codes from {part.min()} to {part.max()}, "
+                    f"the vocabulary is 0 … {model.vocab_size - 1}; extract them again"
+                )
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -47,6 +80,16 @@ class PackedCodes:
 
     def labels(self, indices: np.ndarray) -> Tensor:
         return self.all_labels[torch.from_numpy(indices)]
+
+    def notes(self) -> list[str]:
+        if "tokenizer_tensors_sha256" in self.header:
+            return []
+        return [
+            f"{self.path}/header.json does not tell the tokenizer's weights: that they fit is not checked"
+        ]
+
+    def fingerprint(self) -> str:
+        return file_sha256(self.path / "codes.npy") + file_sha256(self.path / "labels.npy")
 
 
 class NpyCodes:
@@ -65,12 +108,21 @@ class NpyCodes:
             raise UserError(
                 f"--codes: {self.codes_folder} has {self.size} .npy files that are not numbered from 0"
             )
+        if not (self.labels_folder / f"{self.size - 1}.npy").exists():
+            raise UserError(
+                f"--codes: {self.labels_folder} does not hold a label for each of {self.size} codes"
+            )
 
     def __len__(self) -> int:
         return self.size
 
     def crops(self, index: int) -> np.ndarray:
         codes = self._read(self.codes_folder / f"{index}.npy")
+        if codes.dtype.kind not in "iu" or codes.ndim < 1 or codes.size == 0:
+            raise UserError(
+                f"--codes: {self.codes_folder}/{index}.npy holds {codes.dtype} {list(codes.shape)}; "
+                f"expected whole numbers [1, 10, {self.model.sequence_length}]"
+            )
         if (
             codes.shape[-1] != self.model.sequence_length
             or codes.min() < 0
@@ -84,8 +136,19 @@ class NpyCodes:
         return codes.reshape(-1, self.model.sequence_length)
 
     def labels(self, indices: np.ndarray) -> Tensor:
-        values = np.array([self._read(self.labels_folder / f"{i}.npy").item() for i in indices])
-        return check_labels(values, self.model, self.labels_folder)
+        values = [self._read(self.labels_folder / f"{i}.npy") for i in indices]
+        wrong = next((i for i, value in zip(indices, values) if value.size != 1), None)
+        if wrong is not None:
+            raise UserError(f"--codes: {self.labels_folder}/{wrong}.npy does not hold one label")
+        return check_labels(np.array([value.item() for value in values]), self.model, self.labels_folder)
+
+    def notes(self) -> list[str]:
+        return []
+
+    def fingerprint(self) -> str:
+        folders = (self.codes_folder, self.labels_folder)
+        files = [f"{folder.name}/{name}" for folder in folders for name in sorted(os.listdir(folder))]
+        return fingerprint(self.codes_folder.parent, files)
 
     def _read(self, path: Path) -> np.ndarray:
         try:
@@ -124,3 +187,9 @@ class Codes(TokenSource):
 
     def tokens(self, batch: Tensor) -> Tensor:
         return batch
+
+    def notes(self) -> list[str]:
+        return [note for reader in self.readers for note in reader.notes()]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("".join(reader.fingerprint() for reader in self.readers).encode()).hexdigest()

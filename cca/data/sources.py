@@ -4,16 +4,18 @@ An item belongs to (epoch, image index): its crop is drawn from that image's own
 neither the number of processes nor of loader workers changes what is trained.
 """
 
+import os
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 
+from cca.data.classes import check_labels, number_classes
+from cca.data.folders import find_images, fingerprint, read_image, shown, subfolders
 from cca.data.image_sets import NpzImages, to_uint8_tensor
 from cca.streams import CROPS, stream
 from models import ARImageModel, UserError
@@ -29,6 +31,7 @@ class TokenSource(Dataset):
     """What the trainer knows of a data set: labels by index, items by (epoch, index), tokens of items."""
 
     crops: int = 1  # views that an item holds; the trainer takes sources of one
+    classes: dict[str, int] | None = None  # class of each class folder, where there are such
 
     @abstractmethod
     def __len__(self) -> int:
@@ -55,6 +58,23 @@ class TokenSource(Dataset):
         """What to call image ``index`` in a message."""
         return f"image {index}"
 
+    def notes(self) -> list[str]:
+        """What to tell the user of the data: what was left out, what could not be checked."""
+        return []
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 that changes with images or labels and not with the path; None: not known.
+
+        It may read all of the data: one process takes it.
+        """
+        return None
+
+    def same_class(self) -> bool:
+        """Whether all images are of one class; looks at no more labels than it has to."""
+        first = self.labels(np.arange(1))
+        parts = (np.arange(i, min(i + 1024, len(self))) for i in range(0, len(self), 1024))
+        return all(bool((self.labels(part) == first).all()) for part in parts)
+
 
 class LabelledImages(TokenSource):
     """Images that the model's frozen tokenizer encodes as they are needed."""
@@ -78,7 +98,7 @@ class ImageArray(LabelledImages):
     """An ``.npz`` of labelled images at the model's size, held in memory."""
 
     def __init__(self, path: Path, model: ARImageModel):
-        file = NpzImages(path)
+        self.file = file = NpzImages(path)
         labels = file.labels()
         if labels is None or len(labels) != len(file):
             found = "no labels" if labels is None else f"{len(labels)} labels"
@@ -94,62 +114,92 @@ class ImageArray(LabelledImages):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         return to_uint8_tensor(self.images[key[1] : key[1] + 1])[0], -1
 
+    def fingerprint(self) -> str:
+        return self.file.content_hash()
+
 
 class FolderImages(LabelledImages):
-    """An ImageNet-style folder, one subfolder per class (torchvision's ImageFolder).
+    """An ImageNet-style folder, one subfolder per class (``number_classes`` has the rules).
 
     The class folders may lie in ``train/`` below it. An unreadable image is replaced by the next
-    readable one of its class and reported.
+    readable one of its class and reported. ``given``: the user's own class of each folder.
     """
 
-    def __init__(self, path: Path, model: ARImageModel, transform: Transform, seed: int = 0):
-        root = path / "train" if (path / "train").is_dir() else path
-        try:
-            self.folder = ImageFolder(str(root))
-        except (FileNotFoundError, OSError) as error:
-            raise UserError(
-                f"--data: {root} is not a folder of class folders with images "
-                f"({str(error).splitlines()[0][:100]})"
-            ) from None
-        if len(self.folder.classes) > model.num_classes:
-            raise UserError(
-                f"--data: {root} has {len(self.folder.classes)} class folders, "
-                f"the model takes {model.num_classes} classes"
-            )
-        super().__init__(model, np.asarray(self.folder.targets), root)
+    def __init__(
+        self,
+        path: Path,
+        model: ARImageModel,
+        transform: Transform,
+        seed: int = 0,
+        given: Mapping[str, int] | None = None,
+    ):
+        inner = path / "train"
+        self.root = root = inner if inner.is_dir() and subfolders(inner) else path
+        files, self.left_out = find_images(root)
+        self.outside = sum("/" not in file for file in files)
+        # Class by class, then by folder and name: an image keeps its index from version to version.
+        self.files = sorted(
+            (file for file in files if "/" in file),
+            key=lambda file: (file.split("/")[0], *file.rsplit("/", 1)),
+        )
+        if not self.files:
+            raise UserError(f"--data: {shown(root)} is not a folder of class folders with images")
+        self.classes = number_classes(root, subfolders(root), model.num_classes, given)
+        super().__init__(model, np.array([self.classes[file.split("/")[0]] for file in self.files]), root)
         self.transform, self.seed, self.crops = transform, seed, transform.crops
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
-        files, targets = self.folder.samples, self.folder.targets
         candidate, bad = index, -1
         for _ in range(100):
             try:
-                image = self.folder.loader(files[candidate][0])
+                image = read_image(self.name(candidate))
                 return self.transform(image, stream(self.seed, CROPS, epoch, index)), bad
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            except (UserError, ValueError):
                 bad, candidate = index, (candidate + 1) % len(self)
-                if targets[candidate] != targets[index]:
-                    candidate = targets.index(targets[index])
-        raise UserError(f"--data: {self.name(index)} and the 99 images after it cannot be read")
+                if self.all_labels[candidate] != self.all_labels[index]:
+                    candidate = int((self.all_labels == self.all_labels[index]).nonzero()[0])
+        raise UserError(f"--data: {shown(self.name(index))} and the 99 images after it cannot be read")
 
     def name(self, index: int) -> str:
-        return self.folder.samples[index][0]
+        return f"{self.root}/{self.files[index]}"
+
+    def notes(self) -> list[str]:
+        assert self.classes is not None
+        present = {file.split("/")[0] for file in self.files}
+        empty = [name for name in self.classes if name not in present]
+        return [
+            *([self.left_out] if self.left_out else []),
+            *(
+                [f"{self.root}: {self.outside:,} images in no class folder are left out"]
+                if self.outside
+                else []
+            ),
+            *(
+                [f"{self.root}: {len(empty)} class folders hold no images ({shown(empty[0])})"]
+                if empty
+                else []
+            ),
+        ]
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.root, self.files, self.all_labels.tolist())
 
 
 def open_labelled_images(
-    path: Path, model: ARImageModel, seed: int = 0, transform: Transform | None = None
+    path: Path,
+    model: ARImageModel,
+    seed: int = 0,
+    transform: Transform | None = None,
+    classes: Mapping[str, int] | None = None,
 ) -> TokenSource:
     """``--data``: an ``.npz`` of images at the model's size, or a folder of class folders.
 
-    Photographs of a folder go through ``transform``, by default the model's own of training.
+    Photographs of a folder go through ``transform``, by default the model's own of training;
+    ``classes`` is the user's own class of each folder.
     """
-    if path.is_dir():
-        return FolderImages(path, model, transform or model.training_transform(), seed)
+    if os.path.isdir(path):  # False for a name that cannot be one, too
+        return FolderImages(path, model, transform or model.training_transform(), seed, classes)
+    if classes is not None:
+        raise UserError(f"--classes-from: goes with class folders; the labels of {path} are its arr_1")
     return ImageArray(path, model)
-
-
-def check_labels(labels: np.ndarray, model: ARImageModel, path: str | Path) -> Tensor:
-    if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < model.num_classes:
-        raise UserError(f"{path}: labels must lie in 0 … {model.num_classes - 1}")
-    return torch.from_numpy(np.ascontiguousarray(labels, np.int64))

@@ -24,6 +24,8 @@ def comparability(
 ) -> list[str]:
     """What makes the figures not comparable with published ones."""
     notes = [*samples.notes(), *reference_images.notes()]
+    if unlabelled := samples.why_unlabelled():
+        notes.append(f"the samples' classes are not known: {unlabelled}")
     if not extractor.is_inception:
         notes.append(f"features are '{extractor.name}', not Inception: figures compare with each other only")
     if len(samples) < PUBLISHED_SAMPLES:
@@ -53,8 +55,7 @@ def comparability(
 
 def class_order_notes(classes: np.ndarray, known: bool) -> list[str]:
     """Whether classes come in runs, and how even they are; of predicted classes only the first."""
-    counts = np.bincount(classes)
-    counts = counts[counts > 0]
+    counts = np.unique(classes, return_counts=True)[1]
     notes = []
     repeats, chance = (classes[1:] == classes[:-1]).mean(), np.square(counts / counts.sum()).sum()
     if len(counts) > 1 and repeats > 0.5 + 0.5 * chance:
@@ -74,18 +75,23 @@ def compare(paths: list[Path]) -> str:
     for path in paths:
         try:
             content = json.loads(path.read_text())
-            values, sampling = content["metrics"], content["samples"].get("sampling") or {}
+            values = {column: float(value) for column, value in content["metrics"].items()}
+            sampling = dict(content["samples"].get("sampling") or {})
             name = Path(content["samples"]["file"]).name
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            published = ZOO[sampling["model"]].published if sampling.get("model") in ZOO else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"--compare: {path} is not a result of eval_fid.py") from None
-        published = ZOO[sampling["model"]].published if sampling.get("model") in ZOO else None
         figure = None
         if published and sampling.get("cfg_scale", 1.0) != 1.0:
             figure = published.guided
         elif published:
             figure = published.base if sampling.get("weights") == "base" else published.cca
-        cells = [f"{values[column]:.3f}" if column in values else "–" for column in columns]
-        known = figure is not None and "fid" in values
-        cells += [f"{figure:.2f}", f"{values['fid'] - figure:+.3f}"] if known else ["–", "–"]
+        cells = [
+            f"{values[column]:.{METRICS[column].digits}f}" if column in values else "–" for column in columns
+        ]
+        if figure is not None and "fid" in values:
+            cells += [f"{figure:.2f}", f"{values['fid'] - figure:+.3f}"]
+        else:
+            cells += ["–", "–"]
         rows.append([name, *cells])
     return markdown_table(["samples", *columns, "published FID", "difference"], rows)

@@ -5,9 +5,10 @@ score over runs of 5,000 images in file order, improved precision and recall aga
 """
 
 import hashlib
+import math
 import os
+import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +24,19 @@ from tqdm import tqdm
 from cca.data.image_sets import ImageSet, to_uint8_tensor
 from cca.distributed import Processes
 from cca.evaluation.features import Extractor, Features
-from cca.evaluation.metrics import Gaussian, frechet_distance, inception_score, precision_recall
+from cca.evaluation.metrics import (
+    Gaussian,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from models import UserError
-from models.files import write_binary
+from models.files import write_binary, writing
 
 REFERENCE_IMAGES = 10_000
 CACHED_IMAGES = 50_000  # features of larger references are not kept
+PIXELS_VERSION = "2"  # changes when a file gives other pixels than before: 2 scales 16-bit grey
 
 
 class Stopwatch:
@@ -86,16 +94,19 @@ class Reference:
 def cache_path(images: ImageSet, extractor: Extractor) -> Path:
     """Where a reference's features are kept: named by the content of the images and of the extractor."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cca-evaluator"
-    name = hashlib.sha256((images.content_hash() + extractor.weights_sha256 + extractor.name).encode())
+    parts = (images.content_hash(), extractor.weights_sha256, extractor.name, PIXELS_VERSION)
+    name = hashlib.sha256("".join(parts).encode())
     return home / f"{name.hexdigest()}.npz"
 
 
 def read_cache(path: Path) -> dict[str, Any] | None:
+    """Features that were kept; None where there are none, or the file is damaged: it is made again."""
     try:
-        with np.load(path) as file:
-            return dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = dict(file)
+    except Exception:  # a damaged file can raise anything
         return None
+    return arrays if "pooled" in arrays else None
 
 
 def reference_features(
@@ -115,23 +126,30 @@ def reference_features(
     if found.spatial is not None:
         arrays["spatial"] = found.spatial.numpy()
     if len(images) <= CACHED_IMAGES:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_binary(path, lambda file: np.savez(file, **arrays))
+        try:
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write_binary(path, lambda file: np.savez(file, **arrays))
+        except UserError as error:  # the work is done: it is not lost for want of a cache
+            print(f"warning: the reference's features are not kept: {error}", file=sys.stderr)
     return arrays
 
 
 def load_reference(
     images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes
 ) -> Reference:
-    """Statistics of the file where it has them, else of its images."""
+    """Statistics of the file where it has them, else of its images.
+
+    Raises UserError for statistics that are none, or of other features.
+    """
     statistics = images.statistics()
+    for name, width in zip(("mu", "mu_s"), extractor.widths if statistics else ()):
+        if width and name in statistics and len(statistics[name]) != width:
+            raise UserError(
+                f"{images.path}: {name} has {len(statistics[name])} dimensions, "
+                f"--features {extractor.name} gives {width}"
+            )
     arrays = reference_features(images, extractor, batch_size, processes) if len(images) else {}
-    width = arrays["pooled"].shape[1] if arrays else None
-    if "mu" in statistics and width and statistics["mu"].shape != (width,):
-        raise UserError(
-            f"{images.path}: mu has {statistics['mu'].shape[0]} dimensions, "
-            f"--features {extractor.name} gives {width}"
-        )
 
     def gaussian(mu: str, sigma: str, features: str) -> Gaussian | None:
         if mu in statistics and sigma in statistics:
@@ -142,7 +160,7 @@ def load_reference(
         gaussian("mu", "sigma", "pooled"),
         gaussian("mu_s", "sigma_s", "spatial"),
         arrays.get("pooled"),
-        "mu" in statistics,
+        {"mu", "sigma"} <= statistics.keys(),
         len(images),
     )
 
@@ -194,15 +212,22 @@ def accuracy(compared: Comparison) -> float | None:
     return float((probabilities.argmax(1).numpy() == labels).mean())
 
 
+def kid(compared: Comparison) -> float | None:
+    reference, samples = compared.reference.features, compared.samples.pooled
+    return None if reference is None else kernel_distance(samples.numpy(), reference, device=compared.device)
+
+
 @dataclass(frozen=True)
 class Metric:
     """A figure of a comparison; ``measure`` gives None where these files or features have none.
 
     always: whether one asks for it by asking for nothing in particular, and is told when it is left out.
+    digits: after the point, in tables.
     """
 
     measure: Callable[[Comparison], float | None]
     always: bool = True
+    digits: int = 3
 
 
 METRICS: dict[str, Metric] = {
@@ -211,6 +236,7 @@ METRICS: dict[str, Metric] = {
     "is": Metric(inception),
     "precision": Metric(lambda compared: compared.precision_and_recall[0]),
     "recall": Metric(lambda compared: compared.precision_and_recall[1]),
+    "kid": Metric(kid, always=False, digits=5),
     "accuracy": Metric(accuracy, always=False),
 }
 
@@ -224,6 +250,8 @@ def evaluate(
     for name in asked or METRICS:
         with stopwatch.measure(name):
             value = METRICS[name].measure(compared)
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"--metrics: {name} is {value}: features or statistics out of all proportion")
         if value is not None:
             values[name] = value
         elif asked or METRICS[name].always:

@@ -1,7 +1,6 @@
 """Feature extractors for the evaluator, all of them torch-fidelity's or registered with it."""
 
 import functools
-import hashlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 
 from models import UserError
-from models.checkpoints import read_state_dict, save_published
+from models.checkpoints import not_finite, read_state_dict, save_published, tensors_sha256
 from models.hub import ASSETS
 
 MINI_WEIGHTS = ASSETS / "features-mini.safetensors"
@@ -128,12 +127,15 @@ class Extractor:
         return Features(found[self.layer].float().cpu(), spatial, probabilities)
 
     @functools.cached_property
+    def widths(self) -> tuple[int, int | None]:
+        """Numbers of pooled and of spatial features."""
+        found = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+        return found.pooled.shape[1], None if found.spatial is None else found.spatial.shape[1]
+
+    @functools.cached_property
     def weights_sha256(self) -> str:
         """Hash of all parameters and buffers, so that any file with the same numbers has the same one."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.module.state_dict().items()):
-            digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return tensors_sha256(self.module)
 
 
 def make_extractor(name: str, inception_weights: Path | None, device: torch.device) -> Extractor:
@@ -157,7 +159,10 @@ def make_extractor(name: str, inception_weights: Path | None, device: torch.devi
             inception_weights
         ):  # torch-fidelity loads with weights_only=False, so it gets the tensors that were read, and no more
             copy = f"{folder}/inception.pth"
-            save_published(read_state_dict(inception_weights), Path(copy))
+            state = read_state_dict(inception_weights)
+            if wrong := not_finite(state):
+                raise UserError(f"{inception_weights}: holds weights that are not finite: {wrong}")
+            save_published(state, Path(copy))
         try:
             return Extractor(name, copy, device)
         except Exception as error:  # whatever download and unpickling let through

@@ -4,9 +4,9 @@ Finished parts are stored as they come, so an interrupted run goes on where it s
 """
 
 import json
-import shutil
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,68 +14,161 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cca.distributed import Processes
+from cca.distributed import Processes, Stopped, StopRequest
 from cca.sampling.sampler import GraphedGenerate, SampleRequest, class_of, sample_images
 from models import DTYPES, ARImageModel, UserError
-from models.files import atomic_write, write_binary, write_json
+from models.files import atomic_write, read_json, remove_folder, write_binary, write_json, writing
+from models.outputs import check_space, differing
 
 PART_IMAGES = 256  # images per stored part
+HEADER_BYTES = 128  # of a part's file: np.save pads to this
+NOT_COMPARED = ("weights",)  # how the path was spelled; the hash of the weights counts
 
 
 class PartStore:
-    """Finished ranges beside the output file, and the options they were made with."""
+    """Finished ranges beside the output file, and the options they were made with.
 
-    def __init__(self, output: Path, options: dict, processes: Processes):
-        self.folder, self.output, self.options = output.with_name(output.name + ".parts"), output, options
+    The folder's ``options.json`` marks it as an unfinished run: written before the first part, and
+    gone, with the whole folder, after the output and its description are there.
+    """
+
+    def __init__(self, output: Path, options: dict, shape: tuple[int, ...]):
+        """shape: of all images, [N, H, W, 3]."""
+        self.folder, self.report = output.with_name(output.name + ".parts"), output.with_suffix(".json")
+        self.output, self.options, self.shape = output, options, shape
         self.marker = self.folder / "options.json"
-        if self.marker.exists():
-            before = json.loads(self.marker.read_text())
-            changed = [k for k in {**before, **options} if before.get(k) != options.get(k)]
-            if changed:
-                name = changed[0]
-                raise UserError(
-                    f"--output: {self.folder} holds an unfinished run with {name} {before.get(name)} "
-                    f"instead of {options.get(name)}; repeat its command, or remove that folder"
-                )
-        processes.barrier()
-        if processes.main and not self.marker.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.marker, options)
-        processes.barrier()
+
+    def open(self) -> bool:
+        """Claim the folder for these options (in one process); whether the output is finished already.
+
+        Raises UserError, and leaves everything as it is, where the output or its parts are of a run with
+        other options, would overwrite what sample.py did not write, or do not fit on the disk.
+        """
+        unfinished = self.marker.exists()
+        if unfinished:
+            self._refuse_others(
+                read_json(self.marker), self.folder, "an unfinished run", "repeat its command"
+            )
+        elif self.folder.exists():
+            foreign = [p.name for p in self.folder.iterdir() if p.suffix not in (".npy", ".tmp")]
+            if foreign:
+                raise UserError(f"--output: {self.folder} is in the way, it holds {foreign[0]}; move it")
+        if self._finished(unfinished):
+            remove_folder(self.folder)
+            return True
+        made = sum(len(part) for part in self.parts() if self.made(part)) if unfinished else 0
+        needed = (2 * self.shape[0] - made) * int(np.prod(self.shape[1:]))
+        check_space("--output", self.output, needed, "its parts, then the file")
+        if not unfinished:
+            remove_folder(self.folder)  # parts without a marker belong to nobody knows which options
+            with writing(self.folder):
+                self.folder.mkdir()
+            write_json(self.marker, self.options)
+        with writing(self.report):
+            self.report.unlink(missing_ok=True)  # it describes an output that is gone
+        return False
+
+    def _finished(self, unfinished: bool) -> bool:
+        """Whether output and description are there for these options; raises UserError for any others."""
+        described = _read_report(self.report)
+        if self.report.exists() and described is None:
+            raise UserError(
+                f"--output: {self.report}, where the samples are described, is a file that sample.py "
+                "did not write; take another name"
+            )
+        if not self.output.exists():
+            return False
+        if described is None:
+            if unfinished:  # earlier versions described it last
+                return False
+            raise UserError(
+                f"--output: {self.output} exists, and {self.report.name} does not say how it was made; "
+                "take another name, or remove it"
+            )
+        self._refuse_others(described, self.output, "samples", "take another name")
+        try:
+            with zipfile.ZipFile(self.output) as archive, archive.open("arr_0.npy") as file:
+                np.lib.format.read_magic(file)
+                found, _, dtype = np.lib.format.read_array_header_1_0(file)
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+            found, dtype = (), np.dtype(np.uint8)
+        if found != self.shape or dtype != np.uint8:
+            raise UserError(
+                f"--output: {self.output} is not what {self.report.name} describes; remove it to sample anew"
+            )
+        return True
+
+    def _refuse_others(self, before: dict, path: Path, what: str, remedy: str) -> None:
+        changed = differing(before, self.options, NOT_COMPARED)
+        if changed:
+            raise UserError(
+                f"--output: {path} holds {what} with {changed[0]}; {remedy}, or remove {_kind(path)}"
+            )
+
+    def parts(self) -> Iterator[range]:
+        for start in range(0, self.shape[0], PART_IMAGES):
+            yield range(start, min(start + PART_IMAGES, self.shape[0]))
 
     def path(self, part: range) -> Path:
         return self.folder / f"{part.start:08d}.npy"
 
+    def made(self, part: range) -> bool:
+        """Whether a part is there, whole."""
+        try:
+            size = self.path(part).stat().st_size
+        except OSError:
+            return False
+        return size == HEADER_BYTES + len(part) * int(np.prod(self.shape[1:]))
+
     def write(self, part: range, images: np.ndarray) -> None:
         write_binary(self.path(part), lambda file: np.save(file, images))
 
-    def assemble(self, parts: list[range], labels: np.ndarray, shape: tuple[int, ...]) -> None:
-        """Join the parts into one .npz, one part in memory at a time."""
+    def _read(self, part: range) -> np.ndarray:
+        try:
+            images = np.load(self.path(part), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            images = np.empty(0)
+        if images.shape != (len(part), *self.shape[1:]) or images.dtype != np.uint8:
+            raise UserError(f"--output: {self.path(part)} is damaged; remove it, and repeat the command")
+        return images
+
+    def assemble(self, labels: Iterator[np.ndarray], report: dict) -> None:
+        """Join the parts into one .npz, one part in memory at a time; ``labels`` [n] of each part in order.
+
+        The description comes before it, so that an output which is there has one; then the parts go.
+        """
 
         def write(temporary: Path) -> None:
             with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                # An entry without a date: the same samples are the same bytes.
+                with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
                     np.lib.format.write_array_header_1_0(file, header)
-                    for part in parts:
-                        file.write(np.load(self.path(part)))
-                with archive.open("arr_1.npy", "w") as file:
-                    np.lib.format.write_array(file, labels)
+                    for part in self.parts():
+                        file.write(self._read(part).tobytes())
+                with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as file:
+                    header = {"descr": "<i8", "fortran_order": False, "shape": self.shape[:1]}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for some in labels:
+                        file.write(some.astype("<i8").tobytes())
 
+        write_json(self.report, report)
         atomic_write(self.output, write)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder)
+        remove_folder(self.folder)
 
 
-def check_space(output: Path, needed: int) -> None:
-    """Raise UserError if parts and assembled file will not fit."""
-    free = shutil.disk_usage(output.parent).free
-    if needed > free:
-        raise UserError(
-            f"--output: {output.parent} has {free / 1e9:.1f} GB free, "
-            f"the run needs {needed / 1e9:.1f} GB (its parts, then the file)"
-        )
+def _kind(path: Path) -> str:
+    return "that folder" if path.is_dir() else "it"
+
+
+def _read_report(path: Path) -> dict | None:
+    """The options in a description that sample.py wrote; None for anything else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    options = content.get("options") if isinstance(content, dict) else None
+    return options if isinstance(options, dict) and "num_samples" in options else None
 
 
 def run_sampling(
@@ -86,62 +179,109 @@ def run_sampling(
     provenance: dict,
     processes: Processes,
     cuda_graphs: bool = False,
-) -> None:
-    """Sample, store, assemble ``output`` (.npz) and write its ``.json`` beside it.
+) -> bool:
+    """Sample, store, assemble ``output`` (.npz) and write its ``.json`` beside it; one line if it is there.
 
-    Leaves the model's matrices in ``request.dtype``.
+    Returns False where a signal stopped it: what is stored is taken by the same command. Leaves the
+    model's matrices in ``request.dtype``. Raises UserError; see ``PartStore.open``.
     """
-    started = time.perf_counter()
-    model.transformer.store_matrices(DTYPES[request.dtype])
-    model = model.to(processes.device)
     options = {
         **{k: v for k, v in asdict(request).items() if k != "sampling"},
         **asdict(request.sampling),
         **provenance,
     }
     options = json.loads(json.dumps(options))  # as it reads back: tuples become lists
-    store = PartStore(output, options, processes)
-    parts = [
-        range(i, min(i + PART_IMAGES, request.num_samples))
-        for i in range(0, request.num_samples, PART_IMAGES)
-    ]
     size = request.eval_size or model.image_size
-    open_images = sum(len(part) for part in parts if not store.path(part).exists())
-    check_space(output, (open_images + request.num_samples) * size * size * 3)
+    store = PartStore(output, options, (request.num_samples, size, size, 3))
+    finished = False
+
+    def open_store() -> None:
+        nonlocal finished
+        finished = store.open()
+
+    with processes.holding(output), StopRequest() as stop:
+        processes.agree(open_store, main=True)
+        if processes.any(finished):
+            if processes.main:
+                print(f"{output} is finished already, with these options; nothing is left to do")
+            return True
+        return _fill(store, model, request, batch_size, processes, stop, cuda_graphs)
+
+
+def _fill(
+    store: PartStore,
+    model: ARImageModel,
+    request: SampleRequest,
+    batch_size: int,
+    processes: Processes,
+    stop: StopRequest,
+    cuda_graphs: bool,
+) -> bool:
+    """Make the missing parts of a claimed store, and assemble it; False if a signal came first."""
+    started = time.perf_counter()
+    model.transformer.store_matrices(DTYPES[request.dtype])
+    model = model.to(processes.device)
+    missing = [part.start for part in store.parts() if not store.made(part)]
     processes.barrier()  # all have looked before one writes
-    mine = [part for part in parts[processes.rank :: processes.world] if not store.path(part).exists()]
-    made = sum(map(len, mine))
+    mine = [range(i, min(i + PART_IMAGES, request.num_samples)) for i in missing]
+    mine = mine[processes.rank :: processes.world]
     generate = (
         GraphedGenerate(model, request, min(batch_size, PART_IMAGES), processes.device)
-        if cuda_graphs and made
+        if cuda_graphs and mine
         else None
     )
-    began = time.perf_counter()
-    with tqdm(total=made, desc=f"sampling {output.name}", unit="image", disable=not processes.main) as bar:
-        for part in mine:
-            store.write(
-                part,
-                sample_images(
-                    model, part, request, batch_size, processes.device, generate, bar.update
-                ).numpy(),
-            )
+    made, began = 0, time.perf_counter()
+    with tqdm(
+        total=sum(map(len, mine)),
+        desc=f"sampling {store.output.name}",
+        unit="image",
+        disable=not processes.main,
+    ) as bar:
+
+        def progress(count: int) -> None:
+            bar.update(count)
+            stop.check()
+
+        def make_next() -> None:
+            nonlocal made
+            if not mine:
+                return
+            part = mine.pop(0)
+            try:
+                images = sample_images(
+                    model, part, request, batch_size, processes.device, generate, progress
+                ).numpy()
+            except Stopped:
+                return  # a part of a part is not kept
+            store.write(part, images)
+            made += len(part)
+
+        # Signals reach the processes at different moments, and one may have a part more than another.
+        while processes.any(bool(mine)) and not processes.any(stop.asked):
+            processes.agree(make_next)
+        stopped = processes.any(stop.asked)
     seconds = time.perf_counter() - began
     totals = processes.sum(
         torch.tensor([float(made), seconds], dtype=torch.float64, device=processes.device)
     ).tolist()
-    if processes.main:
-        labels = np.array([class_of(i, request) for i in range(request.num_samples)], np.int64)
-        store.assemble(parts, labels, (request.num_samples, size, size, 3))
-        report = {
-            "options": options,
-            "batch_size": batch_size,
-            "processes": processes.world,
-            "threads": torch.get_num_threads(),
-            "versions": {"torch": torch.__version__, "numpy": np.__version__},
-            "images_made_by_this_run": int(totals[0]),
-            "images_per_second": totals[0] / (totals[1] / processes.world) if made else None,
-            "wall_seconds": time.perf_counter() - started,
-        }
-        write_json(output.with_suffix(".json"), report)
-        store.remove()
-    processes.barrier()
+    if stopped:
+        if processes.main:
+            stored = sum(len(part) for part in store.parts() if store.made(part))
+            print(
+                f"stopped; {stored} of {request.num_samples} images are stored, "
+                "the same command goes on from there"
+            )
+        return False
+    report = {
+        "options": store.options,
+        "batch_size": batch_size,
+        "processes": processes.world,
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        "images_made_by_this_run": int(totals[0]),
+        "images_per_second": totals[0] / (totals[1] / processes.world) if totals[0] else None,
+        "wall_seconds": time.perf_counter() - started,
+    }
+    labels = (np.array([class_of(i, request) for i in part], np.int64) for part in store.parts())
+    processes.agree(lambda: store.assemble(labels, report), main=True)
+    return True

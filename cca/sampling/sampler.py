@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cca.streams import CLASSES, TOKENS, stream
-from models import ARImageModel, SamplingOptions, autocast
+from models import DTYPES, ARImageModel, SamplingOptions, autocast
+from models.decoding import generate_tokens, require_finite
 from models.devices import DECODED_PIXELS
 
 
@@ -46,13 +47,14 @@ def compile_blocks(model: ARImageModel) -> None:
         block.compile(dynamic=True)
 
 
-Generate = Callable[[Tensor, Tensor], Tensor]  # labels [n], uniforms [n, L] -> tokens [n, L]
+# Labels [n], uniforms [n, L] -> tokens [n, L], NOT_FINITE among them where logits were not.
+Generate = Callable[[Tensor, Tensor], Tensor]
 
 
 def eager_generate(model: ARImageModel, request: SampleRequest) -> Generate:
     def generate(labels: Tensor, uniforms: Tensor) -> Tensor:
         with autocast(labels.device, request.dtype):
-            return model.generate(labels, uniforms, request.sampling)
+            return generate_tokens(model, labels, uniforms, request.sampling)
 
     return generate
 
@@ -89,10 +91,11 @@ class GraphedGenerate:
 def sample_tokens(
     model: ARImageModel, indices: range, request: SampleRequest, device: torch.device, generate: Generate
 ) -> Tensor:
-    """Tokens [n, L] of these indices, as one batch."""
+    """Tokens [n, L] of these indices, as one batch. Raises UserError where the logits are not finite."""
     labels = torch.tensor([class_of(i, request) for i in indices], device=device)
     noise = np.stack([token_noise(i, model.sequence_length, request.seed) for i in indices])
-    return generate(labels, torch.from_numpy(noise).to(device))
+    tokens = generate(labels, torch.from_numpy(noise).to(device))
+    return require_finite(tokens, DTYPES[request.dtype])
 
 
 @torch.inference_mode()

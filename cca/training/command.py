@@ -5,22 +5,22 @@ loss is in ``losses.py``), metrics out, saving, stopping.
 """
 
 import argparse
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cca.data.sources import TokenSource
-from cca.distributed import Processes
+from cca.distributed import Processes, StopRequest
 from cca.sampling.grid import write_grid
 from cca.sampling.sampler import SampleRequest, sample_images
-from cca.training.losses import LOSSES, Batch, pair_labels
+from cca.training.data_record import data_record, refuse_renumbered
+from cca.training.loader import Unreadable, own_items
+from cca.training.losses import LOSSES, Batch, missing_negatives, pair_labels
 from cca.training.run_folder import RunFolder, describe
 from cca.training.schedule import TrainingConfig, global_batches, unconditional_rows
 from cca.training.trainer import Trainer
@@ -37,11 +37,11 @@ from models import (
 )
 from models.devices import TRAINED_IMAGES
 from models.options import Parser, add_model_options, count, number
+from models.outputs import check_output
 from models.zoo import ZooEntry
 
 GRID_ROWS, GRID_COLUMNS = 4, 10
 PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
-UNREADABLE_SHARE = 0.001  # of all images; beyond it the run stops
 
 
 def run_training(
@@ -54,11 +54,12 @@ def run_training(
     recipe = chosen_recipe(args, zoo_entry(args.model, backbone))
     if args.weights == "cca":
         raise UserError("--weights: training starts from base or from a path")
+    check_output("--output", args.output, {"the data": path}, folder=True)
+    processes = Processes()
     files = locate(args.model, args.weights, args.tokenizer_weights, args.image_size)
     model = load_files(files)
     data = open_data(path, model, args.seed)
     config = training_config(args, recipe, len(data), backbone.lr_scales_with_batch)
-    processes = Processes()
     parallel = args.parallel or recipe.parallel
     if config.batch_size < processes.world:
         raise UserError(f"--batch-size: {config.batch_size} is less than the {processes.world} processes")
@@ -74,15 +75,24 @@ def run_training(
             "--sample-every: a sharded model cannot draw samples; "
             "use --parallel ddp, or sample.py on a finished run"
         )
-    provenance = {**files.describe(), "data": str(path), "images": len(data)}
-    folder = RunFolder(args.output, processes, describe(config, provenance))
+    compared, told = data_record(path, data, processes)
+    description = {**describe(config, {**files.describe(), **compared}), "data": told}
     published = config.batch_size // (PUBLISHED_GPUS * recipe.published_accumulation)
     if recipe.published_accumulation == 1:
         published = TRAINED_IMAGES[processes.device.type]
     micro_batch_size = args.micro_batch_size or max(published, 1)
-    trainer = Trainer(model, config, micro_batch_size, processes, parallel, args.compile, args.checkpointing)
-    draw = grid_drawer(trainer, folder.path / "samples") if args.sample_every else lambda step: None
-    train(trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw)
+    with processes.holding(args.output, folder=True):
+        folder = RunFolder(args.output, processes, description, args.keep_states)
+        refuse_renumbered(folder.path, data.classes)
+        if processes.main:
+            without = missing_negatives(config.loss, config.batch_size, data.same_class)
+            for note in [*data.notes(), *([without] if without else [])]:
+                print(f"note: {note}", file=sys.stderr)
+        trainer = Trainer(
+            model, config, micro_batch_size, processes, parallel, args.compile, args.checkpointing
+        )
+        draw = grid_drawer(trainer, folder.path / "samples") if args.sample_every else lambda step: None
+        train(trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw)
 
 
 def train(
@@ -97,57 +107,48 @@ def train(
 ) -> None:
     """Run or resume training up to ``max_steps``, then leave model and state in ``folder``."""
     config, processes = trainer.config, trainer.processes
-    done = folder.resume(trainer)
-    asked = False
-
-    def ask_to_stop(*_) -> None:
-        nonlocal asked
-        asked = True
-
-    previous = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    share, negatives_of = processes.share(config.batch_size), LOSSES[config.loss].negatives
-    items, unreadable = own_items(data, config, done, share, workers), Unreadable(data, processes)
-    bar = tqdm(
-        total=config.max_steps,
-        initial=done,
-        desc=f"{config.loss} {folder.path.name}",
-        disable=not processes.main,
-    )
-    try:
-        for epoch, indices in global_batches(len(data), config, done):
-            began = time.perf_counter()
-            uncond = unconditional_rows(indices, epoch, config)
-            labels, negatives = pair_labels(
-                data.labels(indices), uncond, trainer.model.null_class, negatives_of
-            )
-            views, flags = next(items)
-            batch = Batch(data.tokens(views), labels[share], negatives[share], uncond[share])
-            metrics = trainer.optimizer_step(done, batch)
-            metrics["images_per_second"] = config.batch_size / (time.perf_counter() - began)
-            done += 1
-            if processes.main:
-                folder.log(done, metrics)
-                show(bar, metrics, done % log_every == 0)
-            # A signal reaches the processes at different moments; they agree on the step to stop at.
-            agreed = processes.sum(
-                torch.tensor([float(asked), float(unreadable.report(flags))], device=processes.device)
-            )
-            stop = bool(agreed[0])
-            unreadable.add(int(agreed[1]))
-            if stop or done % save_every == 0 or done == config.max_steps:
-                folder.save(trainer, done)
-            if sample_every and done % sample_every == 0:
-                draw_samples(done)
-            if stop and done < config.max_steps:
+    with StopRequest() as request:
+        done = folder.resume(trainer)
+        share, negatives_of = processes.share(config.batch_size), LOSSES[config.loss].negatives
+        items, unreadable = own_items(data, config, done, share, workers), Unreadable(data, processes)
+        with tqdm(
+            total=config.max_steps,
+            initial=done,
+            desc=f"{config.loss} {folder.path.name}",
+            disable=not processes.main,
+        ) as bar:
+            for epoch, indices in global_batches(len(data), config, done):
+                began = time.perf_counter()
+                uncond = unconditional_rows(indices, epoch, config)
+                labels, negatives = pair_labels(
+                    data.labels(indices), uncond, trainer.model.null_class, negatives_of
+                )
+                views, flags = next(items)
+                batch = Batch(data.tokens(views), labels[share], negatives[share], uncond[share])
+                metrics = trainer.optimizer_step(done, batch)
+                metrics["images_per_second"] = config.batch_size / (time.perf_counter() - began)
+                done += 1
+                processes.agree(partial(folder.log, done, metrics), main=True)
                 if processes.main:
-                    bar.close()
-                    print(f"stopped and saved after step {done}; the same command goes on from there")
-                return
-        folder.export(trainer)
-    finally:
-        bar.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+                    show(bar, metrics, done % log_every == 0)
+                # A signal reaches the processes at different moments; they agree on the step to stop at.
+                agreed = processes.sum(
+                    torch.tensor(
+                        [float(request.asked), float(unreadable.report(flags))], device=processes.device
+                    )
+                )
+                stop = bool(agreed[0])
+                unreadable.add(int(agreed[1]))
+                if stop or done % save_every == 0 or done == config.max_steps:
+                    folder.save(trainer, done)
+                if sample_every and done % sample_every == 0:
+                    draw_samples(done)
+                if stop and done < config.max_steps:
+                    break
+        if done == config.max_steps:
+            folder.export(trainer)
+        elif processes.main:
+            print(f"stopped and saved after step {done}; the same command goes on from there")
 
 
 def show(bar: tqdm, metrics: dict[str, float], refresh: bool) -> None:
@@ -163,52 +164,6 @@ def show(bar: tqdm, metrics: dict[str, float], refresh: bool) -> None:
         bar.set_postfix({k: f"{metrics[k]:.4g}" for k in shown if k in metrics})
 
 
-def own_items(
-    data: TokenSource, config: TrainingConfig, done: int, share: slice, workers: int
-) -> Iterator[list[Tensor]]:
-    """This process's part of every global batch from step ``done``: (items, unreadable indices)."""
-    batches = [
-        [(epoch, int(i)) for i in indices[share]]
-        for epoch, indices in global_batches(len(data), config, done)
-    ]
-    loader = DataLoader(
-        data,
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="fork" if workers else None,
-    )
-    return iter(loader)
-
-
-class Unreadable:
-    """Images that could not be read, by path, over all processes."""
-
-    def __init__(self, data: TokenSource, processes: Processes):
-        self.data, self.processes = data, processes
-        self.own: set[int] = set()
-        self.total = 0
-
-    def report(self, flags: Tensor) -> int:
-        """Note one batch's unreadable indices (-1: readable); returns how many are new here."""
-        new = set(flags[flags >= 0].tolist()) - self.own
-        self.own |= new
-        for index in new:
-            tqdm.write(
-                f"unreadable, replaced by another image of its class: {self.data.name(index)}",
-                file=sys.stderr,
-            )
-        return len(new)
-
-    def add(self, count: int) -> None:
-        self.total += count
-        if self.total > UNREADABLE_SHARE * len(self.data):
-            raise UserError(
-                f"--data: {self.total} of {len(self.data)} images cannot be read, "
-                f"more than {UNREADABLE_SHARE:.1%}; their paths are above"
-            )
-
-
 def grid_drawer(trainer: Trainer, folder: Path):
     """A function that samples a grid without guidance, always from the same random numbers."""
     model, processes = trainer.model, trainer.processes
@@ -220,12 +175,15 @@ def grid_drawer(trainer: Trainer, folder: Path):
     def draw(step: int) -> None:
         if processes.main:
             model.eval()
-            images = sample_images(
-                model, range(request.num_samples), request, GRID_ROWS * GRID_COLUMNS, processes.device
-            )
+            try:
+                images = sample_images(
+                    model, range(request.num_samples), request, GRID_ROWS * GRID_COLUMNS, processes.device
+                )
+                folder.mkdir(exist_ok=True)
+                write_grid(images.numpy(), folder / f"step-{step:06d}.png", GRID_COLUMNS)
+            except UserError as error:  # a picture is not worth the run
+                tqdm.write(f"no sample grid of step {step}: {error}", file=sys.stderr)
             trainer.net.train()
-            folder.mkdir(exist_ok=True)
-            write_grid(images.numpy(), folder / f"step-{step:06d}.png", GRID_COLUMNS)
         processes.barrier()
 
     return draw
@@ -276,6 +234,8 @@ def training_parser(
     add("--seed", type=count(0), default=0,
         help="seed of data order, crops, null-class draws and dropout (default 0)")
     add("--save-every", type=count(), default=100, help="steps between saved states (default 100)")
+    add("--keep-states", type=count(), default=1, metavar="N",
+        help="newest saved states to keep, e.g. to sample from (default 1)")
     add("--log-every", type=count(), default=10,
         help="steps between updates of the shown metrics (default 10)")
     add("--sample-every", type=count(0), default=0,

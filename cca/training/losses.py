@@ -125,6 +125,19 @@ LOSSES: dict[str, Loss] = {
 }
 
 
+def missing_negatives(loss: str, batch_size: int, same_class: Callable[[], bool]) -> str | None:
+    """Why no image can be contrasted with another class, if so; ``same_class`` tells it of the data."""
+    if LOSSES[loss].objective is None or LOSSES[loss].negatives is not next_label:
+        return None
+    if batch_size == 1:
+        return (
+            f"--batch-size 1 leaves {loss} without negatives: they are the classes of a batch's other images"
+        )
+    if same_class():
+        return f"all images are of one class, which leaves {loss} without negatives: it needs two or more"
+    return None
+
+
 def pair_labels(
     labels: Tensor, uncond: Tensor, null_class: int, negatives: Callable[[Tensor], Tensor] = next_label
 ) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
-import warnings
+import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,20 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cca.distributed import Processes
 from cca.training.schedule import TrainingConfig
+from cca.training.states import ema_name, load_state, quiet, saved_steps, write_checksums
 from cca.training.trainer import Trainer
 from models import UserError
 from models.checkpoints import save_published
-from models.files import atomic_write, write_json
+from models.files import (
+    atomic_write,
+    finite_or_none,
+    read_json,
+    reason,
+    remove_folder,
+    write_json,
+    writing,
+)
+from models.outputs import differing
 
 # Names in config.json where they are not the field's: a key that changed would not be compared on resuming.
 CONFIG_KEYS = {"lambda_": "lam"}
@@ -35,45 +46,81 @@ def describe(config: TrainingConfig, extra: dict) -> dict:
 class RunFolder:
     """Where a run writes; every write is atomic, so a run killed at any moment leaves its last good state."""
 
-    def __init__(self, path: Path, processes: Processes, description: dict):
-        self.path, self.processes = path, processes
+    def __init__(self, path: Path, processes: Processes, description: dict, keep_states: int = 1):
+        """Raises UserError for the folder of a run with other options."""
+        self.path, self.processes, self.keep_states = path, processes, keep_states
         self.states, self.metrics_path = path / "state", path / "metrics.jsonl"
         self.writer: SummaryWriter  # from ``resume`` on, of the main process
-        if (path / "config.json").exists():
-            before = json.loads((path / "config.json").read_text())["options"]
-            changed = [k for k, v in description["options"].items() if before.get(k, v) != v]
+        processes.agree(lambda: self._claim(description), main=True)
+
+    def _claim(self, description: dict) -> None:
+        """Note the options; the states' folder comes first, so that what has a config.json has both."""
+        config = self.path / "config.json"
+        if config.exists():
+            changed = differing(read_json(config).get("options", {}), description["options"])
             if changed:
                 raise UserError(
-                    f"--output: {path} holds a run with other options: "
-                    + ", ".join(f"{k} {before[k]} instead of {description['options'][k]}" for k in changed)
-                    + "; take these, or another folder"
+                    f"--output: {self.path} holds a run with other options: "
+                    f"{', '.join(changed)}; take these, or another folder"
                 )
-        processes.barrier()  # all have looked before one writes
-        if processes.main and not (path / "config.json").exists():
+        with writing(self.states):
             self.states.mkdir(parents=True, exist_ok=True)
-            write_json(path / "config.json", description)
-        processes.barrier()
+            for left in (*self.states.glob(".*.removed"), self.states / ".writing"):
+                shutil.rmtree(left, ignore_errors=True)
+        if not config.exists():
+            write_json(config, description)
 
     def saved_steps(self) -> list[int]:
         """Numbers of the steps whose state is complete, ascending."""
-        return sorted(int(p.name.removeprefix("step-")) for p in self.states.glob("step-*"))
+        return saved_steps(self.path)
 
     def resume(self, trainer: Trainer) -> int:
-        """Load the last saved state if there is one; returns the number of steps done."""
+        """Load the last saved state if there is one; returns the number of steps done.
+
+        Raises UserError for a damaged state; it names the folder to delete.
+        """
         done = (self.saved_steps() or [0])[-1]
         if done:
             state = trainer.state()
-            with quiet():
-                dcp.load(state, checkpoint_id=self.states / f"step-{done}")
+            self.processes.agree(lambda: self._load(state, done))
             trainer.load_state(state)
-        self.processes.barrier()
-        if self.processes.main:
-            lines = (
-                self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.exists() else []
-            )
-            atomic_write(self.metrics_path, lambda temporary: temporary.write_text("".join(lines[:done])))
-            self.writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=done or None)
+        self.processes.agree(lambda: self._cut_back(done), main=True)
+        self.processes.agree(self._drop_old, main=True)
         return done
+
+    def _load(self, state: dict, done: int) -> None:
+        path, before = self.states / f"step-{done}", self.saved_steps()[:-1]
+        try:
+            load_state(state, path, self.processes)
+        except UserError as error:
+            rest = f"step {before[-1]}" if before else "the start"
+            raise UserError(
+                f"--output: {error}; delete that folder, and the same command goes on from {rest}"
+            ) from None
+
+    def _cut_back(self, done: int) -> None:
+        """Leave in metrics and curves what belongs to the steps that are done; open the curves."""
+        kept: dict[int, str] = {}
+        damaged = 0
+        lines = (
+            self.metrics_path.read_text(errors="replace").splitlines() if self.metrics_path.exists() else []
+        )
+        for line in lines:
+            try:
+                kept[int(json.loads(line)["step"])] = line
+            except (ValueError, KeyError, TypeError):
+                damaged += 1  # cut off where the process was killed or the disk was full
+        text = "".join(f"{kept[step]}\n" for step in sorted(kept) if step <= done)
+        missing = done - text.count("\n")
+        if missing:
+            print(
+                f"warning: {self.metrics_path}: {missing} of {done} steps have no line, "
+                f"{damaged} were cut off",
+                file=sys.stderr,
+            )
+        atomic_write(self.metrics_path, lambda temporary: temporary.write_text(text))
+        with writing(self.path / "tensorboard"):
+            self.writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=done or None)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and one point to each curve of TensorBoard.
@@ -81,64 +128,58 @@ class RunFolder:
         Called by the main process alone, once for each optimizer step, from 1, in order: after
         ``resume`` has cut both back to the step it returned.
         """
-        with open(self.metrics_path, "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+        # A skipped step's loss may be no number.
+        line = json.dumps(finite_or_none({"step": step, **metrics}), allow_nan=False)
+        try:
+            with open(self.metrics_path, "a") as file:
+                file.write(line + "\n")
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
+        except OSError as error:
+            raise self.cannot_write(error) from None
 
     def save(self, trainer: Trainer, done: int) -> None:
-        """Save the state of step ``done``, drop the one before. Raises UserError if it cannot be written."""
+        """Save the state of step ``done``, drop old ones. Raises UserError if it cannot be written."""
         temporary = self.states / ".writing"
-        if self.processes.main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.processes.barrier()
+        self.processes.agree(lambda: remove_folder(temporary), main=True)
+        self.processes.agree(lambda: self._save(trainer, temporary))
+        self.processes.agree(lambda: self._keep(temporary, done), main=True)
+
+    def _save(self, trainer: Trainer, temporary: Path) -> None:
         try:
             with quiet():
                 dcp.save(trainer.state(), checkpoint_id=temporary)
-            if self.processes.main:
-                os.replace(temporary, self.states / f"step-{done}")
-                for old in self.saved_steps()[:-1]:
-                    shutil.rmtree(self.states / f"step-{old}")
-                self.writer.flush()
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+            write_checksums(temporary, self.processes)
+        except (OSError, RuntimeError, UserError, dcp.api.CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise self.cannot_write(error) from None
-        self.processes.barrier()
+
+    def _keep(self, temporary: Path, done: int) -> None:
+        state = self.states / f"step-{done}"
+        with writing(state):
+            os.replace(temporary, state)
+            self._drop_old()
+            self.writer.flush()
+
+    def _drop_old(self) -> None:
+        for old in self.saved_steps()[: -self.keep_states]:
+            remove_folder(self.states / f"step-{old}")
 
     def export(self, trainer: Trainer) -> None:
-        """Write the model, and its average if there is one, in the published format."""
-        name = Path(trainer.model.checkpoint_name)
-        for weights, path in (
-            (trainer.full_weights(), name),
-            (trainer.full_ema(), f"{name.stem}_ema{name.suffix}"),
-        ):
-            if self.processes.main and weights:
-                try:
-                    save_published(weights, self.path / path, trainer.model.checkpoint_key)
-                except (OSError, RuntimeError) as error:
-                    raise self.cannot_write(error) from None
-        self.processes.barrier()
+        """Write the average if there is one, then the model, which says that the run is finished."""
+        name = trainer.model.checkpoint_name
+        for weights, path in ((trainer.full_ema(), ema_name(name)), (trainer.full_weights(), name)):
+            # Of a sharded model, the main process alone has the weights.
+            self.processes.agree(partial(self._export, weights, self.path / path, trainer), main=True)
+
+    def _export(self, weights: dict, path: Path, trainer: Trainer) -> None:
+        if weights:
+            save_published(weights, path, trainer.model.checkpoint_key)
 
     def cannot_write(self, error: BaseException) -> UserError:
-        reason = next(
-            (str(e) for e in _causes(error) if isinstance(e, OSError)),
-            str(error).strip().splitlines()[0][:100],
-        )
         last = self.saved_steps()
         kept = f"the state of step {last[-1]} is intact" if last else "no state was saved yet"
         return UserError(
-            f"--output: {self.path} cannot be written ({reason}); {kept}, the same command goes on from there"
+            f"--output: {self.path} cannot be written ({reason(error)}); {kept}, "
+            "the same command goes on from there"
         )
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    """An error and what it came from; a CheckpointException holds the errors of all processes."""
-    if error is None:
-        return []
-    inner = [e[0] for e in getattr(error, "failures", {}).values()]
-    return [error, *(c for e in [*inner, error.__cause__ or error.__context__] for c in _causes(e))]
-
-
-def quiet():
-    """Without torch.distributed.checkpoint's notices about running in a single process."""
-    return warnings.catch_warnings(action="ignore")

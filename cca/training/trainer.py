@@ -29,6 +29,7 @@ from cca.streams import DROPOUT, stream
 from cca.training.losses import LOSSES, Batch, diagnostics
 from cca.training.schedule import TrainingConfig, learning_rate, weight_decay
 from models import DTYPES, ARImageModel, ARTransformer, UserError, autocast
+from models.checkpoints import not_finite
 
 # Our buffers are constants. PyTorch 2.14 gave the option its new name, and warns of the old one.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -76,6 +77,16 @@ def shard(net: ARTransformer, processes: Processes) -> None:
 def _whole(tensor: Tensor) -> Tensor:
     """A tensor that FSDP may have split, whole on the CPU (all processes take part)."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def _finite(state: dict[str, Any]) -> dict[str, Any]:
+    """Trained weights as they are; raises UserError where one is NaN or infinite."""
+    if wrong := not_finite(state):
+        raise UserError(
+            f"--lr: the trained weights are not finite ({wrong}), so no model is written; "
+            "begin again in another folder with a lower --lr or --weight-decay, or --dtype float32"
+        )
+    return state
 
 
 class Trainer:
@@ -224,14 +235,17 @@ class Trainer:
         self.skipped, self.skipped_in_a_row = state["counters"].tolist()
 
     def full_weights(self) -> dict[str, Any]:
-        """The whole state dict on the CPU (all processes take part; the main one gets it)."""
+        """The whole state dict on the CPU (all processes take part; the main one gets it).
+
+        Raises UserError for weights that are not finite: nothing of them is worth writing.
+        """
         if not self.sharded:
-            return self.net.state_dict()
-        return get_model_state_dict(
-            self.net, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+            return _finite(self.net.state_dict())
+        return _finite(
+            get_model_state_dict(self.net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         )
 
     def full_ema(self) -> dict[str, Any]:
-        """The averaged weights in the published layout, constant buffers included."""
+        """The averaged weights in the published layout, constant buffers included; raises as above."""
         averaged = {k: _whole(v) for k, v in self.ema.items()}
-        return {**self.full_weights(), **averaged} if averaged else {}
+        return {**self.full_weights(), **_finite(averaged)} if averaged else {}

@@ -1,9 +1,15 @@
 """Shares, sums and gathers over real processes (gloo), and alone."""
 
-import torch
-from commands import run
+import re
+import signal
+import subprocess
 
-from cca.distributed import Processes
+import pytest
+import torch
+from commands import ROOT, command_line, environment, run
+
+from cca.distributed import Processes, Stopped, StopRequest
+from models.errors import UserError
 
 COLLECTIVES = """
 import torch
@@ -42,3 +48,67 @@ def test_shares_cover_everything_once():
 def test_alone_nothing_is_exchanged():
     values = torch.ones(2)
     assert Processes().sum(values) is values and Processes().gather(values) is values
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"RANK": "1"}, "RANK: the environment says 1, WORLD_SIZE 1; start several processes with torchrun"),
+        ({"RANK": "one"}, "RANK: the environment says 'one', an integer of at least 0 is right"),
+        ({"RANK": "-1"}, "RANK: the environment says '-1'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: the environment says '0', an integer of at least 1"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR: is not set, though WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK: is not set"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK: the environment says ''"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"},
+            "MASTER_ADDR: the 2 processes do not meet at localhost:x",
+        ),
+    ],
+)
+def test_a_rank_without_a_rendezvous_is_refused(variables, message, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(message)):
+        Processes()
+
+
+def test_signals_are_noted_and_those_ignored_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    with StopRequest() as stop:
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        stop.check()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Stopped):
+            stop.check()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    signal.signal(signal.SIGHUP, before)
+
+
+REFUSAL = """
+from cca.distributed import Processes
+from models.errors import UserError, run_command
+processes = Processes()
+def refuse():
+    if processes.rank == 1:
+        raise UserError("no room")
+run_command(lambda: processes.agree(refuse))
+"""
+
+
+@pytest.mark.slow
+def test_all_stop_where_one_refuses(tmp_path):
+    (tmp_path / "refusal.py").write_text(REFUSAL)
+    result = subprocess.run(
+        command_line([tmp_path / "refusal.py"], 2),
+        cwd=ROOT,
+        env=environment(PYTHONPATH="."),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode != 0
+    assert [line for line in result.stderr.splitlines() if "error: no room" in line] == ["error: no room"]

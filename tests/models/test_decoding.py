@@ -12,7 +12,17 @@ from scipy.stats import chi2
 from cca.sampling.sampler import SampleRequest, eager_generate, sample_tokens
 from models import llamagen, var
 from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
-from models.decoding import SamplingOptions, draw_tokens, exponential_noise, filter_logits
+from models.decoding import (
+    LOWEST_TEMPERATURE,
+    NOT_FINITE,
+    SamplingOptions,
+    draw_tokens,
+    exponential_noise,
+    filter_logits,
+    generate_tokens,
+    require_finite,
+)
+from models.errors import UserError
 
 SAMPLES = 200_000
 CPU = torch.device("cpu")
@@ -134,3 +144,37 @@ def test_rounding_of_the_logits_hardly_ever_changes_a_draw():
     uniforms = torch.rand(20_000, generator=generator, dtype=torch.float64)
     rounded = logits + 1e-6 * torch.randn(20_000, 512, generator=generator)
     assert (draw_tokens(logits, uniforms) != draw_tokens(rounded, uniforms)).sum() <= 1
+
+
+@pytest.mark.parametrize("backbone", ["var", "llamagen"])
+@pytest.mark.parametrize("options", [SamplingOptions(), SamplingOptions(cfg_scale=2.0, top_k=2, top_p=0.5)])
+def test_logits_that_are_not_finite_mark_their_row(backbone, options):
+    """One class is broken: its rows are marked, others drawn as ever, and the API refuses the batch."""
+    model, labels = tiny(backbone), torch.tensor([0, 1, 0])
+    uniforms = torch.rand(3, model.sequence_length, dtype=torch.float64)
+    whole = generate_tokens(model, labels, uniforms, options)
+    embedding = next(m for m in model.transformer.modules() if isinstance(m, torch.nn.Embedding))
+    assert embedding.num_embeddings == 3  # classes, and none
+    with torch.no_grad():
+        embedding.weight[1, 0] = torch.nan
+    tokens = generate_tokens(model, labels, uniforms, options)
+    assert (tokens[1] == NOT_FINITE).all() and torch.equal(tokens[[0, 2]], whole[[0, 2]])
+    with pytest.raises(UserError, match="the logits of 1 of 3 images are not finite; in float32 the weights"):
+        model.generate(labels, uniforms, options)
+    with pytest.raises(UserError, match="float16 overflow is the likely cause"):
+        require_finite(tokens, torch.float16)
+
+
+@pytest.mark.parametrize("options", [{"cfg_scale": 1e300}, {"temperature": 1e-45}])
+def test_options_that_overflow(options):
+    model = tiny("llamagen")
+    with pytest.raises(UserError, match="not finite"):
+        model.generate(torch.tensor([0]), torch.rand(1, 4), SamplingOptions(**options))
+
+
+@pytest.mark.parametrize("backbone", ["var", "llamagen"])
+def test_the_lowest_temperature_is_greedy(backbone):
+    model, labels = tiny(backbone), torch.arange(64) % 2
+    uniforms = torch.rand(64, model.sequence_length, dtype=torch.float64)
+    coldest = model.generate(labels, uniforms, SamplingOptions(temperature=LOWEST_TEMPERATURE))
+    assert torch.equal(coldest, model.generate(labels, uniforms, SamplingOptions(top_k=1)))

@@ -1,10 +1,20 @@
 """Extraction of codes as users run it."""
 
 import json
+import os
+import shutil
+import signal
 
 import numpy as np
+import pytest
+import torch
 from commands import expect_error, run
+from limits import largest_file
 from made_data import make_image_folder
+from specimens import VERSION_1, register
+
+from models.errors import UserError
+from scripts import extract_codes
 
 
 def test_extraction_from_a_folder(tmp_path):
@@ -15,8 +25,113 @@ def test_extraction_from_a_folder(tmp_path):
     run(*common, "--output", tmp_path / "two", "--workers", 1, processes=2)
     one, two = (np.load(tmp_path / name / "codes.npy") for name in ("one", "two"))
     assert one.shape == (60, 10, 64) and (one != two).mean() < 1e-3
-    assert json.loads((tmp_path / "one" / "header.json").read_text())["crop_range"] == 1.1
+    header, other = (json.loads((tmp_path / name / "header.json").read_text()) for name in ("one", "two"))
+    assert header == other and header["crop_range"] == 1.1  # one process takes the data's fingerprint
+    assert header["classes"] == {f"class{i}": i for i in range(10)} and len(header["data_sha256"]) == 64
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["codes.npy", "header.json", "labels.npy"]
     labels = np.load(tmp_path / "one" / "labels.npy")
     assert len(labels) == 60 and (np.diff(labels) >= 0).all()
-    expect_error([*common, "--output", tmp_path / "one"], "holds finished codes already")
+    again = run(*common, "--output", tmp_path / "one")
+    assert "holds these codes already; nothing is left to do" in again.stdout
+    expect_error(
+        [*common, "--crop-range", 1.05, "--output", tmp_path / "one"],
+        "holds finished codes with crop_range 1.1 instead of 1.05",
+    )
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """The specimens' images in the current folder, and chunks of 256 images."""
+    for name in ("images.npz", "specimen-llamagen-tokenizer.safetensors"):
+        shutil.copy(VERSION_1 / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(extract_codes, "CHUNK", 256)
+    register(monkeypatch)
+    return tmp_path
+
+
+def extract(output):
+    model = ["--model", "specimen-llamagen", "--tokenizer-weights", "specimen-llamagen-tokenizer.safetensors"]
+    with torch.no_grad():
+        extract_codes.main([*model, "--data", "images.npz", "--output", output])
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGHUP]], ids=str)
+def test_a_signal_ends_with_one_line_and_keeps_finished_chunks(numbers, disk, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        finish_chunk = extract_codes.CodeFile.finish_chunk
+
+        def pretend(self, chunk):
+            finish_chunk(self, chunk)
+            for number in numbers if chunk.start == 256 else ():
+                os.kill(os.getpid(), number)
+
+        patch.setattr(extract_codes.CodeFile, "finish_chunk", pretend)
+        extract("codes")
+    line = "stopped; 2 chunks of 256 images are done, the same command goes on from there\n"
+    assert capsys.readouterr().out == line and not (disk / "codes" / "header.json").exists()
+    extract("codes")
+    extract("whole")
+    assert content(disk / "codes") == content(disk / "whole")
+    assert sorted(content(disk / "codes")) == ["codes.npy", "header.json", "labels.npy"]
+
+
+def test_extraction_killed_before_its_header_goes_on(disk):
+    """As earlier versions left it: codes and labels have their names, the notes are there."""
+    extract("whole")
+    shutil.copytree(VERSION_1 / "unfinished-codes", disk / "codes")
+    with np.load(VERSION_1 / "expected-codes.npz") as file:
+        np.save(disk / "codes" / "codes.npy", file["codes"])
+        np.save(disk / "codes" / "labels.npy", file["labels"])
+    (disk / "codes" / "codes.partial.npy").unlink()
+    (disk / "codes" / "progress" / "1024").touch()
+    extract("codes")
+    assert sorted(content(disk / "codes")) == ["codes.npy", "header.json", "labels.npy"]
+    assert (np.load("codes/codes.npy") != np.load("whole/codes.npy")).mean() < 1e-3
+
+
+def test_the_space_is_there_before_the_work(disk, monkeypatch):
+    """Filling a hole of a mapped file on a full disk ends the process without a word."""
+    with largest_file(3000), pytest.raises(UserError, match="codes.partial.npy: cannot be written .File too"):
+        extract("codes")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+        with pytest.raises(UserError, match="--output: codes has 0.0 GB free, the run needs"):
+            extract("codes")
+    assert not (disk / "codes").exists()
+    blocks = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            extract_codes, "encode", lambda *rest: blocks.append(os.stat("codes/codes.partial.npy"))
+        )
+        patch.setattr(extract_codes.CodeFile, "finish", lambda *rest: None)
+        extract("codes")
+    assert blocks[0].st_blocks * 512 >= blocks[0].st_size > 1100 * 16 * 2
+
+
+def test_codes_that_are_in_the_way(disk):
+    (disk / "codes").mkdir()
+    (disk / "codes" / "codes.npy").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"codes\.npy is there without a header\.json; remove it, or take"):
+        extract("codes")
+    assert content(disk / "codes") == {"codes.npy": b"mine"}
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
+def test_a_damaged_unfinished_file(damage, disk):
+    shutil.copytree(VERSION_1 / "unfinished-codes", disk / "codes")
+    path = disk / "codes" / "codes.partial.npy"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:500])
+    else:
+        np.save(path, np.zeros((3, 1, 16), np.uint16))
+    with pytest.raises(
+        UserError, match=r"--output: codes/codes.*npy (is missing or damaged|holds \[3, 1, 16\])"
+    ):
+        extract("codes")

@@ -1,20 +1,112 @@
 """Codes as the trainer reads them."""
 
+import json
 import shutil
 
 import numpy as np
+import pytest
 from made_data import make_codes
 
 from cca.data.codes import Codes
 from models import load_model
+from models.checkpoints import save_published, tensors_sha256
+from models.errors import UserError
 
 
-def test_sister_folder_is_drawn_half_of_the_time(tmp_path):
+@pytest.fixture(scope="module")
+def model():
+    return load_model("llamagen-mini")
+
+
+def test_sister_folder_is_drawn_half_of_the_time(tmp_path, model):
     path = make_codes(tmp_path)
     shutil.copytree(path, tmp_path / "codes_105")
     shifted = np.load(path / "codes.npy") % 256
     np.save(path / "codes.npy", shifted)
     np.save(tmp_path / "codes_105" / "codes.npy", shifted + 256)
-    source = Codes(path, load_model("llamagen-mini"))
+    source = Codes(path, model)
     sister = [bool(source[epoch, index][0][0] >= 256) for epoch in range(10) for index in range(40)]
     assert 160 < sum(sister) < 240
+
+
+def edit(path, **arrays):
+    for name, array in arrays.items():
+        np.save(path / f"{name}.npy", array)
+
+
+BEYOND = np.zeros((40, 10, 64), np.uint16)
+BEYOND[39, 9, 63] = 512
+BROKEN = [
+    ({"labels": np.arange(80) % 10}, "codes of 40 images and 80 labels"),
+    ({"labels": np.eye(10, dtype=np.int64)[np.arange(40) % 10]}, r"labels are \[40, 10\]; .* argmax"),
+    ({"labels": np.zeros((40, 1), np.int64)}, r"labels are \[40, 1\]"),
+    ({"labels": np.full(40, 0.5)}, "labels are float64"),
+    ({"codes": BEYOND}, "codes from 0 to 512, the vocabulary is 0 … 511"),
+    ({"codes": np.full((40, 10, 64), -1)}, "codes from -1"),
+    ({"codes": np.zeros((40, 10, 64), np.float32)}, "holds float32 codes"),
+]
+
+
+@pytest.mark.parametrize("arrays, message", BROKEN, ids=lambda value: None)
+def test_broken_codes_are_refused_when_opened(tmp_path, model, arrays, message):
+    path = make_codes(tmp_path)
+    edit(path, **arrays)
+    with pytest.raises(UserError, match=message):
+        Codes(path, model)
+
+
+@pytest.mark.parametrize("header", ["[]", "{", '"x"'])
+def test_broken_header_is_refused(tmp_path, model, header):
+    path = make_codes(tmp_path)
+    (path / "header.json").write_text(header)
+    with pytest.raises(UserError, match="--codes: "):
+        Codes(path, model)
+
+
+def test_codes_of_another_tokenizer_are_refused(tmp_path, model):
+    path = make_codes(tmp_path)
+    assert any("not checked" in note for note in Codes(path, model).notes())  # as earlier versions wrote it
+    header = {"vocab_size": 512, "tokenizer_tensors_sha256": tensors_sha256(model.tokenizer)}
+    (path / "header.json").write_text(json.dumps(header))
+    assert Codes(path, model).notes() == []
+    state = {key: value.clone() for key, value in model.tokenizer.state_dict().items()}
+    save_published(state, tmp_path / "same.pt", "model")
+    Codes(path, load_model("llamagen-mini", tokenizer_weights=str(tmp_path / "same.pt")))
+    next(iter(state.values())).view(-1)[0] += 1
+    save_published(state, tmp_path / "other.pt", "model")
+    with pytest.raises(UserError, match="other tokenizer weights"):
+        Codes(path, load_model("llamagen-mini", tokenizer_weights=str(tmp_path / "other.pt")))
+
+
+def test_fingerprint_changes_with_codes_and_labels(tmp_path, model):
+    path = make_codes(tmp_path)
+    prints = [Codes(path, model).fingerprint()]
+    path.rename(tmp_path / "moved")
+    assert Codes(tmp_path / "moved", model).fingerprint() == prints[0]
+    for name in ("codes", "labels"):
+        edit(tmp_path / "moved", **{name: np.load(tmp_path / "moved" / f"{name}.npy")[::-1]})
+        prints.append(Codes(tmp_path / "moved", model).fingerprint())
+    shutil.copytree(tmp_path / "moved", tmp_path / "moved_105")
+    prints.append(Codes(tmp_path / "moved", model).fingerprint())
+    assert len(set(prints)) == 4
+
+
+def test_published_codes_and_labels_are_checked(tmp_path, model):
+    path = make_codes(tmp_path, published=True)
+    source = Codes(path, model)
+    for file, array, read, message in (
+        (
+            "imagenet32_labels/3.npy",
+            np.eye(10),
+            lambda: source.labels(np.array([3])),
+            "does not hold one label",
+        ),
+        ("imagenet32_codes/3.npy", np.zeros((1, 10, 64)), lambda: source[0, 3], "holds float64"),
+        ("imagenet32_codes/4.npy", np.array(3), lambda: source[0, 4], "expected whole numbers"),
+    ):
+        np.save(path / file, array)
+        with pytest.raises(UserError, match=message):
+            read()
+    (path / "imagenet32_labels" / "39.npy").unlink()
+    with pytest.raises(UserError, match="a label for each of 40 codes"):
+        Codes(path, model)

@@ -177,7 +177,7 @@ def test_inception_path(files, inception_weights):
     report = evaluate(
         files, "--inception-weights", str(inception_weights), samples="a.npz", reference="b.npz"
     )
-    assert set(report["metrics"]) == {"fid", "sfid", "is", "precision", "recall"}
+    assert set(report["metrics"]) == {"fid", "sfid", "is", "precision", "recall", "kid"}
     assert all(np.isfinite(v) for v in report["metrics"].values())
     assert (
         evaluate(files, "--features", str(inception_weights), samples="a.npz", reference="b.npz")["metrics"]

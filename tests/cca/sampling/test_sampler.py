@@ -14,6 +14,7 @@ from commands import REFERENCE, ROOT, command_line, environment, run
 import sample
 from cca.sampling.sampler import GraphedGenerate, SampleRequest, class_of, compile_blocks, sample_images
 from models import SamplingOptions, load_model
+from models.checkpoints import read_state_dict, save_published
 from models.errors import UserError
 
 MODELS = ("llamagen-mini", "var-mini")
@@ -230,3 +231,26 @@ def test_too_little_space(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
     with pytest.raises(UserError, match="has 1.0 GB free, the run needs 1.2 GB"):
         sample.main(["--model", "var-mini", "--num-samples", "200000", "--output", str(tmp_path / "s.npz")])
+
+
+@pytest.mark.parametrize(
+    "dtype, cause", [("float16", "float16 overflow is the likely cause"), ("float32", "")]
+)
+def test_overflow_stops_sampling(tmp_path, dtype, cause):
+    """Weights within float32 and beyond float16: one line, and no images; in float32 they are drawn."""
+    state = read_state_dict("assets/llamagen-mini.safetensors")
+    save_published({**state, "output.weight": state["output.weight"].float() * 1e7}, tmp_path / "w.pt")
+    arguments = ["--model", "llamagen-mini", "--weights", str(tmp_path / "w.pt"), "--num-samples", "4"]
+    arguments += ["--dtype", dtype, "--output", str(tmp_path / "s.npz")]
+    if cause:
+        with pytest.raises(UserError, match=f"--dtype: the logits of 4 of 4 images are not finite; {cause}"):
+            sample.main(arguments)
+    else:
+        sample.main(arguments)
+    assert (tmp_path / "s.npz").exists() == (not cause)
+
+
+def test_the_largest_seeds_differ():
+    model = load_model("llamagen-mini")
+    images = [in_batches(model, 2, request(2, seed=seed)) for seed in (2**62, 2**62 + 1, 2**63 - 1)]
+    assert all((a != b).any() for a, b in zip(images, images[1:]))

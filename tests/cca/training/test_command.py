@@ -1,11 +1,14 @@
 """Training as users run it: processes, micro-batches, interruption, resume."""
 
 import json
+import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from commands import ROOT, TRAIN, command_line, environment, expect_error, run
 from made_data import make_codes, make_image_folder
 
 from models import load_model
+from models.outputs import claimed
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +97,13 @@ def test_four_processes(command, tmp_path):
     )
 
 
-def start(command, folder, processes=1):
+def start(command, folder, processes=1, **options):
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(
         command_line([*command, "--output", folder], processes),
         cwd=ROOT,
         env=environment(),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        **(silent | options),
     )
 
 
@@ -141,14 +145,67 @@ def test_ten_kills(command, tmp_path):
     ends_as_if_uninterrupted(command, tmp_path, kills=10, steps=40)
 
 
-def test_sigterm_saves_and_exits(command, tmp_path):
-    process = start([*command, "--max-steps", 1000, "--save-every", 1000], tmp_path)
-    while process.poll() is None and lines_of(tmp_path) < 2:
+def wait_for_steps(process, folder, steps):
+    while process.poll() is None and lines_of(folder) < steps:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 0
-    (state,) = (tmp_path / "state").iterdir()
-    assert state.name == f"step-{lines_of(tmp_path)}"
+
+
+def test_signals_save_and_end_with_one_line(command, tmp_path):
+    """As schedulers send them, to the whole process group, loaders among it; or a user, twice."""
+    numbers = [signal.SIGTERM] if "--data" in command else [signal.SIGINT, signal.SIGINT, signal.SIGHUP]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    long = ["--max-steps", 10**9, "--save-every", 1000, "--workers", 1]
+    process = start([*command, *long], tmp_path, **pipes)
+    wait_for_steps(process, tmp_path, 2)
+    for number in numbers:
+        os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    steps = lines_of(tmp_path)
+    assert process.returncode == 0, err
+    assert out == f"stopped and saved after step {steps}; the same command goes on from there\n"
+    # Besides the progress bar, nothing.
+    assert not [line for line in err.splitlines() if line.strip() and not re.search("it/s|s/it", line)]
+    assert [path.name for path in (tmp_path / "state").iterdir()] == [f"step-{steps}"]
+    assert not (tmp_path / ".lock").exists()
+
+
+def children_of(pid):
+    return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["training", "sampling"])
+def test_sigterm_to_one_process_stops_all(kind, command, tmp_path):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    if kind == "sampling":
+        command = ["sample.py", "--model", command[2], "--num-samples", 10_000]
+        folder, output = tmp_path / "s.npz.parts", tmp_path / "s.npz"
+        count = lambda: len(list(folder.glob("*.npy")))  # noqa: E731
+    else:
+        command, folder, output = [*command, "--max-steps", 10**6, "--save-every", 1000], tmp_path, tmp_path
+        count = lambda: lines_of(folder)  # noqa: E731
+    process = start(command, output, processes=2, **pipes)
+    while process.poll() is None and count() < 2:
+        time.sleep(0.01)
+    os.kill(children_of(process.pid)[1], signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Traceback" not in err, err
+    assert sum(line.startswith("stopped") for line in out.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
+    command = [
+        "train_var_cca.py", "--model", "var-mini", "--data", TRAIN, "--batch-size", 4, "--max-steps", 10**6
+    ]  # fmt: skip
+    process = start(command, tmp_path)
+    wait_for_steps(process, tmp_path, 1)
+    expect_error([*command, "--output", tmp_path], "--output", f"is being written by process {process.pid}")
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    with claimed(tmp_path, folder=True):
+        pass
 
 
 def test_full_disk_leaves_the_last_good_state(tmp_path):

@@ -16,7 +16,7 @@ from cca.training.losses import Batch, pair_labels
 from cca.training.run_folder import RunFolder
 from cca.training.schedule import TrainingConfig, lr_factor
 from cca.training.trainer import Trainer
-from models import load_model
+from models import UserError, load_model
 
 
 def config_of(backbone: str, loss: str) -> TrainingConfig:
@@ -75,9 +75,7 @@ def test_schedule_of_every_micro_step():
 class InterruptedProcesses(Processes):
     """SIGTERM arrives just after the n-th sum over the processes."""
 
-    def __init__(self, interrupt_at: int):
-        super().__init__()
-        self.interrupt_at, self.sums = interrupt_at, 0
+    interrupt_at = sums = 0
 
     def sum(self, values):
         self.sums += 1
@@ -90,9 +88,10 @@ class InterruptedProcesses(Processes):
 def test_no_moment_of_a_step_loses_a_signal(tmp_path):
     def run(interrupt_at: int) -> tuple[list[str], int]:
         model = load_model("var-mini")
-        processes = InterruptedProcesses(interrupt_at)
+        processes = InterruptedProcesses()
         config = replace(config_of("var", "cca"), batch_size=2)
         folder = RunFolder(tmp_path / str(interrupt_at), processes, {})
+        processes.interrupt_at, processes.sums = interrupt_at, 0  # a run listens from its start on
         train(
             Trainer(model, config, 2, processes),
             ImageArray(Path(TRAIN), model),
@@ -107,3 +106,15 @@ def test_no_moment_of_a_step_loses_a_signal(tmp_path):
     for interrupt_at in range(1, sums // 3 + 1):  # every sum of the first step
         states, _ = run(interrupt_at)
         assert states in (["step-1"], ["step-2"])
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_weights_that_are_not_finite_are_not_exported(ema):
+    """The last steps of a run can break the weights after the last finite gradient."""
+    config = replace(config_of("var", "cca"), ema=ema)
+    trainer = Trainer(build("var_tiny_a"), config, micro_batch_size=4, processes=Processes())
+    assert trainer.full_weights().keys() == trainer.net.state_dict().keys()
+    with torch.no_grad():
+        (trainer.ema if ema else dict(trainer.net.named_parameters()))["head.bias"][0] = torch.inf
+    with pytest.raises(UserError, match=r"--lr: the trained weights are not finite \(head.bias\)"):
+        trainer.full_ema() if ema else trainer.full_weights()

@@ -1,0 +1,137 @@
+"""Labels: which class a class folder is, by one set of rules for all that read such; what labels may be."""
+
+import argparse
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import ARImageModel, UserError
+from models.hub import ASSETS
+
+WORDNET_IDS = ASSETS / "imagenet1k-wordnet-ids.txt"
+WHOLE_NUMBER = re.compile("-?[0-9]{1,18}")
+HINT = "--classes-from FILE.json says which class each folder is"
+
+
+def add_classes_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--classes-from",
+        type=Path,
+        metavar="FILE.json",
+        help='class of each class folder, such as {"cat": 281, "dog": 207} (default: names that are '
+        "numbers or WordNet ids, or sorted names if there are as many as classes)",
+    )
+
+
+def read_classes(path: Path | None) -> dict[str, int] | None:
+    """The mapping of ``--classes-from``, folder -> class; None without a path. Raises UserError."""
+    if path is None:
+        return None
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        name, times = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 0)
+        if times > 1:
+            raise UserError(f"--classes-from: {path} names {name!r} twice")
+        return dict(pairs)
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except FileNotFoundError:
+        raise UserError(f"--classes-from: {path}: no such file") from None
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"--classes-from: {path} is not a readable JSON file") from None
+    if not isinstance(content, dict) or not content or not all(type(v) is int for v in content.values()):
+        raise UserError(
+            f'--classes-from: {path} is not an object of folder and class, such as {{"cat": 281}}'
+        )
+    return content
+
+
+@functools.cache
+def wordnet_classes() -> dict[str, int]:
+    """ImageNet-1k: WordNet id -> class."""
+    return {name: number for number, name in enumerate(WORDNET_IDS.read_text().split())}
+
+
+def number_classes(
+    folder: Path, names: Sequence[str], num_classes: int | None, given: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """The class of each class folder.
+
+    Without ``given``: names that are whole numbers are the class; of 1,000 classes, WordNet ids of
+    ImageNet-1k are looked up; other names are numbered in sorted order if there are ``num_classes``.
+
+    Args:
+        folder: where the class folders lie, for messages.
+        names: of the class folders.
+        num_classes: of the model; None where it is not known: then ``given`` is needed.
+        given: the user's own mapping, which may name other folders too.
+
+    Raises:
+        UserError: a class outside 0 … num_classes - 1, or folders of which these rules do not tell it.
+    """
+    names = sorted(names)
+    if given is not None:
+        missing = [name for name in names if name not in given]
+        if missing:
+            raise UserError(f"--classes-from: does not name {_some(missing)} of {folder}")
+        return {name: _checked(folder, name, given[name], num_classes, "--classes-from: ") for name in names}
+    if num_classes is None:
+        raise UserError(f"{folder}: of how many classes these are is not known; {HINT}")
+    if all(WHOLE_NUMBER.fullmatch(name) for name in names):
+        return {name: _checked(folder, name, int(name), num_classes) for name in names}
+    known = wordnet_classes() if num_classes == len(wordnet_classes()) else {}
+    if all(name in known for name in names):
+        return {name: known[name] for name in names}
+    plain = not any(name in known or WHOLE_NUMBER.fullmatch(name) for name in names)
+    if plain and len(names) == num_classes:
+        return {name: number for number, name in enumerate(names)}
+    rules = f"numbers 0 … {num_classes - 1}" + (", WordNet ids" if known else "")
+    raise UserError(
+        f"{folder}: the {len(names)} class folders ({_some(names)}) are neither {rules} "
+        f"nor {num_classes} other names; {HINT}"
+    )
+
+
+def whole_numbers(labels: np.ndarray, path: str | Path) -> np.ndarray:
+    """Labels [N] as int64. Raises UserError for another shape, or for what are no whole numbers."""
+    if labels.ndim != 1:
+        hint = "; take argmax(1) of one-hot labels" if labels.ndim == 2 and labels.shape[1] > 1 else ""
+        raise UserError(f"{path}: labels are {list(labels.shape)}; expected classes [N]{hint}")
+    whole = labels.dtype.kind in "iu" or (
+        labels.dtype.kind == "f"
+        and bool((np.abs(labels) < 2**31).all() and (labels == np.rint(labels)).all())
+    )
+    if not whole:
+        raise UserError(f"{path}: labels are {labels.dtype}; expected whole numbers")
+    return np.ascontiguousarray(labels, np.int64)
+
+
+def check_labels(labels: np.ndarray, model: ARImageModel, path: str | Path) -> Tensor:
+    """Classes [N] as int64. Raises UserError for another shape or kind, and for classes the model has not."""
+    values = whole_numbers(labels, path)
+    if len(values) == 0 or not 0 <= int(values.min()) <= int(values.max()) < model.num_classes:
+        raise UserError(f"{path}: labels must lie in 0 … {model.num_classes - 1}")
+    return torch.from_numpy(values)
+
+
+def _checked(folder: Path, name: str, number: int, num_classes: int | None, option: str = "") -> int:
+    if number < 0 or (num_classes is not None and number >= num_classes):
+        limits = f"0 … {num_classes - 1}" if num_classes else "0, 1, …"
+        hint = "" if option else f"; {HINT}"
+        raise UserError(
+            f"{option}class {number} of the folder {_some([name])} of {folder} is outside {limits}{hint}"
+        )
+    return number
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = [name if name.isprintable() else ascii(name) for name in names[:3]]
+    return ", ".join(shown) + (", …" if len(names) > 3 else "")

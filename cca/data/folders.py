@@ -1,0 +1,113 @@
+"""Folders of images: which files are in them, and the one way to read a picture."""
+
+import hashlib
+import heapq
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from models import UserError
+from models.image_transforms import to_rgb
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def shown(path: str | Path) -> str:
+    """A path for a message: one line, whatever its name holds."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """A picture, 8-bit RGB. Raises UserError with the file and what is wrong with it."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            return to_rgb(image)
+    except Exception as error:  # damaged files raise whatever the library's readers stumble over
+        reason = " ".join(str(error).replace(str(path), "").split())[:100] or type(error).__name__
+        raise UserError(f"{shown(path)}: not a readable image ({reason})") from None
+
+
+def find_images(root: Path) -> tuple[list[str], str | None]:
+    """Images below a folder, in no order, as paths relative to it with ``/``; and what was left out.
+
+    Hidden entries are skipped. Links are followed, and each folder counts once: at its own place, if that
+    is below ``root``, else at the first link to it. Raises UserError for a folder that cannot be listed.
+    """
+    files: list[str] = []
+    hidden, broken, others = 0, [], Counter[str]()
+    seen: set[tuple[int, int]] = set()
+    folders, again = [""], 0
+    links: list[str] = []  # these wait until all folders that need none have their place
+    while folders or links:
+        place = folders.pop() if folders else heapq.heappop(links)
+        try:
+            status = os.stat(root / place)
+            if (status.st_dev, status.st_ino) in seen:
+                again += 1
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(root / place) as listing:
+                entries = list(listing)
+        except OSError as error:
+            raise UserError(f"{shown(root / place)}: cannot be listed ({error.strerror})") from None
+        for entry in entries:
+            name = f"{place}/{entry.name}" if place else entry.name
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith("."):
+                hidden += 1
+            elif _is(entry.is_dir):
+                heapq.heappush(links, name) if entry.is_symlink() else folders.append(name)
+            elif suffix not in IMAGE_SUFFIXES:
+                others[suffix or "no suffix"] += 1
+            elif _is(entry.is_file):
+                files.append(name)
+            else:  # a pipe would be waited for, a broken link cannot be read
+                broken.append(name)
+    kinds = ", ".join(suffix for suffix, _ in others.most_common(3))
+    left_out = [
+        _counted(hidden, "hidden entr", "ies", "y"),
+        _counted(again, "linked folder", "s", "") + " that is read at another place" if again else "",
+        _counted(others.total(), "file", "s", "") + f" of other kinds ({shown(kinds)})" if others else "",
+        f"{len(broken)} named like images that are no files ({shown(min(broken))})" if broken else "",
+    ]
+    said = ", ".join(part for part in left_out if part)
+    return files, f"{shown(root)}: left out: {said}" if said else None
+
+
+def _counted(count: int, what: str, many: str, one: str) -> str:
+    return f"{count:,} {what}{one if count == 1 else many}" if count else ""
+
+
+def _is(question) -> bool:
+    try:
+        return question()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def subfolders(root: Path) -> list[str]:
+    """Names of the folders in a folder, links to folders among them, without hidden ones."""
+    try:
+        with os.scandir(root) as entries:
+            return sorted(e.name for e in entries if not e.name.startswith(".") and _is(e.is_dir))
+    except OSError as error:
+        raise UserError(f"{shown(root)}: cannot be listed ({error.strerror})") from None
+
+
+def fingerprint(root: Path, files: Iterable[str], labels: Iterable[int] | None = None) -> str:
+    """SHA-256 of names, sizes and, if given, classes of files: what tells one data set from another
+    without reading it. Where the folder lies does not count. Raises UserError for a missing file."""
+    digest = hashlib.sha256()
+    try:
+        for file, label in zip(files, labels) if labels is not None else ((file, "") for file in files):
+            digest.update(
+                b"%s\0%d\0%s\n" % (os.fsencode(file), os.stat(root / file).st_size, str(label).encode())
+            )
+    except OSError as error:
+        raise UserError(f"{shown(root / file)}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()

@@ -1,0 +1,135 @@
+"""Encode and decode images with a model's tokenizer: what is lost before a transformer says a word (rFID).
+
+    python -m scripts.reconstruct --model var-d16 --images imagenet/val --output reconstructed.npz
+    python eval_fid.py --samples reconstructed.npz --reference imagenet/val --resize 256
+    torchrun --nproc_per_node 8 -m scripts.reconstruct --model llamagen-b --images ... --output ...
+
+Images are those of an .npz at the model's size, or of a folder, which are resized and cut to it as
+guided-diffusion does. Writes FILE.npz in their order (arr_0 uint8 [N, H, W, 3], arr_1 classes where the
+images' .npz has them), and FILE.json with the tokenizer's hash.
+"""
+
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cca.data.image_sets import ImageSet, open_image_set, to_uint8_tensor
+from cca.data.sources import to_model_input
+from cca.distributed import Processes
+from models.base import ARImageModel
+from models.checkpoints import tensors_sha256
+from models.errors import UserError, run_command
+from models.files import atomic_write, write_json
+from models.loading import load_files, locate
+from models.options import Parser, add_model_options, count
+from models.zoo import ZOO
+
+COPIED = 2**24  # bytes moved at once
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add_model_options(parser, ZOO, None)
+    add("--images", required=True, type=Path, metavar="FILE.npz|FOLDER", help="the images")
+    add("--batch-size", type=count(), default=32, help="images per pass of a process (default %(default)s)")
+    add(
+        "--workers",
+        type=count(0),
+        default=0,
+        help="processes of each process that read images of a folder (default 0: none)",
+    )
+    add("--output", required=True, type=Path, metavar="FILE.npz", help="file to write")
+    return parser
+
+
+@torch.inference_mode()
+def reconstruct(
+    model: ARImageModel, images: ImageSet, part: slice, batch_size: int, device, file, bar
+) -> None:
+    """Write the pixels of a range of images, encoded and decoded, to an open file."""
+    for batch in images.batches(part, batch_size):
+        pixels = to_model_input(to_uint8_tensor(batch).to(device))
+        decoded = model.to_uint8(model.decode(model.encode(pixels)))
+        file.write(decoded.permute(0, 2, 3, 1).cpu().numpy().tobytes())
+        bar.update(len(batch))
+
+
+def assemble(output: Path, parts: list[Path], shape: tuple[int, ...], labels: np.ndarray | None) -> None:
+    """The processes' pixels in order, as one .npz."""
+
+    def write(temporary: Path) -> None:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in parts:
+                    with open(part, "rb") as pixels:
+                        while block := pixels.read(COPIED):
+                            file.write(block)
+            if labels is not None:
+                with archive.open("arr_1.npy", "w") as file:
+                    np.lib.format.write_array(file, labels)
+
+    atomic_write(output, write)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    if args.output.suffix != ".npz":
+        raise UserError(f"--output: {args.output} does not end in .npz")
+    if args.output.resolve() == args.images.resolve():
+        raise UserError(f"--output: {args.output} is the images themselves; take another name")
+    files = locate(args.model, None, args.tokenizer_weights, args.image_size)
+    model = load_files(files)
+    size = model.image_size
+    images = open_image_set(args.images, size, args.workers)
+    if not len(images):
+        raise UserError(f"--images: {args.images} holds no images")
+    if images.size != (size, size):
+        raise UserError(
+            f"--images: {args.images} has images of {images.size[0]} x {images.size[1]}, "
+            f"the model takes {size} x {size}"
+        )
+    labels = images.labels()
+    if labels is not None and len(labels) != len(images):
+        raise UserError(f"--images: {args.images} has {len(images)} images and {len(labels)} labels")
+    processes = Processes()
+    tokenizer = tensors_sha256(model.tokenizer)
+    model.tokenizer.to(processes.device)
+    share = processes.share(len(images))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    parts = [args.output.with_name(f".{args.output.name}.{rank}.part") for rank in range(processes.world)]
+    own = parts[processes.rank]
+    total = share.stop - share.start
+    try:
+        with (
+            tqdm(total=total, desc="reconstructing", unit="image", disable=not processes.main) as bar,
+            open(own, "wb") as file,
+        ):
+            reconstruct(model, images, share, args.batch_size, processes.device, file, bar)
+        processes.barrier()
+        if processes.main:
+            assemble(args.output, parts, (len(images), size, size, 3), labels)
+            report = {
+                "model": args.model,
+                "image_size": size,
+                "tokenizer_tensors_sha256": tokenizer,
+                "images": {"file": str(args.images), "sha256": images.content_hash()},
+                "notes": images.notes(),
+            }
+            write_json(args.output.with_suffix(".json"), report)
+            for note in images.notes():
+                print(f"note: {note}", file=sys.stderr)
+            print(f"{args.output}: {len(images):,} images, encoded and decoded")
+        processes.barrier()  # the parts stay until they are joined
+    finally:
+        own.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,150 @@
+"""Sample files: whose parts are taken, what is refused, and what stays on the disk."""
+
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from limits import largest_file
+
+import cca.sampling.sample_file as sample_file
+import sample
+from models.errors import UserError
+
+PART = 16  # images, instead of 256
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(sample_file, "PART_IMAGES", PART)
+
+
+def make(path, *options, samples=40):
+    sample.main(["--model", "var-mini", "--num-samples", str(samples), "--output", str(path), *options])
+
+
+def images(path):
+    with np.load(path) as file:
+        return file["arr_0"]
+
+
+def stopped_after(monkeypatch, parts, number=signal.SIGTERM, times=1):
+    """Signals reach the process while it makes the part after so many."""
+    original, made = sample_file.sample_images, []
+
+    def pretend(model, part, *rest):
+        made.append(part)
+        if len(made) == parts + 1:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return original(model, part, *rest)
+
+    monkeypatch.setattr(sample_file, "sample_images", pretend)
+
+
+@pytest.mark.parametrize(
+    "number, times", [(signal.SIGTERM, 1), (signal.SIGINT, 2), (signal.SIGHUP, 1)], ids=str
+)
+def test_a_signal_ends_with_one_line_and_keeps_what_is_made(number, times, tmp_path, monkeypatch, capsys):
+    path, before = tmp_path / "s.npz", signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 1, number, times)
+        make(path)
+    assert capsys.readouterr().out == (
+        "stopped; 16 of 40 images are stored, the same command goes on from there\n"
+    )
+    assert os.listdir(tmp_path) == ["s.npz.parts"] and signal.getsignal(number) == before
+    make(path)
+    assert json.loads((tmp_path / "s.json").read_text())["images_made_by_this_run"] == 24
+    make(tmp_path / "whole.npz")
+    assert path.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["s.json", "s.npz", "whole.json", "whole.npz"]
+
+
+def test_parts_without_a_marker_are_never_taken(tmp_path, monkeypatch):
+    """As an interrupted removal left them in earlier versions."""
+    path = tmp_path / "s.npz"
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 2)
+        make(path, "--seed", "1")
+    (tmp_path / "s.npz.parts" / "options.json").unlink()
+    make(path)
+    make(tmp_path / "fresh.npz")
+    assert np.array_equal(images(path), images(tmp_path / "fresh.npz"))
+
+
+def test_a_folder_of_somebody_else_is_not_removed(tmp_path):
+    (tmp_path / "s.npz.parts").mkdir()
+    (tmp_path / "s.npz.parts" / "thesis.txt").touch()
+    with pytest.raises(UserError, match=r"s\.npz\.parts is in the way, it holds thesis\.txt"):
+        make(tmp_path / "s.npz")
+    assert os.listdir(tmp_path) == ["s.npz.parts"]
+
+
+def test_a_damaged_part_is_made_again(tmp_path, monkeypatch):
+    path = tmp_path / "s.npz"
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 2)
+        make(path)
+    first, second = sorted((tmp_path / "s.npz.parts").glob("*.npy"))
+    first.write_bytes(first.read_bytes()[:-5])
+    content = second.read_bytes()
+    make(path)
+    assert json.loads((tmp_path / "s.json").read_text())["images_made_by_this_run"] == 24
+    assert images(path)[PART : 2 * PART].tobytes() == content[128:]
+
+
+def test_a_finished_file(tmp_path, capsys):
+    path = tmp_path / "s.npz"
+    make(path, "--grid", str(tmp_path / "g.png"), samples=5)
+    before = {p.name: (p.read_bytes(), p.stat().st_ino) for p in tmp_path.iterdir()}
+    capsys.readouterr()
+    make(path, "--batch-size", "2", samples=5)
+    assert (
+        capsys.readouterr().out == f"{path} is finished already, with these options; nothing is left to do\n"
+    )
+    with pytest.raises(
+        UserError, match="holds samples with seed 0 instead of 1; take another name, or remove"
+    ):
+        make(path, "--seed", "1", samples=5)
+    assert {p.name: (p.read_bytes(), p.stat().st_ino) for p in tmp_path.iterdir()} == before
+    path.unlink()
+    make(path, "--seed", "1", samples=5)  # the description of what is gone stands in nobody's way
+    assert json.loads((tmp_path / "s.json").read_text())["options"]["seed"] == 1
+    shutil.copy("assets/fashion-mnist-test-10k.npz", path)
+    with pytest.raises(UserError, match=r"is not what s\.json describes; remove it"):
+        make(path, "--seed", "1", samples=5)
+
+
+def test_the_same_weights_under_another_path_are_the_same_options(tmp_path, capsys):
+    make(tmp_path / "s.npz", samples=5)
+    make(tmp_path / "s.npz", "--weights", "assets/var-mini.safetensors", samples=5)
+    assert "is finished already" in capsys.readouterr().out
+
+
+def test_what_sample_did_not_write_is_not_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text('{"mine": 1}')
+    (tmp_path / "data.npz").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"config\.json, where the samples are described, is a file that"):
+        make(tmp_path / "config.npz")
+    with pytest.raises(UserError, match=r"data\.npz exists, and data\.json does not say how it was made"):
+        make(tmp_path / "data.npz")
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "data.npz"]
+
+
+def test_a_refusal_leaves_nothing_and_does_not_stand_in_the_way(tmp_path):
+    with pytest.raises(UserError, match="GB free, the run needs"):
+        make(tmp_path / "new" / "s.npz", samples=10**9)
+    assert not os.listdir(tmp_path)
+    make(tmp_path / "new" / "s.npz", samples=5)
+
+
+def test_a_full_disk(tmp_path):
+    path = tmp_path / "s.npz"
+    with largest_file(80_000), pytest.raises(UserError, match=r"s\.npz: cannot be written .File too large"):
+        make(path)
+    assert os.listdir(tmp_path / "s.npz.parts") and not path.exists()
+    make(path)
+    assert sorted(os.listdir(tmp_path)) == ["s.json", "s.npz"]

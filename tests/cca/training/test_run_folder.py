@@ -1,0 +1,199 @@
+"""What a run folder keeps, mends and refuses; states are damaged and made hostile on purpose."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from limits import largest_file
+from specimens import VERSION_1, register, weights
+
+import cca.training.command as command
+import sample
+import train_var_cca
+from cca.training.states import read_weights
+from models.errors import UserError
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    shutil.copytree(VERSION_1, tmp_path / "disk")
+    monkeypatch.chdir(tmp_path / "disk")
+    register(monkeypatch)
+    return tmp_path / "disk"
+
+
+def train(output, *options, steps=6):
+    fixed = ["--data", "few.npz", "--max-steps", str(steps), "--save-every", "2", "--ema", "0.9"]
+    train_var_cca.main([*weights("var"), *fixed, "--output", str(output), *options])
+
+
+def stop_after(monkeypatch, steps):
+    """SIGTERM comes in the middle of the step after so many."""
+    original = command.show
+
+    def pretend(bar, metrics, refresh):
+        if bar.n + 1 == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(bar, metrics, refresh)
+
+    monkeypatch.setattr(command, "show", pretend)
+
+
+@pytest.fixture
+def stopped(disk, monkeypatch):
+    """A run stopped after five of its six steps, which keeps three states: 2, 4 and 5."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        train("run", "--keep-states", "3")
+    return disk / "run"
+
+
+def exported(folder):
+    return torch.load(folder / "model.pth", weights_only=True)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def states(folder):
+    return sorted(path.name for path in (folder / "state").iterdir())
+
+
+def test_states_that_are_kept(stopped, capsys):
+    assert states(stopped) == ["step-2", "step-4", "step-5"]
+    train("run", "--keep-states", "2")
+    assert states(stopped) == ["step-5", "step-6"]
+    train("whole")
+    assert states(stopped.parent / "whole") == ["step-6"]
+    assert equal(exported(stopped), exported(stopped.parent / "whole"))
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def forget_checksums(state):
+    for path in state.glob("sha256-*"):
+        path.unlink()
+
+
+def hostile(state):
+    forget_checksums(state)
+    (state / ".metadata").write_bytes(pickle.dumps(Hostile()))
+
+
+def hostile_item(state):
+    """The framework unpickles what is no tensor."""
+    forget_checksums(state)
+    (file,) = state.glob("*.distcp")
+    metadata = pickle.loads((state / ".metadata").read_bytes())
+    item = next(v for k, v in metadata.storage_data.items() if k.fqn.endswith("betas"))
+    torch.save(Hostile(), state / "item")
+    item.relative_path, item.offset, item.length = "item", 0, (state / "item").stat().st_size
+    (state / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+DAMAGES = {
+    "flipped bit": (lambda state: flip(next(state.glob("*.distcp"))), "is not what was written"),
+    "flipped description": (lambda state: flip(state / ".metadata"), "is not what was written"),
+    "missing": (lambda state: next(state.glob("*.distcp")).unlink(), "is missing"),
+    "no description": (lambda state: (state / ".metadata").unlink(), ".metadata is missing"),
+    "truncated checksums": (lambda state: (state / "sha256-0.json").write_text("{"), "is damaged"),
+    "hostile": (hostile, r"it holds (posix|os)\.mkdir, which no saved state does"),
+    "hostile item": (hostile_item, "is damaged or not a state of this trainer"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_state_is_refused_with_what_to_do(kind, stopped):
+    damage, message = DAMAGES[kind]
+    damage(stopped / "state" / "step-5")
+    with pytest.raises(UserError, match=f"step-5.*{message}") as caught:
+        train("run")
+    assert "delete that folder, and the same command goes on from step 4" in str(caught.value)
+    assert not os.path.exists("executed") and states(stopped) == ["step-2", "step-4", "step-5"]
+
+
+def test_after_the_damaged_state_is_deleted_the_run_goes_on(stopped):
+    flip(stopped / "state" / "step-5" / ".metadata")
+    shutil.rmtree(stopped / "state" / "step-5")
+    train("run")
+    train("whole")
+    assert equal(exported(stopped), exported(stopped.parent / "whole"))
+    for folder in ("run", "whole"):
+        lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_first_state_damaged(disk):
+    description = disk / "run-var" / "state" / "step-2" / ".metadata"  # of a version without checksums
+    description.write_bytes(description.read_bytes()[:-100])
+    with pytest.raises(UserError, match="goes on from the start"):
+        train("run-var", steps=4)
+
+
+def test_metrics_cut_off_are_mended(stopped, capsys):
+    path = stopped / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], lines[1], *lines[2:4], lines[4][:20]]))  # one twice, one cut
+    train("run")
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 6]
+    assert "1 of 5 steps have no line, 1 were cut off" in capsys.readouterr().err
+
+
+def test_what_a_killed_save_left_is_swept(stopped):
+    shutil.copytree(stopped / "state" / "step-2", stopped / "state" / ".step-1.removed")
+    shutil.copytree(stopped / "state" / "step-2", stopped / "state" / ".writing")
+    (stopped / "state" / "step-9-mine").mkdir()
+    train("run")
+    assert states(stopped) == ["step-6", "step-9-mine"]
+
+
+def test_a_full_disk_is_one_line_at_every_size(disk):
+    for size in (100, 2_000, 20_000, 100_000):
+        with largest_file(size), pytest.raises(UserError, match="cannot be written .File too large"):
+            train("full")
+    train("full")
+    train("whole")
+    assert equal(exported(disk / "full"), exported(disk / "whole"))
+
+
+def test_weights_of_a_run_and_of_its_states(stopped):
+    def images(source, name):
+        options = ["--weights", str(source), "--num-samples", "8", "--output", f"{name}.npz"]
+        sample.main([*weights("var"), *options])
+        return Path(f"{name}.npz").read_bytes()
+
+    newest, fifth = images("run", "newest"), images("run/state/step-5", "fifth")
+    assert newest == fifth != images("run/state/step-2", "second")
+    assert fifth != images("run/state/step-5:ema", "average")
+    train("run", "--keep-states", "3")
+    last, average = (
+        read_weights(stopped / "state" / "step-6"),
+        read_weights(stopped / "state" / "step-6", True),
+    )
+    assert equal(last, exported(stopped)) and not equal(last, average)
+    assert images("run", "exported") == images("run/model.pth", "file") == images("run/state/step-6", "last")
+    assert images("run:ema", "exported-average") == images("run/model_ema.pth", "average-file")
+    with pytest.raises(UserError, match="--weights: codes holds no model.pth and no saved state"):
+        images("codes", "none")
+    train_var_cca.main([*weights("var"), "--data=few.npz", "--max-steps=1", "--output=plain"])
+    os.remove("plain/model.pth")
+    with pytest.raises(UserError, match="holds no average of the weights"):
+        images("plain:ema", "none")
+    with pytest.raises(UserError, match="step-1: does not fit the model: tensors"):
+        sample.main(["--model", "var-mini", "--weights", "plain", "--output", "none.npz"])
+    assert not os.path.exists("none.npz") and not os.path.exists("none.npz.parts")

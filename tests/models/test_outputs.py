@@ -1,0 +1,114 @@
+"""What may be written where, and by one run at a time."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT
+
+from models.errors import UserError
+from models.outputs import check_output, check_space, claimed, differing
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from models.outputs import claimed
+with claimed(Path(sys.argv[1])):
+    if os.fork() == 0:  # as a data loader's process
+        time.sleep(60)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def check_and_claim(path, folder):
+    check_output("--output", path, folder=folder)
+    with claimed(path, folder):
+        pass
+
+
+def test_outputs_that_cannot_be_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    cases = [
+        (tmp_path / "folder", False, "it is a folder, a file is wanted"),
+        (tmp_path / "file", True, "it is a file, a folder is wanted"),
+        (tmp_path / "file" / "below" / "s.npz", False, "file is not a folder"),
+        (tmp_path / ("n" * 250), False, "the name of the output is too long"),
+        (tmp_path / ("n" * 400) / "s.npz", False, "cannot be written"),
+    ]
+    for path, folder, message in cases:
+        with pytest.raises(UserError, match=f"^--output: .*{message}"):
+            check_and_claim(path, folder)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    check_output("--output", tmp_path / "new" / "s.npz")
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # who runs the tests may write anywhere
+    with pytest.raises(UserError, match="may not be written to"):
+        check_output("--output", tmp_path / "s.npz")
+
+
+def test_inputs_are_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.npz").touch()
+    (tmp_path / "link.npz").symlink_to(tmp_path / "a.npz")
+    for output in ("a.npz", "./a.npz", "link.npz"):
+        with pytest.raises(UserError, match="--output: .* is what --images reads; take another name"):
+            check_output("--output", Path(output), {"--images": tmp_path / "a.npz"})
+    check_output("--output", tmp_path / "b.npz", {"--images": tmp_path / "a.npz", "--other": None})
+
+
+def test_space(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
+    check_space("--output", tmp_path / "new" / "s.npz", 10**9, "samples")
+    with pytest.raises(UserError, match="has 1.0 GB free, the run needs 2.0 GB .samples"):
+        check_space("--output", tmp_path / "new" / "s.npz", 2 * 10**9, "samples")
+
+
+def test_an_output_belongs_to_one_run_and_not_to_a_dead_one(tmp_path):
+    path = tmp_path / "s.npz"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match=f"s.npz is being written by process {holder.pid} on "), claimed(path):
+        pass
+    assert os.listdir(tmp_path) == [".s.npz.lock"]
+    holder.kill()
+    holder.wait()
+    with claimed(path):  # its child lives on, and holds nothing
+        assert os.listdir(tmp_path) == [".s.npz.lock"]
+    os.killpg(holder.pid, 9)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_folders_made_for_nothing_are_removed(folder, tmp_path):
+    with pytest.raises(UserError, match="refused"), claimed(tmp_path / "a" / "b", folder):
+        raise UserError("refused")
+    assert not os.listdir(tmp_path)
+    with claimed(tmp_path / "a" / "b", folder):
+        (tmp_path / "a" / "kept").touch()
+    assert os.listdir(tmp_path / "a") == ["kept"]
+
+
+def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with claimed(tmp_path / "s.npz"):
+        pass
+    assert "warning: --output: locks do not work" in capsys.readouterr().err
+
+
+def test_differing_options():
+    before = {"a": 1, "b": 2, "path": "x"}
+    assert differing(before, {"a": 1, "b": 3, "new": 4, "path": "y"}, ("path",)) == ["b 2 instead of 3"]

@@ -1,0 +1,68 @@
+"""Reconstruction through a tokenizer as users run it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from commands import REFERENCE, ROOT, run
+from PIL import Image
+
+import eval_fid
+from models import load_model
+from models.errors import UserError
+from scripts import reconstruct
+
+
+def test_reconstruction_and_its_fid(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with np.load(ROOT / REFERENCE) as file:
+        images, labels = file["arr_0"][:50], file["arr_1"][:50]
+    np.savez(tmp_path / "images.npz", arr_0=images, arr_1=labels)
+    common = ["--model", "llamagen-mini", "--images", str(tmp_path / "images.npz"), "--batch-size", "16"]
+    reconstruct.main([*common, "--output", str(tmp_path / "one.npz")])
+    run("-m", "scripts.reconstruct", *common, "--output", tmp_path / "two.npz", processes=2)
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        assert one["arr_0"].shape == (50, 32, 32, 3) and np.array_equal(one["arr_1"], labels)
+        assert (one["arr_0"] != two["arr_0"]).any((1, 2, 3)).sum() <= 2
+        model, pixels = (
+            load_model("llamagen-mini"),
+            torch.from_numpy(images[:16])[:, None].expand(-1, 3, -1, -1),
+        )
+        with torch.no_grad():
+            decoded = model.to_uint8(model.decode(model.encode(pixels / 127.5 - 1)))
+        assert (decoded.permute(0, 2, 3, 1).numpy() != one["arr_0"][:16]).mean() < 0.01
+        assert np.abs(one["arr_0"].mean(3) - images).mean() < 25
+    assert len(json.loads((tmp_path / "one.json").read_text())["tokenizer_tensors_sha256"]) == 64
+    assert not list(tmp_path.glob(".*"))
+    out = tmp_path / "out.json"
+    eval_fid.main(
+        ["--samples", str(tmp_path / "one.npz"), "--reference", str(tmp_path / "images.npz")]
+        + ["--features", "mini", "--output", str(out)]
+    )
+    assert 0 < json.loads(out.read_text())["metrics"]["fid"] < 5
+
+
+def test_folder_is_cut_to_the_models_size(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i, size in enumerate([(40, 48), (64, 33), (32, 32)]):
+        Image.new("RGB", size, (80 * i,) * 3).save(tmp_path / "images" / f"{i}.png")
+    output = tmp_path / "out.npz"
+    common = ["--model", "var-mini", "--images", str(tmp_path / "images"), "--output"]
+    reconstruct.main([*common, str(output), "--workers", "1"])
+    with np.load(output) as file:
+        assert file.files == ["arr_0"] and file["arr_0"].shape == (3, 32, 32, 3)
+    with pytest.raises(UserError, match="--output: "):
+        reconstruct.main([*common, str(tmp_path / "out.png")])
+
+
+def test_other_sizes_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((9, 64, 64), np.uint8))
+    common = ["--model", "var-mini", "--images", str(tmp_path / "a.npz"), "--output"]
+    for output, message in (
+        ("b.npz", "images of 64 x 64, the model takes 32 x 32"),
+        ("a.npz", "the images themselves"),
+    ):
+        with pytest.raises(UserError, match=message):
+            reconstruct.main([*common, str(tmp_path / output)])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]

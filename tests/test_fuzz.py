@@ -1,0 +1,329 @@
+"""Damaged files and random option values, by the thousand; by hand with -m slow.
+
+    FUZZ_FILES=200 FUZZ_OPTIONS=50 pytest -m slow tests/test_fuzz.py
+
+Each case is a command in a child forked from this process, which has imported everything. It ends with
+status 0, or with status 2, one line and nothing changed on disk; within 30 s of computing and 2 GB of
+resident memory. FUZZ_FILES damaged files per reader (default 2000), FUZZ_OPTIONS command lines per
+command (300), FUZZ_SEED (0). A summary of each is printed.
+"""
+
+import collections
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from commands import ROOT, TRAIN
+from made_data import make_codes
+from safetensors.torch import save_file
+
+import eval_fid
+import sample
+import train_llamagen_cca
+import train_var_cca
+from models.checkpoints import read_state_dict
+from models.errors import run_command
+from models.options import Parser
+from scripts import convert_weights, extract_codes, make_reference
+
+FILES = int(os.environ.get("FUZZ_FILES", 2000))
+LINES = int(os.environ.get("FUZZ_OPTIONS", 300))
+SEED = int(os.environ.get("FUZZ_SEED", 0))
+PROGRESS = re.compile(r"%\||/s\]|\[\d\d:\d\d")  # bars of tqdm
+SECONDS, PATIENCE, MEGABYTES = 30, 300, 2000  # of computing; on the clock; resident
+
+pytestmark = pytest.mark.slow
+
+VAR = ["--model", "var-mini", "--batch-size", "8", "--max-steps", "1", "--output", "out"]
+LLAMAGEN = ["--model", "llamagen-mini", "--batch-size", "8", "--max-steps", "1", "--output", "out"]
+SAMPLE = ["--model", "llamagen-mini", "--num-samples", "1", "--output", "out.npz"]
+ENCODE = ["--model", "llamagen-mini", "--data", "good.npz", "--output", "out"]
+EVAL = ["--reference", "good.npz", "--features", "mini", "--samples"]
+# Reader: (the files that are damaged in turn, the command that reads them).
+READERS = {
+    "weights-zip": (["w.pt"], sample, [*SAMPLE, "--weights", "w.pt"]),
+    "weights-legacy": (["w.pth"], sample, [*SAMPLE, "--weights", "w.pth"]),
+    "weights-safetensors": (["w.safetensors"], sample, [*SAMPLE, "--weights", "w.safetensors"]),
+    "weights-shards": (["shards/m.safetensors.index.json"], sample, [*SAMPLE, "--weights", "shards"]),
+    "weights-converted": (["w.pt", "w.safetensors"], convert_weights, ["w.pt", "out.safetensors"]),
+    "npz-evaluated": (["good.npz"], eval_fid, [*EVAL, "good.npz"]),
+    "npz-deflated": (["deflated.npz"], eval_fid, [*EVAL, "deflated.npz"]),
+    "npz-statistics": (["ref.npz"], eval_fid, [*EVAL[2:], "good.npz", "--reference", "ref.npz"]),
+    "npz-trained-on": (["good.npz"], train_var_cca, [*VAR, "--data", "good.npz"]),
+    "npz-encoded": (["good.npz"], extract_codes, ENCODE),
+    "codes": (
+        ["codes/codes.npy", "codes/labels.npy", "codes/header.json"],
+        train_llamagen_cca, [*LLAMAGEN, "--codes", "codes"],
+    ),
+    "published-codes": (
+        [f"published/imagenet32_{kind}/{i}.npy" for kind in ("codes", "labels") for i in (0, 7)],
+        train_llamagen_cca, [*LLAMAGEN, "--codes", "published"],
+    ),
+    "run-folder": (
+        ["run/config.json", "run/metrics.jsonl"],
+        train_llamagen_cca, [*LLAMAGEN[:-1], "run", "--codes", "codes"],
+    ),
+    "json-beside-samples": (["good.json"], eval_fid, [*EVAL, "good.npz"]),
+}  # fmt: skip
+COMMANDS = {
+    "sample": (sample, SAMPLE),
+    "eval_fid": (eval_fid, [*EVAL, "good.npz"]),
+    "train_var_cca": (train_var_cca, [*VAR, "--data", "good.npz"]),
+    "train_llamagen_cca": (train_llamagen_cca, [*LLAMAGEN, "--codes", "codes"]),
+    "extract_codes": (extract_codes, ENCODE),
+    "make_reference": (make_reference, ["--images", "good.npz", "--features", "mini", "--output", "out.npz"]),
+}
+# What one asks for in earnest and gets, or takes minutes to compile.
+ENDLESS = ("--max-steps", "--epochs", "--workers")
+LEFT_OUT = ("--compile", "--help")
+SMALL = (
+    "0", "1", "2", "3", "-1", "-0", "0.5", "1e-46", "1e-5", "", " ", "a", "0x10", "1_0", "٣", "é\n", "none",
+    "0,1", "1,", ",", "9" * 5000, "x" * 300, "../x", "good.npz", "codes", "shards", "deflated.npz",
+    "no/such/x", "nan", "inf", "-inf", "-1e309", "True", "--", "base", "cca", "\udcff",
+)  # fmt: skip
+LARGE = ("1e300", "9223372036854775807", "9223372036854775808", "4611686018427387904", "1e38")
+JSON_VALUES = (
+    "null",
+    "[]",
+    "{}",
+    "-1",
+    "1e999",
+    "NaN",
+    '"x"',
+    "true",
+    "3.5",
+    "[" * 50_000,
+    '{"a": [1]}',
+    "9" * 400,
+)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A folder with one good file of each kind."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("fuzz") / "template"
+    folder.mkdir()
+    state = {k: v.clone() for k, v in read_state_dict(ROOT / "assets/llamagen-mini.safetensors").items()}
+    torch.save({"model": state, "steps": np.float64(3), "args": {"lr": 1e-4}}, folder / "w.pt")
+    torch.save({"model": state}, folder / "w.pth", _use_new_zipfile_serialization=False)
+    save_file(state, folder / "w.safetensors")
+    (folder / "shards").mkdir()
+    save_file(state, folder / "shards/m-1.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state, "m-1.safetensors")}
+    (folder / "shards/m.safetensors.index.json").write_text(json.dumps(index))
+    with np.load(ROOT / TRAIN) as file:
+        arrays = {key: file[key][:16] for key in file.files}
+    np.savez(folder / "good.npz", **arrays)
+    np.savez_compressed(folder / "deflated.npz", **arrays)
+    (folder / "good.json").write_text(json.dumps({"options": {"model": "var-mini", "cfg_scale": 1.0}}))
+    (folder / "made").mkdir()
+    make_codes(folder / "made", images=16, published=True).rename(folder / "published")
+    (folder / "made").rmdir()
+    make_codes(folder, images=16)
+    for module, arguments in (
+        (make_reference, ["--images", "good.npz", "--features", "mini", "--output", "ref.npz"]),
+        (train_llamagen_cca, READERS["run-folder"][2]),
+    ):
+        outcome = run_child(module.main, arguments, folder)
+        assert outcome.status == 0, outcome.errors
+    return folder
+
+
+Outcome = collections.namedtuple("Outcome", "status errors seconds megabytes")
+
+
+def run_child(main, arguments: list[str], folder: Path) -> Outcome:
+    """The command in a forked child; status: its exit status, or minus the signal that ended it."""
+    log = folder.parent / "stderr"
+    child = os.fork()
+    if child == 0:
+        try:
+            os.chdir(folder)
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
+            resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30, 8 * 2**30))  # to spare the machine
+            for name, target, path in (("stdout", 1, os.devnull), ("stderr", 2, log)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), target)
+                raw = io.BufferedWriter(io.FileIO(target, "wb", closefd=False))
+                stream = io.TextIOWrapper(raw, "utf-8", line_buffering=True)
+                setattr(sys, name, stream)
+                setattr(sys, f"__{name}__", stream)
+            os.environ.update(XDG_CACHE_HOME=str(folder.parent.parent / "cache"), HF_HUB_OFFLINE="1")
+            run_command(lambda: main(arguments))
+            status = 0
+        except SystemExit as error:
+            status = error.code or 0
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stderr.flush()
+        os._exit(status)
+    ended = time.monotonic() + PATIENCE
+    while True:
+        done, status, usage = os.wait4(child, os.WNOHANG)
+        if done:
+            break
+        if time.monotonic() > ended:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
+    errors = log.read_text(errors="replace") if log.exists() else ""
+    seconds = usage.ru_utime + usage.ru_stime
+    return Outcome(os.waitstatus_to_exitcode(status), errors, seconds, usage.ru_maxrss / 1000)
+
+
+def snapshot(folder: Path) -> dict[str, tuple]:
+    found = {}
+    for path in folder.rglob("*"):
+        about = path.lstat()
+        found[str(path.relative_to(folder))] = (about.st_mode, path.is_file() and about.st_mtime_ns)
+    return found
+
+
+def complaint(outcome: Outcome, changed: set[str]) -> str | None:
+    """What is wrong with how a case ended; None if nothing is."""
+    printed = outcome.errors.replace("\r", "\n").splitlines()
+    lines = [line for line in printed if line.strip() and not PROGRESS.search(line)]
+    if outcome.status not in (0, 2):
+        return f"status {outcome.status}: {lines[-1] if lines else 'no word'}"
+    if "Traceback" in outcome.errors:
+        return f"traceback with status {outcome.status}: {lines[-1]}"
+    if outcome.status == 2 and (len(lines) != 1 or not lines[0].startswith("error: ")):
+        return f"{len(lines)} lines: {' / '.join(lines[:3])}"
+    if outcome.status == 2 and changed:
+        return f"refused ({lines[0][:80]}), yet on disk: {', '.join(sorted(changed)[:4])}"
+    if outcome.seconds > SECONDS or outcome.megabytes > MEGABYTES:
+        return f"{outcome.seconds:.0f} s, {outcome.megabytes:.0f} MB"
+    return None
+
+
+class Campaign:
+    """Cases of one kind in one folder, which is made anew after each that changed it; and what was found."""
+
+    def __init__(self, name: str, template: Path):
+        self.name, self.template, self.folder = name, template, template.parent / "work" / "here"
+        self.statuses: collections.Counter[int] = collections.Counter()
+        self.found: dict[str, list] = {}
+        self.slowest = self.largest = 0.0
+        self.renew()
+
+    def renew(self) -> None:
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        shutil.copytree(self.template, self.folder)
+
+    def case(self, main, arguments: list[str], about: str) -> None:
+        before = snapshot(self.folder.parent)
+        outcome = run_child(main, arguments, self.folder)
+        after = snapshot(self.folder.parent)
+        (self.folder.parent / "stderr").unlink(missing_ok=True)
+        changed = {k for k in {**before, **after} if before.get(k) != after.get(k)} - {"here", "stderr"}
+        self.statuses[outcome.status] += 1
+        self.slowest, self.largest = max(self.slowest, outcome.seconds), max(self.largest, outcome.megabytes)
+        if problem := complaint(outcome, changed):
+            self.found.setdefault(problem[:160], []).append(about)
+        if changed:
+            self.renew()
+
+    def end(self, capsys) -> None:
+        ended = ", ".join(f"{n} with status {status}" for status, n in sorted(self.statuses.items()))
+        text = [
+            f"\n{self.name}: {ended}; at most {self.slowest:.1f} s and {self.largest:.0f} MB; "
+            f"{sum(map(len, self.found.values()))} found"
+        ]
+        text += [f"  {len(abouts)} x {problem!r}, e.g. {abouts[0]}" for problem, abouts in self.found.items()]
+        with capsys.disabled():
+            print("\n".join(text))
+        assert not self.found, "\n".join(text)
+
+
+def damaged(data: bytes, draw: random.Random, text: bool) -> bytes:
+    """The same bytes with one kind of damage; in half of the cases near an end, where the structure is."""
+    size = len(data)
+    near = min(size, 2000)
+    place = draw.choice([draw.randrange(size), draw.randrange(near), size - 1 - draw.randrange(near)])
+    length = draw.choice([1, 2, 8, 64, 1000])
+    kind = draw.choice(
+        ["flip", "flip", "cut", "zero", "ones", "drop", "double", "random", *["value"] * 4 * text]
+    )
+    if kind == "flip":
+        out = bytearray(data)
+        for _ in range(draw.choice([1, 1, 3, 10])):
+            out[min(size - 1, place + draw.randrange(100))] ^= 1 << draw.randrange(8)
+        return bytes(out)
+    if kind == "value":  # another JSON value after a colon, or in place of everything
+        value = draw.choice(JSON_VALUES).encode()
+        colons = [i for i, byte in enumerate(data) if byte == ord(":")]
+        if not colons or draw.random() < 0.2:
+            return value
+        start = draw.choice(colons) + 1
+        ends = [i for i in (data.find(mark, start) for mark in (b",", b"}", b"\n")) if i > 0]
+        return data[:start] + b" " + value + data[min(ends, default=size) :]
+    new = {
+        "cut": b"",
+        "drop": data[place + length :],
+        "double": data[place : place + length] + data[place:],
+        "zero": bytes(length) + data[place + length :],
+        "ones": b"\xff" * length + data[place + length :],
+        "random": draw.randbytes(length) + data[place + length :],
+    }
+    return data[:place] + new[kind]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files(template, capsys, name):
+    files, module, arguments = READERS[name]
+    campaign = Campaign(name, template)
+    for i in range(FILES):
+        draw = random.Random(f"{SEED} {name} {i}")
+        file = draw.choice(files)
+        data = damaged((template / file).read_bytes(), draw, file.endswith((".json", ".jsonl")))
+        (campaign.folder / file).write_bytes(data)
+        given = [file if name == "weights-converted" and a == "w.pt" else a for a in arguments]
+        campaign.case(module.main, given, f"case {i}, {file}")
+        shutil.copy2(template / file, campaign.folder / file)
+    campaign.end(capsys)
+
+
+class _Seen(Exception):
+    pass
+
+
+def options_of(main) -> list:
+    """The options of a command, from its own parser."""
+
+    def seen(self, *_):
+        raise _Seen(self)
+
+    with mock.patch.object(Parser, "parse_args", seen), pytest.raises(_Seen) as caught:
+        main([])
+    actions = caught.value.args[0]._actions
+    return [a for a in actions if a.option_strings and a.option_strings[-1] not in LEFT_OUT]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_random_options(template, capsys, name):
+    module, base = COMMANDS[name]
+    options, campaign = options_of(module.main), Campaign(name, template)
+    for i in range(LINES):
+        draw = random.Random(f"{SEED} {name} {i}")
+        arguments = list(base)
+        for action in draw.sample(options, draw.choice([1, 1, 2, 3])):
+            option = action.option_strings[-1]
+            values = [*SMALL, *(() if option in ENDLESS else LARGE), *(action.choices or ())]
+            flag = action.nargs == 0
+            chosen = draw.choice([str(c) for c in action.choices] if action.choices and i % 2 else values)
+            arguments += [option] if flag else draw.choice([[option, chosen], [f"{option}={chosen}"]])
+        campaign.case(module.main, arguments, repr(arguments[len(base) :])[:300])
+    campaign.end(capsys)

@@ -1,0 +1,95 @@
+"""Outputs that cannot be, or that would overwrite inputs: one line, before the work, nothing new on disk."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from commands import ROOT, TRAIN
+
+import eval_fid
+import sample
+import train_var_cca
+from models.errors import UserError, run_command
+from scripts import convert_weights, extract_codes, make_reference
+
+SAMPLE = ["--model", "var-mini", "--num-samples", "5", "--output"]
+VAR = ["--model", "var-mini", "--data", "good.npz", "--output"]
+CODES = ["--model", "llamagen-mini", "--data", "good.npz", "--output"]
+EVAL = ["--features", "mini", "--samples", "good.npz", "--reference", "other.npz", "--output"]
+REFERENCES = ["--features", "mini", "--images", "good.npz", "--output"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    with np.load(ROOT / TRAIN) as file:
+        some = {key: file[key][:20] for key in file.files}
+    monkeypatch.chdir(tmp_path)
+    for name in ("good.npz", "other.npz"):
+        np.savez(name, **some)
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+CASES = [
+    (eval_fid, [*EVAL, "good.npz"], "--output: good.npz is what --samples reads"),
+    (eval_fid, [*EVAL, "./other.npz"], "--output: other.npz is what --reference reads"),
+    (eval_fid, [*EVAL, "folder.npz"], "it is a folder, a file is wanted"),
+    (eval_fid, [*EVAL, "file/r.json"], "file is not a folder"),
+    (make_reference, [*REFERENCES, "good.npz"], "--output: good.npz is what --images reads"),
+    (make_reference, [*REFERENCES, "folder.npz"], "it is a folder, a file is wanted"),
+    (
+        convert_weights,
+        ["assets/var-mini.safetensors", "assets/var-mini.safetensors"],
+        "output: assets/var-mini.safetensors is what input reads",
+    ),
+    (sample, [*SAMPLE, "folder.npz"], "it is a folder, a file is wanted"),
+    (sample, [*SAMPLE, "file/s.npz"], "file is not a folder"),
+    (sample, [*SAMPLE, "n" * 240 + ".npz"], "--output: the name of the output is too long"),
+    (sample, [*SAMPLE, "n" * 300 + "/s.npz"], "File name too long"),
+    (sample, [*SAMPLE, "/proc/none/s.npz"], "--output: /proc/none/s.npz cannot be written"),
+    (sample, [*SAMPLE, "s.npz", "--grid", "file/g.png"], "--grid: file/g.png cannot be written"),
+    (sample, [*SAMPLE[:2], "--output", "s.npz", "--num-samples", str(10**9)], "GB free, the run needs"),
+    (train_var_cca, [*VAR, "file"], "it is a file, a folder is wanted"),
+    (train_var_cca, [*VAR, "good.npz"], "good.npz cannot be written (it is a file"),
+    (extract_codes, [*CODES, "file/codes"], "file is not a folder"),
+    (extract_codes, [*CODES, "/proc/none"], "--output: /proc/none cannot be written"),
+]
+
+
+@pytest.mark.parametrize("module, arguments, message", CASES, ids=lambda value: None)
+def test_one_line_and_nothing_new(folder, capsys, module, arguments, message):
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: module.main(arguments))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and line.startswith("error: ") and message in line
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_run_that_was_refused_stands_in_nobodys_way(folder):
+    common = ["--model", "var-mini", "--data", "good.npz", "--batch-size", "4", "--max-steps", "1"]
+    with pytest.raises(UserError, match="--sample-every|--parallel|--batch-size"):
+        train_var_cca.main([*common[:4], "--batch-size", "400", "--output", "run"])
+    assert not os.path.exists("run")
+    train_var_cca.main([*common, "--output", "run"])
+    assert os.path.exists("run/model.pth") and not os.path.exists("run/.lock")
+
+
+def test_the_evaluator_goes_on_without_a_cache(folder, monkeypatch, capsys):
+    command = ["--features", "mini", "--samples", "good.npz", "--reference", "other.npz", "--metrics", "fid"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "file"))
+    eval_fid.main([*command, "--output", "first.json"])
+    assert "warning: the reference's features are not kept" in capsys.readouterr().err
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    eval_fid.main([*command, "--output", "second.json"])
+    (kept,) = (folder / "cache" / "cca-evaluator").iterdir()
+    whole = kept.read_bytes()
+    for damage in (b"junk", whole[: len(whole) // 2]):
+        kept.write_bytes(damage)
+        eval_fid.main([*command, "--output", "third.json"])
+        assert len(kept.read_bytes()) == len(whole)
+    shutil.rmtree(folder / "cache")
