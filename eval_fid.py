@@ -20,9 +20,8 @@ from cca.data.sampling_report import report_path
 from cca.distributed import Processes
 from cca.evaluation.comparability import comparability, compare
 from cca.evaluation.evaluator import METRICS, Comparison, Stopwatch, evaluate, extract, load_reference
-from cca.evaluation.features import make_extractor
+from cca.evaluation.features import add_features_options, make_extractor
 from models import UserError
-from models.devices import EXTRACTED_IMAGES
 from models.errors import run_command
 from models.files import write_json, writing
 from models.options import Parser, count
@@ -34,36 +33,13 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--samples", type=Path, metavar="FILE.npz|FOLDER", help="images to evaluate")
     add("--reference", type=Path, metavar="FILE.npz|FOLDER", help="what they are held against")
-    add(
-        "--features",
-        default="inception",
-        metavar="inception|mini|NAME|PATH",
-        help="feature extractor: also any of torch-fidelity's, or Inception weights (default inception)",
-    )
-    add(
-        "--inception-weights",
-        type=Path,
-        metavar="PATH",
-        help="torch-fidelity's Inception weights (default: its cache, else downloaded)",
-    )
+    add_features_options(parser)
     add("--metrics", help=f"comma-separated, of {', '.join(METRICS)} (default: all that the files give)")
-    add(
-        "--batch-size",
-        type=count(),
-        default=EXTRACTED_IMAGES,
-        help="images per forward pass (default %(default)s)",
-    )
     add(
         "--resize",
         type=count(),
         metavar="PIXELS",
         help="resize images of folders and cut them to squares of this side, as guided-diffusion does it",
-    )
-    add(
-        "--workers",
-        type=count(0),
-        default=0,
-        help="processes of each process that read images of folders (default 0: none)",
     )
     add_classes_option(parser)
     add("--output", type=Path, metavar="FILE.json", help="also write the results there")

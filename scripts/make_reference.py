@@ -17,10 +17,9 @@ from tqdm import tqdm
 from cca.data.image_sets import open_image_set, to_uint8_tensor
 from cca.distributed import Processes
 from cca.evaluation.evaluator import REFERENCE_IMAGES
-from cca.evaluation.features import make_extractor
+from cca.evaluation.features import add_features_options, make_extractor
 from cca.evaluation.metrics import Gaussian, RunningGaussian
 from cca.streams import DATA_ORDER, stream
-from models.devices import EXTRACTED_IMAGES
 from models.errors import UserError, run_command
 from models.files import write_binary, writing
 from models.options import Parser, count
@@ -50,35 +49,12 @@ def main(argv: list[str] | None = None) -> None:
         type=count(),
         help="cut images of a folder to squares of this side (default: they are squares already)",
     )
-    add(
-        "--features",
-        default="inception",
-        metavar="inception|mini|NAME|PATH",
-        help="feature extractor (default inception)",
-    )
-    add(
-        "--inception-weights",
-        type=Path,
-        metavar="PATH",
-        help="torch-fidelity's Inception weights (default: its cache, else downloaded)",
-    )
+    add_features_options(parser)
     add(
         "--kept-images",
         type=count(),
         default=REFERENCE_IMAGES,
         help="images in arr_0, drawn at random (default %(default)s)",
-    )
-    add(
-        "--batch-size",
-        type=count(),
-        default=EXTRACTED_IMAGES,
-        help="images per forward pass (default %(default)s)",
-    )
-    add(
-        "--workers",
-        type=count(0),
-        default=0,
-        help="processes of each process that read images of a folder (default 0: none)",
     )
     add("--seed", type=count(0), default=0, help="seed of the draw (default 0)")
     add("--output", required=True, type=Path, metavar="FILE.npz", help="file to write")

@@ -1,7 +1,19 @@
+import shutil
+
 import pytest
 import torch
+from specimens import VERSION_1, register
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """The specimens copied to the current folder (their options hold relative paths), their models known."""
+    shutil.copytree(VERSION_1, tmp_path / "disk")
+    monkeypatch.chdir(tmp_path / "disk")
+    register(monkeypatch)
+    return tmp_path / "disk"

@@ -1,27 +1,17 @@
 """What earlier versions left on disk goes on where it stopped, or is refused in one line."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from specimens import VERSION_1, register, weights
+from specimens import weights
 
 import sample
 import train_llamagen_cca
 import train_var_cca
 from models.errors import UserError
 from scripts import extract_codes
-
-
-@pytest.fixture
-def disk(tmp_path, monkeypatch):
-    """A copy of the specimens in the current folder, since their options hold relative paths."""
-    shutil.copytree(VERSION_1, tmp_path / "disk")
-    monkeypatch.chdir(tmp_path / "disk")
-    register(monkeypatch)
-    return tmp_path / "disk"
 
 
 def train(family, *options):

@@ -1,5 +1,6 @@
 """Feature extractors for the evaluator, all of them torch-fidelity's or registered with it."""
 
+import argparse
 import functools
 import tempfile
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from torch_fidelity.utils import create_feature_extractor
 
 from models import UserError
 from models.checkpoints import not_finite, read_state_dict, save_published, tensors_sha256
+from models.devices import EXTRACTED_IMAGES
 from models.hub import ASSETS
+from models.options import count
 
 MINI_WEIGHTS = ASSETS / "features-mini.safetensors"
 INCEPTION = "inception-v3-compat"
@@ -138,6 +141,35 @@ class Extractor:
         return tensors_sha256(self.module)
 
 
+def add_features_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that extracts features: which ones, and how images come to them."""
+    add = parser.add_argument
+    add(
+        "--features",
+        default="inception",
+        metavar="inception|mini|NAME|PATH",
+        help="feature extractor: also any of torch-fidelity's, or Inception weights (default inception)",
+    )
+    add(
+        "--inception-weights",
+        type=Path,
+        metavar="PATH",
+        help="torch-fidelity's Inception weights (default: its cache, else downloaded)",
+    )
+    add(
+        "--batch-size",
+        type=count(),
+        default=EXTRACTED_IMAGES,
+        help="images per forward pass (default %(default)s)",
+    )
+    add(
+        "--workers",
+        type=count(0),
+        default=0,
+        help="processes of each process that read images of folders (default 0: none)",
+    )
+
+
 def make_extractor(name: str, inception_weights: Path | None, device: torch.device) -> Extractor:
     """Extractor by name: "inception", "mini", any that torch-fidelity has, or a path of Inception weights.
 
@@ -155,9 +187,8 @@ def make_extractor(name: str, inception_weights: Path | None, device: torch.devi
         raise UserError(f"--inception-weights: {inception_weights}: no such file")
     with tempfile.TemporaryDirectory() as folder:
         copy = None
-        if (
-            inception_weights
-        ):  # torch-fidelity loads with weights_only=False, so it gets the tensors that were read, and no more
+        if inception_weights:
+            # torch-fidelity loads with weights_only=False, so it gets the tensors that were read, and no more
             copy = f"{folder}/inception.pth"
             state = read_state_dict(inception_weights)
             if wrong := not_finite(state):

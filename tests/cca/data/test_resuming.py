@@ -8,21 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from specimens import VERSION_1, register, weights
+from specimens import weights
 
 import train_llamagen_cca
 import train_var_cca
 from models.errors import UserError
 from scripts import extract_codes
-
-
-@pytest.fixture
-def disk(tmp_path, monkeypatch):
-    """The specimens' models and data in the current folder."""
-    shutil.copytree(VERSION_1, tmp_path / "disk")
-    monkeypatch.chdir(tmp_path / "disk")
-    register(monkeypatch)
-    return tmp_path / "disk"
 
 
 def train(family, data, *options, output="run"):

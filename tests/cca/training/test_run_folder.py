@@ -10,21 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from limits import largest_file
-from specimens import VERSION_1, register, weights
+from specimens import weights
 
 import cca.training.command as command
 import sample
 import train_var_cca
 from cca.training.states import read_weights
 from models.errors import UserError
-
-
-@pytest.fixture
-def disk(tmp_path, monkeypatch):
-    shutil.copytree(VERSION_1, tmp_path / "disk")
-    monkeypatch.chdir(tmp_path / "disk")
-    register(monkeypatch)
-    return tmp_path / "disk"
 
 
 def train(output, *options, steps=6):
