@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoints import save_published, save_safetensors
 from models.errors import run_command
 from models.loading import build_model, load_model
 from models.options import Parser
 from models.tables import markdown_header, markdown_row
+from models.weights import save_published, save_safetensors
 from models.zoo import ZOO
 
 FORMATS = {

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from models.base import ARImageModel
-from models.checkpoints import load_weights, mismatch, weights_sha256
+from models.checkpoints import weights_sha256
 from models.errors import UserError
 from models.hub import WeightsFile
+from models.weights import load_weights, mismatch
 from models.zoo import TOKENIZERS, ZOO, ZooEntry
 
 

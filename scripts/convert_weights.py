@@ -11,12 +11,13 @@ is published.
 
 from pathlib import Path
 
-from models.checkpoints import read_weights, save_published, save_safetensors
+from models.checkpoints import read_weights
 from models.errors import UserError, run_command
 from models.files import writing
 from models.loading import published_key
 from models.options import Parser
 from models.outputs import check_output
+from models.weights import save_published, save_safetensors
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 

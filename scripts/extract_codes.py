@@ -28,13 +28,13 @@ from tqdm import tqdm
 from cca.data.classes import add_classes_option, read_classes
 from cca.data.sources import TokenSource, open_labelled_images
 from cca.distributed import Processes, Stopped, StopRequest, children_ignore_signals
-from models.checkpoints import tensors_sha256
 from models.errors import UserError, run_command
 from models.files import read_json, reason, remove_folder, write_binary, write_json, writing
 from models.image_transforms import TenCrops
 from models.loading import load_files, locate
 from models.options import Parser, count, number
 from models.outputs import check_output, check_space, differing
+from models.weights import tensors_sha256
 from models.zoo import ZOO
 
 CHUNK = 1024  # images between two notes of progress

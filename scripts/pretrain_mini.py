@@ -34,12 +34,12 @@ from cca.training.run_folder import RunFolder, describe
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
 from models.base import ARImageModel
-from models.checkpoints import is_constant, load_weights, save_safetensors
 from models.decoding import draw_tokens
 from models.errors import UserError, run_command
 from models.llamagen import LlamaGen, LlamaGenTokenizer
 from models.loading import build_model, load_model
 from models.var import VAR, VARTokenizer
+from models.weights import is_constant, load_weights, save_safetensors
 
 ASSETS = Path("assets")
 RAW = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package has them

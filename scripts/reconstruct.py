@@ -21,11 +21,11 @@ from cca.data.image_sets import ImageSet, open_image_set, to_uint8_tensor
 from cca.data.sources import to_model_input
 from cca.distributed import Processes
 from models.base import ARImageModel
-from models.checkpoints import tensors_sha256
 from models.errors import UserError, run_command
 from models.files import atomic_write, write_json
 from models.loading import load_files, locate
 from models.options import Parser, add_model_options, count
+from models.weights import tensors_sha256
 from models.zoo import ZOO
 
 COPIED = 2**24  # bytes moved at once

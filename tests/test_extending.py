@@ -20,9 +20,9 @@ from cca.training.command import run_training, training_parser
 from cca.training.losses import LOSSES, Loss
 from models import ZOO, load_model
 from models.base import ARImageModel, ARTransformer, ImageTokenizer
-from models.checkpoints import save_published
 from models.decoding import DecodingState, SamplingOptions
 from models.image_transforms import RandomCrop
+from models.weights import save_published
 from models.zoo import TOKENIZERS, Recipe, TokenizerEntry, ZooEntry
 
 SIDE, GREYS, CLASSES = 4, 8, 3

@@ -14,8 +14,8 @@ from cca.data.folders import fingerprint
 from cca.data.sources import TokenSource
 from cca.streams import CROPS, stream
 from models import ARImageModel, UserError
-from models.checkpoints import tensors_sha256
 from models.files import file_sha256
+from models.weights import tensors_sha256
 
 CHECKED_AT_ONCE = 4096  # images
 

@@ -16,10 +16,11 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 
 from models import UserError
-from models.checkpoints import not_finite, read_state_dict, save_published, tensors_sha256
+from models.checkpoints import read_state_dict
 from models.devices import EXTRACTED_IMAGES
 from models.hub import ASSETS
 from models.options import count
+from models.weights import not_finite, save_published, tensors_sha256
 
 MINI_WEIGHTS = ASSETS / "features-mini.safetensors"
 INCEPTION = "inception-v3-compat"

@@ -18,7 +18,6 @@ from cca.training.schedule import TrainingConfig
 from cca.training.states import ema_name, load_state, quiet, saved_steps, write_checksums
 from cca.training.trainer import Trainer
 from models import UserError
-from models.checkpoints import save_published
 from models.files import (
     atomic_write,
     finite_or_none,
@@ -29,6 +28,7 @@ from models.files import (
     writing,
 )
 from models.outputs import differing
+from models.weights import save_published
 
 # Names in config.json where they are not the field's: a key that changed would not be compared on resuming.
 CONFIG_KEYS = {"lambda_": "lam"}

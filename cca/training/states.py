@@ -15,9 +15,10 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from cca.distributed import Processes
 from models.base import ARImageModel
-from models.checkpoints import INDEX, fit_weights
+from models.checkpoints import INDEX
 from models.errors import UserError
 from models.files import file_sha256, read_json, reason, write_json
+from models.weights import fit_weights
 
 # What the framework's description of a state is made of. It is a pickle: nothing else is let through.
 _METADATA = "torch.distributed.checkpoint.metadata"

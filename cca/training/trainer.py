@@ -29,7 +29,7 @@ from cca.streams import DROPOUT, stream
 from cca.training.losses import LOSSES, Batch, diagnostics
 from cca.training.schedule import TrainingConfig, learning_rate, weight_decay
 from models import DTYPES, ARImageModel, ARTransformer, UserError, autocast
-from models.checkpoints import not_finite
+from models.weights import not_finite
 
 # Our buffers are constants. PyTorch 2.14 gave the option its new name, and warns of the old one.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters

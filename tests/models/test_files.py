@@ -9,9 +9,9 @@ import pytest
 import torch
 from limits import largest_file
 
-from models.checkpoints import save_published, save_safetensors
 from models.errors import UserError
 from models.files import atomic_write, finite_or_none, read_json, remove_folder, write_binary, write_json
+from models.weights import save_published, save_safetensors
 
 
 def test_files_of_killed_writers_are_swept_and_those_of_living_ones_stay(tmp_path):

@@ -15,9 +15,9 @@ from golden_models import GOLDEN, named_tensor
 from hub_server import hub_variables, serving
 
 from models import load_model
-from models.checkpoints import is_constant
 from models.decoding import SamplingOptions
 from models.loading import build_model
+from models.weights import is_constant
 
 
 def official_file(path, manifest, constants, llamagen):

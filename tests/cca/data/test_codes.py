@@ -9,8 +9,8 @@ from made_data import make_codes
 
 from cca.data.codes import Codes
 from models import load_model
-from models.checkpoints import save_published, tensors_sha256
 from models.errors import UserError
+from models.weights import save_published, tensors_sha256
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from commands import REFERENCE, ROOT, command_line, environment, run
 import sample
 from cca.sampling.sampler import GraphedGenerate, SampleRequest, class_of, compile_blocks, sample_images
 from models import SamplingOptions, load_model
-from models.checkpoints import read_state_dict, save_published
+from models.checkpoints import read_state_dict
 from models.errors import UserError
+from models.weights import save_published
 
 MODELS = ("llamagen-mini", "var-mini")
 
