@@ -24,8 +24,6 @@ class ARTransformer(nn.Module, ABC):
     wrappers see all of it, and the logits of a batch never exist at once."""
 
     checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
-    # Children that stay in float32 under autocast, the output layer among them.
-    float32_parts: tuple[str, ...] = ()
 
     @abstractmethod
     def transformer_blocks(self) -> nn.ModuleList:
@@ -49,10 +47,9 @@ class ARTransformer(nn.Module, ABC):
         The numbers are the same to the last bit. Without gradients autocast casts every weight
         anew in each forward pass: at one token per pass that takes longer than the pass itself.
         """
-        for name, child in self.named_children():
-            for module in child.modules() if name not in self.float32_parts else ():
-                if isinstance(module, nn.Linear):
-                    module.to(dtype)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
 
     def logits(self, labels: Tensor, inputs: Tensor) -> Tensor:
         """Teacher-forced float32 logits [B, L, V]."""
@@ -60,15 +57,12 @@ class ARTransformer(nn.Module, ABC):
 
     def to_logits(self, hidden: Tensor) -> Tensor:
         """The output layer: [B, n, dim] -> float32 [B, n, V]."""
-        device = hidden.device.type
-        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not self.float32_parts):
-            return self.output_layer()(hidden).float()
+        return self.output_layer()(hidden).float()
 
     def forward(self, labels: Tensor, inputs: Tensor, tokens: Tensor) -> Tensor:
         """log p(tokens | label) [B] float32 of tokens [B, L] under labels [B]."""
         hidden, layer = self.hidden(labels, inputs), self.output_layer()
-        own = layer.weight.dtype
-        dtype = own if self.float32_parts else autocast_dtype(hidden.device, own)
+        dtype = autocast_dtype(hidden.device, layer.weight.dtype)
         bias = None if layer.bias is None else layer.bias.to(dtype)
         return linear_sequence_logprob(hidden.to(dtype), layer.weight.to(dtype), bias, tokens)
 
@@ -117,6 +111,8 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
     ]  # whether published sampling decodes in the transformer's precision
     trains_on_codes: ClassVar[bool]  # tokens extracted beforehand; else images, encoded on the fly
     lr_scales_with_batch: ClassVar[bool]  # whether the recipe's rate is in proportion to the global batch
+    # Whether a step may be a tensor, so that all steps are one graph; else each is compiled on its own.
+    steps_alike: ClassVar[bool] = False
     no_decay: ClassVar[tuple[str, ...]] = ()  # parameters of two or more dimensions without weight decay
 
     @classmethod
@@ -146,23 +142,30 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
     def inputs(self, tokens: Tensor) -> Tensor:
         """What the transformer sees of tokens [B, L] in teacher forcing: one row per image, no gradient."""
 
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers that a row's state keeps of earlier steps, in the transformer's precision."""
+        return 0
+
     @abstractmethod
-    def begin(self, labels: Tensor) -> State:
+    def begin(self, labels: Tensor, static: bool = False) -> State:
         """The state before the first decoding step, one row per label [rows] int64 (null class included).
 
-        Runs under inference mode, on the labels' device, under the caller's autocast.
+        Runs under inference mode, on the labels' device, under the caller's autocast. ``static``,
+        of models with ``steps_alike`` alone: a state that every step leaves in the same shapes.
         """
 
     @abstractmethod
-    def next_logits(self, state: State, decoding_step: int, tokens: Tensor) -> Tensor:
+    def next_logits(self, state: State, decoding_step: int | Tensor, tokens: Tensor) -> Tensor:
         """Logits of the tokens that this decoding step produces.
 
         Called once per step, in order. ``state`` (from ``begin``) is changed: it has what earlier
         steps left and gets what later ones need.
 
         Args:
-            decoding_step: from 0 to ``len(step_sizes) - 1``.
+            decoding_step: from 0 to ``len(step_sizes) - 1``; of a static state a tensor [1] int64.
             tokens: all earlier ones [rows, sum(step_sizes[:decoding_step])] int64; rows as in the state.
+                Of a static state those of the step before alone, whatever they are before the first.
 
         Returns:
             float logits [rows, step_sizes[decoding_step], V].

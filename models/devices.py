@@ -1,5 +1,8 @@
 """What depends on the device: precisions by name, and how much is worked on at a time."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -26,6 +29,29 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 def autocast_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:
     """The precision in which a layer of precision ``own`` computes: autocast's, where it is on."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else own
+
+
+def allow_tf32(device: torch.device) -> None:
+    """Let a GPU round the factors of float32 products to TF32, as the published scripts do; for good."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 in float32 and nothing less, whatever is allowed or cast around."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def device_name(device: torch.device) -> str:
+    """What to call it in a message."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def row_chunks(rows: Tensor, vocab: int, logits_at_once: dict[str, int]) -> list[slice]:

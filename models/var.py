@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from models.autoencoder import AutoencoderConfig, Decoder, Encoder, nearest_code
 from models.base import ARImageModel, ARTransformer, ImageTokenizer
-from models.decoding import DecodingState, KVCache, LayerCache
+from models.cache import KVCache, LayerCache
+from models.decoding import DecodingState
+from models.devices import autocast_dtype
 from models.image_transforms import RandomCrop
 
 
@@ -84,9 +86,10 @@ class Attention(nn.Module):
             (F.normalize(q.float(), dim=-1) * temperature).type_as(v),
             F.normalize(k.float(), dim=-1).type_as(v),
         )
-        if cache is not None:
-            k, v = cache.append(k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        if cache is None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        else:
+            out = cache.attend(q, k, v, scale=1.0)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -175,7 +178,6 @@ class VARState(DecodingState):
 
 
 class VARTransformer(ARTransformer):
-    float32_parts = ("head_nm", "head")
     lvl_1L: Tensor
     attn_bias_for_masking: Tensor
 
@@ -227,10 +229,9 @@ class VARTransformer(ARTransformer):
         """
         c = self.class_emb(labels)
         source = self.shared_ada_lin(c).view(-1, 1, 6, self.config.dim) if self.config.shared_adaln else c
-        with torch.autocast(c.device.type, enabled=False):
-            head = self.head_nm.modulation(c.float())
         blocks = cast(list[Block], self.blocks)
-        return VARState(c, [block.modulation(source) if precompute else source for block in blocks], head)
+        modulations = [block.modulation(source) if precompute else source for block in blocks]
+        return VARState(c, modulations, self.head_nm.modulation(c))
 
     def transformer_blocks(self) -> nn.ModuleList:
         return self.blocks
@@ -247,22 +248,20 @@ class VARTransformer(ARTransformer):
         inputs: [B, n, code_dim], or [B, n - 1, code_dim] where position 0, the class, is among
         them (None for that position alone).
         """
-        start = state.cache.length if state.cache else 0
+        start = state.cache.filled if state.cache else 0
         parts = [] if start else [state.condition[:, None] + self.pos_start]
         parts += [] if inputs is None else [self.word_embed(inputs)]
         x = torch.cat(parts, dim=1)
         end = start + x.shape[1]
         x = x + self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]
         mask = None if state.cache else self.attn_bias_for_masking[:, :, :end, :end].to(x.dtype)
-        for layer, block in enumerate(self.blocks):
-            x = self.run_block(
-                block, x, state.modulations[layer], mask, state.cache and state.cache.at(layer)
-            )
+        caches = state.cache.at() if state.cache else [None] * len(self.blocks)
+        for block, modulation, cache in zip(self.blocks, state.modulations, caches):
+            x = self.run_block(block, x, modulation, mask, cache)
         if state.cache:
             state.cache.advance(end - start)
-        with torch.autocast(x.device.type, enabled=False):
-            scale, shift = state.head_modulation
-            return _norm(x.float()) * (1 + scale) + shift
+        scale, shift = state.head_modulation
+        return _norm(x.float()) * (1 + scale) + shift
 
 
 class ResidualConvs(nn.Module):
@@ -389,17 +388,28 @@ class VAR(ARImageModel[VARState]):
     def inputs(self, tokens: Tensor) -> Tensor:
         return self.tokenizer.teacher_forcing_input(tokens)
 
-    def begin(self, labels: Tensor) -> VARState:
+    @property
+    def cached_length(self) -> int:
+        """Positions that later ones attend to: all but those of the last level."""
+        return self.sequence_length - self.step_sizes[-1]
+
+    @property
+    def cached_numbers(self) -> int:
         config = self.transformer.config
-        state = self.transformer.condition(labels, precompute=True)
-        like = state.modulations[0][0]
+        return 2 * config.depth * config.dim * self.cached_length
+
+    def begin(self, labels: Tensor, static: bool = False) -> VARState:
+        config = self.transformer.config
+        state, weight = self.transformer.condition(labels, precompute=True), self.transformer.pos_start
+        like = weight.new_empty(0, dtype=autocast_dtype(weight.device, weight.dtype))
         state.cache = KVCache(
-            config.depth, len(labels), config.heads, self.sequence_length, config.dim // config.heads, like
+            config.depth, len(labels), config.heads, self.cached_length, config.dim // config.heads, like
         )
         return state
 
-    def next_logits(self, state: VARState, decoding_step: int, tokens: Tensor) -> Tensor:
+    def next_logits(self, state: VARState, decoding_step: int | Tensor, tokens: Tensor) -> Tensor:
         net = self.transformer
+        assert isinstance(decoding_step, int)
         if decoding_step == 0:
             return net.to_logits(net.advance(None, state))
         quantizer, last_level = self.tokenizer.quantize, decoding_step - 1
