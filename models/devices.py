@@ -28,6 +28,15 @@ def autocast_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else own
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on that device; a host that has work queued on a GPU does not wait for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    if tensor.device.type == "cpu" and torch.cuda.is_available():
+        tensor = tensor.pin_memory()  # only from there can a copy be queued like other work
+    return tensor.to(device, non_blocking=True)
+
+
 def row_chunks(rows: Tensor, vocab: int, logits_at_once: dict[str, int]) -> list[slice]:
     """Slices of the rows of a tensor with at most so many logits each; at least one row."""
     count = max(1, logits_at_once[rows.device.type] // vocab)

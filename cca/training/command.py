@@ -132,13 +132,9 @@ def train(
                 if processes.main:
                     show(bar, metrics, done % log_every == 0)
                 # A signal reaches the processes at different moments; they agree on the step to stop at.
-                agreed = processes.sum(
-                    torch.tensor(
-                        [float(request.asked), float(unreadable.report(flags))], device=processes.device
-                    )
-                )
-                stop = bool(agreed[0])
-                unreadable.add(int(agreed[1]))
+                asked, missing = processes.total(float(request.asked), float(unreadable.report(flags)))
+                stop = bool(asked)
+                unreadable.add(int(missing))
                 if stop or done % save_every == 0 or done == config.max_steps:
                     folder.save(trainer, done)
                 if sample_every and done % sample_every == 0:

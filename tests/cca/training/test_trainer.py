@@ -8,6 +8,7 @@ import pytest
 import torch
 from commands import TRAIN
 from golden_models import build, golden
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cca.data.sources import ImageArray
 from cca.distributed import Processes
@@ -64,6 +65,36 @@ def test_training_trace(backbone, model_name, loss):
             torch.testing.assert_close(
                 weights[key.removeprefix("final/")].flatten()[:64], expected, rtol=0, atol=1e-5
             )
+
+
+class Reads(TorchDispatchMode):
+    """Numbers that the host takes from tensors, one by one or by how many of them are set."""
+
+    counted = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name in self.counted:
+            self.found.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_micro_batch_reads_nothing_from_the_device(dtype):
+    """Rows of the batch are counted where its labels are; sums stay on the device until the step's end."""
+    model = build("var_tiny_a")
+    config = replace(config_of("var", "cca"), dtype=dtype)
+    trainer = Trainer(model, config, micro_batch_size=4, processes=Processes())
+    labels, uncond = torch.tensor([0, 1, 1, 3, 4, 5, 6, 2]), torch.arange(8) % 4 == 0
+    labels, negatives = pair_labels(labels, uncond, 7)
+    batch = Batch(torch.zeros(8, model.sequence_length, dtype=torch.int64), labels, negatives, uncond)
+    with Reads() as reads:
+        trainer.optimizer_step(0, batch)
+    # Two micro-batches, each with the rows of pairs and of the null class, of tensors of the CPU.
+    assert reads.found == ["aten::nonzero"] * 4
 
 
 def test_schedule_of_every_micro_step():
