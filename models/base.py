@@ -24,6 +24,7 @@ class ARTransformer(nn.Module, ABC):
     wrappers see all of it, and the logits of a batch never exist at once."""
 
     checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
+    varying_rows = False  # the rows of a batch differ from pass to pass: blocks are compiled for any number
     # Children that stay in float32 under autocast, the output layer among them.
     float32_parts: tuple[str, ...] = ()
 
@@ -72,7 +73,11 @@ class ARTransformer(nn.Module, ABC):
         bias = None if layer.bias is None else layer.bias.to(dtype)
         return linear_sequence_logprob(hidden.to(dtype), layer.weight.to(dtype), bias, tokens)
 
-    def run_block(self, block: nn.Module, *arguments) -> Tensor:
+    def run_block(self, block: nn.Module, x: Tensor, *others) -> Tensor:
+        arguments = (x, *others)
+        for given in arguments if self.varying_rows else ():
+            if isinstance(given, Tensor) and len(given) == len(x):
+                torch._dynamo.maybe_mark_dynamic(given, 0)
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)

@@ -172,9 +172,10 @@ def grid_drawer(trainer: Trainer, folder: Path):
         if processes.main:
             model.eval()
             try:
-                images = sample_images(
-                    model, range(request.num_samples), request, GRID_ROWS * GRID_COLUMNS, processes.device
-                )
+                with torch.compiler.set_stance("force_eager"):  # compiled blocks are for training's shapes
+                    images = sample_images(
+                        model, range(request.num_samples), request, GRID_ROWS * GRID_COLUMNS, processes.device
+                    )
                 folder.mkdir(exist_ok=True)
                 write_grid(images.numpy(), folder / f"step-{step:06d}.png", GRID_COLUMNS)
             except UserError as error:  # a picture is not worth the run

@@ -115,6 +115,7 @@ class Trainer:
         self.net.checkpointing = checkpointing
         for net in (self.net, self.reference):
             if net is not None and compile:
+                net.varying_rows = self.objective is not None and not self.stochastic
                 for block in net.transformer_blocks():
                     block.compile()
             if net is not None and self.sharded:
