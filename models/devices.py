@@ -12,6 +12,8 @@ DRAWN_LOGITS = {"cuda": 2**24, "cpu": 2**18}
 # Pixels of one batch of the tokenizer's decoder: 32 images of 256 x 256, and 4 on a CPU, which more
 # do not make faster.
 DECODED_PIXELS = {"cuda": 2**21, "cpu": 2**18}
+# Pixels of one batch of its encoder, which holds about 3 KB for each: 16 images of 256 x 256, 7 of 384 x 384.
+ENCODED_PIXELS = {"cuda": 2**20, "cpu": 2**18}
 # Images of a bundled model's training pass: more do not fit a CPU's cache.
 TRAINED_IMAGES = {"cuda": 2**20, "cpu": 32}
 # Images per forward pass of a feature extractor, unless the user says otherwise.
