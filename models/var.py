@@ -69,6 +69,16 @@ class DropPath(nn.Module):
         return factors
 
 
+class LinearOfBias(nn.Linear):
+    """A linear layer whose bias is given: called like any module, so that sharding sees its use."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__(width, out, bias=False)
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(input, self.weight, bias)
+
+
 class Attention(nn.Module):
     """Attention with L2-normalised queries and keys and a learned temperature per head."""
 
@@ -78,7 +88,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
-        self.mat_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.mat_qkv = LinearOfBias(dim, 3 * dim)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.register_buffer("zero_k_bias", torch.zeros(dim, device="cpu"))
@@ -86,8 +96,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.mat_qkv(x, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         temperature = self.scale_mul_1H11.clamp_max(math.log(100.0)).exp()
         q, k = (
             (F.normalize(q.float(), dim=-1) * temperature).type_as(v),

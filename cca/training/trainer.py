@@ -8,6 +8,7 @@ is trained.
 import copy
 import inspect
 import math
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,10 +65,21 @@ def pair_logprobs(net: nn.Module, inputs: Tensor, batch: Batch, rows: Tensor) ->
     return positive, positive.index_copy(0, rows, rest)
 
 
-def shard(net: ARTransformer, processes: Processes) -> None:
-    """FSDP2: parameters, gradients and optimizer state of each block split over all processes."""
+def shard(net: ARTransformer, processes: Processes, dtype: torch.dtype) -> None:
+    """FSDP2: parameters, gradients and optimizer state of each block split over all processes.
+
+    The matrices of a block are gathered in ``dtype``, in which autocast computes with them, and their
+    gradients added up in float32. What else a block has (norms, temperatures) is a group in float32,
+    and so is all that is outside of the blocks.
+    """
     mesh = init_device_mesh(processes.device.type, (processes.world,))
+    # It warns that a layer's output must not be changed in place, which no block does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in net.transformer_blocks():
+        if dtype != torch.float32:
+            matrices: list[nn.Module] = [m for m in block.modules() if isinstance(m, nn.Linear)]
+            fully_shard(matrices, mesh=mesh, mp_policy=policy)
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
 
@@ -110,8 +122,7 @@ class Trainer:
         if self.objective is not None:
             # The reference keeps training mode, as in the published runs: its dropout is on.
             self.reference = copy.deepcopy(self.net).requires_grad_(False)
-            if not self.sharded:
-                self.reference.store_matrices(DTYPES[config.dtype])  # half the memory
+            self.reference.store_matrices(DTYPES[config.dtype])  # half the memory
         self.net.checkpointing = checkpointing
         for net in (self.net, self.reference):
             if net is not None and compile:
@@ -119,10 +130,11 @@ class Trainer:
                 for block in net.transformer_blocks():
                     block.compile()
             if net is not None and self.sharded:
-                shard(net, processes)
+                # A hook within a block would cut its compiled graph.
+                shard(net, processes, torch.float32 if compile else DTYPES[config.dtype])
         self.policy: nn.Module = self.net
         if processes.world > 1 and not self.sharded:
-            self.policy = DistributedDataParallel(self.net, **BUFFERS_ALONE)
+            self.policy = DistributedDataParallel(self.net, gradient_as_bucket_view=True, **BUFFERS_ALONE)
         self.optimizer = make_optimizer(model, config)
         self.autocast = autocast(processes.device, config.dtype)
         self.scaler = torch.amp.GradScaler(
@@ -215,9 +227,12 @@ class Trainer:
         if math.isfinite(loss) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
             self.skipped_in_a_row = 0
-            with torch.no_grad():
-                for key, parameter in self.net.named_parameters() if self.ema else ():
-                    self.ema[key].lerp_(parameter, 1 - self.config.ema)
+            if self.ema:
+                trained = dict(self.net.named_parameters())
+                with torch.no_grad():
+                    torch._foreach_lerp_(
+                        list(self.ema.values()), [trained[key] for key in self.ema], 1 - self.config.ema
+                    )
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.scaler.update()  # after an overflow, unscale_ has told it so
