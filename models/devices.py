@@ -1,5 +1,7 @@
 """What depends on the device: precisions by name, and how much is worked on at a time."""
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,19 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 def autocast_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:
     """The precision in which a layer of precision ``own`` computes: autocast's, where it is on."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else own
+
+
+def compute_deterministically() -> None:
+    """The same bits from the same work, on GPUs as well; to be called before anything is computed there.
+
+    PyTorch then takes kernels that add up in a fixed order (attention's gradient, embeddings), and
+    raises where it has none.
+    """
+    # Read when cuBLAS and the compiler are first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

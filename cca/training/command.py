@@ -11,16 +11,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from cca.data.sources import TokenSource
 from cca.distributed import Processes, StopRequest
-from cca.sampling.grid import write_grid
-from cca.sampling.sampler import SampleRequest, sample_images
 from cca.training.data_record import data_record, refuse_renumbered
 from cca.training.loader import Unreadable, own_items
 from cca.training.losses import LOSSES, Batch, missing_negatives, pair_labels
+from cca.training.preview import grid_drawer
 from cca.training.run_folder import RunFolder, describe
 from cca.training.schedule import TrainingConfig, global_batches, unconditional_rows
 from cca.training.trainer import Trainer
@@ -28,19 +26,17 @@ from models import (
     DTYPES,
     ARImageModel,
     Recipe,
-    SamplingOptions,
     UserError,
     load_files,
     locate,
     model_names,
     zoo_entry,
 )
-from models.devices import TRAINED_IMAGES
+from models.devices import TRAINED_IMAGES, compute_deterministically
 from models.options import Parser, add_model_options, count, number
 from models.outputs import check_output
 from models.zoo import ZooEntry
 
-GRID_ROWS, GRID_COLUMNS = 4, 10
 PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
 
 
@@ -55,6 +51,8 @@ def run_training(
     if args.weights == "cca":
         raise UserError("--weights: training starts from base or from a path")
     check_output("--output", args.output, {"the data": path}, folder=True)
+    if args.deterministic:
+        compute_deterministically()
     processes = Processes()
     files = locate(args.model, args.weights, args.tokenizer_weights, args.image_size)
     model = load_files(files)
@@ -76,6 +74,7 @@ def run_training(
             "use --parallel ddp, or sample.py on a finished run"
         )
     compared, told = data_record(path, data, processes)
+    compared["deterministic"] = args.deterministic
     description = {**describe(config, {**files.describe(), **compared}), "data": told}
     published = config.batch_size // (PUBLISHED_GPUS * recipe.published_accumulation)
     if recipe.published_accumulation == 1:
@@ -160,32 +159,6 @@ def show(bar: tqdm, metrics: dict[str, float], refresh: bool) -> None:
         bar.set_postfix({k: f"{metrics[k]:.4g}" for k in shown if k in metrics})
 
 
-def grid_drawer(trainer: Trainer, folder: Path):
-    """A function that samples a grid without guidance, always from the same random numbers."""
-    model, processes = trainer.model, trainer.processes
-    classes = tuple(torch.linspace(0, model.num_classes - 1, GRID_COLUMNS).long().tolist())
-    request = SampleRequest(
-        GRID_ROWS * GRID_COLUMNS, classes, "balanced", 0, None, trainer.config.dtype, SamplingOptions()
-    )
-
-    def draw(step: int) -> None:
-        if processes.main:
-            model.eval()
-            try:
-                with torch.compiler.set_stance("force_eager"):  # compiled blocks are for training's shapes
-                    images = sample_images(
-                        model, range(request.num_samples), request, GRID_ROWS * GRID_COLUMNS, processes.device
-                    )
-                folder.mkdir(exist_ok=True)
-                write_grid(images.numpy(), folder / f"step-{step:06d}.png", GRID_COLUMNS)
-            except UserError as error:  # a picture is not worth the run
-                tqdm.write(f"no sample grid of step {step}: {error}", file=sys.stderr)
-            trainer.net.train()
-        processes.barrier()
-
-    return draw
-
-
 # fmt: off
 def training_parser(
     description: str, backbone: type[ARImageModel], data_option: str, data_help: str
@@ -226,6 +199,8 @@ def training_parser(
     add("--compile", action="store_true", help="torch.compile the transformer blocks")
     add("--checkpointing", action="store_true",
         help="keep no activations of the blocks, compute them again in the backward pass")
+    add("--deterministic", action="store_true",
+        help="compute so that a run on GPUs can be repeated bit for bit, more slowly")
     add("--workers", type=count(0), default=0,
         help="data loading processes of each training process (default 0: none; 8 suits image folders)")
     add("--seed", type=count(0), default=0,
