@@ -27,6 +27,8 @@ class ARTransformer(nn.Module, ABC):
     varying_rows = False  # the rows of a batch differ from pass to pass: blocks are compiled for any number
     # Children that stay in float32 under autocast, the output layer among them.
     float32_parts: tuple[str, ...] = ()
+    # Parts of the names of linear layers that run once for an image, and not for each of its tokens.
+    once_per_image: tuple[str, ...] = ()
 
     @abstractmethod
     def transformer_blocks(self) -> nn.ModuleList:
@@ -136,6 +138,20 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
     @property
     def sequence_length(self) -> int:
         return sum(self.step_sizes)
+
+    def forward_flops(self) -> int:
+        """Floating-point operations of one image's log-likelihood, in matrix products alone.
+
+        Two for each weight of a linear layer and position that it sees, and in each block
+        4 * sequence_length^2 * dim for attention, its masked half included, as is usual. A backward
+        pass takes twice as many; what is computed a second time in it is not counted.
+        """
+        net, length = self.transformer, self.sequence_length
+        layers = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.Linear)]
+        once = {name for name, _ in layers if any(part in name for part in net.once_per_image)}
+        products = sum(m.weight.numel() * (1 if name in once else length) for name, m in layers)
+        attention = 2 * length**2 * net.output_layer().in_features * len(net.transformer_blocks())
+        return 2 * (products + attention)
 
     @property
     def stochastic(self) -> bool:

@@ -206,6 +206,7 @@ class VARState(DecodingState):
 
 class VARTransformer(ARTransformer):
     float32_parts = ("head_nm", "head")
+    once_per_image = ("ada_lin",)
     lvl_1L: Tensor
     attn_bias_for_masking: Tensor
 

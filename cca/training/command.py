@@ -16,6 +16,7 @@ from tqdm import tqdm
 from cca.data.sources import TokenSource
 from cca.distributed import Processes, StopRequest
 from cca.training.data_record import data_record, refuse_renumbered
+from cca.training.gpu import explaining_memory, peak_rate
 from cca.training.loader import Unreadable, own_items
 from cca.training.losses import LOSSES, Batch, missing_negatives, pair_labels
 from cca.training.preview import grid_drawer
@@ -87,11 +88,14 @@ def run_training(
             without = missing_negatives(config.loss, config.batch_size, data.same_class)
             for note in [*data.notes(), *([without] if without else [])]:
                 print(f"note: {note}", file=sys.stderr)
-        trainer = Trainer(
-            model, config, micro_batch_size, processes, parallel, args.compile, args.checkpointing
-        )
-        draw = grid_drawer(trainer, folder.path / "samples") if args.sample_every else lambda step: None
-        train(trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw)
+        with explaining_memory(micro_batch_size, args.checkpointing):
+            trainer = Trainer(
+                model, config, micro_batch_size, processes, parallel, args.compile, args.checkpointing
+            )
+            draw = grid_drawer(trainer, folder.path / "samples") if args.sample_every else lambda step: None
+            train(
+                trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw
+            )
 
 
 def train(
@@ -106,6 +110,7 @@ def train(
 ) -> None:
     """Run or resume training up to ``max_steps``, then leave model and state in ``folder``."""
     config, processes = trainer.config, trainer.processes
+    peak = peak_rate(processes.device)
     with StopRequest() as request:
         done = folder.resume(trainer)
         share, negatives_of = processes.share(config.batch_size), LOSSES[config.loss].negatives
@@ -125,7 +130,10 @@ def train(
                 views, flags = next(items)
                 batch = Batch(data.tokens(views), labels[share], negatives[share], uncond[share])
                 metrics = trainer.optimizer_step(done, batch)
-                metrics["images_per_second"] = config.batch_size / (time.perf_counter() - began)
+                seconds = time.perf_counter() - began
+                metrics["images_per_second"] = config.batch_size / seconds
+                if peak:
+                    metrics["mfu"] = trainer.flops / seconds / peak
                 done += 1
                 processes.agree(partial(folder.log, done, metrics), main=True)
                 if processes.main:
@@ -154,6 +162,7 @@ def show(bar: tqdm, metrics: dict[str, float], refresh: bool) -> None:
             "accuracy",
             "margin",
             "images_per_second",
+            "mfu",
             *(["skipped_steps"] if metrics["skipped_steps"] else []),
         )
         bar.set_postfix({k: f"{metrics[k]:.4g}" for k in shown if k in metrics})

@@ -116,6 +116,7 @@ class Trainer:
         self.micro_batch_size = micro_batch_size
         self.net = model.transformer.train()
         self.stochastic = model.stochastic
+        self.forward_flops, self.flops = model.forward_flops(), 0  # the latter: of this process's last step
         self.sharded = parallel == "fsdp" and processes.world > 1
         self.objective = LOSSES[config.loss].objective
         self.reference: ARTransformer | None = None
@@ -152,6 +153,9 @@ class Trainer:
         null_rows = batch.uncond.nonzero().flatten()
         batch, pairs, null_rows = batch.to(device), upload(pairs, device), upload(null_rows, device)
         inputs = self.model.inputs(batch.tokens)
+        pairs_run = len(pairs) if self.objective else 0
+        # Forward and backward pass of the policy are three forward passes, the reference's is a fourth.
+        self.flops += (len(batch) + pairs_run) * self.forward_flops * (4 if self.objective else 3)
         if self.objective is None or self.reference is None:
             with self.autocast:
                 return -self.policy(batch.labels, inputs, batch.tokens).mean(), {}
@@ -190,7 +194,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.param_groups[0]["weight_decay"] = decay
-        done = 0
+        self.flops = done = 0
         total_loss = zero = torch.zeros((), dtype=torch.float64, device=device)
         sums: dict[str, tuple[Tensor, int]] = {}
         for part in batch.micro_batches(self.micro_batch_size):
