@@ -24,6 +24,9 @@ class ARTransformer(nn.Module, ABC):
     wrappers see all of it, and the logits of a batch never exist at once."""
 
     checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
+    varying_rows = False  # the rows of a batch differ from pass to pass: blocks are compiled for any number
+    # Parts of the names of linear layers that run once for an image, and not for each of its tokens.
+    once_per_image: tuple[str, ...] = ()
 
     @abstractmethod
     def transformer_blocks(self) -> nn.ModuleList:
@@ -66,7 +69,11 @@ class ARTransformer(nn.Module, ABC):
         bias = None if layer.bias is None else layer.bias.to(dtype)
         return linear_sequence_logprob(hidden.to(dtype), layer.weight.to(dtype), bias, tokens)
 
-    def run_block(self, block: nn.Module, *arguments) -> Tensor:
+    def run_block(self, block: nn.Module, x: Tensor, *others) -> Tensor:
+        arguments = (x, *others)
+        for given in arguments if self.varying_rows else ():
+            if isinstance(given, Tensor) and len(given) == len(x):
+                torch._dynamo.maybe_mark_dynamic(given, 0)
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)
@@ -127,6 +134,20 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
     @property
     def sequence_length(self) -> int:
         return sum(self.step_sizes)
+
+    def forward_flops(self) -> int:
+        """Floating-point operations of one image's log-likelihood, in matrix products alone.
+
+        Two for each weight of a linear layer and position that it sees, and in each block
+        4 * sequence_length^2 * dim for attention, its masked half included, as is usual. A backward
+        pass takes twice as many; what is computed a second time in it is not counted.
+        """
+        net, length = self.transformer, self.sequence_length
+        layers = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.Linear)]
+        once = {name for name, _ in layers if any(part in name for part in net.once_per_image)}
+        products = sum(m.weight.numel() * (1 if name in once else length) for name, m in layers)
+        attention = 2 * length**2 * net.output_layer().in_features * len(net.transformer_blocks())
+        return 2 * (products + attention)
 
     @property
     def stochastic(self) -> bool:

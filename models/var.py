@@ -49,17 +49,35 @@ class TokenizerConfig:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): drops the whole residual branch of some rows."""
+    """Stochastic depth (Huang et al., 2016): drops whole residual branches of some rows.
 
-    def __init__(self, rate: float):
+    Drawn for all blocks before they run: nothing in a block's code is its own, so that one
+    compiled block serves them all, and compiling changes no random number.
+    """
+
+    def __init__(self, rates: Sequence[float]):
         super().__init__()
-        self.rate = rate
+        self.rates, self.rate = rates, max(rates)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, rows: int, device: torch.device) -> Tensor | None:
+        """Factor of each residual branch of each block [blocks, 2, rows, 1, 1]; None: nothing is dropped."""
         if not self.training or self.rate == 0:
-            return x
-        keep = 1 - self.rate
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+            return None
+        factors = torch.ones(len(self.rates), 2, rows, 1, 1, device=device)
+        for branches, rate in zip(factors, self.rates):
+            for branch in branches if rate else ():
+                branch.bernoulli_(1 - rate).div_(1 - rate)
+        return factors
+
+
+class LinearOfBias(nn.Linear):
+    """A linear layer whose bias is given: called like any module, so that sharding sees its use."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__(width, out, bias=False)
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(input, self.weight, bias)
 
 
 class Attention(nn.Module):
@@ -71,7 +89,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
-        self.mat_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.mat_qkv = LinearOfBias(dim, 3 * dim)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.register_buffer("zero_k_bias", torch.zeros(dim, device="cpu"))
@@ -79,8 +97,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.mat_qkv(x, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         temperature = self.scale_mul_1H11.clamp_max(math.log(100.0)).exp()
         q, k = (
             (F.normalize(q.float(), dim=-1) * temperature).type_as(v),
@@ -109,12 +126,11 @@ Modulation = tuple[Tensor, ...]
 class Block(nn.Module):
     """Pre-norm block whose norms and residual gains come from the class (adaptive LayerNorm)."""
 
-    def __init__(self, config: TransformerConfig, drop_path: float):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
         self.dim = config.dim
         self.attn = Attention(config.dim, config.heads)
         self.ffn = FeedForward(config.dim)
-        self.drop_path = DropPath(drop_path)
         if config.shared_adaln:
             self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, config.dim))
         else:
@@ -133,14 +149,26 @@ class Block(nn.Module):
         return vectors.unbind(2)
 
     def forward(
-        self, x: Tensor, condition: Tensor | Modulation, mask: Tensor | None, cache: LayerCache | None
+        self,
+        x: Tensor,
+        condition: Tensor | Modulation,
+        mask: Tensor | None,
+        cache: LayerCache | None,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """``condition``: what ``modulation`` takes, or gave: sampling computes it once per image."""
+        """``condition``: what ``modulation`` takes, or gave: sampling computes it once per image.
+
+        kept: factors of the two residual branches [2, B, 1, 1] (see ``DropPath``).
+        """
         modulation = self.modulation(condition) if isinstance(condition, Tensor) else condition
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         attended = self.attn(_norm(x) * (1 + scale1) + shift1, mask, cache)
-        x = x + self.drop_path(attended * gamma1)
-        return x + self.drop_path(self.ffn(_norm(x) * (1 + scale2) + shift2) * gamma2)
+        x = x + _scaled(attended * gamma1, kept, 0)
+        return x + _scaled(self.ffn(_norm(x) * (1 + scale2) + shift2) * gamma2, kept, 1)
+
+
+def _scaled(branch: Tensor, kept: Tensor | None, which: int) -> Tensor:
+    return branch if kept is None else branch * kept[which].type_as(branch)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -164,6 +192,7 @@ class VARState(DecodingState):
     modulations: Sequence[Tensor | Modulation]  # of each block; in training what they are made of
     head_modulation: Modulation
     cache: KVCache | None = None
+    kept: Tensor | None = None  # in training, of all blocks (see ``DropPath``)
     # Residual sum of the levels decoded so far; kept so that each level is added only once.
     reconstruction: Tensor | None = None
 
@@ -178,6 +207,7 @@ class VARState(DecodingState):
 
 
 class VARTransformer(ARTransformer):
+    once_per_image = ("ada_lin",)
     lvl_1L: Tensor
     attn_bias_for_masking: Tensor
 
@@ -198,7 +228,8 @@ class VARTransformer(ARTransformer):
         if config.shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         rates = np.linspace(0, config.drop_path_rate, config.depth).tolist()
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.drop_path = DropPath(rates)
+        self.blocks = nn.ModuleList(Block(config) for _ in rates)
         self.head_nm = HeadNorm(dim)
         self.head = nn.Linear(dim, config.vocab_size)
 
@@ -240,7 +271,9 @@ class VARTransformer(ARTransformer):
         return self.head
 
     def hidden(self, labels: Tensor, inputs: Tensor) -> Tensor:
-        return self.advance(inputs, self.condition(labels, precompute=False))
+        state = self.condition(labels, precompute=False)
+        state.kept = self.drop_path(len(labels), labels.device)
+        return self.advance(inputs, state)
 
     def advance(self, inputs: Tensor | None, state: VARState) -> Tensor:
         """What the head takes of the next n positions, [B, n, dim] float32.
@@ -254,10 +287,13 @@ class VARTransformer(ARTransformer):
         x = torch.cat(parts, dim=1)
         end = start + x.shape[1]
         x = x + self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]
-        mask = None if state.cache else self.attn_bias_for_masking[:, :, :end, :end].to(x.dtype)
+        bias = self.attn_bias_for_masking[:, :, :end, :end]
+        # Cast here, once, and not by autocast in each layer.
+        mask = None if state.cache else bias.to(autocast_dtype(x.device, x.dtype))
         caches = state.cache.at() if state.cache else [None] * len(self.blocks)
-        for block, modulation, cache in zip(self.blocks, state.modulations, caches):
-            x = self.run_block(block, x, modulation, mask, cache)
+        kept = [None] * len(self.blocks) if state.kept is None else state.kept
+        for block, modulation, cache, factors in zip(self.blocks, state.modulations, caches, kept):
+            x = self.run_block(block, x, modulation, mask, cache, factors)
         if state.cache:
             state.cache.advance(end - start)
         scale, shift = state.head_modulation
