@@ -16,7 +16,7 @@ from tqdm import tqdm
 from cca.data.sources import TokenSource
 from cca.distributed import Processes, StopRequest
 from cca.training.data_record import data_record, refuse_renumbered
-from cca.training.gpu import explaining_memory, peak_rate
+from cca.training.gpu import explaining_memory, fitting_micro_batch, peak_rate
 from cca.training.loader import Unreadable, own_items
 from cca.training.losses import LOSSES, Batch, missing_negatives, pair_labels
 from cca.training.preview import grid_drawer
@@ -89,14 +89,25 @@ def run_training(
             without = missing_negatives(config.loss, config.batch_size, data.same_class)
             for note in [*data.notes(), *([without] if without else [])]:
                 print(f"note: {note}", file=sys.stderr)
-        with explaining_memory(micro_batch_size, args.checkpointing):
+        with explaining_memory(args.checkpointing):
             trainer = Trainer(
                 model, config, micro_batch_size, processes, parallel, args.compile, args.checkpointing
             )
+            if args.micro_batch_size is None and not (args.deterministic or trainer.sharded):
+                choose_micro_batch(trainer)
             draw = grid_drawer(trainer, folder.path / "samples") if args.sample_every else lambda step: None
             train(
                 trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw
             )
+
+
+def choose_micro_batch(trainer: Trainer) -> None:
+    """On a GPU, as many images as fit into its memory, instead of as many as were published."""
+    processes, share = trainer.processes, trainer.processes.share(trainer.config.batch_size)
+    if processes.device.type == "cuda":
+        trainer.micro_batch_size = fitting_micro_batch(trainer, share.stop - share.start)
+        if processes.main:
+            print(f"note: --micro-batch-size {trainer.micro_batch_size} fits this GPU", file=sys.stderr)
 
 
 def train(
@@ -193,7 +204,8 @@ def training_parser(
     length.add_argument("--max-steps", type=count(), help="optimizer steps, instead of --epochs")
     add("--batch-size", type=count(), help=f"global batch in images, over all processes ({recipe})")
     add("--micro-batch-size", type=count(),
-        help="images of one forward pass in one process (default: as published on 8 GPUs; mini: 32)")
+        help="images of one forward pass in one process (default: what fits a GPU's memory; "
+        "on CPUs, with --deterministic and fsdp as published on 8 GPUs; mini: 32)")
     add("--lr", type=number(0), help=f"peak learning rate ({recipe}; VAR: times batch size / 256)")
     add("--warmup", type=number(0, 1), help=f"fraction of the run with rising rate ({recipe})")
     add("--final-lr", type=number(0, 1), help=f"last rate over peak rate; 1 keeps it constant ({recipe})")

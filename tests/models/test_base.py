@@ -109,7 +109,7 @@ def test_operations_are_counted_as_the_framework_does(name):
         torch.zeros(2, model.sequence_length, dtype=torch.int64),
     )
     inputs = model.inputs(tokens)
-    with sdpa_kernel(SDPBackend.MATH):  # others are not counted on a CPU
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # others are not counted on a CPU
         with FlopCounterMode(display=False) as forward:
             logits = model.transformer.logits(labels, inputs)
         with FlopCounterMode(display=False) as backward:
