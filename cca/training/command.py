@@ -33,12 +33,14 @@ from models import (
     model_names,
     zoo_entry,
 )
-from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically
+from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically, device_name
 from models.options import Parser, add_model_options, count, number
 from models.outputs import check_output
 from models.zoo import ZooEntry
 
 PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
+# Optimizer steps of a run from which on compilation pays on a GPU (sharded, it would gather in float32).
+COMPILED_FROM = 1000
 
 
 def run_training(
@@ -76,7 +78,9 @@ def run_training(
             "use --parallel ddp, or sample.py on a finished run"
         )
     compared, told = data_record(path, data, processes)
-    compared["deterministic"] = args.deterministic
+    long = processes.device.type == "cuda" and config.max_steps >= COMPILED_FROM and parallel != "fsdp"
+    compile = long if args.compile is None else args.compile
+    compared |= {"deterministic": args.deterministic, "compile": compile}
     description = {**describe(config, {**files.describe(), **compared}), "data": told}
     published = config.batch_size // (PUBLISHED_GPUS * recipe.published_accumulation)
     if recipe.published_accumulation == 1:
@@ -91,10 +95,17 @@ def run_training(
                 print(f"note: {note}", file=sys.stderr)
         with explaining_memory(args.checkpointing):
             trainer = Trainer(
-                model, config, micro_batch_size, processes, parallel, args.compile, args.checkpointing
+                model, config, micro_batch_size, processes, parallel, compile, args.checkpointing
             )
             if args.micro_batch_size is None and not (args.deterministic or trainer.sharded):
                 choose_micro_batch(trainer)
+            if processes.main:
+                where = f"{device_name(processes.device)} x {processes.world} ({parallel})"
+                batch = f"batch {config.batch_size}, micro-batch {trainer.micro_batch_size}"
+                how = f"{config.dtype}, {batch}, {'compiled' if compile else 'eager'}"
+                print(
+                    f"{config.loss} of {args.model} at {model.image_size} pixels, {where}, {how}", flush=True
+                )
             draw = grid_drawer(trainer, folder.path / "samples") if args.sample_every else lambda step: None
             train(
                 trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw
@@ -106,8 +117,6 @@ def choose_micro_batch(trainer: Trainer) -> None:
     processes, share = trainer.processes, trainer.processes.share(trainer.config.batch_size)
     if processes.device.type == "cuda":
         trainer.micro_batch_size = fitting_micro_batch(trainer, share.stop - share.start)
-        if processes.main:
-            print(f"note: --micro-batch-size {trainer.micro_batch_size} fits this GPU", file=sys.stderr)
 
 
 def train(
@@ -218,7 +227,8 @@ def training_parser(
     add("--dtype", choices=DTYPES, help=f"precision of the forward pass; float16 scales the loss ({recipe})")
     add("--parallel", choices=("ddp", "fsdp"),
         help=f"replicate the model in each process, or shard it ({recipe})")
-    add("--compile", action="store_true", help="torch.compile the transformer blocks")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help=f"compile the transformer's blocks (default: on GPUs from {COMPILED_FROM:,} steps on, but for fsdp)")
     add("--checkpointing", action="store_true",
         help="keep no activations of the blocks, compute them again in the backward pass")
     add("--deterministic", action="store_true",
