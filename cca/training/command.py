@@ -228,7 +228,7 @@ def training_parser(
     add("--parallel", choices=("ddp", "fsdp"),
         help=f"replicate the model in each process, or shard it ({recipe})")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help=f"compile the transformer's blocks (default: on GPUs from {COMPILED_FROM:,} steps on, but for fsdp)")
+        help=f"compile the blocks (default: on GPUs for {COMPILED_FROM:,} steps or more, not fsdp)")
     add("--checkpointing", action="store_true",
         help="keep no activations of the blocks, compute them again in the backward pass")
     add("--deterministic", action="store_true",
