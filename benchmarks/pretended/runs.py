@@ -4,6 +4,7 @@ Phases: "inputs", "generate", "decode", "encode", "step 0" and "step 1" (of one 
 micro-batches), "features", "metrics".
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from benchmarks.pretended.gpu import DEVICE, OneProcess, fake_model, fill, pretended_gpu
+from benchmarks.pretended.inductor import compiled_kernels
 from benchmarks.pretended.recorder import Recorder
 from cca.data.sources import LabelledImages
 from cca.evaluation.features import INCEPTION, Extractor
@@ -22,8 +24,10 @@ from cca.sampling.sampler import SampleRequest, decode_tokens, eager_generate, s
 from cca.training.losses import Batch, pair_labels
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
-from models import DTYPES, ZOO, SamplingOptions
+from models import DTYPES, ZOO, SamplingOptions, autocast
 from models.base import ARImageModel
+from models.decoding import draw_tokens, filter_logits
+from models.loading import build_model
 from scripts.extract_codes import encode
 
 
@@ -60,6 +64,43 @@ def sampled(
         assert tokens.shape == (images, model.sequence_length) and tokens.device == DEVICE
         assert tokens.dtype == torch.int64
     return recorder
+
+
+def decoding_step(
+    name: str, at: int, images: int, dtype: str, layers: int, **options
+) -> tuple[Callable[[Tensor, Tensor], Tensor], list[Tensor]]:
+    """Decoding step ``at`` as a function (tokens, noise) -> tokens for ``compiled_kernels``, and its inputs.
+
+    Call it inside ``pretended_gpu``. The steps before it have run, so that all that they leave is there.
+    """
+    model = fake_model(name, layers=layers)
+    model.transformer.store_matrices(DTYPES[dtype])
+    model.to(DEVICE).requires_grad_(False)
+    wanted, sizes = SamplingOptions(**options), model.step_sizes
+    tokens = torch.zeros(images, sum(sizes[:at]), dtype=torch.int64, device=DEVICE)
+    noise = torch.zeros(images, sizes[at], dtype=torch.float64, device=DEVICE)
+    with torch.no_grad(), autocast(DEVICE, dtype):
+        state = model.begin(torch.zeros(images, dtype=torch.int64, device=DEVICE))
+        for step in range(at):
+            model.next_logits(state, step, tokens[:, : sum(sizes[:step])])
+
+    def run(tokens: Tensor, noise: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(DEVICE, dtype):
+            return draw_tokens(filter_logits(model.next_logits(state, at, tokens), wanted), noise)
+
+    return run, [tokens, noise]
+
+
+def kernels_of_step(name: str, at: int, images: int, dtype: str, **options) -> int:
+    """Kernels of a compiled decoding step of the whole model, from what a second block adds to one."""
+    depth = len(build_model(name).transformer.transformer_blocks())
+    one, two = (_kernels_of_step(name, at, images, dtype, layers, **options) for layers in (1, 2))
+    return one + (depth - 1) * (two - one)
+
+
+def _kernels_of_step(name: str, at: int, images: int, dtype: str, layers: int, **options) -> int:
+    with pretended_gpu():
+        return compiled_kernels(*decoding_step(name, at, images, dtype, layers, **options)).total()
 
 
 def decoded(
