@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -95,7 +96,8 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
 
 def _backward(root: Tensor) -> None:
     """Tensor.backward by walking the graph: autograd's engine would ask the GPU for its streams."""
-    waiting, known, stack = Counter(), {root.grad_fn}, [root.grad_fn]
+    waiting: Counter[Any] = Counter()
+    known, stack = {root.grad_fn}, [root.grad_fn]
     while stack:
         for node, _ in stack.pop().next_functions:
             if node is not None:
