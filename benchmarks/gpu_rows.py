@@ -58,20 +58,20 @@ def rows(small: bool) -> list[Row]:
     images = 2 if small else 16
     training = [Row(f"train-{model}", "train", model, images) for model in trained]
     training.append(Row(f"train-{trained[0]}-fsdp", "train", trained[0], images, fsdp=True))
-    tokenizers = (
-        {"llamagen": ("llamagen-mini", None), "var": ("var-mini", None)}
+    tokenizers = (  # with so many images that the decoder's batches are full
+        {"llamagen": ("llamagen-mini", None, 2), "var": ("var-mini", None, 2)}
         if small
         else {
-            "llamagen-384": ("llamagen-b", None),
-            "llamagen-384-finer": ("llamagen-b", "vq_ds8_c2i"),
-            "var-256": ("var-d16", None),
-            "var-512": ("var-d36", None),
+            "llamagen-384": ("llamagen-b", None, 56),
+            "llamagen-384-finer": ("llamagen-b", "vq_ds8_c2i", 56),
+            "var-256": ("var-d16", None, 64),
+            "var-512": ("var-d36", None, 32),
         }
     )
     coding = [
-        Row(f"{kind}-{name}", kind, model, 2 if small else 32, tokenizer)
+        Row(f"{kind}-{name}", kind, model, images, tokenizer)
         for kind in ("decode", "encode")
-        for name, (model, tokenizer) in tokenizers.items()
+        for name, (model, tokenizer, images) in tokenizers.items()
     ]
     eager = [row for row in found if not row.compiled]
     ordered = [*eager, *training, *coding, *(row for row in found if row.compiled)]
