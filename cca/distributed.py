@@ -128,9 +128,13 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def total(self, *values: float) -> list[float]:
+        """Numbers of the host added up over all processes; alone, it does not wait for a GPU."""
+        return self.sum(torch.tensor(values, device=self.device if self.world > 1 else None)).tolist()
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in one process at least."""
-        return bool(self.sum(torch.tensor([float(flag)], device=self.device)))
+        return bool(self.total(float(flag))[0])
 
     def agree(self, call: Callable[[], object], main: bool = False) -> None:
         """Run ``call`` in each process (or the main one); all stop together where one refuses.

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.devices import exact_products
+
 
 @dataclass(frozen=True)
 class KeyNames:
@@ -217,7 +219,7 @@ def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
 
     Always in float32: tokens must not depend on the precision of what surrounds them.
     """
-    with torch.autocast(latents.device.type, enabled=False):
+    with exact_products():
         latents, codebook = latents.float(), codebook.float()
         distance = latents.square().sum(1, keepdim=True) + codebook.square().sum(1)
         return torch.addmm(distance, latents, codebook.T, alpha=-2).argmin(1)

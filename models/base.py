@@ -24,8 +24,9 @@ class ARTransformer(nn.Module, ABC):
     wrappers see all of it, and the logits of a batch never exist at once."""
 
     checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
-    # Children that stay in float32 under autocast, the output layer among them.
-    float32_parts: tuple[str, ...] = ()
+    varying_rows = False  # the rows of a batch differ from pass to pass: blocks are compiled for any number
+    # Parts of the names of linear layers that run once for an image, and not for each of its tokens.
+    once_per_image: tuple[str, ...] = ()
 
     @abstractmethod
     def transformer_blocks(self) -> nn.ModuleList:
@@ -49,10 +50,9 @@ class ARTransformer(nn.Module, ABC):
         The numbers are the same to the last bit. Without gradients autocast casts every weight
         anew in each forward pass: at one token per pass that takes longer than the pass itself.
         """
-        for name, child in self.named_children():
-            for module in child.modules() if name not in self.float32_parts else ():
-                if isinstance(module, nn.Linear):
-                    module.to(dtype)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
 
     def logits(self, labels: Tensor, inputs: Tensor) -> Tensor:
         """Teacher-forced float32 logits [B, L, V]."""
@@ -60,19 +60,20 @@ class ARTransformer(nn.Module, ABC):
 
     def to_logits(self, hidden: Tensor) -> Tensor:
         """The output layer: [B, n, dim] -> float32 [B, n, V]."""
-        device = hidden.device.type
-        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not self.float32_parts):
-            return self.output_layer()(hidden).float()
+        return self.output_layer()(hidden).float()
 
     def forward(self, labels: Tensor, inputs: Tensor, tokens: Tensor) -> Tensor:
         """log p(tokens | label) [B] float32 of tokens [B, L] under labels [B]."""
         hidden, layer = self.hidden(labels, inputs), self.output_layer()
-        own = layer.weight.dtype
-        dtype = own if self.float32_parts else autocast_dtype(hidden.device, own)
+        dtype = autocast_dtype(hidden.device, layer.weight.dtype)
         bias = None if layer.bias is None else layer.bias.to(dtype)
         return linear_sequence_logprob(hidden.to(dtype), layer.weight.to(dtype), bias, tokens)
 
-    def run_block(self, block: nn.Module, *arguments) -> Tensor:
+    def run_block(self, block: nn.Module, x: Tensor, *others) -> Tensor:
+        arguments = (x, *others)
+        for given in arguments if self.varying_rows else ():
+            if isinstance(given, Tensor) and len(given) == len(x):
+                torch._dynamo.maybe_mark_dynamic(given, 0)
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)
@@ -117,6 +118,8 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
     ]  # whether published sampling decodes in the transformer's precision
     trains_on_codes: ClassVar[bool]  # tokens extracted beforehand; else images, encoded on the fly
     lr_scales_with_batch: ClassVar[bool]  # whether the recipe's rate is in proportion to the global batch
+    # Whether a step may be a tensor, so that all steps are one graph; else each is compiled on its own.
+    steps_alike: ClassVar[bool] = False
     no_decay: ClassVar[tuple[str, ...]] = ()  # parameters of two or more dimensions without weight decay
 
     @classmethod
@@ -132,6 +135,20 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
     def sequence_length(self) -> int:
         return sum(self.step_sizes)
 
+    def forward_flops(self) -> int:
+        """Floating-point operations of one image's log-likelihood, in matrix products alone.
+
+        Two for each weight of a linear layer and position that it sees, and in each block
+        4 * sequence_length^2 * dim for attention, its masked half included, as is usual. A backward
+        pass takes twice as many; what is computed a second time in it is not counted.
+        """
+        net, length = self.transformer, self.sequence_length
+        layers = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.Linear)]
+        once = {name for name, _ in layers if any(part in name for part in net.once_per_image)}
+        products = sum(m.weight.numel() * (1 if name in once else length) for name, m in layers)
+        attention = 2 * length**2 * net.output_layer().in_features * len(net.transformer_blocks())
+        return 2 * (products + attention)
+
     @property
     def stochastic(self) -> bool:
         """Whether training mode draws random numbers (dropout, stochastic depth)."""
@@ -146,23 +163,30 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
     def inputs(self, tokens: Tensor) -> Tensor:
         """What the transformer sees of tokens [B, L] in teacher forcing: one row per image, no gradient."""
 
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers that a row's state keeps of earlier steps, in the transformer's precision."""
+        return 0
+
     @abstractmethod
-    def begin(self, labels: Tensor) -> State:
+    def begin(self, labels: Tensor, static: bool = False) -> State:
         """The state before the first decoding step, one row per label [rows] int64 (null class included).
 
-        Runs under inference mode, on the labels' device, under the caller's autocast.
+        Runs under inference mode, on the labels' device, under the caller's autocast. ``static``,
+        of models with ``steps_alike`` alone: a state that every step leaves in the same shapes.
         """
 
     @abstractmethod
-    def next_logits(self, state: State, decoding_step: int, tokens: Tensor) -> Tensor:
+    def next_logits(self, state: State, decoding_step: int | Tensor, tokens: Tensor) -> Tensor:
         """Logits of the tokens that this decoding step produces.
 
         Called once per step, in order. ``state`` (from ``begin``) is changed: it has what earlier
         steps left and gets what later ones need.
 
         Args:
-            decoding_step: from 0 to ``len(step_sizes) - 1``.
+            decoding_step: from 0 to ``len(step_sizes) - 1``; of a static state a tensor [1] int64.
             tokens: all earlier ones [rows, sum(step_sizes[:decoding_step])] int64; rows as in the state.
+                Of a static state those of the step before alone, whatever they are before the first.
 
         Returns:
             float logits [rows, step_sizes[decoding_step], V].

@@ -1,11 +1,13 @@
-"""How tokens are drawn: options, key/value cache, filters, noise, and the loop over the decoding steps."""
+"""How tokens are drawn: options, filters, noise, one decoding step, and the loop over the steps."""
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.devices import DRAWN_LOGITS, row_chunks
 from models.errors import UserError
@@ -47,44 +49,6 @@ class SamplingOptions:
         return 1.0 + (self.cfg_scale - 1.0) * progress
 
 
-class LayerCache(NamedTuple):
-    """One layer's keys and values [rows, heads, final length, head_dim]; ``length`` positions are filled."""
-
-    keys: Tensor
-    values: Tensor
-    length: int
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store those of the next n positions, [rows, heads, n, head_dim]; returns all stored so far."""
-        end = self.length + k.shape[2]
-        self.keys[:, :, self.length : end] = k
-        self.values[:, :, self.length : end] = v
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
-class KVCache:
-    """Keys and values of all layers, allocated once at their final size.
-
-    Each layer appends through ``at``; ``advance`` moves the write position after the last one.
-    """
-
-    def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
-        self.layers = [
-            (like.new_empty(rows, heads, length, head_dim), like.new_empty(rows, heads, length, head_dim))
-            for _ in range(layers)
-        ]
-        self.length = 0
-
-    def at(self, layer: int) -> LayerCache:
-        return LayerCache(*self.layers[layer], self.length)
-
-    def advance(self, n: int) -> None:
-        self.length += n
-
-    def keep_rows(self, rows: int) -> None:
-        self.layers = [(k[:rows], v[:rows]) for k, v in self.layers]
-
-
 class DecodingState(ABC):
     """What a model keeps of a batch while it decodes.
 
@@ -97,6 +61,9 @@ class DecodingState(ABC):
     def keep_rows(self, rows: int) -> None:
         """Drop all rows but the first ``rows``: where guidance ends, the unconditional half is not needed."""
 
+    def reach(self, steps: int) -> None:  # noqa: B027, most states have nothing to do
+        """Of a static state: until this is called again no steps but the first ``steps`` are run."""
+
 
 def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     """Temperature, then top-k, then top-p on what is left; removed tokens get -inf.
@@ -105,16 +72,21 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     """
     logits = logits.float() / options.temperature
     vocab = logits.shape[-1]
+    kept = None
     if 0 < options.top_k < vocab:
-        threshold = logits.topk(options.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
-    if options.top_p < 1.0:
+        ordered, order = logits.topk(options.top_k, dim=-1)
+        kept = logits >= ordered[..., -1:]
+    elif options.top_p < 1.0:
         ordered, order = logits.sort(dim=-1, descending=True)
-        probs = ordered.softmax(-1)
-        remove = probs.cumsum(-1) - probs > options.top_p  # mass before this token already suffices
-        remove[..., 0] = False
-        logits = logits.masked_fill(remove.scatter(-1, order, remove), -torch.inf)
-    return logits
+    if options.top_p < 1.0:
+        whole = logits if kept is None else logits.masked_fill(~kept, -torch.inf)
+        probs = (ordered - whole.logsumexp(-1, keepdim=True)).exp()
+        enough = probs.cumsum(-1) - probs > options.top_p  # mass before this token already suffices
+        enough[..., 0] = False
+        # What equals the last of the top k and is not among them goes with it.
+        others = enough[..., -1:] if kept is None else ~kept | enough[..., -1:]
+        kept = ~others.expand_as(logits).scatter(-1, order, enough)
+    return logits if kept is None else logits.masked_fill(~kept, -torch.inf)
 
 
 def _xor_shift(x: Tensor, bits: int) -> Tensor:
@@ -150,10 +122,49 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     """
     vocab = logits.shape[-1]
     flat, numbers = logits.float().reshape(-1, vocab), uniforms.reshape(-1)
-    parts = row_chunks(flat, vocab, DRAWN_LOGITS)
+    # Compiled, noise and race are one kernel, which holds nothing.
+    whole = torch.compiler.is_compiling()
+    parts = [slice(None)] if whole else row_chunks(flat, vocab, DRAWN_LOGITS)
     return torch.cat(
         [(flat[part] - exponential_noise(numbers[part], vocab).log_()).argmax(-1) for part in parts]
     ).view(uniforms.shape)
+
+
+def guided_steps(options: SamplingOptions, steps: int) -> int:
+    """How many steps need the unconditional rows: up to the last guided one, to have their cache filled."""
+    scales = (options.scale_at(decoding_step, steps) for decoding_step in range(steps))
+    return max((i + 1 for i, scale in enumerate(scales) if scale != 1.0), default=0)
+
+
+def next_tokens(
+    model: "ARImageModel",
+    state: "DecodingState",
+    decoding_step: int | Tensor,
+    tokens: Tensor,
+    uniforms: Tensor,
+    scale: float | Tensor | None,
+    options: SamplingOptions,
+) -> tuple[Tensor, Tensor]:
+    """One decoding step: logits, guidance, filters, draw.
+
+    Args:
+        state, decoding_step: as ``ARImageModel.next_logits`` takes them, with 2 B rows under guidance,
+            the unconditional ones last.
+        tokens: those drawn before [B, n].
+        uniforms: of the tokens that this step produces [B, m].
+        scale: guidance scale, a number or [1]; None: without guidance.
+
+    Returns:
+        the tokens [B, m] int64, and whether all logits of a row were finite, bool [B].
+    """
+    if scale is None:
+        logits = model.next_logits(state, decoding_step, tokens)
+    else:
+        cond, uncond = model.next_logits(state, decoding_step, tokens.repeat(2, 1)).float().chunk(2)
+        logits = uncond + scale * (cond - uncond)
+    low, high = logits.flatten(1).aminmax(dim=1)  # NaN where there is one
+    finite = (torch.maximum(high, -low).float() / options.temperature).isfinite()
+    return draw_tokens(filter_logits(logits, options), uniforms), finite
 
 
 @torch.inference_mode()
@@ -166,27 +177,28 @@ def generate_tokens(
     ``require_finite`` tells the user, once per batch, so that no step waits for the device.
     """
     rows, steps = labels.shape[0], len(model.step_sizes)
-    scales = [options.scale_at(decoding_step, steps) for decoding_step in range(steps)]
-    # The unconditional rows must run up to the last guided step, to have their cache filled.
-    guided_steps = max((i + 1 for i, scale in enumerate(scales) if scale != 1.0), default=0)
-    if guided_steps:
-        state = model.begin(torch.cat([labels, torch.full_like(labels, model.null_class)]))
-    else:
-        state = model.begin(labels)
+    guided = guided_steps(options, steps)
+    state = model.begin(with_unconditional(labels, model.null_class) if guided else labels)
     tokens, finite = labels.new_empty(rows, 0), torch.ones_like(labels, dtype=torch.bool)
-    for decoding_step, size in enumerate(model.step_sizes):
-        if decoding_step < guided_steps:
-            cond, uncond = model.next_logits(state, decoding_step, tokens.repeat(2, 1)).float().chunk(2)
-            logits = uncond + scales[decoding_step] * (cond - uncond)
-        else:
-            if 0 < decoding_step == guided_steps:
+    with attention_kernels():
+        for decoding_step, size in enumerate(model.step_sizes):
+            if 0 < decoding_step == guided:
                 state.keep_rows(rows)
-            logits = model.next_logits(state, decoding_step, tokens)
-        low, high = logits.flatten(1).aminmax(dim=1)  # NaN where there is one
-        finite &= (torch.maximum(high, -low).float() / options.temperature).isfinite()
-        noise = uniforms[:, tokens.shape[1] : tokens.shape[1] + size]
-        tokens = torch.cat([tokens, draw_tokens(filter_logits(logits, options), noise)], dim=1)
+            scale = options.scale_at(decoding_step, steps) if decoding_step < guided else None
+            noise = uniforms[:, tokens.shape[1] : tokens.shape[1] + size]
+            drawn, good = next_tokens(model, state, decoding_step, tokens, noise, scale, options)
+            tokens, finite = torch.cat([tokens, drawn], dim=1), finite & good
     return tokens.masked_fill(~finite[:, None], NOT_FINITE)
+
+
+def with_unconditional(labels: Tensor, null_class: int) -> Tensor:
+    """Labels [B] and as many times the null class: [2 B]."""
+    return torch.cat([labels, torch.full_like(labels, null_class)])
+
+
+def attention_kernels() -> AbstractContextManager:
+    """Attention without cuDNN, which builds a plan for every length of the cache."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def require_finite(tokens: Tensor, dtype: torch.dtype) -> Tensor:

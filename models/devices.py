@@ -1,5 +1,9 @@
 """What depends on the device: precisions by name, and how much is worked on at a time."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -12,6 +16,8 @@ DRAWN_LOGITS = {"cuda": 2**24, "cpu": 2**18}
 # Pixels of one batch of the tokenizer's decoder: 32 images of 256 x 256, and 4 on a CPU, which more
 # do not make faster.
 DECODED_PIXELS = {"cuda": 2**21, "cpu": 2**18}
+# Pixels of one batch of its encoder, which holds about 3 KB for each: 16 images of 256 x 256, 7 of 384 x 384.
+ENCODED_PIXELS = {"cuda": 2**20, "cpu": 2**18}
 # Images of a bundled model's training pass: more do not fit a CPU's cache.
 TRAINED_IMAGES = {"cuda": 2**20, "cpu": 32}
 # Images per forward pass of a feature extractor, unless the user says otherwise.
@@ -26,6 +32,51 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 def autocast_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:
     """The precision in which a layer of precision ``own`` computes: autocast's, where it is on."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else own
+
+
+def compute_deterministically() -> None:
+    """The same bits from the same work, on GPUs as well; to be called before anything is computed there.
+
+    PyTorch then takes kernels that add up in a fixed order (attention's gradient, embeddings), and
+    raises where it has none.
+    """
+    # Read when cuBLAS and the compiler are first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on that device; a host that has work queued on a GPU does not wait for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    if tensor.device.type == "cpu" and torch.cuda.is_available():
+        tensor = tensor.pin_memory()  # only from there can a copy be queued like other work
+    return tensor.to(device, non_blocking=True)
+
+
+def allow_tf32(device: torch.device) -> None:
+    """Let a GPU round the factors of float32 products to TF32, as the published scripts do; for good."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 in float32 and nothing less, whatever is allowed or cast around."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def device_name(device: torch.device) -> str:
+    """What to call it in a message."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def row_chunks(rows: Tensor, vocab: int, logits_at_once: dict[str, int]) -> list[slice]:

@@ -5,6 +5,7 @@ here loads in the official code with ``strict=True``.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from models.autoencoder import AutoencoderConfig, Decoder, Encoder, nearest_code
 from models.base import ARImageModel, ARTransformer, ImageTokenizer
-from models.decoding import DecodingState, KVCache, LayerCache
+from models.cache import KVCache, LayerCache, StaticCache, StaticLayer
+from models.decoding import DecodingState
 from models.devices import autocast_dtype
 from models.image_transforms import OneOfTenCrops
 
@@ -74,6 +76,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
 
 
+Cached = LayerCache | StaticLayer | None
+
+
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -82,12 +87,13 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, cache: Cached) -> Tensor:
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, table), rotate(k, table)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        if cache is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            out = cache.attend(q, k, v)
         return self.dropout(self.wo(out.transpose(1, 2).flatten(2)))
 
 
@@ -111,7 +117,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim)
         self.ffn_norm = RMSNorm(config.dim)
 
-    def forward(self, x: Tensor, table: Tensor, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, cache: Cached) -> Tensor:
         x = x + self.attention(self.attention_norm(x), table, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -155,18 +161,14 @@ class LlamaGenTransformer(ARTransformer):
         return self.output
 
     def hidden(self, labels: Tensor, inputs: Tensor) -> Tensor:
-        return self.advance(
-            torch.cat([self.cls_embedding(labels), self.tok_embeddings(inputs[:, :-1])], dim=1)
-        )
+        x = torch.cat([self.cls_embedding(labels), self.tok_embeddings(inputs[:, :-1])], dim=1)
+        return self.run_layers(x, self.rotary[: x.shape[1]], [None] * len(self.layers))
 
-    def advance(self, embeddings: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Embeddings [B, n, dim] of the next n positions -> what the output layer takes, [B, n, dim]."""
-        start = cache.length if cache is not None else 0
-        x, table = self.token_dropout(embeddings), self.rotary[start : start + embeddings.shape[1]]
-        for layer, block in enumerate(self.layers):
-            x = self.run_block(block, x, table, cache and cache.at(layer))
-        if cache is not None:
-            cache.advance(embeddings.shape[1])
+    def run_layers(self, embeddings: Tensor, table: Tensor, caches: Sequence[Cached]) -> Tensor:
+        """Embeddings [B, n, dim] of n positions and their rotary table -> what the output layer takes."""
+        x = self.token_dropout(embeddings)
+        for block, cache in zip(self.layers, caches):
+            x = self.run_block(block, x, table, cache)
         return self.norm(x)
 
 
@@ -219,11 +221,15 @@ class LlamaGenTokenizer(ImageTokenizer):
 @dataclass
 class LlamaGenState(DecodingState):
     labels: Tensor
-    cache: KVCache
+    cache: KVCache | StaticCache
 
     def keep_rows(self, rows: int) -> None:
         self.labels = self.labels[:rows]
         self.cache.keep_rows(rows)
+
+    def reach(self, steps: int) -> None:
+        assert isinstance(self.cache, StaticCache)
+        self.cache.reach = steps
 
 
 class LlamaGen(ARImageModel[LlamaGenState]):
@@ -236,6 +242,7 @@ class LlamaGen(ARImageModel[LlamaGenState]):
     decodes_in_half_precision = False
     trains_on_codes = True
     lr_scales_with_batch = False
+    steps_alike = True
 
     def __init__(self, transformer: TransformerConfig, tokenizer: TokenizerConfig):
         super().__init__()
@@ -255,18 +262,31 @@ class LlamaGen(ARImageModel[LlamaGenState]):
     def inputs(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    def begin(self, labels: Tensor) -> LlamaGenState:
+    @property
+    def cached_numbers(self) -> int:
+        config = self.transformer.config
+        return 2 * config.layers * config.dim * config.grid**2
+
+    def begin(self, labels: Tensor, static: bool = False) -> LlamaGenState:
         config, weight = self.transformer.config, self.transformer.tok_embeddings.weight
         like = weight.new_empty(0, dtype=autocast_dtype(weight.device, weight.dtype))
-        head_dim = config.dim // config.heads
-        cache = KVCache(config.layers, len(labels), config.heads, config.grid**2, head_dim, like)
+        cache = (StaticCache if static else KVCache)(
+            config.layers, len(labels), config.heads, config.grid**2, config.dim // config.heads, like
+        )
         return LlamaGenState(labels, cache)
 
-    def next_logits(self, state: LlamaGenState, decoding_step: int, tokens: Tensor) -> Tensor:
-        net = self.transformer
-        first = decoding_step == 0
-        embeddings = net.cls_embedding(state.labels) if first else net.tok_embeddings(tokens[:, -1:])
-        return net.to_logits(net.advance(embeddings, state.cache))
+    def next_logits(self, state: LlamaGenState, decoding_step: int | Tensor, tokens: Tensor) -> Tensor:
+        net, cache = self.transformer, state.cache
+        if isinstance(cache, StaticCache):
+            assert isinstance(decoding_step, Tensor)
+            x = torch.where(decoding_step == 0, net.cls_embedding(state.labels), net.tok_embeddings(tokens))
+            table = net.rotary.index_select(0, decoding_step)
+            return net.to_logits(net.run_layers(x, table, cache.at(decoding_step)))
+        x = net.tok_embeddings(tokens[:, -1:]) if cache.filled else net.cls_embedding(state.labels)
+        table = net.rotary[cache.filled : cache.filled + 1]
+        hidden = net.run_layers(x, table, cache.at())
+        cache.advance(1)
+        return net.to_logits(hidden)
 
     def to_uint8(self, images: Tensor) -> Tensor:
         return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)

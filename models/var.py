@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from models.autoencoder import AutoencoderConfig, Decoder, Encoder, nearest_code
 from models.base import ARImageModel, ARTransformer, ImageTokenizer
-from models.decoding import DecodingState, KVCache, LayerCache
+from models.cache import KVCache, LayerCache
+from models.decoding import DecodingState
+from models.devices import autocast_dtype
 from models.image_transforms import RandomCrop
 
 
@@ -47,17 +49,35 @@ class TokenizerConfig:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): drops the whole residual branch of some rows."""
+    """Stochastic depth (Huang et al., 2016): drops whole residual branches of some rows.
 
-    def __init__(self, rate: float):
+    Drawn for all blocks before they run: nothing in a block's code is its own, so that one
+    compiled block serves them all, and compiling changes no random number.
+    """
+
+    def __init__(self, rates: Sequence[float]):
         super().__init__()
-        self.rate = rate
+        self.rates, self.rate = rates, max(rates)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, rows: int, device: torch.device) -> Tensor | None:
+        """Factor of each residual branch of each block [blocks, 2, rows, 1, 1]; None: nothing is dropped."""
         if not self.training or self.rate == 0:
-            return x
-        keep = 1 - self.rate
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+            return None
+        factors = torch.ones(len(self.rates), 2, rows, 1, 1, device=device)
+        for branches, rate in zip(factors, self.rates):
+            for branch in branches if rate else ():
+                branch.bernoulli_(1 - rate).div_(1 - rate)
+        return factors
+
+
+class LinearOfBias(nn.Linear):
+    """A linear layer whose bias is given: called like any module, so that sharding sees its use."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__(width, out, bias=False)
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(input, self.weight, bias)
 
 
 class Attention(nn.Module):
@@ -69,7 +89,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
-        self.mat_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.mat_qkv = LinearOfBias(dim, 3 * dim)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.register_buffer("zero_k_bias", torch.zeros(dim, device="cpu"))
@@ -77,16 +97,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.mat_qkv(x, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         temperature = self.scale_mul_1H11.clamp_max(math.log(100.0)).exp()
         q, k = (
             (F.normalize(q.float(), dim=-1) * temperature).type_as(v),
             F.normalize(k.float(), dim=-1).type_as(v),
         )
-        if cache is not None:
-            k, v = cache.append(k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        if cache is None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        else:
+            out = cache.attend(q, k, v, scale=1.0)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -106,12 +126,11 @@ Modulation = tuple[Tensor, ...]
 class Block(nn.Module):
     """Pre-norm block whose norms and residual gains come from the class (adaptive LayerNorm)."""
 
-    def __init__(self, config: TransformerConfig, drop_path: float):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
         self.dim = config.dim
         self.attn = Attention(config.dim, config.heads)
         self.ffn = FeedForward(config.dim)
-        self.drop_path = DropPath(drop_path)
         if config.shared_adaln:
             self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, config.dim))
         else:
@@ -130,14 +149,26 @@ class Block(nn.Module):
         return vectors.unbind(2)
 
     def forward(
-        self, x: Tensor, condition: Tensor | Modulation, mask: Tensor | None, cache: LayerCache | None
+        self,
+        x: Tensor,
+        condition: Tensor | Modulation,
+        mask: Tensor | None,
+        cache: LayerCache | None,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """``condition``: what ``modulation`` takes, or gave: sampling computes it once per image."""
+        """``condition``: what ``modulation`` takes, or gave: sampling computes it once per image.
+
+        kept: factors of the two residual branches [2, B, 1, 1] (see ``DropPath``).
+        """
         modulation = self.modulation(condition) if isinstance(condition, Tensor) else condition
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         attended = self.attn(_norm(x) * (1 + scale1) + shift1, mask, cache)
-        x = x + self.drop_path(attended * gamma1)
-        return x + self.drop_path(self.ffn(_norm(x) * (1 + scale2) + shift2) * gamma2)
+        x = x + _scaled(attended * gamma1, kept, 0)
+        return x + _scaled(self.ffn(_norm(x) * (1 + scale2) + shift2) * gamma2, kept, 1)
+
+
+def _scaled(branch: Tensor, kept: Tensor | None, which: int) -> Tensor:
+    return branch if kept is None else branch * kept[which].type_as(branch)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -161,6 +192,7 @@ class VARState(DecodingState):
     modulations: Sequence[Tensor | Modulation]  # of each block; in training what they are made of
     head_modulation: Modulation
     cache: KVCache | None = None
+    kept: Tensor | None = None  # in training, of all blocks (see ``DropPath``)
     # Residual sum of the levels decoded so far; kept so that each level is added only once.
     reconstruction: Tensor | None = None
 
@@ -175,7 +207,7 @@ class VARState(DecodingState):
 
 
 class VARTransformer(ARTransformer):
-    float32_parts = ("head_nm", "head")
+    once_per_image = ("ada_lin",)
     lvl_1L: Tensor
     attn_bias_for_masking: Tensor
 
@@ -196,7 +228,8 @@ class VARTransformer(ARTransformer):
         if config.shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         rates = np.linspace(0, config.drop_path_rate, config.depth).tolist()
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.drop_path = DropPath(rates)
+        self.blocks = nn.ModuleList(Block(config) for _ in rates)
         self.head_nm = HeadNorm(dim)
         self.head = nn.Linear(dim, config.vocab_size)
 
@@ -227,10 +260,9 @@ class VARTransformer(ARTransformer):
         """
         c = self.class_emb(labels)
         source = self.shared_ada_lin(c).view(-1, 1, 6, self.config.dim) if self.config.shared_adaln else c
-        with torch.autocast(c.device.type, enabled=False):
-            head = self.head_nm.modulation(c.float())
         blocks = cast(list[Block], self.blocks)
-        return VARState(c, [block.modulation(source) if precompute else source for block in blocks], head)
+        modulations = [block.modulation(source) if precompute else source for block in blocks]
+        return VARState(c, modulations, self.head_nm.modulation(c))
 
     def transformer_blocks(self) -> nn.ModuleList:
         return self.blocks
@@ -239,7 +271,9 @@ class VARTransformer(ARTransformer):
         return self.head
 
     def hidden(self, labels: Tensor, inputs: Tensor) -> Tensor:
-        return self.advance(inputs, self.condition(labels, precompute=False))
+        state = self.condition(labels, precompute=False)
+        state.kept = self.drop_path(len(labels), labels.device)
+        return self.advance(inputs, state)
 
     def advance(self, inputs: Tensor | None, state: VARState) -> Tensor:
         """What the head takes of the next n positions, [B, n, dim] float32.
@@ -247,22 +281,23 @@ class VARTransformer(ARTransformer):
         inputs: [B, n, code_dim], or [B, n - 1, code_dim] where position 0, the class, is among
         them (None for that position alone).
         """
-        start = state.cache.length if state.cache else 0
+        start = state.cache.filled if state.cache else 0
         parts = [] if start else [state.condition[:, None] + self.pos_start]
         parts += [] if inputs is None else [self.word_embed(inputs)]
         x = torch.cat(parts, dim=1)
         end = start + x.shape[1]
         x = x + self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]
-        mask = None if state.cache else self.attn_bias_for_masking[:, :, :end, :end].to(x.dtype)
-        for layer, block in enumerate(self.blocks):
-            x = self.run_block(
-                block, x, state.modulations[layer], mask, state.cache and state.cache.at(layer)
-            )
+        bias = self.attn_bias_for_masking[:, :, :end, :end]
+        # Cast here, once, and not by autocast in each layer.
+        mask = None if state.cache else bias.to(autocast_dtype(x.device, x.dtype))
+        caches = state.cache.at() if state.cache else [None] * len(self.blocks)
+        kept = [None] * len(self.blocks) if state.kept is None else state.kept
+        for block, modulation, cache, factors in zip(self.blocks, state.modulations, caches, kept):
+            x = self.run_block(block, x, modulation, mask, cache, factors)
         if state.cache:
             state.cache.advance(end - start)
-        with torch.autocast(x.device.type, enabled=False):
-            scale, shift = state.head_modulation
-            return _norm(x.float()) * (1 + scale) + shift
+        scale, shift = state.head_modulation
+        return _norm(x.float()) * (1 + scale) + shift
 
 
 class ResidualConvs(nn.Module):
@@ -389,17 +424,28 @@ class VAR(ARImageModel[VARState]):
     def inputs(self, tokens: Tensor) -> Tensor:
         return self.tokenizer.teacher_forcing_input(tokens)
 
-    def begin(self, labels: Tensor) -> VARState:
+    @property
+    def cached_length(self) -> int:
+        """Positions that later ones attend to: all but those of the last level."""
+        return self.sequence_length - self.step_sizes[-1]
+
+    @property
+    def cached_numbers(self) -> int:
         config = self.transformer.config
-        state = self.transformer.condition(labels, precompute=True)
-        like = state.modulations[0][0]
+        return 2 * config.depth * config.dim * self.cached_length
+
+    def begin(self, labels: Tensor, static: bool = False) -> VARState:
+        config = self.transformer.config
+        state, weight = self.transformer.condition(labels, precompute=True), self.transformer.pos_start
+        like = weight.new_empty(0, dtype=autocast_dtype(weight.device, weight.dtype))
         state.cache = KVCache(
-            config.depth, len(labels), config.heads, self.sequence_length, config.dim // config.heads, like
+            config.depth, len(labels), config.heads, self.cached_length, config.dim // config.heads, like
         )
         return state
 
-    def next_logits(self, state: VARState, decoding_step: int, tokens: Tensor) -> Tensor:
+    def next_logits(self, state: VARState, decoding_step: int | Tensor, tokens: Tensor) -> Tensor:
         net = self.transformer
+        assert isinstance(decoding_step, int)
         if decoding_step == 0:
             return net.to_logits(net.advance(None, state))
         quantizer, last_level = self.tokenizer.quantize, decoding_step - 1

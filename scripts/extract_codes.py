@@ -70,7 +70,7 @@ def make_parser() -> Parser:
         "--batch-size",
         type=count(),
         default=128,
-        help="crops encoded at once in one process (default %(default)s)",
+        help="crops read before they are encoded, in parts that fit a GPU (default %(default)s)",
     )
     add(
         "--workers",

@@ -19,6 +19,7 @@ from cca.data.folders import find_images, fingerprint, read_image, shown, subfol
 from cca.data.image_sets import NpzImages, to_uint8_tensor
 from cca.streams import CROPS, stream
 from models import ARImageModel, UserError
+from models.devices import ENCODED_PIXELS, upload
 from models.image_transforms import Transform
 
 
@@ -88,10 +89,13 @@ class LabelledImages(TokenSource):
     def labels(self, indices: np.ndarray) -> Tensor:
         return self.all_labels[torch.from_numpy(indices)]
 
-    @torch.no_grad()
     def tokens(self, batch: Tensor) -> Tensor:
+        """As above; encoded in parts, so that memory does not grow with the batch."""
         device = next((p.device for p in self.model.tokenizer.parameters()), batch.device)
-        return self.model.encode(to_model_input(batch.to(device)))
+        size = max(1, ENCODED_PIXELS[device.type] // self.model.image_size**2)
+        with torch.inference_mode():
+            parts = [self.model.encode(to_model_input(upload(part, device))) for part in batch.split(size)]
+        return torch.cat(parts)  # out here: what was made in there could not be trained on
 
 
 class ImageArray(LabelledImages):

@@ -6,23 +6,37 @@ Finished parts are stored as they come, so an interrupted run goes on where it s
 import json
 import time
 import zipfile
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from cca.distributed import Processes, Stopped, StopRequest
-from cca.sampling.sampler import GraphedGenerate, SampleRequest, class_of, sample_images
-from models import DTYPES, ARImageModel, UserError
+from cca.distributed import Processes, StopRequest
+from cca.sampling.compiled import CompiledGenerate
+from cca.sampling.fitting import memory_named
+from cca.sampling.sampler import (
+    SampleRequest,
+    class_of,
+    decode_tokens,
+    eager_generate,
+    prepare,
+    sample_tokens,
+)
+from models import ARImageModel, UserError
+from models.devices import device_name
 from models.files import atomic_write, read_json, remove_folder, write_binary, write_json, writing
 from models.outputs import check_space, differing
 
 PART_IMAGES = 256  # images per stored part
 HEADER_BYTES = 128  # of a part's file: np.save pads to this
 NOT_COMPARED = ("weights",)  # how the path was spelled; the hash of the weights counts
+BEFORE = {"compile": False}  # what earlier versions did without noting it
 
 
 class PartStore:
@@ -99,7 +113,7 @@ class PartStore:
         return True
 
     def _refuse_others(self, before: dict, path: Path, what: str, remedy: str) -> None:
-        changed = differing(before, self.options, NOT_COMPARED)
+        changed = differing({**BEFORE, **before}, self.options, NOT_COMPARED)
         if changed:
             raise UserError(
                 f"--output: {path} holds {what} with {changed[0]}; {remedy}, or remove {_kind(path)}"
@@ -178,9 +192,11 @@ def run_sampling(
     output: Path,
     provenance: dict,
     processes: Processes,
-    cuda_graphs: bool = False,
+    compile: bool = False,
 ) -> bool:
     """Sample, store, assemble ``output`` (.npz) and write its ``.json`` beside it; one line if it is there.
+
+    compile: decode with ``CompiledGenerate``, on a GPU with a compiled tokenizer too.
 
     Returns False where a signal stopped it: what is stored is taken by the same command. Leaves the
     model's matrices in ``request.dtype``. Raises UserError; see ``PartStore.open``.
@@ -189,6 +205,7 @@ def run_sampling(
         **{k: v for k, v in asdict(request).items() if k != "sampling"},
         **asdict(request.sampling),
         **provenance,
+        "compile": compile,
     }
     options = json.loads(json.dumps(options))  # as it reads back: tuples become lists
     size = request.eval_size or model.image_size
@@ -205,7 +222,7 @@ def run_sampling(
             if processes.main:
                 print(f"{output} is finished already, with these options; nothing is left to do")
             return True
-        return _fill(store, model, request, batch_size, processes, stop, cuda_graphs)
+        return _fill(store, model, request, batch_size, processes, stop)
 
 
 def _fill(
@@ -215,21 +232,25 @@ def _fill(
     batch_size: int,
     processes: Processes,
     stop: StopRequest,
-    cuda_graphs: bool,
 ) -> bool:
-    """Make the missing parts of a claimed store, and assemble it; False if a signal came first."""
-    started = time.perf_counter()
-    model.transformer.store_matrices(DTYPES[request.dtype])
-    model = model.to(processes.device)
+    """Sample the missing parts of a claimed store, and assemble it; False if a signal came first."""
+    started, compile = time.perf_counter(), store.options["compile"]
+    if processes.main:
+        where = f"{device_name(processes.device)} x {processes.world}"
+        how = f"{request.dtype}, batch {batch_size}, {'compiled' if compile else 'eager'}"
+        print(f"{store.options['model']} at {model.image_size} pixels, {where}, {how}", flush=True)
+    prepare(model, request.dtype, processes.device, compile)
     missing = [part.start for part in store.parts() if not store.made(part)]
     processes.barrier()  # all have looked before one writes
     mine = [range(i, min(i + PART_IMAGES, request.num_samples)) for i in missing]
     mine = mine[processes.rank :: processes.world]
+    indices, parts = chain.from_iterable(mine), deque(mine)
     generate = (
-        GraphedGenerate(model, request, min(batch_size, PART_IMAGES), processes.device)
-        if cuda_graphs and mine
-        else None
+        CompiledGenerate(model, request.sampling, request.dtype, batch_size, processes.device)
+        if compile
+        else eager_generate(model, request)
     )
+    tokens: list[Tensor] = []  # of the parts to come, from the first one's beginning
     made, began = 0, time.perf_counter()
     with tqdm(
         total=sum(map(len, mine)),
@@ -238,26 +259,30 @@ def _fill(
         disable=not processes.main,
     ) as bar:
 
-        def progress(count: int) -> None:
-            bar.update(count)
-            stop.check()
-
         def make_next() -> None:
-            nonlocal made
-            if not mine:
+            """One batch of tokens, and the parts that it completes."""
+            nonlocal tokens, made
+            batch = list(islice(indices, batch_size))
+            if not batch:
                 return
-            part = mine.pop(0)
-            try:
-                images = sample_images(
-                    model, part, request, batch_size, processes.device, generate, progress
-                ).numpy()
-            except Stopped:
+            first = not bar.n and time.perf_counter()
+            if first and compile:
+                bar.set_postfix_str("compiling")
+            with memory_named(model, request, batch_size, processes.device):
+                tokens.append(sample_tokens(model, batch, request, processes.device, generate))
+            if stop.asked:
                 return  # a part of a part is not kept
-            store.write(part, images)
-            made += len(part)
+            if first and compile:
+                bar.set_postfix_str(f"first batch {time.perf_counter() - first:.0f} s")
+            bar.update(len(batch))
+            while parts and sum(map(len, tokens)) >= len(parts[0]):
+                part, drawn = parts.popleft(), torch.cat(tokens)
+                store.write(part, decode_tokens(model, drawn[: len(part)], request).numpy())
+                tokens = [drawn[len(part) :]]
+                made += len(part)
 
         # Signals reach the processes at different moments, and one may have a part more than another.
-        while processes.any(bool(mine)) and not processes.any(stop.asked):
+        while processes.any(bool(parts)) and not processes.any(stop.asked):
             processes.agree(make_next)
         stopped = processes.any(stop.asked)
     seconds = time.perf_counter() - began

@@ -3,17 +3,17 @@
 Image i is a function of (seed, i, its class, the model, the options) alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cca.streams import CLASSES, TOKENS, stream
 from models import DTYPES, ARImageModel, SamplingOptions, autocast
 from models.decoding import generate_tokens, require_finite
-from models.devices import DECODED_PIXELS
+from models.devices import DECODED_PIXELS, allow_tf32
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,6 @@ def token_noise(index: int, length: int, seed: int) -> np.ndarray:
     return stream(seed, TOKENS, index).random(length)
 
 
-def compile_blocks(model: ARImageModel) -> None:
-    """torch.compile the transformer blocks, once for all lengths of the cache."""
-    for block in model.transformer.transformer_blocks():
-        block.compile(dynamic=True)
-
-
 # Labels [n], uniforms [n, L] -> tokens [n, L], NOT_FINITE among them where logits were not.
 Generate = Callable[[Tensor, Tensor], Tensor]
 
@@ -59,43 +53,35 @@ def eager_generate(model: ARImageModel, request: SampleRequest) -> Generate:
     return generate
 
 
-class GraphedGenerate:
-    """All decoding steps of one batch as a single CUDA graph; a smaller batch is filled up.
-
-    At these batch sizes launching the kernels takes longer than running them; a graph launches once.
-    """
-
-    def __init__(self, model: ARImageModel, request: SampleRequest, batch_size: int, device: torch.device):
-        generate = eager_generate(model, request)
-        self.labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.uniforms = torch.zeros(batch_size, model.sequence_length, dtype=torch.float64, device=device)
-        warm_up = torch.cuda.Stream()
-        warm_up.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            warm_up
-        ):  # libraries set themselves up, and blocks compile, before the capture
-            generate(self.labels, self.uniforms)
-        torch.cuda.current_stream().wait_stream(warm_up)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.tokens = generate(self.labels, self.uniforms)
-
-    def __call__(self, labels: Tensor, uniforms: Tensor) -> Tensor:
-        rows = len(labels)
-        self.labels[:rows].copy_(labels)
-        self.uniforms[:rows].copy_(uniforms)
-        self.graph.replay()
-        return self.tokens[:rows].clone()
-
-
 def sample_tokens(
-    model: ARImageModel, indices: range, request: SampleRequest, device: torch.device, generate: Generate
+    model: ARImageModel,
+    indices: Sequence[int],
+    request: SampleRequest,
+    device: torch.device,
+    generate: Generate,
 ) -> Tensor:
     """Tokens [n, L] of these indices, as one batch. Raises UserError where the logits are not finite."""
     labels = torch.tensor([class_of(i, request) for i in indices], device=device)
     noise = np.stack([token_noise(i, model.sequence_length, request.seed) for i in indices])
     tokens = generate(labels, torch.from_numpy(noise).to(device))
     return require_finite(tokens, DTYPES[request.dtype])
+
+
+def prepare(model: ARImageModel, dtype: str, device: torch.device, compile: bool = False) -> None:
+    """Put a model on the device for sampling alone: matrices in the run's precision, and on a GPU what
+    its convolutions like, compiled if asked. Autocast gives the same numbers, at a cast for each use.
+    """
+    model.transformer.store_matrices(DTYPES[dtype])
+    model.to(device)
+    if device.type != "cuda":
+        return
+    allow_tf32(device)
+    model.tokenizer.to(memory_format=torch.channels_last)
+    for part in model.tokenizer.modules():
+        if isinstance(part, nn.Conv2d) and model.decodes_in_half_precision:
+            part.to(DTYPES[dtype])
+    for child in model.tokenizer.children() if compile else ():
+        child.compile(dynamic=False)
 
 
 @torch.inference_mode()
@@ -116,18 +102,10 @@ def decode_tokens(model: ARImageModel, tokens: Tensor, request: SampleRequest) -
 
 
 def sample_images(
-    model: ARImageModel,
-    indices: range,
-    request: SampleRequest,
-    batch_size: int,
-    device: torch.device,
-    generate: Generate | None = None,
-    progress: Callable[[int], object] = lambda n: None,
+    model: ARImageModel, indices: range, request: SampleRequest, batch_size: int, device: torch.device
 ) -> Tensor:
-    """uint8 images [n, H, W, 3] of these indices; ``progress`` hears of each finished batch."""
-    generate, tokens = generate or eager_generate(model, request), []
-    for start in range(indices.start, indices.stop, batch_size):
-        batch = range(start, min(start + batch_size, indices.stop))
-        tokens.append(sample_tokens(model, batch, request, device, generate))
-        progress(len(batch))
+    """uint8 images [n, H, W, 3] of these indices."""
+    generate, tokens = eager_generate(model, request), []
+    for start in range(0, len(indices), batch_size):
+        tokens.append(sample_tokens(model, indices[start : start + batch_size], request, device, generate))
     return decode_tokens(model, torch.cat(tokens), request)

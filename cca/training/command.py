@@ -11,16 +11,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from cca.data.sources import TokenSource
 from cca.distributed import Processes, StopRequest
-from cca.sampling.grid import write_grid
-from cca.sampling.sampler import SampleRequest, sample_images
 from cca.training.data_record import data_record, refuse_renumbered
+from cca.training.gpu import explaining_memory, peak_rate
 from cca.training.loader import Unreadable, own_items
 from cca.training.losses import LOSSES, Batch, missing_negatives, pair_labels
+from cca.training.preview import grid_drawer
 from cca.training.run_folder import RunFolder, describe
 from cca.training.schedule import TrainingConfig, global_batches, unconditional_rows
 from cca.training.trainer import Trainer
@@ -28,19 +27,17 @@ from models import (
     DTYPES,
     ARImageModel,
     Recipe,
-    SamplingOptions,
     UserError,
     load_files,
     locate,
     model_names,
     zoo_entry,
 )
-from models.devices import TRAINED_IMAGES
+from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically
 from models.options import Parser, add_model_options, count, number
 from models.outputs import check_output
 from models.zoo import ZooEntry
 
-GRID_ROWS, GRID_COLUMNS = 4, 10
 PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
 
 
@@ -55,7 +52,10 @@ def run_training(
     if args.weights == "cca":
         raise UserError("--weights: training starts from base or from a path")
     check_output("--output", args.output, {"the data": path}, folder=True)
+    if args.deterministic:
+        compute_deterministically()
     processes = Processes()
+    allow_tf32(processes.device)
     files = locate(args.model, args.weights, args.tokenizer_weights, args.image_size)
     model = load_files(files)
     data = open_data(path, model, args.seed)
@@ -76,6 +76,7 @@ def run_training(
             "use --parallel ddp, or sample.py on a finished run"
         )
     compared, told = data_record(path, data, processes)
+    compared["deterministic"] = args.deterministic
     description = {**describe(config, {**files.describe(), **compared}), "data": told}
     published = config.batch_size // (PUBLISHED_GPUS * recipe.published_accumulation)
     if recipe.published_accumulation == 1:
@@ -88,11 +89,14 @@ def run_training(
             without = missing_negatives(config.loss, config.batch_size, data.same_class)
             for note in [*data.notes(), *([without] if without else [])]:
                 print(f"note: {note}", file=sys.stderr)
-        trainer = Trainer(
-            model, config, micro_batch_size, processes, parallel, args.compile, args.checkpointing
-        )
-        draw = grid_drawer(trainer, folder.path / "samples") if args.sample_every else lambda step: None
-        train(trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw)
+        with explaining_memory(micro_batch_size, args.checkpointing):
+            trainer = Trainer(
+                model, config, micro_batch_size, processes, parallel, args.compile, args.checkpointing
+            )
+            draw = grid_drawer(trainer, folder.path / "samples") if args.sample_every else lambda step: None
+            train(
+                trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw
+            )
 
 
 def train(
@@ -107,6 +111,7 @@ def train(
 ) -> None:
     """Run or resume training up to ``max_steps``, then leave model and state in ``folder``."""
     config, processes = trainer.config, trainer.processes
+    peak = peak_rate(processes.device)
     with StopRequest() as request:
         done = folder.resume(trainer)
         share, negatives_of = processes.share(config.batch_size), LOSSES[config.loss].negatives
@@ -126,19 +131,18 @@ def train(
                 views, flags = next(items)
                 batch = Batch(data.tokens(views), labels[share], negatives[share], uncond[share])
                 metrics = trainer.optimizer_step(done, batch)
-                metrics["images_per_second"] = config.batch_size / (time.perf_counter() - began)
+                seconds = time.perf_counter() - began
+                metrics["images_per_second"] = config.batch_size / seconds
+                if peak:
+                    metrics["mfu"] = trainer.flops / seconds / peak
                 done += 1
                 processes.agree(partial(folder.log, done, metrics), main=True)
                 if processes.main:
                     show(bar, metrics, done % log_every == 0)
                 # A signal reaches the processes at different moments; they agree on the step to stop at.
-                agreed = processes.sum(
-                    torch.tensor(
-                        [float(request.asked), float(unreadable.report(flags))], device=processes.device
-                    )
-                )
-                stop = bool(agreed[0])
-                unreadable.add(int(agreed[1]))
+                asked, missing = processes.total(float(request.asked), float(unreadable.report(flags)))
+                stop = bool(asked)
+                unreadable.add(int(missing))
                 if stop or done % save_every == 0 or done == config.max_steps:
                     folder.save(trainer, done)
                 if sample_every and done % sample_every == 0:
@@ -159,34 +163,10 @@ def show(bar: tqdm, metrics: dict[str, float], refresh: bool) -> None:
             "accuracy",
             "margin",
             "images_per_second",
+            "mfu",
             *(["skipped_steps"] if metrics["skipped_steps"] else []),
         )
         bar.set_postfix({k: f"{metrics[k]:.4g}" for k in shown if k in metrics})
-
-
-def grid_drawer(trainer: Trainer, folder: Path):
-    """A function that samples a grid without guidance, always from the same random numbers."""
-    model, processes = trainer.model, trainer.processes
-    classes = tuple(torch.linspace(0, model.num_classes - 1, GRID_COLUMNS).long().tolist())
-    request = SampleRequest(
-        GRID_ROWS * GRID_COLUMNS, classes, "balanced", 0, None, trainer.config.dtype, SamplingOptions()
-    )
-
-    def draw(step: int) -> None:
-        if processes.main:
-            model.eval()
-            try:
-                images = sample_images(
-                    model, range(request.num_samples), request, GRID_ROWS * GRID_COLUMNS, processes.device
-                )
-                folder.mkdir(exist_ok=True)
-                write_grid(images.numpy(), folder / f"step-{step:06d}.png", GRID_COLUMNS)
-            except UserError as error:  # a picture is not worth the run
-                tqdm.write(f"no sample grid of step {step}: {error}", file=sys.stderr)
-            trainer.net.train()
-        processes.barrier()
-
-    return draw
 
 
 # fmt: off
@@ -229,6 +209,8 @@ def training_parser(
     add("--compile", action="store_true", help="torch.compile the transformer blocks")
     add("--checkpointing", action="store_true",
         help="keep no activations of the blocks, compute them again in the backward pass")
+    add("--deterministic", action="store_true",
+        help="compute so that a run on GPUs can be repeated bit for bit, more slowly")
     add("--workers", type=count(0), default=0,
         help="data loading processes of each training process (default 0: none; 8 suits image folders)")
     add("--seed", type=count(0), default=0,

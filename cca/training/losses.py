@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.devices import upload
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -19,6 +21,7 @@ class Batch:
 
     tokens: [n, L] int64. labels: classes [n] int64 after the null-class draw. negatives: the
     classes [n] that they are contrasted with, likewise. uncond: bool [n], rows of the null class.
+    The trainer takes all but the tokens on the CPU, where what depends on them is counted.
     """
 
     tokens: Tensor
@@ -38,7 +41,7 @@ class Batch:
         return Batch(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
 
     def to(self, device: torch.device) -> "Batch":
-        return self.map(lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: upload(tensor, device))
 
     def micro_batches(self, size: int) -> Iterator["Batch"]:
         """Consecutive parts of at most ``size`` images."""
@@ -149,13 +152,22 @@ def pair_labels(
     return torch.where(uncond, null, labels), torch.where(uncond, null, negatives(labels))
 
 
-def diagnostics(reward: Tensor, negative_reward: Tensor, uncond: Tensor) -> dict[str, tuple[float, int]]:
-    """What a step reports, as sums and counts, so that micro-batches and processes add up."""
-    rows, null = len(reward), int(uncond.sum())
-    return {
-        "accuracy": (float((reward > negative_reward).sum()), rows),
-        "margin": (float((reward - negative_reward).sum()), rows),
-        "chosen_reward": (float(reward.sum()), rows),
-        "rejected_reward": (float(negative_reward.sum()), rows),
-        "null_reward": (float(reward[uncond].sum()), null),
+def diagnostics(reward: Tensor, negative_reward: Tensor, null_rows: Tensor) -> dict[str, tuple[Tensor, int]]:
+    """What a step reports, as sums and counts, so that micro-batches and processes add up.
+
+    Args:
+        reward: r(x_i, c_i) of a micro-batch [B]; negative_reward: r(x_i, c_i-) [B].
+        null_rows: indices [n] int64 of the rows of the null class.
+
+    Returns:
+        by name a sum, float64 [] on the rewards' device, which nothing waits for, and its count.
+    """
+    rows = len(reward)
+    sums = {
+        "accuracy": ((reward > negative_reward), rows),
+        "margin": (reward - negative_reward, rows),
+        "chosen_reward": (reward, rows),
+        "rejected_reward": (negative_reward, rows),
+        "null_reward": (reward[null_rows], len(null_rows)),
     }
+    return {name: (values.sum().double(), count) for name, (values, count) in sums.items()}

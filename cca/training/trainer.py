@@ -8,6 +8,7 @@ is trained.
 import copy
 import inspect
 import math
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,6 +30,7 @@ from cca.streams import DROPOUT, stream
 from cca.training.losses import LOSSES, Batch, diagnostics
 from cca.training.schedule import TrainingConfig, learning_rate, weight_decay
 from models import DTYPES, ARImageModel, ARTransformer, UserError, autocast
+from models.devices import upload
 from models.weights import not_finite
 
 # Our buffers are constants. PyTorch 2.14 gave the option its new name, and warns of the old one.
@@ -48,15 +50,12 @@ def make_optimizer(model: ARImageModel, config: TrainingConfig) -> torch.optim.A
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
-def pair_logprobs(net: nn.Module, inputs: Tensor, batch: Batch, repeat_equal: bool) -> tuple[Tensor, Tensor]:
+def pair_logprobs(net: nn.Module, inputs: Tensor, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
     """log p(x|c) and log p(x|c-) of each row, positives and negatives as one forward pass: two [B].
 
-    Where c- equals c the two are one number, and such rows are run once, unless ``repeat_equal``:
-    with dropout they differ.
+    ``rows`` [n] int64 are those run under their negative class as well; in the others the two are one number.
     """
     labels, tokens = batch.labels, batch.tokens
-    other = torch.ones_like(batch.same_label) if repeat_equal else ~batch.same_label
-    rows = other.nonzero().flatten()
     logp = net(
         torch.cat([labels, batch.negatives[rows]]),
         torch.cat([inputs, inputs[rows]]),
@@ -66,17 +65,28 @@ def pair_logprobs(net: nn.Module, inputs: Tensor, batch: Batch, repeat_equal: bo
     return positive, positive.index_copy(0, rows, rest)
 
 
-def shard(net: ARTransformer, processes: Processes) -> None:
-    """FSDP2: parameters, gradients and optimizer state of each block split over all processes."""
+def shard(net: ARTransformer, processes: Processes, dtype: torch.dtype) -> None:
+    """FSDP2: parameters, gradients and optimizer state of each block split over all processes.
+
+    The matrices of a block are gathered in ``dtype``, in which autocast computes with them, and their
+    gradients added up in float32. What else a block has (norms, temperatures) is a group in float32,
+    and so is all that is outside of the blocks.
+    """
     mesh = init_device_mesh(processes.device.type, (processes.world,))
+    # It warns that a layer's output must not be changed in place, which no block does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in net.transformer_blocks():
+        if dtype != torch.float32:
+            matrices: list[nn.Module] = [m for m in block.modules() if isinstance(m, nn.Linear)]
+            fully_shard(matrices, mesh=mesh, mp_policy=policy)
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A tensor that FSDP may have split, whole on the CPU (all processes take part)."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+    """A tensor that FSDP may have split, whole (all processes take part)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _finite(state: dict[str, Any]) -> dict[str, Any]:
@@ -106,24 +116,26 @@ class Trainer:
         self.micro_batch_size = micro_batch_size
         self.net = model.transformer.train()
         self.stochastic = model.stochastic
+        self.forward_flops, self.flops = model.forward_flops(), 0  # the latter: of this process's last step
         self.sharded = parallel == "fsdp" and processes.world > 1
         self.objective = LOSSES[config.loss].objective
         self.reference: ARTransformer | None = None
         if self.objective is not None:
             # The reference keeps training mode, as in the published runs: its dropout is on.
             self.reference = copy.deepcopy(self.net).requires_grad_(False)
-            if not self.sharded:
-                self.reference.store_matrices(DTYPES[config.dtype])  # half the memory
+            self.reference.store_matrices(DTYPES[config.dtype])  # half the memory
         self.net.checkpointing = checkpointing
         for net in (self.net, self.reference):
             if net is not None and compile:
+                net.varying_rows = self.objective is not None and not self.stochastic
                 for block in net.transformer_blocks():
                     block.compile()
             if net is not None and self.sharded:
-                shard(net, processes)
+                # A hook within a block would cut its compiled graph.
+                shard(net, processes, torch.float32 if compile else DTYPES[config.dtype])
         self.policy: nn.Module = self.net
         if processes.world > 1 and not self.sharded:
-            self.policy = DistributedDataParallel(self.net, **BUFFERS_ALONE)
+            self.policy = DistributedDataParallel(self.net, gradient_as_bucket_view=True, **BUFFERS_ALONE)
         self.optimizer = make_optimizer(model, config)
         self.autocast = autocast(processes.device, config.dtype)
         self.scaler = torch.amp.GradScaler(
@@ -133,20 +145,28 @@ class Trainer:
         self.ema = {k: p.detach().clone() for k, p in self.net.named_parameters()} if config.ema else {}
         self.skipped = self.skipped_in_a_row = 0
 
-    def micro_loss(self, batch: Batch) -> tuple[Tensor, dict[str, tuple[float, int]]]:
-        """Mean loss [] of one micro-batch and its diagnostics."""
-        inputs, config = self.model.inputs(batch.tokens), self.config
+    def micro_loss(self, batch: Batch) -> tuple[Tensor, dict[str, tuple[Tensor, int]]]:
+        """Mean loss [] of one micro-batch and its diagnostics; nothing here waits for the device."""
+        config, device = self.config, self.processes.device
+        # Where c- equals c, one forward pass gives both likelihoods, but with dropout they differ.
+        pairs = (~batch.same_label | self.stochastic).nonzero().flatten()
+        null_rows = batch.uncond.nonzero().flatten()
+        batch, pairs, null_rows = batch.to(device), upload(pairs, device), upload(null_rows, device)
+        inputs = self.model.inputs(batch.tokens)
+        pairs_run = len(pairs) if self.objective else 0
+        # Forward and backward pass of the policy are three forward passes, the reference's is a fourth.
+        self.flops += (len(batch) + pairs_run) * self.forward_flops * (4 if self.objective else 3)
         if self.objective is None or self.reference is None:
             with self.autocast:
                 return -self.policy(batch.labels, inputs, batch.tokens).mean(), {}
         # FSDP's unsharded parameters must not become inference tensors.
         with torch.no_grad() if self.sharded else torch.inference_mode(), self.autocast:
-            ref_positive, ref_negative = pair_logprobs(self.reference, inputs, batch, self.stochastic)
+            ref_positive, ref_negative = pair_logprobs(self.reference, inputs, batch, pairs)
         with self.autocast:
-            positive, negative = pair_logprobs(self.policy, inputs, batch, self.stochastic)
+            positive, negative = pair_logprobs(self.policy, inputs, batch, pairs)
         reward, negative_reward = positive - ref_positive, negative - ref_negative
         loss = self.objective(reward, negative_reward, batch.same_label, config.beta, config.lambda_)
-        return loss, diagnostics(reward.detach(), negative_reward.detach(), batch.uncond)
+        return loss, diagnostics(reward.detach(), negative_reward.detach(), null_rows)
 
     def synchronise(self, last: bool):
         """Context of one backward pass: gradients are reduced with the last micro-batch alone."""
@@ -174,35 +194,49 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.param_groups[0]["weight_decay"] = decay
-        total_loss, done = 0.0, 0
-        sums: dict[str, tuple[float, int]] = {}
+        self.flops = done = 0
+        total_loss = zero = torch.zeros((), dtype=torch.float64, device=device)
+        sums: dict[str, tuple[Tensor, int]] = {}
         for part in batch.micro_batches(self.micro_batch_size):
             done += len(part)
             share = len(part) / config.batch_size
             with self.synchronise(last=done == len(batch)):
-                loss, found = self.micro_loss(part.to(device))
+                loss, found = self.micro_loss(part)
                 self.scaler.scale(loss * share * self.processes.world).backward()
-            total_loss += loss.item() * share
+            total_loss = total_loss + loss.detach().double() * share
             for name, (value, count) in found.items():
-                old = sums.get(name, (0.0, 0))
+                old = sums.get(name, (zero, 0))
                 sums[name] = (old[0] + value, old[1] + count)
-        flat = torch.tensor([total_loss, *(v for pair in sums.values() for v in pair)], dtype=torch.float64)
-        mean_loss, *totals = self.processes.sum(flat.to(device)).tolist()
-        means = {n: totals[2 * i] / totals[2 * i + 1] for i, n in enumerate(sums) if totals[2 * i + 1]}
-        norm = self.update(mean_loss)
+        counts = torch.tensor([count for _, count in sums.values()], dtype=torch.float64)
+        values = torch.stack([total_loss, *(value for value, _ in sums.values())])
+        totals = self.processes.sum(torch.cat([values, upload(counts, device)]))
+        # The one moment of a step at which the host waits for a GPU.
+        mean_loss, *found_totals, norm = torch.cat([totals, self.clip()[None].double()]).tolist()
+        means = {
+            name: total / count
+            for name, total, count in zip(sums, found_totals, found_totals[len(sums) :])
+            if count
+        }
+        self.update(mean_loss, norm)
         learned = {"grad_norm": norm, "lr": lr, "weight_decay": decay, "skipped_steps": self.skipped}
         return {"loss": mean_loss, **means, **learned}
 
-    def update(self, loss: float) -> float:
-        """Clip and apply the gradients unless they are not finite; returns their norm before clipping."""
+    def clip(self) -> Tensor:
+        """Clip the gradients; returns their norm [] before that, on the device."""
         self.scaler.unscale_(self.optimizer)
-        norm = float(_whole(nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip)))
+        return _whole(nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip))
+
+    def update(self, loss: float, norm: float) -> None:
+        """Apply the gradients unless they, or the loss, are not finite."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
             self.skipped_in_a_row = 0
-            with torch.no_grad():
-                for key, parameter in self.net.named_parameters() if self.ema else ():
-                    self.ema[key].lerp_(parameter, 1 - self.config.ema)
+            if self.ema:
+                trained = dict(self.net.named_parameters())
+                with torch.no_grad():
+                    torch._foreach_lerp_(
+                        list(self.ema.values()), [trained[key] for key in self.ema], 1 - self.config.ema
+                    )
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.scaler.update()  # after an overflow, unscale_ has told it so
@@ -212,7 +246,6 @@ class Trainer:
                 f"--lr: {MAX_SKIPPED} steps in a row had no finite gradient (last loss {loss:g}); "
                 "the state saved last is intact. A lower --lr or --dtype float32 helps"
             )
-        return norm
 
     def state(self) -> dict:
         """Everything that decides the following steps, sharded where the model is."""
@@ -247,5 +280,5 @@ class Trainer:
 
     def full_ema(self) -> dict[str, Any]:
         """The averaged weights in the published layout, constant buffers included; raises as above."""
-        averaged = {k: _whole(v) for k, v in self.ema.items()}
+        averaged = {k: _whole(v).cpu() for k, v in self.ema.items()}
         return {**self.full_weights(), **_finite(averaged)} if averaged else {}

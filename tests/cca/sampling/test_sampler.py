@@ -12,7 +12,7 @@ import torch
 from commands import REFERENCE, ROOT, command_line, environment, run
 
 import sample
-from cca.sampling.sampler import GraphedGenerate, SampleRequest, class_of, compile_blocks, sample_images
+from cca.sampling.sampler import SampleRequest, class_of, sample_images
 from models import SamplingOptions, load_model
 from models.checkpoints import read_state_dict
 from models.errors import UserError
@@ -128,44 +128,6 @@ def test_unfinished_run_with_other_options_is_refused(tmp_path):
         sample.main(arguments)
 
 
-@torch.inference_mode()
-def logits_of_every_step(model, rows):
-    """Of random tokens, half of the rows dropped on the way, as where guidance ends."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.vocab_size, (rows, model.sequence_length), generator=generator)
-    state, done, logits = model.begin(torch.arange(rows) % model.num_classes), 0, []
-    for step, size in enumerate(model.step_sizes):
-        if step == 3:
-            rows //= 2
-            state.keep_rows(rows)
-        logits.append(model.next_logits(state, step, tokens[:rows, :done]))
-        done += size
-    return logits
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_compiling_does_not_matter(name, tmp_path):
-    compiled = load_model(name)
-    compile_blocks(compiled)
-    for rows in (8, 6):
-        for found, expected in zip(
-            logits_of_every_step(compiled, rows), logits_of_every_step(load_model(name), rows), strict=True
-        ):
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    run("sample.py", "--model", name, "--num-samples", 100, "--compile", "--output", tmp_path / "s.npz")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", MODELS)
-def test_cuda_graphs_do_not_matter(name):
-    model, device = load_model(name).cuda(), torch.device("cuda")
-    asked = request(90, cfg_scale=2.0)
-    eager = sample_images(model, range(90), asked, 40, device)
-    graphed = sample_images(model, range(90), asked, 40, device, GraphedGenerate(model, asked, 40, device))
-    assert torch.equal(eager, graphed)
-
-
 @pytest.mark.slow
 def test_fifty_thousand_in_bounded_memory(tmp_path):
     command = command_line(
@@ -220,12 +182,6 @@ def test_presets():
         256,
         "random",
     )
-
-
-def test_graphs_need_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--cuda-graphs: there is no GPU here"):
-        sample.main(["--model", "var-mini", "--cuda-graphs", "--output", str(tmp_path / "s.npz")])
 
 
 def test_too_little_space(tmp_path, monkeypatch):

@@ -15,7 +15,8 @@ import torch
 from commands import ROOT, TRAIN, command_line, environment, expect_error, run
 from made_data import make_codes, make_image_folder
 
-from models import load_model
+import train_var_cca
+from models import UserError, load_model
 from models.outputs import claimed
 
 
@@ -344,6 +345,36 @@ def test_checkpointing_does_not_matter(command, tmp_path):
     run(*command, "--output", tmp_path / "plain")
     run(*command, "--checkpointing", "--output", tmp_path / "again")
     same_losses(tmp_path / "plain", tmp_path / "again")
+
+
+IN_ONE_PROCESS = """
+import os, sys, torch, train_var_cca
+train_var_cca.main(sys.argv[1:])
+assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+assert not torch.is_deterministic_algorithms_warn_only_enabled()
+assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+import torch._inductor.config as compiler
+assert getattr(compiler, "deterministic", True)
+"""
+
+
+def test_deterministic_runs_are_equal_bit_for_bit(tmp_path):
+    common = ["--model", "var-mini", "--data", TRAIN, "--batch-size", 8, "--max-steps", 3]
+    for name in ("one", "two"):
+        options = ["--deterministic", "--sample-every", 2, "--output", tmp_path / name]
+        run("-c", IN_ONE_PROCESS, *common, *options)
+    one, two = tmp_path / "one", tmp_path / "two"
+    state, again = weights(one), weights(two)
+    assert state.keys() == again.keys() and all(torch.equal(state[key], again[key]) for key in state)
+    drawn, drawn_again = ((folder / "samples" / "step-000002.png").read_bytes() for folder in (one, two))
+    assert drawn == drawn_again
+    for line, other in zip(metrics(one), metrics(two), strict=True):
+        del line["images_per_second"], other["images_per_second"]
+        assert line == other
+    assert json.loads((one / "config.json").read_text())["options"]["deterministic"] is True
+    # A run goes on as it began; folders of before there was the option are taken (tests/test_specimens.py).
+    with pytest.raises(UserError, match="deterministic True instead of False"):
+        train_var_cca.main([*map(str, common), "--output", str(one)])
 
 
 @pytest.mark.slow

@@ -38,8 +38,8 @@ def test_pair_labels():
 def test_diagnostics():
     reward = FIGURES["positive_logp"] - FIGURES["ref_positive_logp"]
     negative = FIGURES["negative_logp"] - FIGURES["ref_negative_logp"]
-    found = diagnostics(reward, negative, FIGURES["uncond_mask"])
+    found = diagnostics(reward, negative, FIGURES["uncond_mask"].nonzero().flatten())
     for name in ("accuracy", "margin", "chosen_reward", "rejected_reward"):
         total, count = found[name]
-        assert total / count == pytest.approx(float(FIGURES[f"metric_{name}"]), abs=1e-9)
+        assert total.item() / count == pytest.approx(float(FIGURES[f"metric_{name}"]), abs=1e-9)
     assert found["null_reward"][1] == int(FIGURES["uncond_mask"].sum())

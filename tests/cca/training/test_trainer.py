@@ -8,6 +8,8 @@ import pytest
 import torch
 from commands import TRAIN
 from golden_models import build, golden
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cca.data.sources import ImageArray
 from cca.distributed import Processes
@@ -16,7 +18,8 @@ from cca.training.losses import Batch, pair_labels
 from cca.training.run_folder import RunFolder
 from cca.training.schedule import TrainingConfig, lr_factor
 from cca.training.trainer import Trainer
-from models import UserError, load_model
+from models import ARImageModel, UserError, load_model
+from models.zoo import TOKENIZERS, ZOO
 
 
 def config_of(backbone: str, loss: str) -> TrainingConfig:
@@ -64,6 +67,79 @@ def test_training_trace(backbone, model_name, loss):
             torch.testing.assert_close(
                 weights[key.removeprefix("final/")].flatten()[:64], expected, rtol=0, atol=1e-5
             )
+
+
+class Reads(TorchDispatchMode):
+    """Numbers that the host takes from tensors, one by one or by how many of them are set."""
+
+    counted = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name in self.counted:
+            self.found.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_micro_batch_reads_nothing_from_the_device(dtype):
+    """Rows of the batch are counted where its labels are; sums stay on the device until the step's end."""
+    model = build("var_tiny_a")
+    config = replace(config_of("var", "cca"), dtype=dtype)
+    trainer = Trainer(model, config, micro_batch_size=4, processes=Processes())
+    labels, uncond = torch.tensor([0, 1, 1, 3, 4, 5, 6, 2]), torch.arange(8) % 4 == 0
+    labels, negatives = pair_labels(labels, uncond, 7)
+    batch = Batch(torch.zeros(8, model.sequence_length, dtype=torch.int64), labels, negatives, uncond)
+    with Reads() as reads:
+        trainer.optimizer_step(0, batch)
+    # Two micro-batches, each with the rows of pairs and of the null class, of tensors of the CPU.
+    assert reads.found == ["aten::nonzero"] * 4
+
+
+def deep(family: str, rate: float) -> ARImageModel:
+    """Ten blocks, more than PyTorch compiles, on few tokens; ``rate`` of stochastic depth or dropout."""
+    entry = ZOO[f"{family}-mini"]
+    tokenizer = TOKENIZERS[entry.tokenizer].config
+    torch.manual_seed(1)
+    if family == "var":
+        tokenizer = replace(tokenizer, patch_nums=(1, 2, 3))
+        sizes = {"dim": 16, "heads": 2, "depth": 10, "drop_path_rate": rate}
+    else:
+        sizes = {"dim": 16, "heads": 2, "layers": 10, "dropout": rate}
+    model = entry.backbone.build(replace(entry.transformer, **sizes), tokenizer, 16)
+    model.transformer.init_weights()
+    model.tokenizer.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("family, rate", [("var", 0.3), ("var", 0.0), ("llamagen", 0.1)])
+def test_one_compilation_serves_all_blocks(family, rate, monkeypatch):
+    """PyTorch gives up after eight; and no later step compiles, though its pairs are fewer."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    own = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: own(module, backend=backend, fullgraph=True))
+
+    def losses(compile: bool) -> list[float]:
+        torch._dynamo.reset()
+        model, config = deep(family, rate), config_of(family, "cca")
+        trainer, found = Trainer(model, config, 4, Processes(), compile=compile), []
+        for step in range(2):
+            uncond = torch.arange(8) < step
+            pairs = pair_labels(torch.arange(8), uncond, model.null_class)
+            tokens = torch.arange(model.sequence_length).expand(8, -1)
+            found.append(trainer.optimizer_step(step, Batch(tokens, *pairs, uncond))["loss"])
+            assert len(graphs) == (2 if compile else 0)  # with gradients, and of the reference without
+        return found
+
+    assert losses(compile=False) == losses(compile=True)
 
 
 def test_schedule_of_every_micro_step():

@@ -1,0 +1,142 @@
+"""Decoding compiled: one graph of a decoding step, its draw included, replayed by a GPU without the host.
+
+Eager, a step of a small model is hundreds of kernels, each of which takes longer to launch than to run.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from models import ARImageModel, SamplingOptions, autocast
+from models.cache import reads_a_part
+from models.decoding import (
+    NOT_FINITE,
+    DecodingState,
+    attention_kernels,
+    guided_steps,
+    next_tokens,
+    with_unconditional,
+)
+from models.devices import autocast_dtype
+
+# Where attention cannot be told how much of the cache counts, it reads one of so many lengths of it.
+LENGTHS = {"cuda": 4, "cpu": 1}
+GRAPHS = 128  # of one step function: levels or lengths, guided and not, are a graph each
+
+
+class CompiledGenerate:
+    """Tokens of at most ``batch_size`` images at a time; a smaller batch is filled up.
+
+    The same tokens as ``generate_tokens`` gives, but for the rounding of fused kernels.
+    """
+
+    def __init__(
+        self,
+        model: ARImageModel,
+        options: SamplingOptions,
+        dtype: str,
+        batch_size: int,
+        device: torch.device,
+        backend: str = "inductor",
+    ):
+        self.model, self.options, self.dtype = model, options, dtype
+        steps, length = len(model.step_sizes), model.sequence_length
+        self.guided = guided_steps(options, steps)
+        with torch.inference_mode():  # as what the steps make
+            self.labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            self.uniforms = torch.zeros(batch_size, length, dtype=torch.float64, device=device)
+            self.tokens = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
+            self.finite = torch.ones(batch_size, dtype=torch.bool, device=device)
+            self.at = torch.zeros(1, dtype=torch.int64, device=device)
+            scales = [options.scale_at(step, steps) for step in range(steps)]
+            self.scales = torch.tensor(scales, device=device)
+        self.starts = torch.tensor([0, *model.step_sizes]).cumsum(0).tolist()
+        self.state: DecodingState
+        self.step = torch.compile(self._step, fullgraph=True, dynamic=False, backend=backend)
+        self.replays: list[Callable[[], None]] | None = None
+
+    def __call__(self, labels: Tensor, uniforms: Tensor) -> Tensor:
+        """Labels [n], uniforms [n, L] -> tokens [n, L], NOT_FINITE in rows whose logits were not finite."""
+        rows = len(labels)
+        with torch.inference_mode(), attention_kernels():
+            self.labels[:rows].copy_(labels)
+            self.uniforms[:rows].copy_(uniforms)
+            with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS):
+                if not self.labels.is_cuda:
+                    for function, times in self._stages():
+                        for _ in range(times):
+                            function()
+                else:
+                    self.replays = self.replays or self._capture()
+                    for replay in self.replays:
+                        replay()
+            return self.tokens[:rows].masked_fill(~self.finite[:rows, None], NOT_FINITE)
+
+    def _begin(self) -> None:
+        guided, model = self.guided > 0, self.model
+        labels = with_unconditional(self.labels, model.null_class) if guided else self.labels
+        with autocast(labels.device, self.dtype):
+            self.state = model.begin(labels, static=True) if model.steps_alike else model.begin(labels)
+        self.finite.fill_(True)
+        self.at.zero_()
+
+    def _step(self, step: int | None, guided: bool) -> None:
+        """One decoding step; None: the one that ``at`` says."""
+        model, options, tokens = self.model, self.options, self.tokens
+        with autocast(tokens.device, self.dtype):
+            if step is None:
+                scale: float | Tensor | None = self.scales.index_select(0, self.at) if guided else None
+                before = tokens.index_select(1, (self.at - 1).clamp(min=0))
+                noise = self.uniforms.index_select(1, self.at)
+                drawn, good = next_tokens(model, self.state, self.at, before, noise, scale, options)
+                tokens.index_copy_(1, self.at, drawn)
+                self.at.add_(1)
+            else:
+                scale = options.scale_at(step, len(model.step_sizes)) if guided else None
+                start, stop = self.starts[step : step + 2]
+                before, noise = tokens[:, :start], self.uniforms[:, start:stop]
+                drawn, good = next_tokens(model, self.state, step, before, noise, scale, options)
+                tokens[:, start:stop] = drawn
+        self.finite.logical_and_(good)
+
+    def _stages(self) -> list[tuple[Callable[[], None], int]]:
+        """What decodes a batch, and how many times in a row each is called."""
+        steps, rows = len(self.model.step_sizes), len(self.labels)
+
+        def part(start: int, stop: int) -> tuple[Callable[[], None], int]:
+            def run() -> None:
+                if 0 < start == self.guided:
+                    self.state.keep_rows(rows)
+                if self.model.steps_alike:
+                    self.state.reach(stop)
+                self.step(None if self.model.steps_alike else start, start < self.guided)
+
+            return run, stop - start
+
+        ends = set(range(1, steps)) if not self.model.steps_alike else self._lengths()
+        bounds = sorted({0, self.guided, *ends, steps})
+        return [(self._begin, 1), *(part(*ends) for ends in zip(bounds, bounds[1:]))]
+
+    def _lengths(self) -> set[int]:
+        device, steps = self.labels.device, len(self.model.step_sizes)
+        with autocast(device, self.dtype):
+            like = self.uniforms.new_empty(0, dtype=autocast_dtype(device, torch.float32))
+        parts = 1 if reads_a_part(like) else LENGTHS[device.type]
+        return {steps * (i + 1) // parts for i in range(parts)}
+
+    def _capture(self) -> list[Callable[[], None]]:
+        """A CUDA graph of every stage, in one pool of memory; to be replayed in this order."""
+        warm_up, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):  # compiles, and lets libraries set themselves up
+            for function, _ in self._stages():
+                function()
+        torch.cuda.current_stream().wait_stream(warm_up)
+        replays: list[Callable[[], None]] = []
+        for function, times in self._stages():
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                function()
+            replays += [graph.replay] * times
+        return replays

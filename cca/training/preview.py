@@ -1,0 +1,54 @@
+"""Sample grids that a run draws from itself on its way."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cca.sampling.grid import write_grid
+from cca.sampling.sampler import SampleRequest, sample_images
+from cca.training.trainer import Trainer
+from models import SamplingOptions, UserError
+
+GRID_ROWS, GRID_COLUMNS = 4, 10
+
+
+@contextmanager
+def training_paused(trainer: Trainer) -> Iterator[None]:
+    """Evaluation mode, without what is set for training: compiled blocks, ``--deterministic``."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    trainer.model.eval()
+    torch.use_deterministic_algorithms(False)  # not every operation of sampling has such a kernel
+    try:
+        with torch.compiler.set_stance("force_eager"):  # else they are compiled anew for other shapes
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        trainer.net.train()
+
+
+def grid_drawer(trainer: Trainer, folder: Path) -> Callable[[int], None]:
+    """A function that samples a grid without guidance, always from the same random numbers."""
+    model, processes = trainer.model, trainer.processes
+    classes = tuple(torch.linspace(0, model.num_classes - 1, GRID_COLUMNS).long().tolist())
+    request = SampleRequest(
+        GRID_ROWS * GRID_COLUMNS, classes, "balanced", 0, None, trainer.config.dtype, SamplingOptions()
+    )
+
+    def draw(step: int) -> None:
+        if processes.main:
+            try:
+                with training_paused(trainer):
+                    images = sample_images(
+                        model, range(request.num_samples), request, GRID_ROWS * GRID_COLUMNS, processes.device
+                    )
+                folder.mkdir(exist_ok=True)
+                write_grid(images.numpy(), folder / f"step-{step:06d}.png", GRID_COLUMNS)
+            except UserError as error:  # a picture is not worth the run
+                tqdm.write(f"no sample grid of step {step}: {error}", file=sys.stderr)
+        processes.barrier()
+
+    return draw

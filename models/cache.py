@@ -1,0 +1,148 @@
+"""Keys and values of the positions decoded so far, and attention over them.
+
+``KVCache`` is read up to the last position written. ``StaticCache`` has the same shapes at every
+position, which is a tensor: one compiled graph serves all of them.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _attention_told_what_counts() -> Callable[..., Any] | None:
+    """``varlen_attn``, where this version of PyTorch has it and it takes ``seqused_k``."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "seqused_k" in inspect.signature(varlen_attn).parameters else None
+
+
+varlen_attn = _attention_told_what_counts()
+
+
+def reads_a_part(keys: Tensor) -> bool:
+    """Whether attention can be told how much of a static cache counts, and reads no more than that."""
+    return varlen_attn is not None and keys.is_cuda and keys.dtype in (torch.float16, torch.bfloat16)
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values [rows, heads, length, head_dim]; ``filled`` positions of it are."""
+
+    keys: Tensor
+    values: Tensor
+    filled: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        """Attention of the next n positions to all so far, themselves included; stores their k and v.
+
+        All [rows, heads, n, head_dim]. What goes beyond the cache is not stored: nothing comes after it.
+        """
+        end = self.filled + k.shape[2]
+        if end > self.keys.shape[2]:
+            k = torch.cat([self.keys[:, :, : self.filled], k], dim=2)
+            v = torch.cat([self.values[:, :, : self.filled], v], dim=2)
+        else:
+            self.keys[:, :, self.filled : end] = k
+            self.values[:, :, self.filled : end] = v
+            k, v = self.keys[:, :, :end], self.values[:, :, :end]
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once.
+
+    ``advance`` moves the write position after the last layer.
+    """
+
+    def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
+        """``like``: a tensor of the device and precision of keys and values."""
+        shape = (rows, heads, length, head_dim)
+        self.layers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(layers)]
+        self.filled = 0
+
+    def at(self) -> list[LayerCache]:
+        """The layers, each to be attended to once."""
+        return [LayerCache(keys, values, self.filled) for keys, values in self.layers]
+
+    def advance(self, n: int) -> None:
+        self.filled += n
+
+    def keep_rows(self, rows: int) -> None:
+        self.layers = [(k[:rows], v[:rows]) for k, v in self.layers]
+
+
+class Masked(NamedTuple):
+    """Position ``place`` [1] int64 of a static cache, and which positions it sees: bool [1, 1, 1, n]."""
+
+    place: Tensor
+    mask: Tensor
+
+
+class Counted(NamedTuple):
+    """The same by number: ``used`` [rows] int32 positions count; offsets [rows + 1] int32 say where each
+    row begins, of queries and of keys."""
+
+    place: Tensor
+    used: Tensor
+    query_offsets: Tensor
+    key_offsets: Tensor
+
+
+class StaticLayer(NamedTuple):
+    """One layer's keys and values [rows, length, heads, head_dim] of a static cache."""
+
+    keys: Tensor
+    values: Tensor
+    position: Masked | Counted
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        """As ``LayerCache.attend``, of one position."""
+        position = self.position
+        self.keys.index_copy_(1, position.place, k.transpose(1, 2))
+        self.values.index_copy_(1, position.place, v.transpose(1, 2))
+        if isinstance(position, Masked):
+            seen = position.mask.shape[-1]
+            keys, values = (t[:, :seen].transpose(1, 2) for t in (self.keys, self.values))
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=position.mask, scale=scale)
+        assert varlen_attn is not None
+        rows, length = self.keys.shape[:2]
+        out = varlen_attn(
+            q.transpose(1, 2).flatten(0, 1), self.keys.flatten(0, 1), self.values.flatten(0, 1),
+            position.query_offsets, position.key_offsets, 1, length, scale=scale, seqused_k=position.used,
+        )  # fmt: skip
+        return out.unflatten(0, (rows, 1)).transpose(1, 2)
+
+
+class StaticCache:
+    """Keys and values of all layers, whose shapes are the same at every position.
+
+    ``reach``: positions that attention may read, the whole length unless it is told otherwise.
+    """
+
+    def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
+        shape = (rows, length, heads, head_dim)
+        # Zeros: a mask takes weight from what has not been written, but 0 times NaN is NaN.
+        self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)]
+        self.reach = length
+
+    def at(self, place: Tensor) -> list[StaticLayer]:
+        """The layers at position ``place`` [1] int64."""
+        position = self._position(place)
+        return [StaticLayer(keys, values, position) for keys, values in self.layers]
+
+    def _position(self, place: Tensor) -> Masked | Counted:
+        keys = self.layers[0][0]
+        rows, length = keys.shape[:2]
+        if reads_a_part(keys):
+            starts = torch.arange(rows + 1, dtype=torch.int32, device=keys.device)
+            return Counted(place, (place + 1).int().repeat(rows), starts, starts * length)
+        mask = torch.arange(self.reach, device=keys.device) <= place
+        return Masked(place, mask[None, None, None])
+
+    def keep_rows(self, rows: int) -> None:
+        self.layers = [(k[:rows], v[:rows]) for k, v in self.layers]

@@ -1,0 +1,31 @@
+"""Images become tokens in parts, whatever the batch."""
+
+import pytest
+import torch
+from commands import TRAIN
+
+from cca.data.sources import ImageArray, to_model_input
+from models import load_model
+from models.devices import ENCODED_PIXELS
+
+
+@pytest.mark.parametrize("name", ["var-mini", "llamagen-mini"])
+@pytest.mark.parametrize("pixels", [1, 5 * 32 * 32, 2**18])
+def test_encoding_in_parts_makes_the_same_tokens(name, pixels, monkeypatch):
+    model = load_model(name)
+    source, sizes, encode = ImageArray(TRAIN, model), [], model.encode
+    batch = torch.stack([source[0, index][0] for index in range(12)])
+    with torch.no_grad():
+        expected = encode(to_model_input(batch))
+
+    def noted(images):
+        sizes.append(len(images))
+        return encode(images)
+
+    monkeypatch.setattr(model, "encode", noted)
+    monkeypatch.setitem(ENCODED_PIXELS, "cpu", pixels)
+    tokens = source.tokens(batch)
+    assert torch.equal(tokens, expected)
+    assert sizes == {1: [1] * 12, 5 * 32 * 32: [5, 5, 2], 2**18: [12]}[pixels]
+    # Training takes them as they are: a layer's inputs are kept for its gradient.
+    model.sequence_logprob(torch.zeros(12, dtype=torch.int64), tokens).sum().backward()

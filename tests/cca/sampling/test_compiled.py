@@ -1,0 +1,123 @@
+"""Compiled decoding: the eager tokens, one graph of each shape, and one mode for each file."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import sample
+from cca.sampling.compiled import CompiledGenerate
+from models import SamplingOptions, load_model
+from models.decoding import generate_tokens
+from models.errors import UserError
+
+MODELS = ("llamagen-mini", "var-mini")
+CPU = torch.device("cpu")
+OPTIONS = {
+    "free": SamplingOptions(),
+    "guided": SamplingOptions(2.0, "linear", top_k=100, top_p=0.9, temperature=0.9),
+    "guided in part": SamplingOptions(2.0, "constant", cfg_interval=3),
+}
+BATCH = 16
+
+
+def differing_rows(model, options, counts, backend):
+    """Share of rows whose tokens are not the eager ones, and the graphs compiled, after each batch."""
+    torch._dynamo.reset()
+    counters.clear()
+    generate = CompiledGenerate(model, options, "float32", BATCH, CPU, backend)
+    generator, differ, graphs = torch.Generator().manual_seed(0), [], []
+    for count in counts:
+        labels = torch.randint(10, (count,), generator=generator)
+        uniforms = torch.rand(count, model.sequence_length, dtype=torch.float64, generator=generator)
+        expected = generate_tokens(model, labels, uniforms, options)
+        differ.append((generate(labels, uniforms) != expected).any(1))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert not counters["graph_break"]
+    return torch.cat(differ).double().mean().item(), graphs
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("options", ["free", "guided in part"])
+def test_tokens_and_graphs(name, options):
+    """As traced, without code generation: no graph break, and no graph more after the first batch."""
+    model, chosen = load_model(name), OPTIONS[options]
+    differ, graphs = differing_rows(model, chosen, (BATCH, 9, BATCH), "eager")
+    shapes = 1 if chosen.cfg_interval is None else 2  # with the unconditional rows, and without
+    assert graphs == 3 * [shapes if model.steps_alike else len(model.step_sizes)]
+    assert differ <= 0.005
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_generated_code(name):
+    """By the compiler that users get: greedy tokens are equal, of random ones hardly any differ."""
+    model = load_model(name)
+    for options, share in ((SamplingOptions(top_k=1), 0), (OPTIONS["guided"], 0.005)):
+        differ, _ = differing_rows(model, options, [BATCH] * 20, "inductor")
+        assert differ <= share
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_mask_of_several_lengths(backend, monkeypatch):
+    """Where attention is not told how much of the cache counts, it reads one of a few lengths."""
+    monkeypatch.setitem(CompiledGenerate.__init__.__globals__["LENGTHS"], "cpu", 4)
+    differ, graphs = differing_rows(load_model("llamagen-mini"), OPTIONS["guided"], (BATCH, BATCH), backend)
+    assert (differ, graphs) == (0, [4, 4])
+
+
+def test_logits_that_are_not_finite_mark_their_row():
+    model, uniforms = load_model("llamagen-mini"), torch.rand(3, 64, dtype=torch.float64)
+    with torch.no_grad():
+        model.transformer.cls_embedding.embedding_table.weight[1] = torch.nan
+    generate = CompiledGenerate(model, SamplingOptions(), "float32", 3, CPU, "eager")
+    assert (generate(torch.tensor([0, 1, 2]), uniforms) < 0).all(1).tolist() == [False, True, False]
+    assert (generate(torch.tensor([0, 2, 0]), uniforms) >= 0).all()
+
+
+def test_one_mode_for_each_file(tmp_path, monkeypatch):
+    """The mode is noted, and another is refused; files of before it was noted count as eager."""
+    monkeypatch.setattr(
+        "cca.sampling.sample_file.CompiledGenerate",
+        lambda *arguments: CompiledGenerate(*arguments, "eager"),
+    )
+    command = ["--model", "llamagen-mini", "--num-samples", "20", "--batch-size", "8"]
+    for name, mode in (("eager", "--no-compile"), ("compiled", "--compile")):
+        sample.main([*command, mode, "--output", str(tmp_path / f"{name}.npz")])
+    files = [np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("eager", "compiled")]
+    assert np.array_equal(*files)
+    report = tmp_path / "eager.json"
+    content = json.loads(report.read_text())
+    assert content["options"].pop("compile") is False
+    report.write_text(json.dumps(content))
+    sample.main([*command, "--output", str(tmp_path / "eager.npz")])
+    with pytest.raises(UserError, match="holds samples with compile False instead of True"):
+        sample.main([*command, "--compile", "--output", str(tmp_path / "eager.npz")])
+
+
+@pytest.mark.parametrize(
+    "name, numbers", [("var-mini", 2 * 2 * 64 * (1 + 4 + 9 + 16 + 36)), ("llamagen-mini", 2 * 2 * 64 * 64)]
+)
+def test_what_is_cached(name, numbers):
+    """Every layer's keys and values, but those of VAR's last level, which nothing reads."""
+    model = load_model(name)
+    state = model.begin(torch.zeros(1, dtype=torch.int64))
+    assert model.cached_numbers == numbers == sum(k.numel() + v.numel() for k, v in state.cache.layers)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_gpu(name, dtype):
+    """Compiled and replayed as CUDA graphs: hardly a token differs."""
+    device, options = torch.device("cuda"), OPTIONS["guided in part"]
+    model = load_model(name).cuda()
+    labels, uniforms = torch.arange(90) % 10, torch.rand(90, model.sequence_length, dtype=torch.float64)
+    generate = CompiledGenerate(model, options, dtype, 48, device)
+    parts = [(labels[i : i + 48].cuda(), uniforms[i : i + 48].cuda()) for i in (0, 48)]
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype == "bfloat16"):
+        eager = torch.cat([generate_tokens(model, *part, options) for part in parts])
+    compiled = torch.cat([generate(*part) for part in parts])
+    assert (compiled != eager).any(1).float().mean() <= (0.005 if dtype == "float32" else 0.5)
