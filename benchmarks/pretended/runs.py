@@ -1,0 +1,234 @@
+"""What the commands do, on the pretended GPU; each run gives the record of its operators.
+
+Phases: "inputs", "generate", "decode", "encode", "step 0" and "step 1" (of one and of two
+micro-batches), "features", "metrics".
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from benchmarks.pretended.gpu import DEVICE, OneProcess, fake_model, fill, pretended_gpu
+from benchmarks.pretended.inductor import compiled_kernels
+from benchmarks.pretended.recorder import Recorder
+from cca.data.sources import LabelledImages
+from cca.evaluation.features import INCEPTION, Extractor
+from cca.evaluation.metrics import kernel_distance, precision_recall
+from cca.sampling.sampler import SampleRequest, decode_tokens, eager_generate, sample_tokens
+from cca.training.losses import Batch, pair_labels
+from cca.training.schedule import TrainingConfig
+from cca.training.trainer import Trainer
+from models import DTYPES, ZOO, SamplingOptions, autocast
+from models.base import ARImageModel
+from models.decoding import draw_tokens, filter_logits
+from models.loading import build_model
+from scripts.extract_codes import encode
+
+
+def request(count: int, dtype: str, eval_size: int | None = None, **options) -> SampleRequest:
+    classes = tuple(range(1000))
+    return SampleRequest(count, classes, "balanced", 0, eval_size, dtype, SamplingOptions(**options))
+
+
+def sampled(
+    name: str,
+    images: int,
+    dtype: str,
+    image_size: int | None = None,
+    layers: int | None = None,
+    steps: int | None = None,
+    **options,
+) -> Recorder:
+    """One batch of ``sample.py`` up to its tokens; ``steps``: no more decoding steps than that."""
+    recorder = Recorder()
+    with pretended_gpu():
+        model = fake_model(name, image_size, layers=layers)
+        model.transformer.store_matrices(DTYPES[dtype])
+        model.to(DEVICE)
+        model.step_sizes = model.step_sizes[:steps]
+        wanted = request(images, dtype, cfg_schedule=model.default_cfg_schedule, **options)
+        inner = eager_generate(model, wanted)
+
+        def generate(labels: Tensor, uniforms: Tensor) -> Tensor:
+            with recorder.phase("generate"):
+                return inner(labels, uniforms)
+
+        with recorder, recorder.phase("inputs"):
+            tokens = sample_tokens(model, range(images), wanted, DEVICE, generate)
+        assert tokens.shape == (images, model.sequence_length) and tokens.device == DEVICE
+        assert tokens.dtype == torch.int64
+    return recorder
+
+
+def decoding_step(
+    name: str, at: int, images: int, dtype: str, layers: int, **options
+) -> tuple[Callable[[Tensor, Tensor], Tensor], list[Tensor]]:
+    """Decoding step ``at`` as a function (tokens, noise) -> tokens for ``compiled_kernels``, and its inputs.
+
+    Call it inside ``pretended_gpu``. The steps before it have run, so that all that they leave is there.
+    """
+    model = fake_model(name, layers=layers)
+    model.transformer.store_matrices(DTYPES[dtype])
+    model.to(DEVICE).requires_grad_(False)
+    wanted, sizes = SamplingOptions(**options), model.step_sizes
+    tokens = torch.zeros(images, sum(sizes[:at]), dtype=torch.int64, device=DEVICE)
+    noise = torch.zeros(images, sizes[at], dtype=torch.float64, device=DEVICE)
+    with torch.no_grad(), autocast(DEVICE, dtype):
+        state = model.begin(torch.zeros(images, dtype=torch.int64, device=DEVICE))
+        for step in range(at):
+            model.next_logits(state, step, tokens[:, : sum(sizes[:step])])
+
+    def run(tokens: Tensor, noise: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(DEVICE, dtype):
+            return draw_tokens(filter_logits(model.next_logits(state, at, tokens), wanted), noise)
+
+    return run, [tokens, noise]
+
+
+def kernels_of_step(name: str, at: int, images: int, dtype: str, **options) -> int:
+    """Kernels of a compiled decoding step of the whole model, from what a second block adds to one."""
+    depth = len(build_model(name).transformer.transformer_blocks())
+    one, two = (_kernels_of_step(name, at, images, dtype, layers, **options) for layers in (1, 2))
+    return one + (depth - 1) * (two - one)
+
+
+def _kernels_of_step(name: str, at: int, images: int, dtype: str, layers: int, **options) -> int:
+    with pretended_gpu():
+        return compiled_kernels(*decoding_step(name, at, images, dtype, layers, **options)).total()
+
+
+def decoded(
+    name: str, images: int, dtype: str, eval_size: int | None = None, tokenizer: str | None = None
+) -> Recorder:
+    """Tokens to pixels, as ``sample.py`` does it."""
+    recorder = Recorder()
+    with pretended_gpu():
+        model = _tokenizer_alone(name, tokenizer)
+        tokens = torch.zeros(images, model.sequence_length, dtype=torch.int64, device=DEVICE)
+        with recorder, recorder.phase("decode"):
+            pixels = decode_tokens(model, tokens, request(images, dtype, eval_size))
+        size = eval_size or model.image_size
+        assert pixels.shape == (images, size, size, 3) and pixels.dtype == torch.uint8
+        assert pixels.device.type == "cpu"
+    return recorder
+
+
+def _tokenizer_alone(name: str, tokenizer: str | None = None) -> ARImageModel:
+    model = fake_model(name, tokenizer=tokenizer)
+    model.transformer = nn.Module()
+    return model.to(DEVICE)
+
+
+def trained(
+    name: str,
+    micro_batch: int,
+    dtype: str,
+    loss: str,
+    image_size: int | None = None,
+    layers: int | None = None,
+    ema: float = 0.0,
+    **options,
+) -> Recorder:
+    """Two optimizer steps, the first of one micro-batch and the second of two; ``options`` of Trainer."""
+    recorder, recipe = Recorder(), ZOO[name].recipes["cca"]
+    config = TrainingConfig(
+        loss=loss, beta=recipe.beta, lambda_=recipe.lambda_, uncond_ratio=0.1, batch_size=2 * micro_batch,
+        lr=recipe.lr, weight_decay=0.05, final_weight_decay=None, grad_clip=recipe.grad_clip, warmup=0.0,
+        final_lr=1.0, schedule_accumulation=1, max_steps=2, ema=ema, seed=0, dtype=dtype,
+    )  # fmt: skip
+    with pretended_gpu():
+        model = fake_model(name, image_size, layers=layers)
+        with recorder, recorder.phase("setup"):
+            trainer = Trainer(model, config, micro_batch, OneProcess(), **options)
+        for step in range(2):
+            images = micro_batch * (step + 1)
+            labels, uncond = torch.arange(images), torch.zeros(images, dtype=torch.bool)
+            tokens = torch.zeros(images, model.sequence_length, dtype=torch.int64)
+            pairs = pair_labels(labels, uncond, model.null_class)
+            with recorder, recorder.phase(f"step {step}"):
+                metrics = trainer.optimizer_step(step, Batch(tokens, *pairs, uncond))
+            assert "loss" in metrics and trainer.skipped == 0
+        for key, parameter in trainer.net.named_parameters():
+            assert parameter.device == DEVICE and parameter.dtype == torch.float32, key
+    return recorder
+
+
+def waits_of_training(recorder: Recorder) -> tuple[int, int]:
+    """Host waits of each micro-batch, and of an optimizer step besides."""
+    one, two = (len(recorder.waits(f"step {step}")) for step in range(2))
+    return two - one, 2 * one - two
+
+
+class Blank(LabelledImages):
+    """Images without numbers, in as many crops as extraction makes of a photograph."""
+
+    def __init__(self, model: ARImageModel, images: int, crops: int):
+        super().__init__(model, np.arange(images), "blank")
+        self.crops = crops
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        size = self.model.image_size
+        return torch.zeros(self.crops, 3, size, size, dtype=torch.uint8), -1
+
+
+def encoded(name: str, images: int, tokenizer: str | None = None) -> Recorder:
+    """A batch of images to tokens, as training on images does it."""
+    recorder = Recorder()
+    with pretended_gpu():
+        model = _tokenizer_alone(name, tokenizer)
+        size = model.image_size
+        with recorder, recorder.phase("encode"):
+            tokens = Blank(model, images, 1).tokens(torch.zeros(images, 3, size, size, dtype=torch.uint8))
+        assert tokens.shape == (images, model.sequence_length) and tokens.device == DEVICE
+    return recorder
+
+
+def extracted(name: str, images: int, crops: int, batch: int) -> Recorder:
+    """A chunk of ``scripts.extract_codes``."""
+    recorder = Recorder()
+    with pretended_gpu():
+        model = _tokenizer_alone(name)
+        codes = np.ones((images, crops, model.sequence_length), np.uint16)
+        file = SimpleNamespace(codes=codes, finish_chunk=lambda chunk: None)
+        with recorder, recorder.phase("encode"):
+            encode(Blank(model, images, crops), range(images), file, batch, workers=0)
+        assert not codes.any()
+    return recorder
+
+
+def evaluated(images: int, size: int) -> Recorder:
+    """Inception features of a batch, and the metrics that run on the GPU."""
+    recorder = Recorder()
+    with pretended_gpu():
+        extractor = _inception()
+        with recorder, recorder.phase("features"):
+            found = extractor(torch.zeros(images, 3, size, size, dtype=torch.uint8))
+        assert found.pooled.shape == (images, 2048) and found.spatial.shape == (images, 2023)
+        assert found.pooled.device.type == found.probabilities.device.type == "cpu"
+        features = np.zeros((1500, 2048), np.float32)
+        with recorder, recorder.phase("metrics"):
+            precision_recall(features, features, device=DEVICE)
+            kernel_distance(features, features, subsets=2, device=DEVICE)
+    return recorder
+
+
+def _inception() -> Extractor:
+    """The extractor as if its weights were in the cache, on the pretended GPU."""
+    with _disable_current_modes(), torch.device("meta"):
+        blank = mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict")
+        download = mock.patch("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url")
+        with blank, download:
+            extractor = Extractor(INCEPTION, None, torch.device("meta"))
+    fill(extractor.module)
+    for part in extractor.module.modules():  # statistics of the norms
+        for key, buffer in part._buffers.items():
+            part._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    extractor.device = DEVICE
+    extractor.module.to(DEVICE)
+    return extractor
