@@ -4,7 +4,8 @@
 
 Each case is a command in a child forked from this process, which has imported everything. It ends with
 status 0, or with status 2, one line and nothing changed on disk; within 30 s of computing and 2 GB of
-resident memory. FUZZ_FILES damaged files per reader (default 2000), FUZZ_OPTIONS command lines per
+resident memory. Where a file is read while the work is on, the command goes on after it is mended.
+FUZZ_FILES damaged files per reader (default 2000), FUZZ_OPTIONS command lines per
 command (300), FUZZ_SEED (0). A summary of each is printed.
 """
 
@@ -20,6 +21,7 @@ import signal
 import sys
 import time
 import traceback
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -50,34 +52,39 @@ pytestmark = pytest.mark.slow
 VAR = ["--model", "var-mini", "--batch-size", "8", "--max-steps", "1", "--output", "out"]
 LLAMAGEN = ["--model", "llamagen-mini", "--batch-size", "8", "--max-steps", "1", "--output", "out"]
 SAMPLE = ["--model", "llamagen-mini", "--num-samples", "1", "--output", "out.npz"]
+PARTS = [*SAMPLE[:-1], "parts.npz"]
 ENCODE = ["--model", "llamagen-mini", "--data", "good.npz", "--output", "out"]
 EVAL = ["--reference", "good.npz", "--features", "mini", "--samples"]
 # Reader: (the files that are damaged in turn, the command that reads them).
 READERS = {
-    "weights-zip": (["w.pt"], sample, [*SAMPLE, "--weights", "w.pt"]),
-    "weights-legacy": (["w.pth"], sample, [*SAMPLE, "--weights", "w.pth"]),
-    "weights-safetensors": (["w.safetensors"], sample, [*SAMPLE, "--weights", "w.safetensors"]),
-    "weights-shards": (["shards/m.safetensors.index.json"], sample, [*SAMPLE, "--weights", "shards"]),
-    "weights-converted": (["w.pt", "w.safetensors"], convert_weights, ["w.pt", "out.safetensors"]),
-    "npz-evaluated": (["good.npz"], eval_fid, [*EVAL, "good.npz"]),
-    "npz-deflated": (["deflated.npz"], eval_fid, [*EVAL, "deflated.npz"]),
-    "npz-statistics": (["ref.npz"], eval_fid, [*EVAL[2:], "good.npz", "--reference", "ref.npz"]),
-    "npz-trained-on": (["good.npz"], train_var_cca, [*VAR, "--data", "good.npz"]),
-    "npz-encoded": (["good.npz"], extract_codes, ENCODE),
     "codes": (
         ["codes/codes.npy", "codes/labels.npy", "codes/header.json"],
         train_llamagen_cca, [*LLAMAGEN, "--codes", "codes"],
     ),
     "published-codes": (
-        [f"published/imagenet32_{kind}/{i}.npy" for kind in ("codes", "labels") for i in (0, 7)],
+        [f"published/imagenet32_{kind}/{i}.npy" for kind in ("codes", "labels") for i in (0, 7, 15)],
         train_llamagen_cca, [*LLAMAGEN, "--codes", "published"],
     ),
     "run-folder": (
         ["run/config.json", "run/metrics.jsonl"],
         train_llamagen_cca, [*LLAMAGEN[:-1], "run", "--codes", "codes"],
     ),
+    "sample-parts": (["parts.npz.parts/options.json", "parts.npz.parts/00000000.npy"], sample, PARTS),
+    "samples-finished": (["made.npz", "made.json"], sample, [*SAMPLE[:-1], "made.npz"]),
     "json-beside-samples": (["good.json"], eval_fid, [*EVAL, "good.npz"]),
+    "npz-statistics": (["ref.npz"], eval_fid, [*EVAL[2:], "good.npz", "--reference", "ref.npz"]),
+    "npz-evaluated": (["good.npz"], eval_fid, [*EVAL, "good.npz"]),
+    "npz-deflated": (["deflated.npz"], eval_fid, [*EVAL, "deflated.npz"]),
+    "npz-trained-on": (["good.npz"], train_var_cca, [*VAR, "--data", "good.npz"]),
+    "npz-encoded": (["good.npz"], extract_codes, ENCODE),
+    "weights-zip": (["w.pt"], sample, [*SAMPLE, "--weights", "w.pt"]),
+    "weights-legacy": (["w.pth"], sample, [*SAMPLE, "--weights", "w.pth"]),
+    "weights-safetensors": (["w.safetensors"], sample, [*SAMPLE, "--weights", "w.safetensors"]),
+    "weights-shards": (["shards/m.safetensors.index.json"], sample, [*SAMPLE, "--weights", "shards"]),
+    "weights-converted": (["w.pt", "w.safetensors"], convert_weights, ["w.pt", "out.safetensors"]),
 }  # fmt: skip
+# Read while the work is on: a damaged one stops the command, which goes on where the file is mended.
+READ_AT_WORK = re.compile(r"published/.*|parts.npz.parts/00000000.npy")
 COMMANDS = {
     "sample": (sample, SAMPLE),
     "eval_fid": (eval_fid, [*EVAL, "good.npz"]),
@@ -140,6 +147,13 @@ def template(tmp_path_factory):
     ):
         outcome = run_child(module.main, arguments, folder)
         assert outcome.status == 0, outcome.errors
+    made = run_child(sample.main, READERS["samples-finished"][2], folder)
+    assert made.status == 0, made.errors
+    parts = folder / "parts.npz.parts"  # an unfinished run whose only part is made
+    parts.mkdir()
+    (parts / "options.json").write_text(json.dumps(json.loads((folder / "made.json").read_text())["options"]))
+    with np.load(folder / "made.npz") as file:
+        np.save(parts / "00000000.npy", file["arr_0"])
     return folder
 
 
@@ -210,20 +224,33 @@ def complaint(outcome: Outcome, changed: set[str]) -> str | None:
 
 
 class Campaign:
-    """Cases of one kind in one folder, which is made anew after each that changed it; and what was found."""
+    """Cases of one kind in one folder, which is mended after each that changed it; and what was found."""
 
     def __init__(self, name: str, template: Path):
         self.name, self.template, self.folder = name, template, template.parent / "work" / "here"
         self.statuses: collections.Counter[int] = collections.Counter()
         self.found: dict[str, list] = {}
         self.slowest = self.largest = 0.0
-        self.renew()
-
-    def renew(self) -> None:
         shutil.rmtree(self.folder.parent, ignore_errors=True)
         shutil.copytree(self.template, self.folder)
 
-    def case(self, main, arguments: list[str], about: str) -> None:
+    def mend(self, changed: set[str]) -> None:
+        """Make these paths as they are in the template."""
+        for name in sorted(changed, reverse=True):  # what is in a folder, then the folder
+            path = self.folder.parent / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        for name in sorted(changed):
+            original = self.template / Path(name).relative_to("here") if name.startswith("here/") else None
+            if original and original.is_dir():
+                (self.folder.parent / name).mkdir()
+            elif original and original.exists():
+                shutil.copy2(original, self.folder.parent / name)
+
+    def case(self, main, arguments: list[str], about: str, damaged: str | None = None) -> None:
+        """One command; ``damaged``: the file that is to be mended after it, which the work may stop at."""
         before = snapshot(self.folder.parent)
         outcome = run_child(main, arguments, self.folder)
         after = snapshot(self.folder.parent)
@@ -231,10 +258,18 @@ class Campaign:
         changed = {k for k in {**before, **after} if before.get(k) != after.get(k)} - {"here", "stderr"}
         self.statuses[outcome.status] += 1
         self.slowest, self.largest = max(self.slowest, outcome.seconds), max(self.largest, outcome.megabytes)
-        if problem := complaint(outcome, changed):
+        at_work = outcome.status == 2 and changed and READ_AT_WORK.fullmatch(damaged or "")
+        if problem := complaint(outcome, set() if at_work else changed):
             self.found.setdefault(problem[:160], []).append(about)
-        if changed:
-            self.renew()
+        if at_work:
+            self.mend({f"here/{damaged}"})
+            again = run_child(main, arguments, self.folder)
+            (self.folder.parent / "stderr").unlink()
+            if again.status:
+                self.found.setdefault(f"does not go on: {again.errors[-120:]}", []).append(about)
+            after = snapshot(self.folder.parent)
+            changed = {k for k in {**before, **after} if before.get(k) != after.get(k)} - {"here"}
+        self.mend(changed | ({f"here/{damaged}"} if damaged else set()))
 
     def end(self, capsys) -> None:
         ended = ", ".join(f"{n} with status {status}" for status, n in sorted(self.statuses.items()))
@@ -251,7 +286,7 @@ class Campaign:
 def damaged(data: bytes, draw: random.Random, text: bool) -> bytes:
     """The same bytes with one kind of damage; in half of the cases near an end, where the structure is."""
     size = len(data)
-    near = min(size, 2000)
+    near = min(size, draw.choice([150, 2000]))
     place = draw.choice([draw.randrange(size), draw.randrange(near), size - 1 - draw.randrange(near)])
     length = draw.choice([1, 2, 8, 64, 1000])
     kind = draw.choice(
@@ -281,18 +316,36 @@ def damaged(data: bytes, draw: random.Random, text: bool) -> bytes:
     return data[:place] + new[kind]
 
 
+def damaged_inside(data: bytes, draw: random.Random) -> bytes:
+    """A zip archive with damage in a member, whose checksum fits: what reads the member has to notice."""
+    changed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as before, zipfile.ZipFile(changed, "w") as after:
+        members = before.infolist()
+        pickles = [m for m in members if m.filename.endswith(".pkl")]
+        chosen = draw.choice(pickles if pickles and draw.random() < 0.7 else members)
+        for member in members:
+            content = before.read(member)
+            after.writestr(member, damaged(content, draw, False) if member is chosen else content)
+    return changed.getvalue()
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files(template, capsys, name):
     files, module, arguments = READERS[name]
     campaign = Campaign(name, template)
+    campaign.case(module.main, arguments, "undamaged")
+    assert campaign.statuses == {0: 1}, campaign.found
     for i in range(FILES):
         draw = random.Random(f"{SEED} {name} {i}")
         file = draw.choice(files)
-        data = damaged((template / file).read_bytes(), draw, file.endswith((".json", ".jsonl")))
+        data = (template / file).read_bytes()
+        if zipfile.is_zipfile(io.BytesIO(data)) and draw.random() < 0.6:
+            data = damaged_inside(data, draw)
+        else:
+            data = damaged(data, draw, file.endswith((".json", ".jsonl")))
         (campaign.folder / file).write_bytes(data)
         given = [file if name == "weights-converted" and a == "w.pt" else a for a in arguments]
-        campaign.case(module.main, given, f"case {i}, {file}")
-        shutil.copy2(template / file, campaign.folder / file)
+        campaign.case(module.main, given, f"case {i}, {file}", file)
     campaign.end(capsys)
 
 

@@ -132,6 +132,6 @@ def test_a_damaged_unfinished_file(damage, disk):
     else:
         np.save(path, np.zeros((3, 1, 16), np.uint16))
     with pytest.raises(
-        UserError, match=r"--output: codes/codes.*npy (is missing or damaged|holds \[3, 1, 16\])"
+        UserError, match=r"--output: codes/codes.*npy(: is missing or damaged| holds \[3, 1, 16\])"
     ):
         extract("codes")
