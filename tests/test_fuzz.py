@@ -29,8 +29,10 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, TRAIN
+from killing import Register
 from made_data import make_codes
 from safetensors.torch import save_file
+from specimens import VERSION_1, register, weights
 
 import eval_fid
 import sample
@@ -38,6 +40,7 @@ import train_llamagen_cca
 import train_var_cca
 from models.checkpoints import read_state_dict
 from models.errors import run_command
+from models.loading import recognise
 from models.options import Parser
 from scripts import convert_weights, extract_codes, make_reference
 
@@ -49,38 +52,48 @@ SECONDS, PATIENCE, MEGABYTES = 30, 300, 2000  # of computing; on the clock; resi
 
 pytestmark = pytest.mark.slow
 
-VAR = ["--model", "var-mini", "--batch-size", "8", "--max-steps", "1", "--output", "out"]
-LLAMAGEN = ["--model", "llamagen-mini", "--batch-size", "8", "--max-steps", "1", "--output", "out"]
+# Commands on the mini models, whose options are tried; and on the specimens, which are small and fast.
+STEP = ["--batch-size", "8", "--max-steps", "1", "--output", "out"]
 SAMPLE = ["--model", "llamagen-mini", "--num-samples", "1", "--output", "out.npz"]
-PARTS = [*SAMPLE[:-1], "parts.npz"]
 ENCODE = ["--model", "llamagen-mini", "--data", "good.npz", "--output", "out"]
 EVAL = ["--reference", "good.npz", "--features", "mini", "--samples"]
+SMALL_SAMPLE = [*weights("llamagen"), "--num-samples", "1", "--output"]
+SMALL_ENCODE = ["--model", "specimen-llamagen", *weights("llamagen")[4:], "--data", "small.npz"]
+SMALL_TRAIN = [*weights("llamagen"), *STEP]
 # Reader: (the files that are damaged in turn, the command that reads them).
 READERS = {
     "codes": (
-        ["codes/codes.npy", "codes/labels.npy", "codes/header.json"],
-        train_llamagen_cca, [*LLAMAGEN, "--codes", "codes"],
+        ["small-codes/codes.npy", "small-codes/labels.npy", "small-codes/header.json"],
+        train_llamagen_cca, [*SMALL_TRAIN, "--codes", "small-codes"],
     ),
     "published-codes": (
-        [f"published/imagenet32_{kind}/{i}.npy" for kind in ("codes", "labels") for i in (0, 7, 15)],
-        train_llamagen_cca, [*LLAMAGEN, "--codes", "published"],
+        [f"published/imagenet8_{kind}/{i}.npy" for kind in ("codes", "labels") for i in (0, 7, 15)],
+        train_llamagen_cca, [*SMALL_TRAIN, "--codes", "published"],
     ),
     "run-folder": (
         ["run/config.json", "run/metrics.jsonl"],
-        train_llamagen_cca, [*LLAMAGEN[:-1], "run", "--codes", "codes"],
+        train_llamagen_cca, [*SMALL_TRAIN[:-1], "run", "--codes", "small-codes"],
     ),
-    "sample-parts": (["parts.npz.parts/options.json", "parts.npz.parts/00000000.npy"], sample, PARTS),
-    "samples-finished": (["made.npz", "made.json"], sample, [*SAMPLE[:-1], "made.npz"]),
+    "sample-parts": (
+        ["parts.npz.parts/options.json", "parts.npz.parts/00000000.npy"], sample, [*SMALL_SAMPLE, "parts.npz"]
+    ),
+    "samples-finished": (["made.npz", "made.json"], sample, [*SMALL_SAMPLE, "made.npz"]),
     "json-beside-samples": (["good.json"], eval_fid, [*EVAL, "good.npz"]),
     "npz-statistics": (["ref.npz"], eval_fid, [*EVAL[2:], "good.npz", "--reference", "ref.npz"]),
     "npz-evaluated": (["good.npz"], eval_fid, [*EVAL, "good.npz"]),
     "npz-deflated": (["deflated.npz"], eval_fid, [*EVAL, "deflated.npz"]),
-    "npz-trained-on": (["good.npz"], train_var_cca, [*VAR, "--data", "good.npz"]),
-    "npz-encoded": (["good.npz"], extract_codes, ENCODE),
-    "weights-zip": (["w.pt"], sample, [*SAMPLE, "--weights", "w.pt"]),
-    "weights-legacy": (["w.pth"], sample, [*SAMPLE, "--weights", "w.pth"]),
-    "weights-safetensors": (["w.safetensors"], sample, [*SAMPLE, "--weights", "w.safetensors"]),
-    "weights-shards": (["shards/m.safetensors.index.json"], sample, [*SAMPLE, "--weights", "shards"]),
+    "npz-trained-on": (["small.npz"], train_var_cca, [*weights("var"), *STEP, "--data", "small.npz"]),
+    "npz-encoded": (
+        ["small.npz"], extract_codes, [*SMALL_ENCODE, "--output", "out"],
+    ),
+    "weights-zip": (["w.pt"], sample, [*SMALL_SAMPLE, "out.npz", "--weights", "w.pt"]),
+    "weights-legacy": (["w.pth"], sample, [*SMALL_SAMPLE, "out.npz", "--weights", "w.pth"]),
+    "weights-safetensors": (
+        ["w.safetensors"], sample, [*SMALL_SAMPLE, "out.npz", "--weights", "w.safetensors"]
+    ),
+    "weights-shards": (
+        ["shards/m.safetensors.index.json"], sample, [*SMALL_SAMPLE, "out.npz", "--weights", "shards"]
+    ),
     "weights-converted": (["w.pt", "w.safetensors"], convert_weights, ["w.pt", "out.safetensors"]),
 }  # fmt: skip
 # Read while the work is on: a damaged one stops the command, which goes on where the file is mended.
@@ -88,8 +101,8 @@ READ_AT_WORK = re.compile(r"published/.*|parts.npz.parts/00000000.npy")
 COMMANDS = {
     "sample": (sample, SAMPLE),
     "eval_fid": (eval_fid, [*EVAL, "good.npz"]),
-    "train_var_cca": (train_var_cca, [*VAR, "--data", "good.npz"]),
-    "train_llamagen_cca": (train_llamagen_cca, [*LLAMAGEN, "--codes", "codes"]),
+    "train_var_cca": (train_var_cca, ["--model", "var-mini", *STEP, "--data", "good.npz"]),
+    "train_llamagen_cca": (train_llamagen_cca, ["--model", "llamagen-mini", *STEP, "--codes", "codes"]),
     "extract_codes": (extract_codes, ENCODE),
     "make_reference": (make_reference, ["--images", "good.npz", "--features", "mini", "--output", "out.npz"]),
 }
@@ -121,10 +134,14 @@ JSON_VALUES = (
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     """A folder with one good file of each kind."""
+    register(Register)
+    recognise({})  # each child would build all models anew to name what does not fit
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("fuzz") / "template"
     folder.mkdir()
-    state = {k: v.clone() for k, v in read_state_dict(ROOT / "assets/llamagen-mini.safetensors").items()}
+    for file in VERSION_1.glob("specimen-*.safetensors"):
+        shutil.copy2(file, folder)
+    state = {k: v.clone() for k, v in read_state_dict(folder / "specimen-llamagen.safetensors").items()}
     torch.save({"model": state, "steps": np.float64(3), "args": {"lr": 1e-4}}, folder / "w.pt")
     torch.save({"model": state}, folder / "w.pth", _use_new_zipfile_serialization=False)
     save_file(state, folder / "w.safetensors")
@@ -137,10 +154,14 @@ def template(tmp_path_factory):
     np.savez(folder / "good.npz", **arrays)
     np.savez_compressed(folder / "deflated.npz", **arrays)
     (folder / "good.json").write_text(json.dumps({"options": {"model": "var-mini", "cfg_scale": 1.0}}))
-    (folder / "made").mkdir()
-    make_codes(folder / "made", images=16, published=True).rename(folder / "published")
-    (folder / "made").rmdir()
     make_codes(folder, images=16)
+    with np.load(VERSION_1 / "few.npz") as file:
+        np.savez(folder / "small.npz", **{key: file[key][:16] for key in file.files})
+    shutil.copytree(VERSION_1 / "codes", folder / "small-codes")
+    for kind in ("codes", "labels"):
+        (folder / f"published/imagenet8_{kind}").mkdir(parents=True)
+        for i, row in enumerate(np.load(VERSION_1 / "codes" / f"{kind}.npy")[:16]):
+            np.save(folder / f"published/imagenet8_{kind}/{i}.npy", row[None])
     for module, arguments in (
         (make_reference, ["--images", "good.npz", "--features", "mini", "--output", "ref.npz"]),
         (train_llamagen_cca, READERS["run-folder"][2]),
