@@ -175,7 +175,7 @@ class Codes(TokenSource):
 
     def __init__(self, path: Path, model: ARImageModel, seed: int = 0):
         kind = NpyCodes if (path / f"imagenet{model.image_size}_codes").is_dir() else PackedCodes
-        sister = path.with_name(path.name + "_105")
+        sister = Path(f"{os.path.abspath(path)}_105")
         self.readers = [kind(folder, model) for folder in (path, sister) if folder == path or folder.is_dir()]
         self.seed = seed
         if len({len(reader) for reader in self.readers}) > 1:

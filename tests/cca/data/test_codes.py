@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,14 @@ def test_sister_folder_is_drawn_half_of_the_time(tmp_path, model):
     source = Codes(path, model)
     sister = [bool(source[epoch, index][0][0] >= 256) for epoch in range(10) for index in range(40)]
     assert 160 < sum(sister) < 240
+
+
+def test_the_sister_of_the_current_folder(tmp_path, model, monkeypatch):
+    path = make_codes(tmp_path)
+    monkeypatch.chdir(path)
+    assert len(Codes(Path(), model).readers) == 1
+    shutil.copytree(path, tmp_path / "codes_105")
+    assert len(Codes(Path(), model).readers) == len(Codes(Path("../codes"), model).readers) == 2
 
 
 def edit(path, **arrays):
