@@ -30,7 +30,16 @@ from cca.sampling.sampler import (
 )
 from models import ARImageModel, UserError
 from models.devices import device_name
-from models.files import atomic_write, read_json, remove_folder, write_binary, write_json, writing
+from models.files import (
+    atomic_write,
+    parse_json,
+    read_array,
+    read_json,
+    remove_folder,
+    write_binary,
+    write_json,
+    writing,
+)
 from models.outputs import check_space, differing
 
 PART_IMAGES = 256  # images per stored part
@@ -104,7 +113,7 @@ class PartStore:
             with zipfile.ZipFile(self.output) as archive, archive.open("arr_0.npy") as file:
                 np.lib.format.read_magic(file)
                 found, _, dtype = np.lib.format.read_array_header_1_0(file)
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        except Exception:  # a damaged file can raise anything
             found, dtype = (), np.dtype(np.uint8)
         if found != self.shape or dtype != np.uint8:
             raise UserError(
@@ -139,12 +148,17 @@ class PartStore:
 
     def _read(self, part: range) -> np.ndarray:
         try:
-            images = np.load(self.path(part), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            images = read_array(self.path(part))
+        except UserError:
             images = np.empty(0)
         if images.shape != (len(part), *self.shape[1:]) or images.dtype != np.uint8:
             raise UserError(f"--output: {self.path(part)} is damaged; remove it, and repeat the command")
         return images
+
+    def leave(self) -> None:
+        """Remove the folder if no part is stored: what was asked for may have been impossible."""
+        if not any(self.made(part) for part in self.parts()):
+            remove_folder(self.folder)
 
     def assemble(self, labels: Iterator[np.ndarray], report: dict) -> None:
         """Join the parts into one .npz, one part in memory at a time; ``labels`` [n] of each part in order.
@@ -178,7 +192,7 @@ def _kind(path: Path) -> str:
 def _read_report(path: Path) -> dict | None:
     """The options in a description that sample.py wrote; None for anything else."""
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
     except (OSError, ValueError):
         return None
     options = content.get("options") if isinstance(content, dict) else None
@@ -222,7 +236,11 @@ def run_sampling(
             if processes.main:
                 print(f"{output} is finished already, with these options; nothing is left to do")
             return True
-        return _fill(store, model, request, batch_size, processes, stop)
+        try:
+            return _fill(store, model, request, batch_size, processes, stop)
+        finally:
+            if processes.main:
+                store.leave()
 
 
 def _fill(
