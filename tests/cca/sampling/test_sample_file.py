@@ -20,7 +20,7 @@ PART = 16  # images, instead of 256
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(sample_file, "PART_IMAGES", PART)
+    monkeypatch.setattr("cca.sampling.parts.PART_IMAGES", PART)
 
 
 def make(path, *options, samples=40):
