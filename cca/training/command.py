@@ -156,11 +156,11 @@ def train(
                 if peak:
                     metrics["mfu"] = trainer.flops / seconds / peak
                 done += 1
-                processes.agree(partial(folder.log, done, metrics), main=True)
                 if processes.main:
                     show(bar, metrics, done % log_every == 0)
                 # A signal reaches the processes at different moments; they agree on the step to stop at.
-                asked, missing = processes.total(float(request.asked), float(unreadable.report(flags)))
+                flagged = float(request.asked), float(unreadable.report(flags))
+                asked, missing = processes.agree(partial(folder.log, done, metrics), True, *flagged)
                 stop = bool(asked)
                 unreadable.add(int(missing))
                 if stop or done % save_every == 0 or done == config.max_steps:
