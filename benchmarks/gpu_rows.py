@@ -1,6 +1,5 @@
 """What `python -m benchmarks.gpu` measures: its rows, and what each of them runs."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -9,15 +8,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import limits
+from benchmarks.blank import Blank
 from benchmarks.limits import Work
-from cca.data.sources import to_model_input
 from cca.distributed import Processes
+from cca.sampling.compiled import CompiledGenerate
 from cca.sampling.sampler import (
     Generate,
     SampleRequest,
-    compile_blocks,
     decode_tokens,
     eager_generate,
+    prepare,
     sample_tokens,
 )
 from cca.training.losses import Batch, pair_labels
@@ -78,10 +78,11 @@ def rows(small: bool) -> list[Row]:
     return [replace(row, rounds=1) for row in ordered] if small else ordered
 
 
-def generator(model: ARImageModel, request: SampleRequest, compiled: bool) -> Generate:
+def generator(model: ARImageModel, request: SampleRequest, row: Row, device: torch.device) -> Generate:
     """How tokens are made: the only place that knows of the compile switch."""
-    if compiled:
-        compile_blocks(model)
+    prepare(model, request.dtype, device, row.compiled)
+    if row.compiled:
+        return CompiledGenerate(model, request.sampling, request.dtype, row.images, device)
     return eager_generate(model, request)
 
 
@@ -120,8 +121,7 @@ def request_of(row: Row, model: ARImageModel, device: torch.device) -> SampleReq
 def sampling(row: Row, device: torch.device) -> Prepared:
     model = random_model(row, device)
     request = request_of(row, model, device)
-    model.transformer.store_matrices(DTYPES[request.dtype])
-    generate = generator(model, request, row.compiled)
+    generate = generator(model, request, row, device)
     work = limits.sampling(model, row.images, request.sampling, DTYPES[request.dtype].itemsize)
 
     def run() -> Tensor:
@@ -136,9 +136,8 @@ def split(trainer: Trainer, processes: Processes) -> None:
         backend = "nccl" if processes.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     trainer.sharded = True
-    trainer.reference = copy.deepcopy(trainer.net).requires_grad_(False)
-    for net in (trainer.net, trainer.reference):
-        shard(net, processes)
+    for net in filter(None, (trainer.net, trainer.reference)):
+        shard(net, processes, DTYPES[trainer.config.dtype])
     trainer.optimizer = make_optimizer(trainer.model, trainer.config)
 
 
@@ -168,14 +167,10 @@ def decoding(row: Row, device: torch.device) -> Prepared:
     model = random_model(row, device)
     request = request_of(row, model, device)
     tokens = torch.randint(0, model.vocab_size, (row.images, model.sequence_length), device=device)
+    prepare(model, request.dtype, device)
     dtype = DTYPES[request.dtype if model.decodes_in_half_precision else "float32"]
     work = limits.tokenizer(row.model, row.tokenizer, False, row.images, dtype.itemsize)
     return Prepared(lambda: decode_tokens(model, tokens, request), row.images, work)
-
-
-@torch.no_grad()
-def _encode(model: ARImageModel, pixels: Tensor, device: torch.device) -> Tensor:
-    return model.encode(to_model_input(pixels.to(device)))
 
 
 def encoding(row: Row, device: torch.device) -> Prepared:
@@ -183,7 +178,7 @@ def encoding(row: Row, device: torch.device) -> Prepared:
     shape = (row.images, 3, model.image_size, model.image_size)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
     work = limits.tokenizer(row.model, row.tokenizer, True, row.images, torch.float32.itemsize)
-    return Prepared(lambda: _encode(model, pixels, device), row.images, work)
+    return Prepared(lambda: Blank(model, row.images).tokens(pixels), row.images, work)
 
 
 KINDS = {"sample": sampling, "train": training, "decode": decoding, "encode": encoding}

@@ -96,12 +96,12 @@ def sampled(name: str, guided: bool) -> list[str]:
     if run < steps:
         uncached = limits.sampling(model, IMAGES, SamplingOptions(**options), cache_bytes=0)
         batch.in_graph += (work.bytes - uncached.bytes) / H100.bandwidth
-    compiled = "" if guided else f"{runs.kernels_of_step(name, run - 1, IMAGES, dtype, **options):,}"
+    compiled = runs.kernels_of_step(name, run - 1, IMAGES, dtype, **options)
     speeds = (IMAGES / seconds for seconds in (batch.one_by_one, batch.in_graph, least(work)))
     return [
         f"{name}, {'guided' if guided else 'free'}",
         f"{last.kernels:,}",
-        compiled,
+        f"{compiled:,}",
         f"{batch.kernels:,}",
         *(f"{speed:,.0f}" for speed in speeds),
     ]

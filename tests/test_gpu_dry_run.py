@@ -24,16 +24,17 @@ pytestmark = [
     ),
 ]
 
-# How often the host may wait for the GPU: today's numbers, which go down and never up.
+# How often the host may wait for the GPU.
 WAITS_IN_GENERATE = 0
-WAITS_PER_MICRO_BATCH = {"cca": 14, "dpo": 14, "unlearning": 14, "sft": 5}  # wanted: 0
-WAITS_PER_OPTIMIZER_STEP = 3  # besides those of its micro-batches; wanted: 1
-
-# Kernels of a decoding step, drawing included, compiled as one graph.
+WAITS_PER_MICRO_BATCH = {"cca": 0, "dpo": 0, "unlearning": 0, "sft": 0}
+WAITS_PER_OPTIMIZER_STEP = 1  # besides those of its micro-batches
+# Kernels of a compiled decoding step of 64 images, drawing included; as they are, which go down and never up.
 COMPILED_KERNELS = {
-    "llamagen-b, one token": (160, ("llamagen-b", 4, 64, "bfloat16", {})),
-    "var-d16, the last level": (220, ("var-d16", 9, 64, "float16", {"top_k": 900, "top_p": 0.96})),
-}
+    "llamagen-b, one token": (185, ("llamagen-b", 4, 64, "bfloat16", {})),  # wanted: 160
+    "var-d16, the last level": (  # wanted: 220
+        227, ("var-d16", 9, 64, "float16", {"top_k": 900, "top_p": 0.96}),
+    ),
+}  # fmt: skip
 
 # Few layers where the others would be the same.
 SAMPLING = {
@@ -130,12 +131,12 @@ def test_training(case):
 @cases(TOKENIZERS)
 def test_encoding(case):
     name, tokenizer = case
-    assert len(runs.encoded(name, 4, tokenizer).waits("encode")) == 1  # the images' upload
+    assert runs.encoded(name, 20, tokenizer).waits("encode") == []
 
 
 def test_extraction():
     recorder = runs.extracted("llamagen-b", images=4, crops=10, batch=16)
-    assert len(recorder.waits("encode")) == 4 + 2  # uploads of 16, 4, 16 and 4 crops; tokens of 2 images each
+    assert len(recorder.waits("encode")) == 2  # the tokens of two images each time
 
 
 def test_evaluation():

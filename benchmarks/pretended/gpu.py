@@ -176,6 +176,7 @@ def pretended_gpu() -> Iterator[None]:
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         for answer in answers:
             stack.enter_context(answer)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from benchmarks.blank import Blank
 from benchmarks.pretended.gpu import DEVICE, OneProcess, fake_model, fill, pretended_gpu
 from benchmarks.pretended.inductor import compiled_kernels
 from benchmarks.pretended.recorder import Recorder
-from cca.data.sources import LabelledImages
 from cca.evaluation.features import INCEPTION, Extractor
 from cca.evaluation.metrics import kernel_distance, precision_recall
-from cca.sampling.sampler import SampleRequest, decode_tokens, eager_generate, sample_tokens
+from cca.sampling.sampler import SampleRequest, decode_tokens, eager_generate, prepare, sample_tokens
 from cca.training.losses import Batch, pair_labels
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
-from models import DTYPES, ZOO, SamplingOptions, autocast
+from models import ZOO, SamplingOptions, autocast
 from models.base import ARImageModel
-from models.decoding import draw_tokens, filter_logits
+from models.decoding import guided_steps, next_tokens
 from models.loading import build_model
 from scripts.extract_codes import encode
 
@@ -49,8 +49,7 @@ def sampled(
     recorder = Recorder()
     with pretended_gpu():
         model = fake_model(name, image_size, layers=layers)
-        model.transformer.store_matrices(DTYPES[dtype])
-        model.to(DEVICE)
+        prepare(model, dtype, DEVICE)
         model.step_sizes = model.step_sizes[:steps]
         wanted = request(images, dtype, cfg_schedule=model.default_cfg_schedule, **options)
         inner = eager_generate(model, wanted)
@@ -68,25 +67,30 @@ def sampled(
 
 def decoding_step(
     name: str, at: int, images: int, dtype: str, layers: int, **options
-) -> tuple[Callable[[Tensor, Tensor], Tensor], list[Tensor]]:
-    """Decoding step ``at`` as a function (tokens, noise) -> tokens for ``compiled_kernels``, and its inputs.
+) -> tuple[Callable[[Tensor, Tensor], object], list[Tensor]]:
+    """Decoding step ``at`` as it is compiled, a function of tokens and noise, and its inputs.
 
-    Call it inside ``pretended_gpu``. The steps before it have run, so that all that they leave is there.
+    Call it inside ``pretended_gpu``. Where steps are not alike those before it have run.
     """
-    model = fake_model(name, layers=layers)
-    model.transformer.store_matrices(DTYPES[dtype])
-    model.to(DEVICE).requires_grad_(False)
+    model = fake_model(name, layers=layers).requires_grad_(False)
+    prepare(model, dtype, DEVICE)
     wanted, sizes = SamplingOptions(**options), model.step_sizes
-    tokens = torch.zeros(images, sum(sizes[:at]), dtype=torch.int64, device=DEVICE)
+    guided = guided_steps(wanted, len(sizes)) > at
+    labels = torch.zeros(2 * images if guided else images, dtype=torch.int64, device=DEVICE)
+    seen = sizes[0] if model.steps_alike else sum(sizes[:at])
+    tokens = torch.zeros(images, seen, dtype=torch.int64, device=DEVICE)
     noise = torch.zeros(images, sizes[at], dtype=torch.float64, device=DEVICE)
+    where = torch.tensor([0], device=DEVICE) if model.steps_alike else at
+    scale = torch.ones(1, device=DEVICE) if model.steps_alike else wanted.cfg_scale
     with torch.no_grad(), autocast(DEVICE, dtype):
-        state = model.begin(torch.zeros(images, dtype=torch.int64, device=DEVICE))
-        for step in range(at):
-            model.next_logits(state, step, tokens[:, : sum(sizes[:step])])
+        state = model.begin(labels, static=True) if model.steps_alike else model.begin(labels)
+        for step in () if model.steps_alike else range(at):
+            earlier = tokens[:, : sum(sizes[:step])]
+            model.next_logits(state, step, earlier.repeat(len(labels) // images, 1))
 
-    def run(tokens: Tensor, noise: Tensor) -> Tensor:
+    def run(tokens: Tensor, noise: Tensor) -> object:
         with torch.no_grad(), autocast(DEVICE, dtype):
-            return draw_tokens(filter_logits(model.next_logits(state, at, tokens), wanted), noise)
+            return next_tokens(model, state, where, tokens, noise, scale if guided else None, wanted)
 
     return run, [tokens, noise]
 
@@ -110,6 +114,7 @@ def decoded(
     recorder = Recorder()
     with pretended_gpu():
         model = _tokenizer_alone(name, tokenizer)
+        prepare(model, dtype, DEVICE)
         tokens = torch.zeros(images, model.sequence_length, dtype=torch.int64, device=DEVICE)
         with recorder, recorder.phase("decode"):
             pixels = decode_tokens(model, tokens, request(images, dtype, eval_size))
@@ -119,9 +124,16 @@ def decoded(
     return recorder
 
 
+class NoTransformer(nn.Module):
+    """In place of one that is not used."""
+
+    def store_matrices(self, dtype: torch.dtype) -> None:
+        pass
+
+
 def _tokenizer_alone(name: str, tokenizer: str | None = None) -> ARImageModel:
     model = fake_model(name, tokenizer=tokenizer)
-    model.transformer = nn.Module()
+    model.transformer = NoTransformer()
     return model.to(DEVICE)
 
 
@@ -165,18 +177,6 @@ def waits_of_training(recorder: Recorder) -> tuple[int, int]:
     return two - one, 2 * one - two
 
 
-class Blank(LabelledImages):
-    """Images without numbers, in as many crops as extraction makes of a photograph."""
-
-    def __init__(self, model: ARImageModel, images: int, crops: int):
-        super().__init__(model, np.arange(images), "blank")
-        self.crops = crops
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        size = self.model.image_size
-        return torch.zeros(self.crops, 3, size, size, dtype=torch.uint8), -1
-
-
 def encoded(name: str, images: int, tokenizer: str | None = None) -> Recorder:
     """A batch of images to tokens, as training on images does it."""
     recorder = Recorder()
@@ -184,7 +184,7 @@ def encoded(name: str, images: int, tokenizer: str | None = None) -> Recorder:
         model = _tokenizer_alone(name, tokenizer)
         size = model.image_size
         with recorder, recorder.phase("encode"):
-            tokens = Blank(model, images, 1).tokens(torch.zeros(images, 3, size, size, dtype=torch.uint8))
+            tokens = Blank(model, images).tokens(torch.zeros(images, 3, size, size, dtype=torch.uint8))
         assert tokens.shape == (images, model.sequence_length) and tokens.device == DEVICE
     return recorder
 
