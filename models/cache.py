@@ -122,27 +122,34 @@ class StaticCache:
     """Keys and values of all layers, whose shapes are the same at every position.
 
     ``reach``: positions that attention may read, the whole length unless it is told otherwise.
+    ``advance`` goes on to the next position.
     """
 
     def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
+        """As ``KVCache``."""
         shape = (rows, length, heads, head_dim)
         # Zeros: a mask takes weight from what has not been written, but 0 times NaN is NaN.
         self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)]
         self.reach = length
+        # Kept, and not made of the position: a compiler would make them anew for each layer.
+        self.used = torch.ones(rows, dtype=torch.int32, device=like.device)
+        self.query_offsets = torch.arange(rows + 1, dtype=torch.int32, device=like.device)
+        self.key_offsets = self.query_offsets * length
 
     def at(self, place: Tensor) -> list[StaticLayer]:
-        """The layers at position ``place`` [1] int64."""
-        position = self._position(place)
+        """The layers at position ``place`` [1] int64, which counts as the calls of ``advance`` do."""
+        position: Masked | Counted
+        if reads_a_part(self.layers[0][0]):
+            position = Counted(place, self.used, self.query_offsets, self.key_offsets)
+        else:
+            mask = torch.arange(self.reach, device=place.device) <= place
+            position = Masked(place, mask[None, None, None])
         return [StaticLayer(keys, values, position) for keys, values in self.layers]
 
-    def _position(self, place: Tensor) -> Masked | Counted:
-        keys = self.layers[0][0]
-        rows, length = keys.shape[:2]
-        if reads_a_part(keys):
-            starts = torch.arange(rows + 1, dtype=torch.int32, device=keys.device)
-            return Counted(place, (place + 1).int().repeat(rows), starts, starts * length)
-        mask = torch.arange(self.reach, device=keys.device) <= place
-        return Masked(place, mask[None, None, None])
+    def advance(self) -> None:
+        self.used.add_(1)
 
     def keep_rows(self, rows: int) -> None:
         self.layers = [(k[:rows], v[:rows]) for k, v in self.layers]
+        self.used, self.query_offsets = self.used[:rows], self.query_offsets[: rows + 1]
+        self.key_offsets = self.key_offsets[: rows + 1]

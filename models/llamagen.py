@@ -281,7 +281,9 @@ class LlamaGen(ARImageModel[LlamaGenState]):
             assert isinstance(decoding_step, Tensor)
             x = torch.where(decoding_step == 0, net.cls_embedding(state.labels), net.tok_embeddings(tokens))
             table = net.rotary.index_select(0, decoding_step)
-            return net.to_logits(net.run_layers(x, table, cache.at(decoding_step)))
+            hidden = net.run_layers(x, table, cache.at(decoding_step))
+            cache.advance()
+            return net.to_logits(hidden)
         x = net.tok_embeddings(tokens[:, -1:]) if cache.filled else net.cls_embedding(state.labels)
         table = net.rotary[cache.filled : cache.filled + 1]
         hidden = net.run_layers(x, table, cache.at())

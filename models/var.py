@@ -95,9 +95,13 @@ class Attention(nn.Module):
         self.register_buffer("zero_k_bias", torch.zeros(dim, device="cpu"))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def bias(self) -> Tensor:
+        """Of queries, keys (none) and values [1, 1, 3 dim], in the precision of the product."""
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        q, k, v = self.mat_qkv(x, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return bias.to(autocast_dtype(bias.device, bias.dtype))[None, None]
+
+    def forward(self, x: Tensor, bias: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        q, k, v = self.mat_qkv(x, bias.flatten()).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         temperature = self.scale_mul_1H11.clamp_max(math.log(100.0)).exp()
         q, k = (
             (F.normalize(q.float(), dim=-1) * temperature).type_as(v),
@@ -137,7 +141,7 @@ class Block(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
 
     def modulation(self, condition: Tensor) -> Modulation:
-        """gamma1, gamma2, scale1, scale2, shift1, shift2, each [B, 1, dim].
+        """gamma1, gamma2, scale1, scale2, shift1, shift2, each [B, 1, dim], and attention's bias.
 
         condition: the class embedding [B, dim], or with shared_adaln the shared vectors [B, 1, 6, dim].
         """
@@ -146,7 +150,7 @@ class Block(nn.Module):
             if condition.ndim == 2
             else self.ada_gss + condition
         )
-        return vectors.unbind(2)
+        return *vectors.unbind(2), self.attn.bias()
 
     def forward(
         self,
@@ -161,8 +165,8 @@ class Block(nn.Module):
         kept: factors of the two residual branches [2, B, 1, 1] (see ``DropPath``).
         """
         modulation = self.modulation(condition) if isinstance(condition, Tensor) else condition
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        attended = self.attn(_norm(x) * (1 + scale1) + shift1, mask, cache)
+        gamma1, gamma2, scale1, scale2, shift1, shift2, bias = modulation
+        attended = self.attn(_norm(x) * (1 + scale1) + shift1, bias, mask, cache)
         x = x + _scaled(attended * gamma1, kept, 0)
         return x + _scaled(self.ffn(_norm(x) * (1 + scale2) + shift2) * gamma2, kept, 1)
 
