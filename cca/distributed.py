@@ -136,10 +136,11 @@ class Processes:
         """Whether the flag is set in one process at least."""
         return bool(self.total(float(flag))[0])
 
-    def agree(self, call: Callable[[], object], main: bool = False) -> None:
+    def agree(self, call: Callable[[], object], main: bool = False, *values: float) -> list[float]:
         """Run ``call`` in each process (or the main one); all stop together where one refuses.
 
-        Raises UserError where ``call`` did; the other processes end without a word.
+        Returns ``values`` as ``total`` does, of the same exchange. Raises UserError where ``call`` did;
+        the other processes end without a word.
         """
         refusal = None
         try:
@@ -147,11 +148,13 @@ class Processes:
                 call()
         except UserError as error:
             refusal = error
-        if self.any(refusal is not None):
+        refused, *totals = self.total(float(refusal is not None), *values)
+        if refused:
             if refusal is None:
                 time.sleep(QUIET_SECONDS)
                 raise SystemExit(2)
             raise refusal
+        return totals
 
     @contextmanager
     def holding(self, path: Path, folder: bool = False) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import json
 import pickle
 import re
 import warnings
@@ -16,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from models.errors import UserError
-from models.files import file_sha256
+from models.files import file_sha256, parse_json
 from models.hub import downloaded
 
 # Where the published files and trainers keep the state dict, at most so deep.
@@ -117,10 +116,10 @@ def _index(path: Path) -> dict[str, str]:
     try:
         if path.stat().st_size > LARGEST_INDEX:
             raise ValueError
-        shards = json.loads(path.read_bytes())["weight_map"]
+        shards = parse_json(path.read_bytes())["weight_map"]
         if not shards or not all(isinstance(n, str) and n == Path(n).name for n in shards.values()):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{path}: is no index of weights in shards, {{'weight_map': {{tensor: file beside it}}}}"
         ) from None

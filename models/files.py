@@ -6,11 +6,13 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from safetensors import SafetensorError
 
 from models.errors import UserError
@@ -117,15 +119,47 @@ def write_json(path: Path, content: dict) -> None:
     atomic_write(path, lambda temporary: temporary.write_text(text + "\n"))
 
 
+def parse_json(text: str | bytes, **how: Any) -> Any:
+    """``json.loads``, options and all, for files of others.
+
+    Raises ValueError for what is no JSON, nested too deep, or holds a whole number beyond 64 bits.
+    """
+    try:
+        return json.loads(text, parse_int=_whole_number, **how)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= (number := int(digits)) < 2**64:
+        raise ValueError("a number of more than 64 bits")
+    return number
+
+
 def read_json(path: Path) -> dict:
     """A JSON object. Raises UserError for anything else."""
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is damaged or not JSON ({reason(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__} instead of an object")
     return content
+
+
+def read_array(path: Path, mapped: str | None = None) -> np.ndarray:
+    """The array of an .npy file; ``mapped``: mapped into memory in that mode ("r", "r+"), not read.
+
+    Raises UserError for anything else, and for objects, which would be executed.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of headers that other versions wrote
+            if mapped:
+                return np.lib.format.open_memmap(path, mapped)
+            with open(path, "rb") as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:  # a damaged header can raise anything
+        raise UserError(f"{path}: is missing or damaged ({reason(error)})") from None
 
 
 def write_binary(path: Path, write: Callable[[BinaryIO], object]) -> None:

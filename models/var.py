@@ -287,9 +287,8 @@ class VARTransformer(ARTransformer):
         x = torch.cat(parts, dim=1)
         end = start + x.shape[1]
         x = x + self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]
-        bias = self.attn_bias_for_masking[:, :, :end, :end]
-        # Cast here, once, and not by autocast in each layer.
-        mask = None if state.cache else bias.to(autocast_dtype(x.device, x.dtype))
+        dtype = autocast_dtype(x.device, x.dtype)  # cast here, once, and not by autocast in each layer
+        mask = None if state.cache else self.attn_bias_for_masking[:, :, :end, :end].to(dtype)
         caches = state.cache.at() if state.cache else [None] * len(self.blocks)
         kept = [None] * len(self.blocks) if state.kept is None else state.kept
         for block, modulation, cache, factors in zip(self.blocks, state.modulations, caches, kept):

@@ -29,7 +29,7 @@ from cca.data.classes import add_classes_option, read_classes
 from cca.data.sources import TokenSource, open_labelled_images
 from cca.distributed import Processes, Stopped, StopRequest, children_ignore_signals
 from models.errors import UserError, run_command
-from models.files import read_json, reason, remove_folder, write_binary, write_json, writing
+from models.files import read_array, read_json, remove_folder, write_binary, write_json, writing
 from models.image_transforms import TenCrops
 from models.loading import load_files, locate
 from models.options import Parser, count, number
@@ -100,7 +100,7 @@ class CodeFile:
         processes.agree(self._begin, main=True)
         self.finished = processes.any(self.finished)
         if not self.finished:
-            self.codes = np.load(self._filled(), mmap_mode="r+")
+            self.codes = read_array(self._filled(), "r+")
 
     def _filled(self) -> Path:
         """The file that is being filled; it gets its name before the header is written."""
@@ -149,11 +149,9 @@ class CodeFile:
     def _check(self) -> None:
         """What was begun must be there as it was reserved."""
         try:
-            found = np.load(self._filled(), mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(
-                f"--output: {self._filled()} is missing or damaged ({reason(error)}); remove {self.folder}"
-            ) from None
+            found = read_array(self._filled(), "r")
+        except UserError as error:
+            raise UserError(f"--output: {error}; remove {self.folder}") from None
         if found.shape != self.shape or found.dtype != np.uint16:
             raise UserError(
                 f"--output: {self._filled()} holds {list(found.shape)} codes instead of {list(self.shape)}; "

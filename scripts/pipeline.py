@@ -6,7 +6,6 @@ printed alone.
 """
 
 import importlib
-import json
 import shlex
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from cca.distributed import Processes
 from models import UserError, zoo_entry
-from models.files import write_json
+from models.files import parse_json, read_json, write_json
 from models.llamagen import LlamaGen
 from models.var import VAR
 
@@ -156,7 +155,7 @@ class Pipeline:
         }
         path = self.folder / "options.json"
         if path.exists():
-            before = json.loads(path.read_text())
+            before = read_json(path)
             for name, value in options.items():
                 if before.get(name) != value:
                     raise UserError(
@@ -224,13 +223,13 @@ class Pipeline:
 
     def figures(self, row: Row) -> dict:
         """Metrics of a row, with images per second of its sampling, and processor-hours of its run."""
-        report = json.loads(self.evaluate(row).read_text())
-        sampled = json.loads((self.folder / "samples" / f"{row.key}.json").read_text())
+        report = read_json(self.evaluate(row))
+        sampled = read_json(self.folder / "samples" / f"{row.key}.json")
         figures = {**report["metrics"], "images_per_second": sampled["images_per_second"]}
         if isinstance(row.weights, Run):
             folder = self.folder / f"{row.model}-{row.weights.name}"
-            batch = json.loads((folder / "config.json").read_text())["options"]["batch_size"]
-            steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            batch = read_json(folder / "config.json")["options"]["batch_size"]
+            steps = [parse_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             seconds = sum(batch / step["images_per_second"] for step in steps)
             figures["training_hours"] = seconds * self.launcher.processes / 3600
         return figures

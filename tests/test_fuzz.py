@@ -4,7 +4,8 @@
 
 Each case is a command in a child forked from this process, which has imported everything. It ends with
 status 0, or with status 2, one line and nothing changed on disk; within 30 s of computing and 2 GB of
-resident memory. FUZZ_FILES damaged files per reader (default 2000), FUZZ_OPTIONS command lines per
+resident memory. Where a file is read while the work is on, the command goes on after it is mended.
+FUZZ_FILES damaged files per reader (default 2000), FUZZ_OPTIONS command lines per
 command (300), FUZZ_SEED (0). A summary of each is printed.
 """
 
@@ -20,6 +21,7 @@ import signal
 import sys
 import time
 import traceback
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -27,8 +29,11 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, TRAIN
+from killing import Register
 from made_data import make_codes
+from PIL import Image
 from safetensors.torch import save_file
+from specimens import VERSION_1, register, weights
 
 import eval_fid
 import sample
@@ -36,6 +41,7 @@ import train_llamagen_cca
 import train_var_cca
 from models.checkpoints import read_state_dict
 from models.errors import run_command
+from models.loading import recognise
 from models.options import Parser
 from scripts import convert_weights, extract_codes, make_reference
 
@@ -43,46 +49,91 @@ FILES = int(os.environ.get("FUZZ_FILES", 2000))
 LINES = int(os.environ.get("FUZZ_OPTIONS", 300))
 SEED = int(os.environ.get("FUZZ_SEED", 0))
 PROGRESS = re.compile(r"%\||/s\]|\[\d\d:\d\d")  # bars of tqdm
+DIVERGED = "the trained weights are not finite"  # no refusal: what came of the work, which is on disk
 SECONDS, PATIENCE, MEGABYTES = 30, 300, 2000  # of computing; on the clock; resident
 
 pytestmark = pytest.mark.slow
 
-VAR = ["--model", "var-mini", "--batch-size", "8", "--max-steps", "1", "--output", "out"]
-LLAMAGEN = ["--model", "llamagen-mini", "--batch-size", "8", "--max-steps", "1", "--output", "out"]
+# Commands on the mini models, whose options are tried; and on the specimens, which are small and fast.
+STEP = ["--batch-size", "8", "--max-steps", "1", "--output", "out"]
 SAMPLE = ["--model", "llamagen-mini", "--num-samples", "1", "--output", "out.npz"]
 ENCODE = ["--model", "llamagen-mini", "--data", "good.npz", "--output", "out"]
 EVAL = ["--reference", "good.npz", "--features", "mini", "--samples"]
+SMALL_SAMPLE = [*weights("llamagen"), "--num-samples", "1", "--output"]
+SMALL_ENCODE = ["--model", "specimen-llamagen", *weights("llamagen")[4:], "--data", "small.npz"]
+SMALL_TRAIN = [*weights("llamagen"), *STEP]
 # Reader: (the files that are damaged in turn, the command that reads them).
 READERS = {
-    "weights-zip": (["w.pt"], sample, [*SAMPLE, "--weights", "w.pt"]),
-    "weights-legacy": (["w.pth"], sample, [*SAMPLE, "--weights", "w.pth"]),
-    "weights-safetensors": (["w.safetensors"], sample, [*SAMPLE, "--weights", "w.safetensors"]),
-    "weights-shards": (["shards/m.safetensors.index.json"], sample, [*SAMPLE, "--weights", "shards"]),
-    "weights-converted": (["w.pt", "w.safetensors"], convert_weights, ["w.pt", "out.safetensors"]),
-    "npz-evaluated": (["good.npz"], eval_fid, [*EVAL, "good.npz"]),
-    "npz-deflated": (["deflated.npz"], eval_fid, [*EVAL, "deflated.npz"]),
-    "npz-statistics": (["ref.npz"], eval_fid, [*EVAL[2:], "good.npz", "--reference", "ref.npz"]),
-    "npz-trained-on": (["good.npz"], train_var_cca, [*VAR, "--data", "good.npz"]),
-    "npz-encoded": (["good.npz"], extract_codes, ENCODE),
     "codes": (
-        ["codes/codes.npy", "codes/labels.npy", "codes/header.json"],
-        train_llamagen_cca, [*LLAMAGEN, "--codes", "codes"],
+        ["small-codes/codes.npy", "small-codes/labels.npy", "small-codes/header.json"],
+        train_llamagen_cca, [*SMALL_TRAIN, "--codes", "small-codes"],
     ),
     "published-codes": (
-        [f"published/imagenet32_{kind}/{i}.npy" for kind in ("codes", "labels") for i in (0, 7)],
-        train_llamagen_cca, [*LLAMAGEN, "--codes", "published"],
+        [f"published/imagenet8_{kind}/{i}.npy" for kind in ("codes", "labels") for i in (0, 7, 15)],
+        train_llamagen_cca, [*SMALL_TRAIN, "--codes", "published"],
     ),
     "run-folder": (
         ["run/config.json", "run/metrics.jsonl"],
-        train_llamagen_cca, [*LLAMAGEN[:-1], "run", "--codes", "codes"],
+        train_llamagen_cca, [*SMALL_TRAIN[:-1], "run", "--codes", "small-codes"],
     ),
+    "run-state": (
+        [f"run/state/step-1/{file}" for file in (".metadata", "__0_0.distcp", "sha256-0.json")],
+        train_llamagen_cca, [*SMALL_TRAIN[:-1], "run", "--codes", "small-codes"],
+    ),
+    "run-state-unchecked": (
+        [f"old-run/state/step-1/{file}" for file in (".metadata", "__0_0.distcp")],
+        train_llamagen_cca, [*SMALL_TRAIN[:-1], "old-run", "--codes", "small-codes"],
+    ),
+    "unfinished-codes": (
+        ["unfinished/progress/header.json", "unfinished/codes.partial.npy"],
+        extract_codes, [*SMALL_ENCODE[:-1], "images.npz", "--output", "unfinished"],
+    ),
+    "classes-from": (
+        ["classes.json"],
+        extract_codes, [*SMALL_ENCODE[:-1], "photos", "--classes-from", "classes.json", "--output", "out"],
+    ),
+    "images-encoded": (
+        ["photos/cat/0.png", "photos/cat/4.png", "photos/dog/1.jpg", "photos/dog/5.jpg"],
+        extract_codes, [*SMALL_ENCODE[:-1], "photos", "--classes-from", "classes.json", "--output", "out"],
+    ),
+    "images-evaluated": (
+        ["photos/cat/0.png", "photos/cat/4.png", "photos/dog/1.jpg", "photos/dog/5.jpg"],
+        eval_fid, [*EVAL, "photos"],
+    ),
+    "compared": (["results.json"], eval_fid, ["--compare", "results.json"]),
+    "sample-parts": (
+        ["parts.npz.parts/options.json", "parts.npz.parts/00000000.npy"], sample, [*SMALL_SAMPLE, "parts.npz"]
+    ),
+    "samples-finished": (["made.npz", "made.json"], sample, [*SMALL_SAMPLE, "made.npz"]),
     "json-beside-samples": (["good.json"], eval_fid, [*EVAL, "good.npz"]),
+    "npz-statistics": (["ref.npz"], eval_fid, [*EVAL[2:], "good.npz", "--reference", "ref.npz"]),
+    "npz-evaluated": (["good.npz"], eval_fid, [*EVAL, "good.npz"]),
+    "npz-deflated": (["deflated.npz"], eval_fid, [*EVAL, "deflated.npz"]),
+    "npz-trained-on": (["small.npz"], train_var_cca, [*weights("var"), *STEP, "--data", "small.npz"]),
+    "npz-encoded": (
+        ["small.npz"], extract_codes, [*SMALL_ENCODE, "--output", "out"],
+    ),
+    "weights-zip": (["w.pt"], sample, [*SMALL_SAMPLE, "out.npz", "--weights", "w.pt"]),
+    "weights-legacy": (["w.pth"], sample, [*SMALL_SAMPLE, "out.npz", "--weights", "w.pth"]),
+    "weights-safetensors": (
+        ["w.safetensors"], sample, [*SMALL_SAMPLE, "out.npz", "--weights", "w.safetensors"]
+    ),
+    "weights-of-state": (
+        [f"old-run/state/step-1/{file}" for file in (".metadata", "__0_0.distcp")],
+        sample, [*SMALL_SAMPLE, "out.npz", "--weights", "old-run/state/step-1"],
+    ),
+    "weights-shards": (
+        ["shards/m.safetensors.index.json"], sample, [*SMALL_SAMPLE, "out.npz", "--weights", "shards"]
+    ),
+    "weights-converted": (["w.pt", "w.safetensors"], convert_weights, ["w.pt", "out.safetensors"]),
 }  # fmt: skip
+# Read while the work is on: a damaged one stops the command, which goes on where the file is mended.
+READ_AT_WORK = re.compile(r"published/.*|parts.npz.parts/00000000.npy")
 COMMANDS = {
     "sample": (sample, SAMPLE),
     "eval_fid": (eval_fid, [*EVAL, "good.npz"]),
-    "train_var_cca": (train_var_cca, [*VAR, "--data", "good.npz"]),
-    "train_llamagen_cca": (train_llamagen_cca, [*LLAMAGEN, "--codes", "codes"]),
+    "train_var_cca": (train_var_cca, ["--model", "var-mini", *STEP, "--data", "good.npz"]),
+    "train_llamagen_cca": (train_llamagen_cca, ["--model", "llamagen-mini", *STEP, "--codes", "codes"]),
     "extract_codes": (extract_codes, ENCODE),
     "make_reference": (make_reference, ["--images", "good.npz", "--features", "mini", "--output", "out.npz"]),
 }
@@ -114,10 +165,14 @@ JSON_VALUES = (
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     """A folder with one good file of each kind."""
+    register(Register)
+    recognise({})  # each child would build all models anew to name what does not fit
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("fuzz") / "template"
     folder.mkdir()
-    state = {k: v.clone() for k, v in read_state_dict(ROOT / "assets/llamagen-mini.safetensors").items()}
+    for file in VERSION_1.glob("specimen-*.safetensors"):
+        shutil.copy2(file, folder)
+    state = {k: v.clone() for k, v in read_state_dict(folder / "specimen-llamagen.safetensors").items()}
     torch.save({"model": state, "steps": np.float64(3), "args": {"lr": 1e-4}}, folder / "w.pt")
     torch.save({"model": state}, folder / "w.pth", _use_new_zipfile_serialization=False)
     save_file(state, folder / "w.safetensors")
@@ -130,16 +185,36 @@ def template(tmp_path_factory):
     np.savez(folder / "good.npz", **arrays)
     np.savez_compressed(folder / "deflated.npz", **arrays)
     (folder / "good.json").write_text(json.dumps({"options": {"model": "var-mini", "cfg_scale": 1.0}}))
-    (folder / "made").mkdir()
-    make_codes(folder / "made", images=16, published=True).rename(folder / "published")
-    (folder / "made").rmdir()
     make_codes(folder, images=16)
+    with np.load(VERSION_1 / "few.npz") as file:
+        np.savez(folder / "small.npz", **{key: file[key][:16] for key in file.files})
+    shutil.copytree(VERSION_1 / "unfinished-codes", folder / "unfinished")
+    shutil.copy2(VERSION_1 / "images.npz", folder)
+    for i, image in enumerate(arrays["arr_0"]):
+        path = folder / "photos" / (f"dog/{i}.jpg" if i % 2 else f"cat/{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    (folder / "classes.json").write_text(json.dumps({"cat": 3, "dog": 1}))
     for module, arguments in (
         (make_reference, ["--images", "good.npz", "--features", "mini", "--output", "ref.npz"]),
+        (extract_codes, [*SMALL_ENCODE, "--output", "small-codes"]),
         (train_llamagen_cca, READERS["run-folder"][2]),
+        (eval_fid, [*EVAL, "good.npz", "--output", "results.json"]),
+        (sample, READERS["samples-finished"][2]),
     ):
         outcome = run_child(module.main, arguments, folder)
         assert outcome.status == 0, outcome.errors
+    for kind in ("codes", "labels"):
+        (folder / f"published/imagenet8_{kind}").mkdir(parents=True)
+        for i, row in enumerate(np.load(folder / "small-codes" / f"{kind}.npy")):
+            np.save(folder / f"published/imagenet8_{kind}/{i}.npy", row[None])
+    shutil.copytree(folder / "run", folder / "old-run")  # as before there were checksums
+    (folder / "old-run" / "state" / "step-1" / "sha256-0.json").unlink()
+    parts = folder / "parts.npz.parts"  # an unfinished run whose only part is made
+    parts.mkdir()
+    (parts / "options.json").write_text(json.dumps(json.loads((folder / "made.json").read_text())["options"]))
+    with np.load(folder / "made.npz") as file:
+        np.save(parts / "00000000.npy", file["arr_0"])
     return folder
 
 
@@ -194,12 +269,15 @@ def snapshot(folder: Path) -> dict[str, tuple]:
 
 def complaint(outcome: Outcome, changed: set[str]) -> str | None:
     """What is wrong with how a case ended; None if nothing is."""
+    diverged = outcome.status == 2 and DIVERGED in outcome.errors
     printed = outcome.errors.replace("\r", "\n").splitlines()
     lines = [line for line in printed if line.strip() and not PROGRESS.search(line)]
     if outcome.status not in (0, 2):
         return f"status {outcome.status}: {lines[-1] if lines else 'no word'}"
     if "Traceback" in outcome.errors:
         return f"traceback with status {outcome.status}: {lines[-1]}"
+    if diverged:
+        lines, changed = [line for line in lines if not line.startswith("note: ")], set()
     if outcome.status == 2 and (len(lines) != 1 or not lines[0].startswith("error: ")):
         return f"{len(lines)} lines: {' / '.join(lines[:3])}"
     if outcome.status == 2 and changed:
@@ -210,20 +288,33 @@ def complaint(outcome: Outcome, changed: set[str]) -> str | None:
 
 
 class Campaign:
-    """Cases of one kind in one folder, which is made anew after each that changed it; and what was found."""
+    """Cases of one kind in one folder, which is mended after each that changed it; and what was found."""
 
     def __init__(self, name: str, template: Path):
         self.name, self.template, self.folder = name, template, template.parent / "work" / "here"
         self.statuses: collections.Counter[int] = collections.Counter()
         self.found: dict[str, list] = {}
         self.slowest = self.largest = 0.0
-        self.renew()
-
-    def renew(self) -> None:
         shutil.rmtree(self.folder.parent, ignore_errors=True)
         shutil.copytree(self.template, self.folder)
 
-    def case(self, main, arguments: list[str], about: str) -> None:
+    def mend(self, changed: set[str]) -> None:
+        """Make these paths as they are in the template."""
+        for name in sorted(changed, reverse=True):  # what is in a folder, then the folder
+            path = self.folder.parent / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        for name in sorted(changed):
+            original = self.template / Path(name).relative_to("here") if name.startswith("here/") else None
+            if original and original.is_dir():
+                (self.folder.parent / name).mkdir()
+            elif original and original.exists():
+                shutil.copy2(original, self.folder.parent / name)
+
+    def case(self, main, arguments: list[str], about: str, damaged: str | None = None) -> None:
+        """One command; ``damaged``: the file that is to be mended after it, which the work may stop at."""
         before = snapshot(self.folder.parent)
         outcome = run_child(main, arguments, self.folder)
         after = snapshot(self.folder.parent)
@@ -231,10 +322,18 @@ class Campaign:
         changed = {k for k in {**before, **after} if before.get(k) != after.get(k)} - {"here", "stderr"}
         self.statuses[outcome.status] += 1
         self.slowest, self.largest = max(self.slowest, outcome.seconds), max(self.largest, outcome.megabytes)
-        if problem := complaint(outcome, changed):
+        at_work = outcome.status == 2 and changed and READ_AT_WORK.fullmatch(damaged or "")
+        if problem := complaint(outcome, set() if at_work else changed):
             self.found.setdefault(problem[:160], []).append(about)
-        if changed:
-            self.renew()
+        if at_work:
+            self.mend({f"here/{damaged}"})
+            again = run_child(main, arguments, self.folder)
+            (self.folder.parent / "stderr").unlink()
+            if again.status:
+                self.found.setdefault(f"does not go on: {again.errors[-120:]}", []).append(about)
+            after = snapshot(self.folder.parent)
+            changed = {k for k in {**before, **after} if before.get(k) != after.get(k)} - {"here"}
+        self.mend(changed | ({f"here/{damaged}"} if damaged else set()))
 
     def end(self, capsys) -> None:
         ended = ", ".join(f"{n} with status {status}" for status, n in sorted(self.statuses.items()))
@@ -251,7 +350,7 @@ class Campaign:
 def damaged(data: bytes, draw: random.Random, text: bool) -> bytes:
     """The same bytes with one kind of damage; in half of the cases near an end, where the structure is."""
     size = len(data)
-    near = min(size, 2000)
+    near = min(size, draw.choice([150, 2000]))
     place = draw.choice([draw.randrange(size), draw.randrange(near), size - 1 - draw.randrange(near)])
     length = draw.choice([1, 2, 8, 64, 1000])
     kind = draw.choice(
@@ -281,18 +380,36 @@ def damaged(data: bytes, draw: random.Random, text: bool) -> bytes:
     return data[:place] + new[kind]
 
 
+def damaged_inside(data: bytes, draw: random.Random) -> bytes:
+    """A zip archive with damage in a member, whose checksum fits: what reads the member has to notice."""
+    changed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as before, zipfile.ZipFile(changed, "w") as after:
+        members = before.infolist()
+        pickles = [m for m in members if m.filename.endswith(".pkl")]
+        chosen = draw.choice(pickles if pickles and draw.random() < 0.7 else members)
+        for member in members:
+            content = before.read(member)
+            after.writestr(member, damaged(content, draw, False) if member is chosen else content)
+    return changed.getvalue()
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files(template, capsys, name):
     files, module, arguments = READERS[name]
     campaign = Campaign(name, template)
+    campaign.case(module.main, arguments, "undamaged")
+    assert campaign.statuses == {0: 1}, campaign.found
     for i in range(FILES):
         draw = random.Random(f"{SEED} {name} {i}")
         file = draw.choice(files)
-        data = damaged((template / file).read_bytes(), draw, file.endswith((".json", ".jsonl")))
+        data = (template / file).read_bytes()
+        if zipfile.is_zipfile(io.BytesIO(data)) and draw.random() < 0.6:
+            data = damaged_inside(data, draw)
+        else:
+            data = damaged(data, draw, file.endswith((".json", ".jsonl")))
         (campaign.folder / file).write_bytes(data)
         given = [file if name == "weights-converted" and a == "w.pt" else a for a in arguments]
-        campaign.case(module.main, given, f"case {i}, {file}")
-        shutil.copy2(template / file, campaign.folder / file)
+        campaign.case(module.main, given, f"case {i}, {file}", file)
     campaign.end(capsys)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models import ARImageModel, UserError
+from models.files import parse_json
 from models.hub import ASSETS
 
 WORDNET_IDS = ASSETS / "imagenet1k-wordnet-ids.txt"
@@ -42,10 +42,10 @@ def read_classes(path: Path | None) -> dict[str, int] | None:
         return dict(pairs)
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        content = parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise UserError(f"--classes-from: {path}: no such file") from None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         raise UserError(f"--classes-from: {path} is not a readable JSON file") from None
     if not isinstance(content, dict) or not content or not all(type(v) is int for v in content.values()):
         raise UserError(

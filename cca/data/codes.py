@@ -1,7 +1,6 @@
 """Tokens extracted beforehand: packed codes, and the published folders of one file per image."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from cca.data.folders import fingerprint
 from cca.data.sources import TokenSource
 from cca.streams import CROPS, stream
 from models import ARImageModel, UserError
-from models.files import file_sha256
+from models.files import file_sha256, read_array, read_json
 from models.weights import tensors_sha256
 
 CHECKED_AT_ONCE = 4096  # images
@@ -29,16 +28,14 @@ class PackedCodes:
     def __init__(self, path: Path, model: ARImageModel):
         self.path = path
         try:
-            self.header = json.loads((path / "header.json").read_text())
-            self.codes = np.load(path / "codes.npy", mmap_mode="r", allow_pickle=False)
-            labels = np.load(path / "labels.npy", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            self.header = read_json(path / "header.json")
+            self.codes = read_array(path / "codes.npy", "r")
+            labels = read_array(path / "labels.npy")
+        except UserError as error:
             raise UserError(
                 f"--codes: {path} is not a folder of packed codes ({error}); "
                 "scripts/extract_codes.py makes one"
             ) from None
-        if not isinstance(self.header, dict):
-            raise UserError(f"--codes: {path}/header.json was not written by scripts/extract_codes.py")
         vocabulary = self.header.get("vocab_size")
         if (
             self.codes.dtype.kind not in "iu"
@@ -146,15 +143,28 @@ class NpyCodes:
         return []
 
     def fingerprint(self) -> str:
+        self._read_odd_ones()
         folders = (self.codes_folder, self.labels_folder)
         files = [f"{folder.name}/{name}" for folder in folders for name in sorted(os.listdir(folder))]
         return fingerprint(self.codes_folder.parent, files)
 
+    def _read_odd_ones(self) -> None:
+        """Read the files of another size than the first: what was cut off is found before the work."""
+        for folder, read in (
+            (self.codes_folder, self.crops),
+            (self.labels_folder, lambda index: self.labels(np.array([index]))),
+        ):
+            with os.scandir(folder) as entries:
+                sizes = {entry.name: entry.stat().st_size for entry in entries}
+            for index in range(self.size):
+                if index == 0 or sizes.get(f"{index}.npy") != sizes["0.npy"]:
+                    read(index)
+
     def _read(self, path: Path) -> np.ndarray:
         try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            raise UserError(f"--codes: {path} is missing or not a readable .npy file") from None
+            return read_array(path)
+        except UserError as error:
+            raise UserError(f"--codes: {error}") from None
 
 
 class Codes(TokenSource):
@@ -165,7 +175,7 @@ class Codes(TokenSource):
 
     def __init__(self, path: Path, model: ARImageModel, seed: int = 0):
         kind = NpyCodes if (path / f"imagenet{model.image_size}_codes").is_dir() else PackedCodes
-        sister = path.with_name(path.name + "_105")
+        sister = Path(f"{os.path.abspath(path)}_105")
         self.readers = [kind(folder, model) for folder in (path, sister) if folder == path or folder.is_dir()]
         self.seed = seed
         if len({len(reader) for reader in self.readers}) > 1:

@@ -176,8 +176,12 @@ class NpzImages(ImageSet):
         ]
 
     def _array(self, name: str) -> np.ndarray:
-        with reading(self.path, f"{name} is not readable"), np.load(self.path, allow_pickle=False) as file:
-            return file[name]
+        with (
+            reading(self.path, f"{name} is not readable"),
+            zipfile.ZipFile(self.path) as archive,
+            archive.open(f"{name}.npy") as file,
+        ):
+            return np.lib.format.read_array(file, allow_pickle=False)
 
     def content_hash(self) -> str:
         with reading(self.path, "not a readable .npz file"):

@@ -1,9 +1,10 @@
 """What ``sample.py`` says of its samples, read by those who take them."""
 
-import json
 import os
 from pathlib import Path
 from typing import NoReturn
+
+from models.files import parse_json
 
 
 def report_path(samples: Path) -> Path:
@@ -19,8 +20,8 @@ def read_sampling_report(path: Path) -> dict:
         raise ValueError(constant)  # NaN and infinity, which are no JSON
 
     try:
-        content = json.loads(report_path(path).read_text(encoding="utf-8"), parse_constant=refuse)
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(report_path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+    except (OSError, ValueError):
         return {}
     options = content.get("options") if isinstance(content, dict) else None
     if not isinstance(options, dict) or not isinstance(options.get("model", ""), str):

@@ -1,6 +1,5 @@
 """What figures may be held against: what makes them not comparable, and the published ones beside them."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from cca.data.image_sets import ImageSet
 from cca.evaluation.evaluator import METRICS, REFERENCE_IMAGES, Reference
 from cca.evaluation.features import Extractor, Features
 from models import ZOO, UserError
+from models.files import parse_json
 from models.tables import markdown_table
 
 PUBLISHED_SAMPLES = 50_000
@@ -74,12 +74,12 @@ def compare(paths: list[Path]) -> str:
     rows = []
     for path in paths:
         try:
-            content = json.loads(path.read_text())
+            content = parse_json(path.read_text())
             values = {column: float(value) for column, value in content["metrics"].items()}
             sampling = dict(content["samples"].get("sampling") or {})
             name = Path(content["samples"]["file"]).name
             published = ZOO[sampling["model"]].published if sampling.get("model") in ZOO else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"--compare: {path} is not a result of eval_fid.py") from None
         figure = None
         if published and sampling.get("cfg_scale", 1.0) != 1.0:

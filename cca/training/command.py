@@ -16,7 +16,7 @@ from tqdm import tqdm
 from cca.data.sources import TokenSource
 from cca.distributed import Processes, StopRequest
 from cca.training.data_record import data_record, refuse_renumbered
-from cca.training.gpu import explaining_memory, peak_rate
+from cca.training.gpu import explaining_memory, fitting_micro_batch, peak_rate
 from cca.training.loader import Unreadable, own_items
 from cca.training.losses import LOSSES, Batch, missing_negatives, pair_labels
 from cca.training.preview import grid_drawer
@@ -33,12 +33,14 @@ from models import (
     model_names,
     zoo_entry,
 )
-from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically
+from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically, device_name
 from models.options import Parser, add_model_options, count, number
 from models.outputs import check_output
 from models.zoo import ZooEntry
 
 PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
+# Optimizer steps of a run from which on compilation pays on a GPU (sharded, it would gather in float32).
+COMPILED_FROM = 1000
 
 
 def run_training(
@@ -76,7 +78,9 @@ def run_training(
             "use --parallel ddp, or sample.py on a finished run"
         )
     compared, told = data_record(path, data, processes)
-    compared["deterministic"] = args.deterministic
+    long = processes.device.type == "cuda" and config.max_steps >= COMPILED_FROM and parallel != "fsdp"
+    compile = long if args.compile is None else args.compile
+    compared |= {"deterministic": args.deterministic, "compile": compile}
     description = {**describe(config, {**files.describe(), **compared}), "data": told}
     published = config.batch_size // (PUBLISHED_GPUS * recipe.published_accumulation)
     if recipe.published_accumulation == 1:
@@ -89,14 +93,30 @@ def run_training(
             without = missing_negatives(config.loss, config.batch_size, data.same_class)
             for note in [*data.notes(), *([without] if without else [])]:
                 print(f"note: {note}", file=sys.stderr)
-        with explaining_memory(micro_batch_size, args.checkpointing):
+        with explaining_memory(args.checkpointing):
             trainer = Trainer(
-                model, config, micro_batch_size, processes, parallel, args.compile, args.checkpointing
+                model, config, micro_batch_size, processes, parallel, compile, args.checkpointing
             )
+            if args.micro_batch_size is None and not (args.deterministic or trainer.sharded):
+                choose_micro_batch(trainer)
+            if processes.main:
+                where = f"{device_name(processes.device)} x {processes.world} ({parallel})"
+                batch = f"batch {config.batch_size}, micro-batch {trainer.micro_batch_size}"
+                how = f"{config.dtype}, {batch}, {'compiled' if compile else 'eager'}"
+                print(
+                    f"{config.loss} of {args.model} at {model.image_size} pixels, {where}, {how}", flush=True
+                )
             draw = grid_drawer(trainer, folder.path / "samples") if args.sample_every else lambda step: None
             train(
                 trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw
             )
+
+
+def choose_micro_batch(trainer: Trainer) -> None:
+    """On a GPU, as many images as fit into its memory, instead of as many as were published."""
+    processes, share = trainer.processes, trainer.processes.share(trainer.config.batch_size)
+    if processes.device.type == "cuda":
+        trainer.micro_batch_size = fitting_micro_batch(trainer, share.stop - share.start)
 
 
 def train(
@@ -136,11 +156,11 @@ def train(
                 if peak:
                     metrics["mfu"] = trainer.flops / seconds / peak
                 done += 1
-                processes.agree(partial(folder.log, done, metrics), main=True)
                 if processes.main:
                     show(bar, metrics, done % log_every == 0)
                 # A signal reaches the processes at different moments; they agree on the step to stop at.
-                asked, missing = processes.total(float(request.asked), float(unreadable.report(flags)))
+                flagged = float(request.asked), float(unreadable.report(flags))
+                asked, missing = processes.agree(partial(folder.log, done, metrics), True, *flagged)
                 stop = bool(asked)
                 unreadable.add(int(missing))
                 if stop or done % save_every == 0 or done == config.max_steps:
@@ -193,7 +213,8 @@ def training_parser(
     length.add_argument("--max-steps", type=count(), help="optimizer steps, instead of --epochs")
     add("--batch-size", type=count(), help=f"global batch in images, over all processes ({recipe})")
     add("--micro-batch-size", type=count(),
-        help="images of one forward pass in one process (default: as published on 8 GPUs; mini: 32)")
+        help="images of one forward pass in one process (default: what fits a GPU's memory; "
+        "on CPUs, with --deterministic and fsdp as published on 8 GPUs; mini: 32)")
     add("--lr", type=number(0), help=f"peak learning rate ({recipe}; VAR: times batch size / 256)")
     add("--warmup", type=number(0, 1), help=f"fraction of the run with rising rate ({recipe})")
     add("--final-lr", type=number(0, 1), help=f"last rate over peak rate; 1 keeps it constant ({recipe})")
@@ -206,7 +227,8 @@ def training_parser(
     add("--dtype", choices=DTYPES, help=f"precision of the forward pass; float16 scales the loss ({recipe})")
     add("--parallel", choices=("ddp", "fsdp"),
         help=f"replicate the model in each process, or shard it ({recipe})")
-    add("--compile", action="store_true", help="torch.compile the transformer blocks")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help=f"compile the blocks (default: on GPUs for {COMPILED_FROM:,} steps or more, not fsdp)")
     add("--checkpointing", action="store_true",
         help="keep no activations of the blocks, compute them again in the backward pass")
     add("--deterministic", action="store_true",

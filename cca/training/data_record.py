@@ -1,10 +1,10 @@
 """What ``config.json`` keeps of the data, so that a run goes on with no other."""
 
-import json
 from pathlib import Path
 
 from cca.data.sources import TokenSource
 from cca.distributed import Processes
+from cca.training.run_folder import read_options
 from models import UserError
 
 
@@ -16,7 +16,7 @@ def data_record(path: Path, data: TokenSource, processes: Processes) -> tuple[di
 
 def refuse_renumbered(folder: Path, classes: dict[str, int] | None) -> None:
     """Raise UserError for a run of an earlier version, which numbered class folders by their position."""
-    before = json.loads((folder / "config.json").read_text())["options"]
+    before = read_options(folder / "config.json")
     if "data" in before and list(classes.values() if classes else ()) != list(range(len(classes or ()))):
         raise UserError(
             f"--output: {folder} was trained with class folders numbered by position, "

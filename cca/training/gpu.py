@@ -5,7 +5,11 @@ from contextlib import contextmanager
 
 import torch
 
+from cca.training.losses import Batch
+from cca.training.trainer import Trainer
 from models import UserError
+
+USED_MEMORY = 0.8  # of a GPU's, by a micro-batch that is chosen; the rest is for what lies between tensors
 
 # Dense bfloat16 operations per second, from NVIDIA's data sheets (which give twice as many, "with sparsity");
 # the first name that is part of the GPU's.
@@ -31,16 +35,55 @@ def peak_rate(device: torch.device) -> float | None:
 
 
 @contextmanager
-def explaining_memory(micro_batch_size: int, checkpointing: bool) -> Iterator[None]:
+def explaining_memory(checkpointing: bool) -> Iterator[None]:
     """A GPU's memory that runs out inside is a UserError, which says what needs less."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        less = ["fewer (the results stay the same)"] if micro_batch_size > 1 else []
+        less = ["a smaller one (the results stay the same)"]
         less += [] if checkpointing else ["--checkpointing"]
         less += ["more GPUs with --parallel fsdp"]
         why = ". ".join(str(error).split(". ")[:2]).rstrip(".")  # the rest is advice on the allocator
         raise UserError(
-            f"--micro-batch-size: the memory does not suffice for {micro_batch_size} images at once ({why}); "
-            f"take {', or '.join(less)}. The same command goes on from the last saved state"
+            f"--micro-batch-size: the memory does not suffice ({why}); take {', or '.join(less)}. "
+            "The same command goes on from the last saved state"
         ) from None
+
+
+def images_that_fit(of_two: int, of_four: int, memory: float, later: int) -> int:
+    """Images of a micro-batch, a power of two, that take no more than USED_MEMORY of a GPU.
+
+    Args:
+        of_two, of_four: bytes in use while as many images are trained on.
+        memory: bytes of the GPU; later: bytes that come to them besides.
+    """
+    each = max((of_four - of_two) / 2, 1)
+    images = (USED_MEMORY * memory - later - (of_two - 2 * each)) / each
+    return 1 << max(int(images), 1).bit_length() - 1
+
+
+def fitting_micro_batch(trainer: Trainer, most: int) -> int:
+    """``images_that_fit`` of a trainer on a GPU, measured on made-up images; at most ``most``.
+
+    Depends on the model, its options and the kind of GPU, not on what else is in its memory.
+    """
+    device, model = trainer.processes.device, trainer.model
+
+    def bytes_of(images: int) -> int:
+        labels = torch.arange(images) % 2
+        tokens = torch.zeros(images, model.sequence_length, dtype=torch.int64)
+        torch.cuda.reset_peak_memory_stats(device)
+        with trainer.synchronise(last=False), torch.compiler.set_stance("force_eager"):
+            loss, _ = trainer.micro_loss(Batch(tokens, labels, 1 - labels, labels < 0))
+            trainer.scaler.scale(loss).backward()
+        return torch.cuda.max_memory_allocated(device)
+
+    memory = torch.cuda.get_device_properties(device).total_memory
+    moments = 8 * sum(p.numel() for p in trainer.net.parameters() if p.requires_grad)
+    try:
+        bytes_of(2)  # from now on there are gradients, as in all micro-batches but a step's first
+        fitting = images_that_fit(bytes_of(2), bytes_of(4), memory, moments)
+    except torch.OutOfMemoryError:
+        fitting = 1
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return min(fitting, most)

@@ -21,6 +21,7 @@ from models import UserError
 from models.files import (
     atomic_write,
     finite_or_none,
+    parse_json,
     read_json,
     reason,
     remove_folder,
@@ -43,6 +44,22 @@ def describe(config: TrainingConfig, extra: dict) -> dict:
     }
 
 
+def read_options(config: Path) -> dict:
+    """The options in a run's ``config.json``. Raises UserError for another file."""
+    options = read_json(config).get("options")
+    if not isinstance(options, dict):
+        raise UserError(f"{config}: holds no options of a run; take another folder")
+    return options
+
+
+def _step_of(line: str) -> int:
+    """Of which step a line of ``metrics.jsonl`` is; raises ValueError, KeyError or TypeError."""
+    step = parse_json(line)["step"]
+    if type(step) is not int:
+        raise TypeError
+    return step
+
+
 class RunFolder:
     """Where a run writes; every write is atomic, so a run killed at any moment leaves its last good state."""
 
@@ -57,7 +74,7 @@ class RunFolder:
         """Note the options; the states' folder comes first, so that what has a config.json has both."""
         config = self.path / "config.json"
         if config.exists():
-            changed = differing(read_json(config).get("options", {}), description["options"])
+            changed = differing(read_options(config), description["options"])
             if changed:
                 raise UserError(
                     f"--output: {self.path} holds a run with other options: "
@@ -107,7 +124,7 @@ class RunFolder:
         )
         for line in lines:
             try:
-                kept[int(json.loads(line)["step"])] = line
+                kept[_step_of(line)] = line
             except (ValueError, KeyError, TypeError):
                 damaged += 1  # cut off where the process was killed or the disk was full
         text = "".join(f"{kept[step]}\n" for step in sorted(kept) if step <= done)

@@ -125,6 +125,9 @@ class Trainer:
             self.reference = copy.deepcopy(self.net).requires_grad_(False)
             self.reference.store_matrices(DTYPES[config.dtype])  # half the memory
         self.net.checkpointing = checkpointing
+        if compile:
+            # It would cut the blocks' graphs, to reduce parts of a block's gradients earlier.
+            torch._dynamo.config.optimize_ddp = False
         for net in (self.net, self.reference):
             if net is not None and compile:
                 net.varying_rows = self.objective is not None and not self.stochastic

@@ -10,7 +10,15 @@ import torch
 from limits import largest_file
 
 from models.errors import UserError
-from models.files import atomic_write, finite_or_none, read_json, remove_folder, write_binary, write_json
+from models.files import (
+    atomic_write,
+    finite_or_none,
+    read_array,
+    read_json,
+    remove_folder,
+    write_binary,
+    write_json,
+)
 from models.weights import save_published, save_safetensors
 
 
@@ -65,11 +73,34 @@ def test_removed_folders_vanish_at_once(tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[1]", b"\xff\xfe", b"[" * 50_000, b'{"a": 1' + b"0" * 400 + b"}"]
+)
 def test_damaged_json(content, tmp_path):
     (tmp_path / "f.json").write_bytes(content)
     with pytest.raises(UserError, match=r"f\.json: (is damaged|holds a list)"):
         read_json(tmp_path / "f.json")
+
+
+@pytest.mark.parametrize("mapped", [None, "r"])
+@pytest.mark.parametrize(
+    "damage",
+    [(b"(3, 2)", b"((((((")]
+    + [
+        (b"\x93NUMPY", b"PK\x03\x04MPY"),
+        (b"'<i8'", b"'|O8'"),
+        (b"(3, 2)", b"(3, 9)"),
+        (b"(3, 2), }           ", b"(3, 222222222222), }"),
+    ],
+    ids=str,
+)
+def test_damaged_arrays(damage, mapped, tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.arange(6).reshape(3, 2))
+    assert read_array(path, mapped).tolist() == [[0, 1], [2, 3], [4, 5]]
+    path.write_bytes(path.read_bytes().replace(*damage))
+    with pytest.raises(UserError, match=r"a\.npy: is missing or damaged \(."):
+        read_array(path, mapped)
 
 
 NAN, INF = float("nan"), float("inf")

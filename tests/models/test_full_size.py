@@ -14,6 +14,7 @@ from commands import run
 from golden_models import GOLDEN, named_tensor
 from hub_server import hub_variables, serving
 
+from cca.sampling.compiled import CompiledGenerate
 from models import load_model
 from models.decoding import SamplingOptions
 from models.loading import build_model
@@ -80,6 +81,11 @@ def test_official_files_sample_greedily(tmp_path, name, size, manifests, publish
         logits = model.logits(labels, tokens)
         best, chosen = logits.amax(-1), logits.gather(-1, tokens[..., None])[..., 0]
         images = model.to_uint8(model.decode(tokens)).permute(0, 2, 3, 1)
+        # As traced for compilation: the static cache, all positions or each level as one graph.
+        compiled = CompiledGenerate(
+            model, SamplingOptions(top_k=1), "float32", 2, torch.device("cpu"), "eager"
+        )
+        assert torch.equal(compiled(labels, torch.zeros(2, model.sequence_length)), tokens)
     assert (best - chosen).max() < 1e-3  # the cached decoding agrees with the teacher-forced model
     with np.load(tmp_path / "s.npz") as file:
         assert file["arr_0"].shape == (2, size, size, 3) and file["arr_1"].tolist() == [207, 360]

@@ -11,7 +11,7 @@ import torch
 from commands import expect_error, run
 from limits import largest_file
 from made_data import make_image_folder
-from specimens import VERSION_1, register
+from specimens import VERSION_1
 
 from models.errors import UserError
 from scripts import extract_codes
@@ -39,15 +39,9 @@ def test_extraction_from_a_folder(tmp_path):
     )
 
 
-@pytest.fixture
-def disk(tmp_path, monkeypatch):
-    """The specimens' images in the current folder, and chunks of 256 images."""
-    for name in ("images.npz", "specimen-llamagen-tokenizer.safetensors"):
-        shutil.copy(VERSION_1 / name, tmp_path)
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
     monkeypatch.setattr(extract_codes, "CHUNK", 256)
-    register(monkeypatch)
-    return tmp_path
 
 
 def extract(output):
@@ -71,60 +65,58 @@ def test_a_signal_ends_with_one_line_and_keeps_finished_chunks(numbers, disk, mo
                 os.kill(os.getpid(), number)
 
         patch.setattr(extract_codes.CodeFile, "finish_chunk", pretend)
-        extract("codes")
+        extract("new")
     line = "stopped; 2 chunks of 256 images are done, the same command goes on from there\n"
-    assert capsys.readouterr().out == line and not (disk / "codes" / "header.json").exists()
-    extract("codes")
+    assert capsys.readouterr().out == line and not (disk / "new" / "header.json").exists()
+    extract("new")
     extract("whole")
-    assert content(disk / "codes") == content(disk / "whole")
-    assert sorted(content(disk / "codes")) == ["codes.npy", "header.json", "labels.npy"]
+    assert content(disk / "new") == content(disk / "whole")
+    assert sorted(content(disk / "new")) == ["codes.npy", "header.json", "labels.npy"]
 
 
 def test_extraction_killed_before_its_header_goes_on(disk):
     """As earlier versions left it: codes and labels have their names, the notes are there."""
     extract("whole")
-    shutil.copytree(VERSION_1 / "unfinished-codes", disk / "codes")
+    shutil.copytree(VERSION_1 / "unfinished-codes", disk / "new")
     with np.load(VERSION_1 / "expected-codes.npz") as file:
-        np.save(disk / "codes" / "codes.npy", file["codes"])
-        np.save(disk / "codes" / "labels.npy", file["labels"])
-    (disk / "codes" / "codes.partial.npy").unlink()
-    (disk / "codes" / "progress" / "1024").touch()
-    extract("codes")
-    assert sorted(content(disk / "codes")) == ["codes.npy", "header.json", "labels.npy"]
-    assert (np.load("codes/codes.npy") != np.load("whole/codes.npy")).mean() < 1e-3
+        np.save(disk / "new" / "codes.npy", file["codes"])
+        np.save(disk / "new" / "labels.npy", file["labels"])
+    (disk / "new" / "codes.partial.npy").unlink()
+    (disk / "new" / "progress" / "1024").touch()
+    extract("new")
+    assert sorted(content(disk / "new")) == ["codes.npy", "header.json", "labels.npy"]
+    assert (np.load("new/codes.npy") != np.load("whole/codes.npy")).mean() < 1e-3
 
 
 def test_the_space_is_there_before_the_work(disk, monkeypatch):
     """Filling a hole of a mapped file on a full disk ends the process without a word."""
     with largest_file(3000), pytest.raises(UserError, match="codes.partial.npy: cannot be written .File too"):
-        extract("codes")
+        extract("new")
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-        with pytest.raises(UserError, match="--output: codes has 0.0 GB free, the run needs"):
-            extract("codes")
-    assert not (disk / "codes").exists()
+        with pytest.raises(UserError, match="--output: new has 0.0 GB free, the run needs"):
+            extract("new")
+    assert not (disk / "new").exists()
     blocks = []
     with monkeypatch.context() as patch:
-        patch.setattr(
-            extract_codes, "encode", lambda *rest: blocks.append(os.stat("codes/codes.partial.npy"))
-        )
+        patch.setattr(extract_codes, "encode", lambda *rest: blocks.append(os.stat("new/codes.partial.npy")))
         patch.setattr(extract_codes.CodeFile, "finish", lambda *rest: None)
-        extract("codes")
+        extract("new")
     assert blocks[0].st_blocks * 512 >= blocks[0].st_size > 1100 * 16 * 2
 
 
 def test_codes_that_are_in_the_way(disk):
-    (disk / "codes").mkdir()
-    (disk / "codes" / "codes.npy").write_bytes(b"mine")
+    (disk / "new").mkdir()
+    (disk / "new" / "codes.npy").write_bytes(b"mine")
     with pytest.raises(UserError, match=r"codes\.npy is there without a header\.json; remove it, or take"):
-        extract("codes")
-    assert content(disk / "codes") == {"codes.npy": b"mine"}
+        extract("new")
+    assert content(disk / "new") == {"codes.npy": b"mine"}
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "other"])
 def test_a_damaged_unfinished_file(damage, disk):
-    shutil.copytree(VERSION_1 / "unfinished-codes", disk / "codes")
-    path = disk / "codes" / "codes.partial.npy"
+    shutil.copytree(VERSION_1 / "unfinished-codes", disk / "new")
+    path = disk / "new" / "codes.partial.npy"
     if damage == "missing":
         path.unlink()
     elif damage == "cut":
@@ -132,6 +124,6 @@ def test_a_damaged_unfinished_file(damage, disk):
     else:
         np.save(path, np.zeros((3, 1, 16), np.uint16))
     with pytest.raises(
-        UserError, match=r"--output: codes/codes.*npy (is missing or damaged|holds \[3, 1, 16\])"
+        UserError, match=r"--output: new/codes.*npy(: is missing or damaged| holds \[3, 1, 16\])"
     ):
-        extract("codes")
+        extract("new")

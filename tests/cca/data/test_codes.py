@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,14 @@ def test_sister_folder_is_drawn_half_of_the_time(tmp_path, model):
     source = Codes(path, model)
     sister = [bool(source[epoch, index][0][0] >= 256) for epoch in range(10) for index in range(40)]
     assert 160 < sum(sister) < 240
+
+
+def test_the_sister_of_the_current_folder(tmp_path, model, monkeypatch):
+    path = make_codes(tmp_path)
+    monkeypatch.chdir(path)
+    assert len(Codes(Path(), model).readers) == 1
+    shutil.copytree(path, tmp_path / "codes_105")
+    assert len(Codes(Path(), model).readers) == len(Codes(Path("../codes"), model).readers) == 2
 
 
 def edit(path, **arrays):
@@ -55,7 +64,16 @@ def test_broken_codes_are_refused_when_opened(tmp_path, model, arrays, message):
         Codes(path, model)
 
 
-@pytest.mark.parametrize("header", ["[]", "{", '"x"'])
+@pytest.mark.parametrize("name", ["codes", "labels"])
+def test_an_array_with_a_broken_header_is_refused(tmp_path, model, name):
+    path = make_codes(tmp_path)
+    file = path / f"{name}.npy"
+    file.write_bytes(file.read_bytes().replace(b"(40,", b"(((("))
+    with pytest.raises(UserError, match=rf"--codes: .*{name}\.npy: is missing or damaged"):
+        Codes(path, model)
+
+
+@pytest.mark.parametrize("header", ["[]", "{", '"x"', "[" * 50_000])
 def test_broken_header_is_refused(tmp_path, model, header):
     path = make_codes(tmp_path)
     (path / "header.json").write_text(header)
@@ -89,6 +107,19 @@ def test_fingerprint_changes_with_codes_and_labels(tmp_path, model):
     shutil.copytree(tmp_path / "moved", tmp_path / "moved_105")
     prints.append(Codes(tmp_path / "moved", model).fingerprint())
     assert len(set(prints)) == 4
+
+
+@pytest.mark.parametrize("name", ["imagenet32_codes/0", "imagenet32_codes/3", "imagenet32_labels/3"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "broken header"])
+def test_published_files_cut_off_are_found_before_training(tmp_path, model, name, damage):
+    path = make_codes(tmp_path, published=True)
+    file = path / f"{name}.npy"
+    if damage == "missing":
+        file.rename(file.with_name("40.npy"))
+    else:
+        file.write_bytes(file.read_bytes()[:-1] if damage == "cut" else b"\x93NUMPY\x01\x00v\x00{((((((")
+    with pytest.raises(UserError, match=rf"--codes: .*{name}\.npy: is missing or damaged"):
+        Codes(path, model).fingerprint()
 
 
 def test_published_codes_and_labels_are_checked(tmp_path, model):

@@ -158,8 +158,10 @@ BAD = [
 
 
 @pytest.mark.parametrize("changed, message", BAD, ids=lambda value: None)
-def test_statistics_that_are_none_are_refused(files, changed, message):
+def test_statistics_that_are_none_are_refused(files, changed, message, monkeypatch):
+    """Before any features are computed."""
     np.savez("bad.npz", **statistics(**changed))
+    monkeypatch.setattr(NpzImages, "batches", lambda *_: pytest.fail("images were read"))
     with pytest.raises(UserError, match=message):
         evaluate("samples.npz", reference="bad.npz")
 
@@ -172,7 +174,7 @@ def test_record_of_any_shape(files):
         '{"options": {"cfg_scale": "2"}}', '{"options": {"cfg_scale": null}}',
         '{"options": {"cfg_scale": [1]}}',
         '{"options": {"cfg_scale": NaN}}', '{"options": {"seed": Infinity}}', '{"options": {"model": []}}',
-        '{"options": {"model": {}}}', "[" * 100_000, "\xff",
+        '{"options": {"model": {}}}', "[" * 100_000, "\xff", '{"options": {"cfg_scale": 1%s}}' % ("0" * 400),
     ):  # fmt: skip
         (files / "samples.json").write_bytes(content.encode("latin1"))
         values, _, report = evaluate("samples.npz")
@@ -181,6 +183,7 @@ def test_record_of_any_shape(files):
             eval_fid.main(["--compare", "samples.json"])
     for content in ('{"metrics": {"fid": "1"}, "samples": {"file": 3}}', '{"metrics": 1, "samples": []}',
                     '{"metrics": {"fid": null}, "samples": {"file": "a"}}',
+                    '{"metrics": {"fid": 1%s}, "samples": {"file": "a"}}' % ("0" * 400),
                     '{"metrics": {}, "samples": {"file": "a", "sampling": {"model": []}}}'):  # fmt: skip
         (files / "samples.json").write_text(content)
         with pytest.raises(UserError, match="is not a result"):
@@ -241,6 +244,23 @@ def test_labels_of_samples_are_checked(files, labels):
     np.savez("odd.npz", arr_0=arrays()[0], arr_1=labels)
     with pytest.raises(UserError, match="odd.npz"):
         evaluate("odd.npz")
+
+
+@pytest.mark.parametrize("member", ["arr_1", "mu"])
+def test_a_member_that_is_no_array(files, member):
+    """numpy hands the bytes of such a member on."""
+    np.savez("odd.npz", **{**statistics(arr_1=np.zeros(60, np.int64)), member: np.zeros(3)})
+    with zipfile.ZipFile("odd.npz") as before, zipfile.ZipFile("made.npz", "w") as made:
+        for name in before.namelist():
+            made.writestr(name, b"junk" if name == f"{member}.npy" else before.read(name))
+    with pytest.raises(UserError, match=f"made.npz: {member} is not readable"):
+        evaluate(
+            **(
+                {"samples": "made.npz"}
+                if member == "arr_1"
+                else {"samples": "samples.npz", "reference": "made.npz"}
+            )
+        )
 
 
 def test_inputs_are_not_overwritten(files):

@@ -11,14 +11,16 @@ from limits import largest_file
 
 import cca.sampling.sample_file as sample_file
 import sample
+from models.checkpoints import read_state_dict
 from models.errors import UserError
+from models.weights import save_published
 
 PART = 16  # images, instead of 256
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(sample_file, "PART_IMAGES", PART)
+    monkeypatch.setattr("cca.sampling.parts.PART_IMAGES", PART)
 
 
 def make(path, *options, samples=40):
@@ -117,6 +119,9 @@ def test_a_finished_file(tmp_path, capsys):
     shutil.copy("assets/fashion-mnist-test-10k.npz", path)
     with pytest.raises(UserError, match=r"is not what s\.json describes; remove it"):
         make(path, "--seed", "1", samples=5)
+    path.write_bytes(before["s.npz"][0].replace(b"(5, 32, 32, 3)", b"(((((((((((((("))
+    with pytest.raises(UserError, match=r"is not what s\.json describes; remove it"):
+        make(path, "--seed", "1", samples=5)
 
 
 def test_the_same_weights_under_another_path_are_the_same_options(tmp_path, capsys):
@@ -140,6 +145,19 @@ def test_a_refusal_leaves_nothing_and_does_not_stand_in_the_way(tmp_path):
         make(tmp_path / "new" / "s.npz", samples=10**9)
     assert not os.listdir(tmp_path)
     make(tmp_path / "new" / "s.npz", samples=5)
+
+
+def test_logits_that_are_not_finite_leave_nothing(tmp_path):
+    """Another --dtype is the remedy: what the first try left must not refuse it."""
+    state = read_state_dict("assets/llamagen-mini.safetensors")
+    save_published({**state, "output.weight": state["output.weight"].float() * 1e7}, tmp_path / "w.pt")
+    model = ["--model", "llamagen-mini", "--weights", str(tmp_path / "w.pt")]
+    with pytest.raises(UserError, match="not finite"):
+        make(tmp_path / "new" / "s.npz", *model, "--dtype", "float16", samples=5)
+    assert os.listdir(tmp_path) == ["w.pt"]
+    with pytest.raises(UserError, match="not finite"):
+        make(tmp_path / "s.npz", *model, "--dtype", "float16", samples=5)
+    make(tmp_path / "s.npz", *model, samples=5)
 
 
 def test_a_full_disk(tmp_path):

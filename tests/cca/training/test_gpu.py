@@ -1,6 +1,7 @@
 """What is told of a GPU, on a machine that has none."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from specimens import weights
 
 import cca.training.command as command
 import train_llamagen_cca
-from cca.training.gpu import peak_rate
+from cca.training.gpu import USED_MEMORY, fitting_micro_batch, images_that_fit, peak_rate
 from cca.training.trainer import Trainer
 from models.errors import UserError, one_line
 
@@ -58,15 +59,13 @@ def test_share_of_the_rate(loss, passes, disk, monkeypatch):
     assert all("mfu" in metrics for metrics in shown)
 
 
-def test_nothing_is_told_on_a_cpu(disk):
-    train("--output", "run")
-    assert "mfu" not in (disk / "run" / "metrics.jsonl").read_text()
-
-
 @pytest.mark.parametrize(
-    "options, others", [((), ", or --checkpointing, or "), (("--checkpointing",), ", or ")]
+    "place, options, others",
+    [
+        ("__init__", (), ", or --checkpointing, or "),
+        ("optimizer_step", ("--checkpointing",), ", or "),
+    ],
 )
-@pytest.mark.parametrize("place", ["__init__", "optimizer_step"])
 def test_memory_that_runs_out_is_one_line(place, options, others, disk, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError(FULL)
@@ -75,7 +74,59 @@ def test_memory_that_runs_out_is_one_line(place, options, others, disk, monkeypa
     with pytest.raises(UserError) as caught:
         train("--output", "run", *options)
     assert one_line(caught.value) == (
-        "--micro-batch-size: the memory does not suffice for 4 images at once "
-        "(CUDA out of memory. Tried to allocate 20.00 GiB); take fewer (the results stay the same)"
-        f"{others}more GPUs with --parallel fsdp. The same command goes on from the last saved state"
+        "--micro-batch-size: the memory does not suffice (CUDA out of memory. Tried to allocate 20.00 GiB); "
+        f"take a smaller one (the results stay the same){others}more GPUs with --parallel fsdp. "
+        "The same command goes on from the last saved state"
     )
+
+
+@pytest.mark.parametrize(
+    "each, always, gpu, later, images",
+    [(1, 10, 80, 8, 32), (1, 10, 80, 30, 16), (30, 10, 80, 8, 1), (2, 70, 80, 8, 1), (0.5, 0, 80, 0, 128)],
+)
+def test_images_that_fit(each, always, gpu, later, images):
+    """0.8 of the GPU less what is always there and what comes later, a power of two."""
+    each, always, gpu, later = (int(gigabytes * 1e9) for gigabytes in (each, always, gpu, later))
+    found = images_that_fit(always + 2 * each, always + 4 * each, gpu, later)
+    assert found == images
+    assert images == 1 or always + later + images * each <= USED_MEMORY * gpu
+
+
+def pretend_memory(monkeypatch, each: float, total: float):
+    """A GPU that a micro-batch takes so many bytes of for each image."""
+    run = []
+    micro_loss = Trainer.micro_loss
+
+    def noted(trainer, batch):
+        run.append(len(batch))
+        if each * len(batch) > total:
+            raise torch.OutOfMemoryError(FULL)
+        return micro_loss(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "micro_loss", noted)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: int(each * run[-1]))
+    properties = SimpleNamespace(total_memory=total)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return run
+
+
+@pytest.mark.parametrize("each, chosen, tried", [(15e6, 4, [2, 2, 4]), (60e6, 1, [2])])
+def test_the_chosen_micro_batch(each, chosen, tried, disk, monkeypatch):
+    """It is measured before the first step, which it leaves as it was."""
+    run = pretend_memory(monkeypatch, each, 100e6)
+    monkeypatch.setattr(
+        command,
+        "choose_micro_batch",
+        lambda trainer: setattr(trainer, "micro_batch_size", fitting_micro_batch(trainer, 8)),
+    )
+    arguments = ["--codes=codes", "--max-steps", "2", "--batch-size", "8", "--output", "measured"]
+    train_llamagen_cca.main([*weights("llamagen"), *arguments])
+    assert run == [*tried, *[chosen] * (2 * 8 // chosen)]
+    assert "mfu" not in (disk / "measured" / "metrics.jsonl").read_text()  # nothing is known of a CPU
+    if chosen == 4:  # as given: the same numbers to the last bit
+        train("--output", "given")
+        given, measured = (
+            torch.load(f"{name}/model.pt", weights_only=True) for name in ("given", "measured")
+        )
+        assert all(torch.equal(given["model"][key], measured["model"][key]) for key in given["model"])

@@ -140,10 +140,23 @@ def test_the_first_state_damaged(disk):
 def test_metrics_cut_off_are_mended(stopped, capsys):
     path = stopped / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([*lines[:2], lines[1], *lines[2:4], lines[4][:20]]))  # one twice, one cut
+    odd = ["[" * 50_000 + "\n", '{"step": 1e999}\n', '{"step": [1]}\n', "9" * 5000 + "\n"]
+    path.write_text("".join([*odd, *lines[:2], lines[1], *lines[2:4], lines[4][:20]]))  # one twice, one cut
     train("run")
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 6]
-    assert "1 of 5 steps have no line, 1 were cut off" in capsys.readouterr().err
+    assert "1 of 5 steps have no line, 5 were cut off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[", "[" * 50_000, "[]", "{}", '{"options": []}', '{"options": null}']
+)
+def test_what_is_no_config_is_refused(content, disk):
+    """None of them may be taken for a run with these options, or end in a traceback."""
+    (disk / "run-var" / "config.json").write_text(content)
+    before = {path: path.stat().st_mtime_ns for path in disk.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"run-var/config\.json: (is damaged|holds)"):
+        train("run-var", steps=4)
+    assert {path: path.stat().st_mtime_ns for path in disk.rglob("*") if path.is_file()} == before
 
 
 def test_what_a_killed_save_left_is_swept(stopped):
