@@ -6,7 +6,8 @@
 
 Weights are random, so nothing is downloaded. Rows are written one by one: a run that is cut off keeps
 what it has, and a row that is run again replaces the old one. Each row may take its share of
---minutes and what earlier ones left; one that fails or takes longer says so, and the next goes on.
+--minutes and what earlier ones left; one that fails or takes longer says so, and the next goes on. A
+compiled VAR, a graph for each level, may need --only and more minutes.
 Times are medians after a warm-up, waits for the GPU included; compiling has a column of its own. The
 shares are of what this very card allows (benchmarks/limits.py) with its bandwidth and its bfloat16
 products, which are measured first.
@@ -92,7 +93,10 @@ def work_through(connection: Connection) -> None:
 
 
 class Worker:
-    """A child process, so that an error of the GPU, or a row that takes too long, ends with it."""
+    """A child process, so that an error of the GPU, or a row that takes too long, ends with it.
+
+    Raises UserError where it cannot even measure the card.
+    """
 
     def __init__(self):
         self.connection, theirs = multiprocessing.Pipe()
@@ -100,7 +104,10 @@ class Worker:
         self.process = context.Process(target=work_through, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
-        self.card = self.connection.recv()
+        try:
+            self.card = self.connection.recv()
+        except EOFError:
+            raise UserError("the rows cannot be run: measuring the device failed, as said above") from None
 
     @property
     def alive(self) -> bool:
@@ -119,8 +126,16 @@ class Worker:
         return result or f"took more than its {allowed:.0f} s"
 
     def end(self) -> None:
+        """At once, whatever it does."""
         self.process.kill()
         self.process.join()
+
+    def close(self) -> None:
+        """Let it end by itself."""
+        if self.alive:
+            self.connection.send(None)
+            self.process.join(timeout=20)
+        self.end()
 
 
 def driver() -> str:
@@ -187,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         cells = [str(row.images), f"failed: {result}"] if isinstance(result, str) else result
         report.put(row.name, cells)
         print(f"{row.name}: {', '.join(filter(None, cells))}", flush=True)
-    worker.end()
+    worker.close()
 
 
 if __name__ == "__main__":

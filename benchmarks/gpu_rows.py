@@ -58,6 +58,7 @@ def rows(small: bool) -> list[Row]:
     images = 2 if small else 16
     training = [Row(f"train-{model}", "train", model, images) for model in trained]
     training.append(Row(f"train-{trained[0]}-fsdp", "train", trained[0], images, fsdp=True))
+    training += [Row(f"train-{model}-compiled", "train", model, images, compiled=True) for model in trained]
     tokenizers = (  # with so many images that the decoder's batches are full
         {"llamagen": ("llamagen-mini", None, 2), "var": ("var-mini", None, 2)}
         if small
@@ -73,8 +74,7 @@ def rows(small: bool) -> list[Row]:
         for kind in ("decode", "encode")
         for name, (model, tokenizer, images) in tokenizers.items()
     ]
-    eager = [row for row in found if not row.compiled]
-    ordered = [*eager, *training, *coding, *(row for row in found if row.compiled)]
+    ordered = sorted([*training, *found, *coding], key=lambda row: row.compiled)
     return [replace(row, rounds=1) for row in ordered] if small else ordered
 
 
@@ -152,7 +152,7 @@ def training(row: Row, device: torch.device) -> Prepared:
         dtype=precision(row, device),
     )  # fmt: skip
     processes = Processes()
-    trainer = Trainer(model, config, row.images, processes)
+    trainer = Trainer(model, config, row.images, processes, compile=row.compiled)
     if row.fsdp:
         split(trainer, processes)
     tokens = torch.randint(0, model.vocab_size, (images, model.sequence_length))
