@@ -4,6 +4,7 @@ Eager, a step of a small model is hundreds of kernels, each of which takes longe
 """
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class CompiledGenerate:
             self.at = torch.zeros(1, dtype=torch.int64, device=device)
             scales = [options.scale_at(step, steps) for step in range(steps)]
             self.scales = torch.tensor(scales, device=device)
-        self.starts = torch.tensor([0, *model.step_sizes]).cumsum(0).tolist()
+        self.starts = list(accumulate(model.step_sizes, initial=0))
         self.state: DecodingState
         self.step = torch.compile(self._step, fullgraph=True, dynamic=False, backend=backend)
         self.replays: list[Callable[[], None]] | None = None
