@@ -6,4 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_environment.sh"
 .venv/bin/python -m ruff check --quiet .
 .venv/bin/python -m ruff format --check --quiet . || { echo "error: run ruff format" >&2; exit 1; }
 .venv/bin/python -m mypy --no-error-summary
-exec .venv/bin/python -m pytest "$@"
+# Two tests at a time, each on one thread.
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
