@@ -22,13 +22,17 @@ from models.weights import save_published, save_safetensors
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("input", type=Path, help="weights file, recognised by its content")
     parser.add_argument(
         "output", type=Path, help="file to write; its suffix (.pth, .pt or .safetensors) decides the format"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
     if args.output.suffix not in SUFFIXES:
         raise UserError(f"output: {args.output} ends in none of {', '.join(SUFFIXES)}")
     check_output("output", args.output, {"input": args.input})

@@ -40,7 +40,7 @@ def total(running: RunningGaussian, processes: Processes) -> Gaussian:
     return Gaussian(mean, (sums[2] - sums[0] * np.outer(mean, mean)) / (sums[0] - 1))
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--images", required=True, type=Path, metavar="FILE.npz|FOLDER", help="the images")
@@ -58,7 +58,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--seed", type=count(0), default=0, help="seed of the draw (default 0)")
     add("--output", required=True, type=Path, metavar="FILE.npz", help="file to write")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
     if args.output.suffix != ".npz":
         raise UserError(f"--output: {args.output} does not end in .npz")
     if args.image_size and not os.path.isdir(args.images):

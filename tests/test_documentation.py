@@ -1,0 +1,54 @@
+"""README and docs: every command parses, every link leads somewhere, README stays short."""
+
+import importlib
+import re
+import shlex
+
+import pytest
+from commands import ROOT
+
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+]
+COMMANDS = re.compile(r"^(?:torchrun [^|]*?|python )(-m [a-z_.]+|[a-z_]+\.py)( .*)?$")
+
+
+def command_lines(page):
+    """Of the page's shell blocks, continued lines joined, comments gone."""
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield line.partition("  #")[0].strip()
+
+
+LINES = [(page, line) for page in PAGES for line in command_lines(page) if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("page, line", [pair for pair in LINES if COMMANDS.match(pair[1])])
+def test_commands_are_parsed(page, line):
+    """By the parsers of the commands themselves."""
+    name, options = COMMANDS.match(line).groups()
+    module = importlib.import_module(name.removeprefix("-m ").removesuffix(".py"))
+    module.make_parser().parse_args(shlex.split(options or ""))
+
+
+@pytest.mark.parametrize("page, line", [pair for pair in LINES if not COMMANDS.match(pair[1])])
+def test_other_lines_name_what_is_there(page, line):
+    """Scripts that exist; what else is shown is the shell's own."""
+    first, *rest = shlex.split(line.replace(">", " "))
+    assert first in ("bash", "source", "echo", "FUZZ_FILES=200"), line
+    assert first != "bash" or (ROOT / rest[0]).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links(page):
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+        if not target.startswith("http"):
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_readme_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert all(len(line) <= 110 for line in lines if not line.startswith("|"))
