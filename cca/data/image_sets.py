@@ -22,6 +22,7 @@ from models.files import file_sha256
 from models.image_transforms import centre_crop
 from models.loading import build_model
 
+LARGEST_STATISTIC = 1e100  # of features in float32, and their squares; beyond, distances overflow
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 
 
@@ -160,6 +161,8 @@ class NpzImages(ImageSet):
                 raise UserError(f"{self.path}: {shape}, its mean {list(mean.shape)}; they do not fit")
             if not np.isfinite(values).all():
                 raise UserError(f"{self.path}: {name} holds numbers that are not finite")
+            if (largest := np.abs(values.astype(np.float64)).max()) > LARGEST_STATISTIC:
+                raise UserError(f"{self.path}: {name} holds {largest:g}, which is out of all proportion")
             close = 1e-6 * np.abs(values).max()
             if values.ndim == 2 and not np.allclose(values, values.T, rtol=1e-4, atol=close):
                 raise UserError(f"{self.path}: {name} is not symmetric, so it is no covariance")

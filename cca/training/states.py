@@ -132,22 +132,22 @@ def read_weights(folder: Path, average: bool = False) -> dict[str, torch.Tensor]
 
 
 def _read_part(folder: Path, part: str) -> dict[str, torch.Tensor]:
-    metadata = _Reader(folder).read_metadata().state_dict_metadata
     prefix = f"{part}."
-    entries = {
-        key.removeprefix(prefix): entry
-        for key, entry in metadata.items()
-        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    if not entries:
+    try:
+        metadata = _Reader(folder).read_metadata().state_dict_metadata
+        state = {
+            key.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
+            for key, entry in metadata.items()
+            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+        if state:
+            with quiet():
+                dcp.load({part: state}, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
+    except (Exception, dcp.api.CheckpointException) as error:  # a damaged file can raise anything
+        raise _refused(folder, error) from None
+    if not state:
         missing = "average of the weights (the run had no --ema)" if part == "ema" else "weights"
         raise UserError(f"{folder}: holds no {missing}")
-    try:
-        state = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in entries.items()}
-        with quiet():
-            dcp.load({part: state}, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
-    except (Exception, dcp.api.CheckpointException) as error:
-        raise _refused(folder, error) from None
     return state
 
 

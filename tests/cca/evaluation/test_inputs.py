@@ -142,6 +142,8 @@ def test_mean_without_covariance_is_not_taken(files):
 BAD = [
     ({"mu": np.full(96, np.nan)}, "mu holds numbers that are not finite"),
     ({"sigma": np.full((96, 96), np.inf)}, "sigma holds numbers that are not finite"),
+    ({"mu": np.full(96, -1e200)}, r"mu holds 1e\+200, which is out of all proportion"),
+    ({"sigma": np.diag(np.full(96, 1e300))}, r"sigma holds 1e\+300, which is out of all proportion"),
     ({"sigma": np.triu(np.ones((96, 96)))}, "sigma is not symmetric"),
     ({"sigma": np.eye(96) * 1j}, "sigma is complex128"),
     ({"sigma": -np.eye(96)}, "negative variances"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from limits import largest_file
 from specimens import weights
+from torch.distributed.checkpoint.metadata import Metadata
 
 import cca.training.command as command
 import sample
@@ -165,6 +166,16 @@ def test_what_a_killed_save_left_is_swept(stopped):
     (stopped / "state" / "step-9-mine").mkdir()
     train("run")
     assert states(stopped) == ["step-6", "step-9-mine"]
+
+
+def test_weights_of_a_state_whose_description_lacks_its_tensors(stopped):
+    """As damage to one without checksums leaves it."""
+    state, hollow = stopped / "state" / "step-5", Metadata.__new__(Metadata)
+    hollow.__dict__ = {"planner_data": None}
+    forget_checksums(state)
+    (state / ".metadata").write_bytes(pickle.dumps(hollow))
+    with pytest.raises(UserError, match="step-5 is damaged or not a state of this trainer"):
+        read_weights(state)
 
 
 def test_a_full_disk_is_one_line_at_every_size(disk):
