@@ -1,5 +1,6 @@
 """Training as users run it: processes, micro-batches, interruption, resume."""
 
+import contextlib
 import json
 import os
 import random
@@ -157,10 +158,14 @@ def test_signals_save_and_end_with_one_line(command, tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     long = ["--max-steps", 10**9, "--save-every", 1000, "--workers", 1]
     process = start([*command, *long], tmp_path, **pipes)
-    wait_for_steps(process, tmp_path, 2)
-    for number in numbers:
-        os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=60)
+    try:
+        wait_for_steps(process, tmp_path, 2)
+        for number in numbers:
+            os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # what should have ended would train for ever
+            os.killpg(process.pid, signal.SIGKILL)
     steps = lines_of(tmp_path)
     assert process.returncode == 0, err
     assert out.splitlines()[1:] == [
