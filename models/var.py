@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.autoencoder import AutoencoderConfig, Decoder, Encoder, nearest_code
-from models.base import ARImageModel, ARTransformer, ImageTokenizer
+from models.base import ARImageModel, ARTransformer
 from models.cache import KVCache, LayerCache
 from models.decoding import DecodingState
 from models.devices import autocast_dtype
 from models.image_transforms import RandomCrop
+from models.var_tokenizer import TokenizerConfig, VARTokenizer
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,6 @@ class TransformerConfig:
     num_classes: int = 1000
     shared_adaln: bool = False
     drop_path_rate: float = 0.0
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """``patch_nums`` are the sides of the token maps, coarse to fine."""
-
-    autoencoder: AutoencoderConfig
-    patch_nums: tuple[int, ...]
-    vocab_size: int = 4096
-
-    @property
-    def code_dim(self) -> int:
-        return self.autoencoder.z_channels
 
 
 class DropPath(nn.Module):
@@ -301,99 +288,6 @@ class VARTransformer(ARTransformer):
             state.cache.advance(end - start)
         scale, shift = state.head_modulation
         return _norm(x.float()) * (1 + scale) + shift
-
-
-class ResidualConvs(nn.Module):
-    """The convolutions phi that follow the upsampling of each level; few are shared by all levels."""
-
-    def __init__(self, dim: int, levels: int, count: int = 4):
-        super().__init__()
-        self.qresi_ls = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(count))
-        ticks = np.linspace(1 / 12, 11 / 12, count)
-        self.chosen = [int(np.abs(ticks - level / max(levels - 1, 1)).argmin()) for level in range(levels)]
-
-    def forward(self, h: Tensor, level: int) -> Tensor:
-        return 0.5 * h + 0.5 * self.qresi_ls[self.chosen[level]](h)
-
-
-class MultiScaleQuantizer(nn.Module):
-    """Residual quantiser over levels (VAR, algorithms 1 and 2).
-
-    ``ema_vocab_hit_SV`` is a training statistic of the published files.
-    """
-
-    def __init__(self, config: TokenizerConfig):
-        super().__init__()
-        self.patch_nums, self.levels = config.patch_nums, len(config.patch_nums)
-        self.embedding = nn.Embedding(config.vocab_size, config.code_dim)
-        self.quant_resi = ResidualConvs(config.code_dim, self.levels)
-        self.register_buffer("ema_vocab_hit_SV", torch.zeros(self.levels, config.vocab_size, device="cpu"))
-
-    def expand(self, level: int, tokens: Tensor) -> Tensor:
-        """What one level's tokens [B, p * p] add to the latents: [B, code_dim, P, P]."""
-        p, finest = self.patch_nums[level], self.patch_nums[-1]
-        h = self.embedding(tokens).transpose(1, 2).unflatten(2, (p, p))
-        if p != finest:
-            h = F.interpolate(h, size=(finest, finest), mode="bicubic")
-        return self.quant_resi(h, level)
-
-    def shrink(self, latents: Tensor, level: int) -> Tensor:
-        """Area-interpolate latents [B, C, P, P] to the side of a level."""
-        p = self.patch_nums[level]
-        return latents if p == self.patch_nums[-1] else F.interpolate(latents, size=(p, p), mode="area")
-
-    def quantise(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, P, P] -> tokens of all levels [B, L]."""
-        rest, tokens = latents, []
-        for level in range(self.levels):
-            small = self.shrink(rest, level)
-            flat = small.permute(0, 2, 3, 1).flatten(0, 2)
-            tokens.append(nearest_code(flat, self.embedding.weight).view(len(latents), -1))
-            rest = rest - self.expand(level, tokens[-1])
-        return torch.cat(tokens, dim=1)
-
-    def partial_sums(self, tokens: Tensor) -> list[Tensor]:
-        """Latents after each level [B, C, P, P], from tokens [B, L]."""
-        sums: list[Tensor] = []
-        for level, part in enumerate(tokens.split([p * p for p in self.patch_nums], dim=1)):
-            sums.append((sums[-1] if sums else 0) + self.expand(level, part))
-        return sums
-
-
-class VARTokenizer(ImageTokenizer):
-    """Multi-scale VQGAN: images [B, 3, H, W] <-> tokens of all levels [B, L]."""
-
-    def __init__(self, config: TokenizerConfig):
-        super().__init__()
-        dim = config.code_dim
-        self.encoder = Encoder(config.autoencoder)
-        self.decoder = Decoder(config.autoencoder)
-        self.quantize = MultiScaleQuantizer(config)
-        self.quant_conv = nn.Conv2d(dim, dim, 3, padding=1)
-        self.post_quant_conv = nn.Conv2d(dim, dim, 3, padding=1)
-
-    def latents(self, images: Tensor) -> Tensor:
-        """Encoder output after quant_conv [B, code_dim, H/f, W/f]."""
-        return self.quant_conv(self.encoder(images))
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self.quantize.quantise(self.latents(images))
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(latents))
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, L] -> images [B, 3, H, W], not clamped."""
-        return self.decode_latents(self.quantize.partial_sums(tokens)[-1])
-
-    def teacher_forcing_input(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, L] -> what predicts levels 1 to K-1: [B, L - 1, code_dim]."""
-        quantizer = self.quantize
-        sums = quantizer.partial_sums(tokens)[:-1]
-        inputs = [
-            quantizer.shrink(total, level + 1).flatten(2).transpose(1, 2) for level, total in enumerate(sums)
-        ]
-        return torch.cat(inputs, dim=1)
 
 
 class VAR(ARImageModel[VARState]):

@@ -38,7 +38,8 @@ from models.decoding import draw_tokens
 from models.errors import UserError, run_command
 from models.llamagen import LlamaGen, LlamaGenTokenizer
 from models.loading import build_model, load_model
-from models.var import VAR, VARTokenizer
+from models.var import VAR
+from models.var_tokenizer import VARTokenizer
 from models.weights import is_constant, load_weights, save_safetensors
 
 ASSETS = Path("assets")
