@@ -20,16 +20,18 @@ from cca.data.sampling_report import report_path
 from cca.distributed import Processes
 from cca.evaluation.comparability import comparability, compare
 from cca.evaluation.evaluator import METRICS, Comparison, Stopwatch, evaluate, extract, load_reference
-from cca.evaluation.features import add_features_options, make_extractor
+from cca.evaluation.features import FEATURE_BYTES, add_features_options, features_plan, make_extractor
 from models import UserError
+from models.devices import device_name
 from models.errors import run_command
 from models.files import write_json, writing
 from models.options import Parser, count
 from models.outputs import check_output
+from models.plan import add_dry_run_option, require_space, show_plan, size_text
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "eval_fid")
     add = parser.add_argument
     add("--samples", type=Path, metavar="FILE.npz|FOLDER", help="images to evaluate")
     add("--reference", type=Path, metavar="FILE.npz|FOLDER", help="what they are held against")
@@ -50,6 +52,7 @@ def make_parser() -> Parser:
         metavar="FILE.json",
         help="print earlier results side by side, with the published figures, and stop",
     )
+    add_dry_run_option(parser)
     return parser
 
 
@@ -86,6 +89,22 @@ def main(argv: list[str] | None = None) -> None:
     if labels is not None and len(labels) and labels.min() < 0:
         raise UserError(f"{args.samples}: arr_1 holds class {labels.min()}; classes start at 0")
     processes = Processes()
+    features, downloads = features_plan(args.features, args.inception_weights)
+    if processes.main:
+        needed = (len(samples) + len(reference_images)) * FEATURE_BYTES
+        rows = {
+            "samples": f"{args.samples}, {len(samples):,} images",
+            "reference": f"{args.reference}, {len(reference_images):,} images",
+            "features": features,
+            "metrics": ", ".join(metrics) if metrics else "all that the files give",
+            "device": f"{device_name(processes.device)} x {processes.world}, batch {args.batch_size}",
+            "memory": f"~{size_text(needed)} for the features",
+            "writes": str(args.output or "no file (--output writes the results)"),
+        }
+        show_plan(rows, downloads)
+    if args.dry_run:
+        return
+    require_space(downloads)
     extractor = make_extractor(args.features, args.inception_weights, processes.device)
     stopwatch = Stopwatch()
     with stopwatch.measure("reference"):  # first, since it may have to be refused
@@ -106,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"  note: {note}")
     if args.output:
         report = {
+            "command": processes.command(args.command),
             "metrics": values,
             "samples": {
                 "file": str(args.samples),

@@ -11,6 +11,7 @@ from models.errors import run_command
 from models.hub import WeightsFile
 from models.loading import build_model, model_names
 from models.options import Parser
+from models.plan import parameter_count
 from models.tables import aligned_table
 from models.zoo import TOKENIZERS, ZOO, ZooEntry
 
@@ -50,10 +51,6 @@ def tokenizer_rows() -> list[dict[str, str]]:
     return rows
 
 
-def parameter_count(module) -> str:
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:,.1f} M"
-
-
 def published_columns(entry: ZooEntry, size: int) -> dict[str, str]:
     """Published FID-50k figures; they were taken at the model's default image size."""
     figures = entry.published if size == entry.default_image_size else None
@@ -72,7 +69,7 @@ def where(file: WeightsFile | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    Parser(__doc__).parse_args(argv)
+    Parser(__doc__, "models.__main__").parse_args(argv)
     print(aligned_table(zoo_rows(), left=("model", "base", "cca")))
     print()
     print(aligned_table(tokenizer_rows(), left=("tokenizer", "weights", "models")))

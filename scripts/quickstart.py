@@ -116,7 +116,7 @@ def run_model(job: Pipeline, processes: Processes, model: str, control: bool) ->
 
 def main() -> None:
     began = time.perf_counter()
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "scripts.quickstart")
     add = parser.add_argument
     add(
         "--output",
