@@ -142,9 +142,9 @@ def main() -> None:
     args = parser.parse_args()
     processes = Processes()
     job = Pipeline(
-        folder=args.output, shared=args.output, launcher=InProcess(processes, args.dry_run), data=BUNDLED_TRAIN,
-        reference=BUNDLED_REFERENCE, features="mini", num_samples=args.samples, seed=args.seed,
-        batch_size=BATCH_SIZE,
+        folder=args.output, shared=args.output, launcher=InProcess(processes, args.dry_run),
+        data=BUNDLED_TRAIN, reference=BUNDLED_REFERENCE, features="mini", num_samples=args.samples,
+        seed=args.seed, batch_size=BATCH_SIZE,
     )  # fmt: skip
     job.claim()
     models = {model: run_model(job, processes, model, args.control) for model in MINI}
