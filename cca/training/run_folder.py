@@ -157,7 +157,7 @@ class RunFolder:
         if done < max_steps and any(EARLIER_NAMES.keys() & row.keys() for _, row in lines):
             print(
                 f"note: {self.metrics_path}: steps up to {done} keep the names of an earlier version "
-                f"({', '.join(EARLIER_NAMES)}), whose rewards lack the factor beta; later steps have "
+                f"({', '.join(EARLIER_NAMES)}), with rewards not multiplied by beta; later steps have "
                 f"{', '.join(EARLIER_NAMES.values())}",
                 file=sys.stderr,
             )
