@@ -26,7 +26,8 @@ SMOOTHED = 200  # from so many steps on, means over a fiftieth of them are drawn
 def values_of(rows: list[dict], name: str) -> np.ndarray:
     """A metric in all rows, float64 [len(rows)]; NaN where a row has no number of that name."""
     found = [row.get(name) for row in rows]
-    return np.array([v if isinstance(v, (int, float)) else np.nan for v in found], dtype=np.float64)
+    values = np.array([v if isinstance(v, (int, float)) else np.nan for v in found], dtype=np.float64)
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -154,9 +154,10 @@ class RunFolder:
         """Leave in metrics and TensorBoard what belongs to the steps that are done; open the latter."""
         lines, damaged = self._lines()
         lines = [(line, row) for line, row in lines if row["step"] <= done]
-        if done < max_steps and any(EARLIER_NAMES.keys() & row.keys() for _, row in lines):
+        earlier = [row["step"] for _, row in lines if EARLIER_NAMES.keys() & row.keys()]
+        if earlier and done < max_steps:
             print(
-                f"note: {self.metrics_path}: steps up to {done} keep the names of an earlier version "
+                f"note: {self.metrics_path}: steps up to {earlier[-1]} keep the names of an earlier version "
                 f"({', '.join(EARLIER_NAMES)}), with rewards not multiplied by beta; later steps have "
                 f"{', '.join(EARLIER_NAMES.values())}",
                 file=sys.stderr,

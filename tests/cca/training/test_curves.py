@@ -34,8 +34,10 @@ def test_moving_mean():
 
 
 def test_what_is_no_number_is_a_gap():
-    found = values_of([{"loss": 1}, {"loss": None}, {}, {"loss": "2"}, {"loss": 0.5}], "loss")
-    np.testing.assert_array_equal(found, [1, np.nan, np.nan, np.nan, 0.5])
+    found = values_of(
+        [{"loss": 1}, {"loss": None}, {}, {"loss": "2"}, {"loss": 1e999}, {"loss": 0.5}], "loss"
+    )
+    np.testing.assert_array_equal(found, [1, np.nan, np.nan, np.nan, np.nan, 0.5])
 
 
 @pytest.mark.parametrize("count", [1, 3, 60, 5000])

@@ -166,7 +166,7 @@ def test_no_moment_of_a_step_loses_a_signal(tmp_path):
         model = load_model("var-mini")
         processes = InterruptedProcesses()
         config = replace(config_of("var", "cca"), batch_size=2)
-        folder = RunFolder(tmp_path / str(interrupt_at), processes, describe(config, {}))
+        folder = RunFolder(tmp_path / str(interrupt_at), processes, describe(config, {"model": "var-mini"}))
         processes.interrupt_at, processes.sums = interrupt_at, 0  # a run listens from its start on
         train(
             Trainer(model, config, 2, processes),
