@@ -5,7 +5,8 @@
     python train_llamagen_cca.py --model llamagen-mini --codes runs/codes --output runs/llamagen-mini-cca
     torchrun --nproc_per_node 2 train_llamagen_cca.py --model llamagen-mini --codes ... --output ...
 
-Writes DIR/model.pt in the published format, metrics.jsonl, tensorboard/, config.json and state/.
+Writes DIR/model.pt in the published format, config.json, metrics.jsonl, curves.png,
+tensorboard/ and state/.
 """
 
 from cca.data.codes import Codes

@@ -4,7 +4,8 @@
         --data assets/fashion-mnist-train-10k.npz --output runs/var-mini-cca
     torchrun --nproc_per_node 2 train_var_cca.py --model var-mini --data ... --output ...
 
-Writes DIR/model.pth in the published format, metrics.jsonl, tensorboard/, config.json and state/.
+Writes DIR/model.pth in the published format, config.json, metrics.jsonl, curves.png,
+tensorboard/ and state/.
 """
 
 from functools import partial

@@ -18,6 +18,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401, which may fill a cache of its own when it is first imported
 import torch
 from specimens import VERSION_1, register, weights
 
@@ -130,7 +131,11 @@ def content(output: Path) -> dict:
         if path.suffix == ".pth" or path.suffix == ".pt":
             state = torch.load(path, weights_only=True)
             found[name] = {k: v.numpy().tobytes() for k, v in state.get("model", state).items()}
-        elif path.suffix in (".npz", ".npy", ".json") and path.name != "s.json" and "state" not in path.parts:
+        elif (
+            path.suffix in (".npz", ".npy", ".json", ".png")
+            and path.name != "s.json"
+            and "state" not in path.parts
+        ):
             found[name] = path.read_bytes()
         elif path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]

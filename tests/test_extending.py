@@ -139,7 +139,7 @@ def train(folder, run, *options, open_data=open_labelled_images, data="images.np
 def test_backbone_trains_samples_and_is_evaluated(toy):
     images, run = toy / "images.npz", toy / "run"
     metrics = train(toy, run)
-    assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"] and metrics[-1]["margin"] > 1
+    assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"] and metrics[-1]["rewards/margins"] > 0.5
     assert torch.load(run / "model.pt", weights_only=True).keys() == {"state_dict"}
     fid = {}
     for name, weights in (("base", toy / "base.pt"), ("cca", run / "model.pt")):
@@ -183,7 +183,8 @@ def test_loss_with_its_own_negatives(toy, monkeypatch):
     monkeypatch.setitem(LOSSES, "hinge", hinge)
     metrics = train(toy, toy / "run", "--loss", "hinge", "--uncond-ratio", "0", "--max-steps", "30")
     assert not any(same.any() for same in seen)  # no pair shares its class, unlike rolled labels
-    assert metrics[-1]["accuracy"] == 1 and metrics[-1]["margin"] > metrics[0]["margin"] + 1
+    assert metrics[-1]["rewards/accuracies"] == 1
+    assert metrics[-1]["rewards/margins"] > metrics[0]["rewards/margins"] + 0.5
 
 
 def test_metric(toy, monkeypatch):

@@ -217,8 +217,8 @@ def show(bar: tqdm, metrics: dict[str, float], refresh: bool) -> None:
     if refresh:
         shown = (
             "loss",
-            "accuracy",
-            "margin",
+            "rewards/accuracies",
+            "rewards/margins",
             "images_per_second",
             "mfu",
             *(["skipped_steps"] if metrics["skipped_steps"] else []),

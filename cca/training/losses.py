@@ -119,6 +119,10 @@ class Loss:
     negatives: Callable[[Tensor], Tensor] = next_label
     hyperparameters: tuple[str, ...] = ("beta", "lambda_")
 
+    def reward_scale(self, beta: float) -> float:
+        """What a reward is multiplied by where it is reported: ``beta``, or 1 if the loss has none."""
+        return beta if "beta" in self.hyperparameters else 1.0
+
 
 LOSSES: dict[str, Loss] = {
     "cca": Loss(cca_loss),
@@ -152,22 +156,38 @@ def pair_labels(
     return torch.where(uncond, null, labels), torch.where(uncond, null, negatives(labels))
 
 
-def diagnostics(reward: Tensor, negative_reward: Tensor, null_rows: Tensor) -> dict[str, tuple[Tensor, int]]:
-    """What a step reports, as sums and counts, so that micro-batches and processes add up.
+Sums = dict[str, tuple[Tensor, int]]
+
+
+def summed(values: dict[str, Tensor], scale: float = 1.0) -> Sums:
+    """By name the sum of a tensor [n], times ``scale``, and n, so that parts of a batch add up.
+
+    The sum is float64 [] on the tensor's device, which nothing waits for.
+    """
+    return {name: (scale * part.sum().double(), len(part)) for name, part in values.items()}
+
+
+def diagnostics(
+    logps: tuple[Tensor, Tensor], rewards: tuple[Tensor, Tensor], null_rows: Tensor, scale: float
+) -> Sums:
+    """What a step reports of its pairs, under the names that TRL gave them.
 
     Args:
-        reward: r(x_i, c_i) of a micro-batch [B]; negative_reward: r(x_i, c_i-) [B].
+        logps: log p(x_i|c_i) and log p(x_i|c_i-) of a micro-batch, each [B], in nats.
+        rewards: r(x_i, c_i), the chosen one, and r(x_i, c_i-), the rejected one, likewise.
         null_rows: indices [n] int64 of the rows of the null class.
-
-    Returns:
-        by name a sum, float64 [] on the rewards' device, which nothing waits for, and its count.
+        scale: what rewards are multiplied by; see ``Loss.reward_scale``.
     """
-    rows = len(reward)
-    sums = {
-        "accuracy": ((reward > negative_reward), rows),
-        "margin": (reward - negative_reward, rows),
-        "chosen_reward": (reward, rows),
-        "rejected_reward": (negative_reward, rows),
-        "null_reward": (reward[null_rows], len(null_rows)),
+    (logp, negative_logp), (reward, negative_reward) = logps, rewards
+    scaled = {
+        "rewards/chosen": reward,
+        "rewards/rejected": negative_reward,
+        "rewards/margins": reward - negative_reward,
+        "rewards/null": reward[null_rows],
     }
-    return {name: (values.sum().double(), count) for name, (values, count) in sums.items()}
+    plain = {
+        "rewards/accuracies": reward > negative_reward,
+        "logps/chosen": logp,
+        "logps/rejected": negative_logp,
+    }
+    return summed(scaled, scale) | summed(plain)

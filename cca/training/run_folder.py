@@ -14,6 +14,8 @@ import torch.distributed.checkpoint as dcp
 from torch.utils.tensorboard import SummaryWriter
 
 from cca.distributed import Processes
+from cca.training.curves import draw_curves
+from cca.training.losses import LOSSES
 from cca.training.schedule import TrainingConfig
 from cca.training.states import ema_name, load_state, quiet, saved_steps, write_checksums
 from cca.training.trainer import Trainer
@@ -33,6 +35,14 @@ from models.weights import save_published
 
 # Names in config.json where they are not the field's: a key that changed would not be compared on resuming.
 CONFIG_KEYS = {"lambda_": "lam"}
+# Names in metrics.jsonl of an earlier version, whose rewards were not scaled. Such lines stay as they are.
+EARLIER_NAMES = {
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "chosen_reward": "rewards/chosen",
+    "rejected_reward": "rewards/rejected",
+    "null_reward": "rewards/null",
+}
 
 
 def describe(config: TrainingConfig, extra: dict, command: str | None = None) -> dict:
@@ -53,12 +63,21 @@ def read_options(config: Path) -> dict:
     return options
 
 
-def _step_of(line: str) -> int:
-    """Of which step a line of ``metrics.jsonl`` is; raises ValueError, KeyError or TypeError."""
-    step = parse_json(line)["step"]
-    if type(step) is not int:
+def _row(line: str) -> dict:
+    """A line of ``metrics.jsonl``, with the step it is of; raises ValueError, KeyError or TypeError."""
+    row = parse_json(line)
+    if type(row["step"]) is not int:
         raise TypeError
-    return step
+    return row
+
+
+def renamed(metrics: dict, scale: float) -> dict:
+    """A line of ``metrics.jsonl`` under today's names: rewards of an earlier version times ``scale``."""
+    found = {}
+    for name, value in metrics.items():
+        reward = name in EARLIER_NAMES and name != "accuracy" and isinstance(value, float)
+        found[EARLIER_NAMES.get(name, name)] = scale * value if reward else value
+    return found
 
 
 class RunFolder:
@@ -67,6 +86,7 @@ class RunFolder:
     def __init__(self, path: Path, processes: Processes, description: dict, keep_states: int = 1):
         """Raises UserError for the folder of a run with other options."""
         self.path, self.processes, self.keep_states = path, processes, keep_states
+        self.options = description["options"]
         self.states, self.metrics_path = path / "state", path / "metrics.jsonl"
         self.writer: SummaryWriter  # from ``resume`` on, of the main process
         processes.agree(lambda: self._claim(description), main=True)
@@ -102,7 +122,7 @@ class RunFolder:
             state = trainer.state()
             self.processes.agree(lambda: self._load(state, done))
             trainer.load_state(state)
-        self.processes.agree(lambda: self._cut_back(done), main=True)
+        self.processes.agree(lambda: self._cut_back(done, trainer.config.max_steps), main=True)
         self.processes.agree(self._drop_old, main=True)
         return done
 
@@ -116,19 +136,34 @@ class RunFolder:
                 f"--output: {error}; delete that folder, and the same command goes on from {rest}"
             ) from None
 
-    def _cut_back(self, done: int) -> None:
-        """Leave in metrics and curves what belongs to the steps that are done; open the curves."""
-        kept: dict[int, str] = {}
+    def _lines(self) -> tuple[list[tuple[str, dict]], int]:
+        """The last line of each step in metrics.jsonl, in order, with its content; how many are damaged."""
+        kept: dict[int, tuple[str, dict]] = {}
         damaged = 0
         lines = (
             self.metrics_path.read_text(errors="replace").splitlines() if self.metrics_path.exists() else []
         )
         for line in lines:
             try:
-                kept[_step_of(line)] = line
+                row = _row(line)
+                kept[row["step"]] = line, row
             except (ValueError, KeyError, TypeError):
                 damaged += 1  # cut off where the process was killed or the disk was full
-        text = "".join(f"{kept[step]}\n" for step in sorted(kept) if step <= done)
+        return [kept[step] for step in sorted(kept)], damaged
+
+    def _cut_back(self, done: int, max_steps: int) -> None:
+        """Leave in metrics and TensorBoard what belongs to the steps that are done; open the latter."""
+        lines, damaged = self._lines()
+        lines = [(line, row) for line, row in lines if row["step"] <= done]
+        earlier = [row["step"] for _, row in lines if EARLIER_NAMES.keys() & row.keys()]
+        if earlier and done < max_steps:
+            print(
+                f"note: {self.metrics_path}: steps up to {earlier[-1]} keep the names of an earlier version "
+                f"({', '.join(EARLIER_NAMES)}), with rewards not multiplied by beta; later steps have "
+                f"{', '.join(EARLIER_NAMES.values())}",
+                file=sys.stderr,
+            )
+        text = "".join(f"{line}\n" for line, _ in lines)
         missing = done - text.count("\n")
         if missing:
             print(
@@ -184,11 +219,27 @@ class RunFolder:
             remove_folder(self.states / f"step-{old}")
 
     def export(self, trainer: Trainer) -> None:
-        """Write the average if there is one, then the model, which says that the run is finished."""
+        """Draw the curves, write the average if there is one, then the model: with it the run is finished."""
         name = trainer.model.checkpoint_name
+        self.processes.agree(lambda: self._draw(finished=(self.path / name).exists()), main=True)
         for weights, path in ((trainer.full_ema(), ema_name(name)), (trainer.full_weights(), name)):
             # Of a sharded model, the main process alone has the weights.
             self.processes.agree(partial(self._export, weights, self.path / path, trainer), main=True)
+
+    def _draw(self, finished: bool) -> None:
+        """Draw ``curves.png`` of all steps, unless the run was finished before."""
+        if finished:
+            return
+        loss = LOSSES[self.options["loss"]]
+        scale = loss.reward_scale(self.options["beta"])
+        values = {"beta": f"β = {self.options['beta']:g}", "lambda_": f"λ = {self.options['lam']:g}"}
+        chosen = ", ".join(values[name] for name in loss.hyperparameters)
+        name = f"{self.options['loss']} ({chosen})" if chosen else self.options["loss"]
+        title = f"{self.options['model']}, {name}, batch {self.options['batch_size']}"
+        try:
+            draw_curves(self.path / "curves.png", [renamed(row, scale) for _, row in self._lines()[0]], title)
+        except (UserError, ImportError) as error:  # a picture is not worth the run
+            print(f"no curves.png: {error}", file=sys.stderr)
 
     def _export(self, weights: dict, path: Path, trainer: Trainer) -> None:
         if weights:

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cca.distributed import Processes
 from cca.streams import DROPOUT, stream
-from cca.training.losses import LOSSES, Batch, diagnostics
+from cca.training.losses import LOSSES, Batch, Sums, diagnostics, summed
 from cca.training.schedule import TrainingConfig, learning_rate, weight_decay
 from models import DTYPES, ARImageModel, ARTransformer, UserError, autocast
 from models.devices import upload
@@ -119,6 +119,7 @@ class Trainer:
         self.forward_flops, self.flops = model.forward_flops(), 0  # the latter: of this process's last step
         self.sharded = parallel == "fsdp" and processes.world > 1
         self.objective = LOSSES[config.loss].objective
+        self.reward_scale = LOSSES[config.loss].reward_scale(config.beta)
         self.reference: ARTransformer | None = None
         if self.objective is not None:
             # The reference keeps training mode, as in the published runs: its dropout is on.
@@ -148,7 +149,7 @@ class Trainer:
         self.ema = {k: p.detach().clone() for k, p in self.net.named_parameters()} if config.ema else {}
         self.skipped = self.skipped_in_a_row = 0
 
-    def micro_loss(self, batch: Batch) -> tuple[Tensor, dict[str, tuple[Tensor, int]]]:
+    def micro_loss(self, batch: Batch) -> tuple[Tensor, Sums]:
         """Mean loss [] of one micro-batch and its diagnostics; nothing here waits for the device."""
         config, device = self.config, self.processes.device
         # Where c- equals c, one forward pass gives both likelihoods, but with dropout they differ.
@@ -161,7 +162,8 @@ class Trainer:
         self.flops += (len(batch) + pairs_run) * self.forward_flops * (4 if self.objective else 3)
         if self.objective is None or self.reference is None:
             with self.autocast:
-                return -self.policy(batch.labels, inputs, batch.tokens).mean(), {}
+                logp = self.policy(batch.labels, inputs, batch.tokens)
+                return -logp.mean(), summed({"logps/chosen": logp.detach()})
         # FSDP's unsharded parameters must not become inference tensors.
         with torch.no_grad() if self.sharded else torch.inference_mode(), self.autocast:
             ref_positive, ref_negative = pair_logprobs(self.reference, inputs, batch, pairs)
@@ -169,7 +171,8 @@ class Trainer:
             positive, negative = pair_logprobs(self.policy, inputs, batch, pairs)
         reward, negative_reward = positive - ref_positive, negative - ref_negative
         loss = self.objective(reward, negative_reward, batch.same_label, config.beta, config.lambda_)
-        return loss, diagnostics(reward.detach(), negative_reward.detach(), null_rows)
+        logps, rewards = (positive.detach(), negative.detach()), (reward.detach(), negative_reward.detach())
+        return loss, diagnostics(logps, rewards, null_rows, self.reward_scale)
 
     def synchronise(self, last: bool):
         """Context of one backward pass: gradients are reduced with the last micro-batch alone."""
@@ -199,7 +202,7 @@ class Trainer:
         self.optimizer.param_groups[0]["weight_decay"] = decay
         self.flops = done = 0
         total_loss = zero = torch.zeros((), dtype=torch.float64, device=device)
-        sums: dict[str, tuple[Tensor, int]] = {}
+        sums: Sums = {}
         for part in batch.micro_batches(self.micro_batch_size):
             done += len(part)
             share = len(part) / config.batch_size

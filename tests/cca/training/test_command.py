@@ -45,6 +45,12 @@ def command(request, codes):
     ]
 
 
+PAIR_METRICS = (
+    *("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"),
+    *("logps/chosen", "logps/rejected"),
+)
+
+
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -61,7 +67,7 @@ def weights(folder):
 def same_losses(a, b):
     for x, y in zip(metrics(a), metrics(b), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5), x["step"]
-        for name in ("accuracy", "margin", "chosen_reward", "rejected_reward", "grad_norm"):
+        for name in (*PAIR_METRICS, "grad_norm"):
             assert x[name] == pytest.approx(y[name], rel=1e-4, abs=1e-4), name
 
 
@@ -72,7 +78,8 @@ def cut_differently(command, tmp_path, cuts):
         same_losses(tmp_path / "one", tmp_path / name)
     assert [m["step"] for m in metrics(tmp_path / "one")] == [1, 2, 3, 4, 5]
     first = metrics(tmp_path / "one")[0]
-    assert first["margin"] == pytest.approx(0, abs=1e-3)  # policy and reference start as one
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)  # policy and reference start as one
+    assert first["logps/chosen"] > first["logps/rejected"]
 
 
 def test_processes_and_micro_batches_do_not_matter(command, tmp_path):
@@ -338,7 +345,10 @@ def test_losses_and_options(codes, tmp_path):
         )
         found = metrics(tmp_path / loss)[-1]
         assert all(value == value for value in found.values())
-        assert "null_reward" not in found
+        logged = {name for name in found if "/" in name}  # no row is of the null class here
+        assert logged == ({"logps/chosen"} if loss == "sft" else set(PAIR_METRICS))
+        assert loss != "sft" or found["loss"] == pytest.approx(-found["logps/chosen"])
+        assert (tmp_path / loss / "curves.png").read_bytes()[:4] == b"\x89PNG"
     start, end, average = (
         load_model("llamagen-mini", w).transformer.output.weight
         for w in ("base", str(tmp_path / "dpo/model.pt"), str(tmp_path / "dpo/model_ema.pt"))

@@ -5,6 +5,7 @@ import torch
 from golden_models import golden
 
 from cca.training.losses import LOSSES, diagnostics, pair_labels
+from cca.training.run_folder import EARLIER_NAMES, renamed
 
 FIGURES = golden("losses")
 GOLDEN_LOSSES = ["cca", "dpo", "unlearning"]
@@ -38,8 +39,22 @@ def test_pair_labels():
 def test_diagnostics():
     reward = FIGURES["positive_logp"] - FIGURES["ref_positive_logp"]
     negative = FIGURES["negative_logp"] - FIGURES["ref_negative_logp"]
-    found = diagnostics(reward, negative, FIGURES["uncond_mask"].nonzero().flatten())
-    for name in ("accuracy", "margin", "chosen_reward", "rejected_reward"):
-        total, count = found[name]
-        assert total.item() / count == pytest.approx(float(FIGURES[f"metric_{name}"]), abs=1e-9)
-    assert found["null_reward"][1] == int(FIGURES["uncond_mask"].sum())
+    logps = FIGURES["positive_logp"], FIGURES["negative_logp"]
+    null_rows = FIGURES["uncond_mask"].nonzero().flatten()
+    sums = diagnostics(logps, (reward, negative), null_rows, scale=0.02)
+    found = {name: total.item() / count for name, (total, count) in sums.items()}
+    figures = {name: float(FIGURES[f"metric_{name}"]) for name in EARLIER_NAMES if name != "null_reward"}
+    expected = {
+        **renamed(figures, 0.02),  # rewards times beta, the share as it is
+        "rewards/null": 0.02 * reward[null_rows].mean().item(),
+        "logps/chosen": logps[0].mean().item(),
+        "logps/rejected": logps[1].mean().item(),
+    }
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert found["rewards/margins"] == pytest.approx(found["rewards/chosen"] - found["rewards/rejected"])
+    assert found["rewards/accuracies"] == figures["accuracy"]
+    assert sums["rewards/null"][1] == int(FIGURES["uncond_mask"].sum())
+
+
+def test_rewards_are_scaled_where_the_loss_has_beta():
+    assert [LOSSES[name].reward_scale(0.02) for name in GOLDEN_LOSSES] == [0.02, 0.02, 1.0]

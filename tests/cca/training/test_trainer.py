@@ -15,7 +15,7 @@ from cca.data.sources import ImageArray
 from cca.distributed import Processes
 from cca.training.command import train
 from cca.training.losses import Batch, pair_labels
-from cca.training.run_folder import RunFolder
+from cca.training.run_folder import RunFolder, describe
 from cca.training.schedule import TrainingConfig, lr_factor
 from cca.training.trainer import Trainer
 from models import ARImageModel, UserError, load_model
@@ -166,7 +166,7 @@ def test_no_moment_of_a_step_loses_a_signal(tmp_path):
         model = load_model("var-mini")
         processes = InterruptedProcesses()
         config = replace(config_of("var", "cca"), batch_size=2)
-        folder = RunFolder(tmp_path / str(interrupt_at), processes, {})
+        folder = RunFolder(tmp_path / str(interrupt_at), processes, describe(config, {"model": "var-mini"}))
         processes.interrupt_at, processes.sums = interrupt_at, 0  # a run listens from its start on
         train(
             Trainer(model, config, 2, processes),

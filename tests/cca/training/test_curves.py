@@ -1,0 +1,126 @@
+"""The picture of a run: what is drawn, of which steps, and when."""
+
+import ast
+import json
+import os
+
+import numpy as np
+import pytest
+from commands import ROOT
+from PIL import Image
+from specimens import weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import cca.training.run_folder as run_folder
+import train_var_cca
+from cca.training.curves import draw_curves, moving_mean, values_of
+from models.errors import UserError
+
+
+def train(output, *options, steps=4):
+    fixed = ["--data", "few.npz", "--max-steps", str(steps), "--save-every", "2", "--output", output]
+    train_var_cca.main([*weights("var"), *fixed, *options])
+
+
+def rows(count):
+    drawn = np.random.default_rng(0).normal(size=(count, 2)).tolist()
+    return [{"step": i + 1, "loss": loss, "rewards/chosen": chosen} for i, (loss, chosen) in enumerate(drawn)]
+
+
+def test_moving_mean():
+    values = np.array([1.0, 2.0, np.nan, 6.0, 10.0])
+    np.testing.assert_allclose(moving_mean(values, 3), [1.5, 1.5, 4.0, 8.0, 8.0])
+    assert np.isnan(moving_mean(np.full(5, np.nan), 3)).all()
+
+
+def test_what_is_no_number_is_a_gap():
+    found = values_of(
+        [{"loss": 1}, {"loss": None}, {}, {"loss": "2"}, {"loss": 1e999}, {"loss": 0.5}], "loss"
+    )
+    np.testing.assert_array_equal(found, [1, np.nan, np.nan, np.nan, np.nan, 0.5])
+
+
+@pytest.mark.parametrize("count", [1, 3, 60, 5000])
+def test_a_panel_for_what_was_logged(count, tmp_path):
+    made = [{**row, "loss": None if row["step"] == 2 else row["loss"]} for row in rows(count)]
+    draw_curves(tmp_path / "two.png", made, "title")
+    draw_curves(tmp_path / "one.png", [{"step": r["step"], "loss": r["rewards/chosen"]} for r in made], "t")
+    two, one = (Image.open(tmp_path / name) for name in ("two.png", "one.png"))
+    assert two.size == (2 * one.width, one.height)
+    for picture in (two, one):
+        ink = np.asarray(picture.convert("L")) < 250
+        assert not ink[:, 0].any() and not ink[:, -1].any() and not ink[0].any() and not ink[-1].any()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What ``draw_curves`` is given in each call, which it still draws."""
+    calls = []
+
+    def draw(*given):
+        calls.append(given)
+        draw_curves(*given)
+
+    monkeypatch.setattr(run_folder, "draw_curves", draw)
+    return calls
+
+
+def test_a_resumed_run_draws_all_of_its_steps(disk, drawn):
+    """Those that an earlier version logged as well, under one set of names, rewards times beta."""
+    before = [json.loads(line) for line in (disk / "run-var" / "metrics.jsonl").read_text().splitlines()]
+    train("run-var", "--ema", "0.9")
+    ((path, found, title),) = drawn
+    assert str(path) == "run-var/curves.png" and title == "specimen-var, cca (β = 0.1, λ = 10), batch 8"
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    for row, old in zip(found[:2], before):
+        assert row["rewards/accuracies"] == old["accuracy"]
+        assert row["rewards/margins"] == 0.1 * old["margin"] and "margin" not in row
+    assert found[2].keys() - found[0].keys() == {"logps/chosen", "logps/rejected", "rewards/null"}
+
+
+def test_a_finished_run_is_left_as_it_is(disk, drawn, capsys):
+    train("run")
+    before = {path: path.read_bytes() for path in (disk / "run").rglob("*") if path.is_file()}
+    os.utime(disk / "run" / "curves.png", (1, 1))
+    train("run")
+    assert {path: path.read_bytes() for path in before} == before
+    assert (disk / "run" / "curves.png").stat().st_mtime == 1 and len(drawn) == 1
+    # Killed between the last state and the model, it was not finished.
+    (disk / "run" / "model.pth").unlink()
+    train("run")
+    assert len(drawn) == 2 and (disk / "run" / "curves.png").read_bytes() == before[disk / "run/curves.png"]
+
+
+@pytest.mark.parametrize("loss, title", [("sft", "sft"), ("unlearning", "unlearning (λ = 2)")])
+def test_title_says_what_the_loss_depends_on(loss, title, disk, drawn):
+    train("run", "--loss", loss, "--beta", "0.1", "--lambda", "2", "--lr", "1e-3", steps=2)
+    assert drawn[0][2] == f"specimen-var, {title}, batch 8"
+
+
+def test_a_picture_is_not_worth_the_run(disk, monkeypatch, capsys):
+    def full(*_):
+        raise UserError("run/curves.png: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(run_folder, "draw_curves", full)
+    train("run", steps=2)
+    assert "no curves.png: run/curves.png: cannot be written" in capsys.readouterr().err
+    assert (disk / "run" / "model.pth").exists() and not (disk / "run" / "curves.png").exists()
+
+
+def test_tensorboard_has_the_same_names(disk):
+    train("run", steps=2)
+    line = json.loads((disk / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    events = EventAccumulator(str(disk / "run" / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) >= line.keys() - {"step"}
+    assert events.Scalars("rewards/margins")[-1].value == pytest.approx(line["rewards/margins"], rel=1e-6)
+
+
+def test_training_starts_without_matplotlib():
+    """It takes as long to import as a short run; what is imported with a module stands at its top."""
+    for path in [*(ROOT / "cca").rglob("*.py"), *(ROOT / "models").rglob("*.py")]:
+        top = [
+            node
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        assert not any("matplotlib" in ast.unparse(node) for node in top), path
