@@ -75,7 +75,8 @@ def run_training(
         needed = training_memory(model, config, micro_batch_size, shards, args.checkpointing)
         rows["memory"] = f"~{size_text(needed)} a process with {micro}"
         rows["writes"] = (
-            f"{args.output}/ ({model.checkpoint_name}, config.json, metrics.jsonl, curves.png, tensorboard, state)"
+            f"{args.output}/: {model.checkpoint_name}, config.json, metrics.jsonl, curves.png, "
+            "tensorboard, state"
         )
         show_plan(files.plan(model, args.weights) | rows, downloads)
     if args.dry_run:
