@@ -130,9 +130,7 @@ class Trainer:
             torch._dynamo.config.optimize_ddp = False
         for net in (self.net, self.reference):
             if net is not None and compile:
-                net.varying_rows = self.objective is not None and not self.stochastic
-                for block in net.transformer_blocks():
-                    block.compile()
+                net.compile_parts(varying_rows=self.objective is not None and not self.stochastic)
             if net is not None and self.sharded:
                 shard(net, processes, DTYPES[config.dtype])
         self.policy: nn.Module = self.net
