@@ -24,7 +24,7 @@ class ARTransformer(nn.Module, ABC):
     wrappers see all of it, and the logits of a batch never exist at once."""
 
     checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
-    compiled = False
+    compiled = False  # see ``compile_parts``
     varying_rows = False  # the rows of a batch differ from pass to pass: blocks are compiled for any number
     # Parts of the names of linear layers that run once for an image, and not for each of its tokens.
     once_per_image: tuple[str, ...] = ()

@@ -39,7 +39,7 @@ from models.outputs import check_output
 from models.zoo import ZooEntry
 
 PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
-# Optimizer steps of a run from which on compilation pays on a GPU (sharded, it would gather in float32).
+# Optimizer steps of a run from which on compilation pays on a GPU.
 COMPILED_FROM = 1000
 
 
@@ -78,7 +78,7 @@ def run_training(
             "use --parallel ddp, or sample.py on a finished run"
         )
     compared, told = data_record(path, data, processes)
-    long = processes.device.type == "cuda" and config.max_steps >= COMPILED_FROM and parallel != "fsdp"
+    long = processes.device.type == "cuda" and config.max_steps >= COMPILED_FROM
     compile = long if args.compile is None else args.compile
     compared |= {"deterministic": args.deterministic, "compile": compile}
     description = {**describe(config, {**files.describe(), **compared}), "data": told}
@@ -228,7 +228,7 @@ def training_parser(
     add("--parallel", choices=("ddp", "fsdp"),
         help=f"replicate the model in each process, or shard it ({recipe})")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help=f"compile the blocks (default: on GPUs for {COMPILED_FROM:,} steps or more, not fsdp)")
+        help=f"compile blocks and likelihood (default: on GPUs for {COMPILED_FROM:,} steps or more)")
     add("--checkpointing", action="store_true",
         help="keep no activations of the blocks, compute them again in the backward pass")
     add("--deterministic", action="store_true",
