@@ -78,7 +78,7 @@ def shard(net: ARTransformer, processes: Processes, dtype: torch.dtype) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     layers = [m for m in net.transformer_blocks().modules() if isinstance(m, nn.Linear)]
     fully_shard(net, mesh=mesh, ignored_params={p for layer in layers for p in layer.parameters()})
-    others = {p for p in net.transformer_blocks().parameters() if isinstance(p, DTensor)}
+    others: set[nn.Parameter] = {p for p in net.transformer_blocks().parameters() if isinstance(p, DTensor)}
     policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in net.transformer_blocks():
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=others)
