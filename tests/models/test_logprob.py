@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 import models.devices
 import models.logprob
+from models.devices import row_chunks
 from models.logprob import linear_sequence_logprob, sequence_logprob
 
 
@@ -35,6 +36,23 @@ def test_chunked_logprob_equals_the_plain_one(monkeypatch, bias):
         results.append((value, *(t.grad for t in inputs if t.grad is not None)))
     for chunked, plain in zip(*results, strict=True):
         torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab, rows", [(1000, 16 * 131), (2**21 // 20, 16), (2**21 // 5, 5), (2**22, 1)])
+def test_chunks_start_aligned(vocab, rows):
+    """Generated code assumes so of what it writes: of any vocabulary chunks are whole sixteens of rows."""
+    chunks = row_chunks(torch.empty(5000, 1), vocab, models.devices.LIKELIHOOD_LOGITS)
+    assert {part.start for part in chunks} == set(range(0, 5000, rows)) and chunks[-1].stop == 5000
+
+
+def test_measuring_memory_compiles_nothing(monkeypatch):
+    """Where a stance says so, as while a micro-batch is chosen, compiled functions run as they are."""
+    monkeypatch.setattr(models.logprob, "compiled_function", lambda function: torch.compile(function))
+    counters.clear()
+    hidden, layer, tokens = torch.randn(2, 3, 16), [torch.randn(512, 16)], torch.randint(512, (2, 3))
+    with torch.compiler.set_stance("force_eager"):
+        one_pass(hidden, layer, tokens, compiled=True)
+    assert not counters["stats"]["unique_graphs"]
 
 
 def one_pass(hidden: Tensor, layer: list[Tensor], tokens: Tensor, compiled: bool):
