@@ -117,8 +117,8 @@ def trained(name: str) -> list[str]:
     per_micro_batch, per_step = runs.waits_of_training(two)
     images = 2 * MICRO_BATCH
     speeds = (images / s for s in (step.one_by_one, step.in_graph, least(limits.training(model, images, 2))))
-    waits = (f"{per_micro_batch}", f"{per_step}")
-    return [name, f"{step.kernels:,}", *waits, *(f"{speed:,.0f}" for speed in speeds)]
+    counts = (step.kernels, *runs.kernels_of_likelihood(name, dtype_of(name)), per_micro_batch, per_step)
+    return [name, *(f"{number:,}" for number in counts), *(f"{speed:,.0f}" for speed in speeds)]
 
 
 def coded(name: str, tokenizer: str | None, encode: bool) -> list[str]:
@@ -150,8 +150,9 @@ def main() -> None:
     kernels = ("kernels of a token or of the last level", "the same compiled", "of a batch")
     print(markdown_table(("model", *kernels, *SPEEDS), sampling), flush=True)
     print(f"\nAn optimizer step of CCA, two micro-batches of {MICRO_BATCH} images:\n")
-    waits = ("kernels", "host waits of a micro-batch", "of a step besides")
-    print(markdown_table(("model", *waits, *SPEEDS), map(trained, ("llamagen-l", "var-d16"))))
+    kernels = ("kernels", "of the likelihood of a chunk of tokens", "the same compiled")
+    waits = ("host waits of a micro-batch", "of a step besides")
+    print(markdown_table(("model", *kernels, *waits, *SPEEDS), map(trained, ("llamagen-l", "var-d16"))))
     print(f"\n{IMAGES} images through the tokenizers, to tokens and back:\n")
     tokenizers = (("llamagen-b", None), ("llamagen-b", "vq_ds8_c2i"), ("var-d16", None), ("var-d36", None))
     coding = [coded(*which, encode) for encode in (False, True) for which in tokenizers]

@@ -24,6 +24,7 @@ class ARTransformer(nn.Module, ABC):
     wrappers see all of it, and the logits of a batch never exist at once."""
 
     checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
+    compiled = False  # see ``compile_parts``
     varying_rows = False  # the rows of a batch differ from pass to pass: blocks are compiled for any number
     # Parts of the names of linear layers that run once for an image, and not for each of its tokens.
     once_per_image: tuple[str, ...] = ()
@@ -43,6 +44,12 @@ class ARTransformer(nn.Module, ABC):
     @abstractmethod
     def init_weights(self) -> None:
         """Random start for pretraining."""
+
+    def compile_parts(self, varying_rows: bool) -> None:
+        """From now on each block is compiled, and what the likelihood does with a chunk of tokens."""
+        self.compiled, self.varying_rows = True, varying_rows
+        for block in self.transformer_blocks():
+            block.compile()
 
     def store_matrices(self, dtype: torch.dtype) -> None:
         """Keep the weights of the linear layers in the precision that autocast gives them.
@@ -67,7 +74,7 @@ class ARTransformer(nn.Module, ABC):
         hidden, layer = self.hidden(labels, inputs), self.output_layer()
         dtype = autocast_dtype(hidden.device, layer.weight.dtype)
         bias = None if layer.bias is None else layer.bias.to(dtype)
-        return linear_sequence_logprob(hidden.to(dtype), layer.weight.to(dtype), bias, tokens)
+        return linear_sequence_logprob(hidden.to(dtype), layer.weight.to(dtype), bias, tokens, self.compiled)
 
     def run_block(self, block: nn.Module, x: Tensor, *others) -> Tensor:
         arguments = (x, *others)

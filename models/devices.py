@@ -80,6 +80,10 @@ def device_name(device: torch.device) -> str:
 
 
 def row_chunks(rows: Tensor, vocab: int, logits_at_once: dict[str, int]) -> list[slice]:
-    """Slices of the rows of a tensor with at most so many logits each; at least one row."""
+    """Slices of the rows of a tensor with at most so many logits each; at least one row.
+
+    They start at multiples of 16 rows, if there are so many: kernels read and write aligned memory.
+    """
     count = max(1, logits_at_once[rows.device.type] // vocab)
+    count -= count % 16 if count > 16 else 0
     return [slice(start, min(start + count, len(rows))) for start in range(0, len(rows), count)]

@@ -33,6 +33,12 @@ COMPILED_KERNELS = {
     "llamagen-b, one token": (160, ("llamagen-b", 4, 64, "bfloat16", {})),
     "var-d16, the last level": (220, ("var-d16", 9, 64, "float16", {"top_k": 900, "top_p": 0.96})),
 }
+# Of the likelihood of a chunk of tokens and of its gradient, compiled with the blocks of a training step.
+LIKELIHOOD_KERNELS = {
+    "LlamaGen": (5, "llamagen-b", "bfloat16"),
+    "LlamaGen in float32": (5, "llamagen-b", "float32"),
+    "VAR, whose head has a bias": (7, "var-d16", "float16"),
+}
 
 # Few layers where the others would be the same.
 SAMPLING = {
@@ -146,6 +152,13 @@ def test_evaluation():
 def test_kernels_of_a_compiled_step(case):
     budget, (*step, options) = case
     assert runs.kernels_of_step(*step, **options) <= budget
+
+
+@cases(LIKELIHOOD_KERNELS)
+def test_kernels_of_the_compiled_likelihood(case):
+    budget, *which = case
+    eager, compiled = runs.kernels_of_likelihood(*which)
+    assert compiled <= budget < eager
 
 
 def test_compiled_kernels_are_counted():

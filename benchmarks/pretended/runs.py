@@ -24,10 +24,12 @@ from cca.sampling.sampler import SampleRequest, decode_tokens, eager_generate, p
 from cca.training.losses import Batch, pair_labels
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
-from models import ZOO, SamplingOptions, autocast
+from models import DTYPES, ZOO, SamplingOptions, autocast
 from models.base import ARImageModel
 from models.decoding import guided_steps, next_tokens
+from models.devices import LIKELIHOOD_LOGITS
 from models.loading import build_model
+from models.logprob import chunk_error, chunk_logprob
 from scripts.extract_codes import encode
 
 
@@ -105,6 +107,36 @@ def kernels_of_step(name: str, at: int, images: int, dtype: str, **options) -> i
 def _kernels_of_step(name: str, at: int, images: int, dtype: str, layers: int, **options) -> int:
     with pretended_gpu():
         return compiled_kernels(*decoding_step(name, at, images, dtype, layers, **options)).total()
+
+
+def kernels_of_likelihood(name: str, dtype: str) -> tuple[int, int]:
+    """Kernels of the likelihood of a chunk of tokens and of its gradient by the logits: eager, compiled."""
+    vocab = build_model(name).vocab_size
+    rows, recorder, compiled = LIKELIHOOD_LOGITS["cuda"] // vocab, Recorder(), 0
+    with pretended_gpu():
+        layer = fake_model(name, layers=1).transformer.output_layer().requires_grad_(False).to(DEVICE)
+        layer.to(DTYPES[dtype])
+        numbers = [torch.zeros(rows, *width, device=DEVICE) for width in ((), (), (1,))]
+        chunk = numbers[0].new_zeros(rows, layer.in_features, dtype=DTYPES[dtype])
+        given = [chunk, torch.zeros(rows, dtype=torch.int64, device=DEVICE), layer.weight.detach()]
+        bias = [] if layer.bias is None else [layer.bias.detach()]
+        of_bias = [torch.zeros(vocab, device=DEVICE) for _ in bias]
+
+        def forward(*tensors: Tensor) -> None:
+            chunk_logprob(*tensors, *([] if bias else [None]))
+
+        def backward(*tensors: Tensor) -> object:
+            return chunk_error(*tensors, *([] if bias else [None, None]))
+
+        calls = (
+            (forward, [*numbers[:2], *given, *bias]),
+            (backward, [*numbers[1:], *given, *bias, *of_bias]),
+        )
+        for function, inputs in calls:
+            compiled += compiled_kernels(function, inputs).total()
+            with recorder:
+                function(*inputs)
+    return sum(event.kernels for event in recorder.events), compiled
 
 
 def decoded(

@@ -54,7 +54,7 @@ def run_training(
     config = training_config(args, recipe, len(data), backbone.lr_scales_with_batch)
     parallel = args.parallel or recipe.parallel
     check_parallel(args, config, parallel, processes)
-    long = processes.device.type == "cuda" and config.max_steps >= COMPILED_FROM and parallel != "fsdp"
+    long = processes.device.type == "cuda" and config.max_steps >= COMPILED_FROM
     compile = long if args.compile is None else args.compile
     published = config.batch_size // (PUBLISHED_GPUS * recipe.published_accumulation)
     if recipe.published_accumulation == 1:

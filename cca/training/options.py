@@ -10,7 +10,7 @@ from models.options import Parser, add_model_options, count, number
 from models.plan import add_dry_run_option
 from models.zoo import ZooEntry
 
-# Optimizer steps of a run from which on compilation pays on a GPU (sharded, it would gather in float32).
+# Optimizer steps of a run from which on compilation pays on a GPU.
 COMPILED_FROM = 1000
 
 
@@ -53,7 +53,7 @@ def training_parser(
     add("--parallel", choices=("ddp", "fsdp"),
         help=f"replicate the model in each process, or shard it ({recipe})")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help=f"compile the blocks (default: on GPUs for {COMPILED_FROM:,} steps or more, not fsdp)")
+        help=f"compile blocks and likelihood (default: on GPUs for {COMPILED_FROM:,} steps or more)")
     add("--checkpointing", action="store_true",
         help="keep no activations of the blocks, compute them again in the backward pass")
     add("--deterministic", action="store_true",

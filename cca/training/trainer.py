@@ -69,19 +69,19 @@ def shard(net: ARTransformer, processes: Processes, dtype: torch.dtype) -> None:
     """FSDP2: parameters, gradients and optimizer state of each block split over all processes.
 
     The matrices of a block are gathered in ``dtype``, in which autocast computes with them, and their
-    gradients added up in float32. What else a block has (norms, temperatures) is a group in float32,
-    and so is all that is outside of the blocks.
+    gradients added up in float32. What else a block has (norms, temperatures) is small: it belongs to the
+    group of all that is outside of the blocks, in float32. So nothing is gathered within a block, which
+    would cut its compiled graph.
     """
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     # It warns that a layer's output must not be changed in place, which no block does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    layers = [m for m in net.transformer_blocks().modules() if isinstance(m, nn.Linear)]
+    fully_shard(net, mesh=mesh, ignored_params={p for layer in layers for p in layer.parameters()})
+    others: set[nn.Parameter] = {p for p in net.transformer_blocks().parameters() if isinstance(p, DTensor)}
     policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in net.transformer_blocks():
-        if dtype != torch.float32:
-            matrices: list[nn.Module] = [m for m in block.modules() if isinstance(m, nn.Linear)]
-            fully_shard(matrices, mesh=mesh, mp_policy=policy)
-        fully_shard(block, mesh=mesh)
-    fully_shard(net, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=others)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -131,12 +131,9 @@ class Trainer:
             torch._dynamo.config.optimize_ddp = False
         for net in (self.net, self.reference):
             if net is not None and compile:
-                net.varying_rows = self.objective is not None and not self.stochastic
-                for block in net.transformer_blocks():
-                    block.compile()
+                net.compile_parts(varying_rows=self.objective is not None and not self.stochastic)
             if net is not None and self.sharded:
-                # A hook within a block would cut its compiled graph.
-                shard(net, processes, torch.float32 if compile else DTYPES[config.dtype])
+                shard(net, processes, DTYPES[config.dtype])
         self.policy: nn.Module = self.net
         if processes.world > 1 and not self.sharded:
             self.policy = DistributedDataParallel(self.net, gradient_as_bucket_view=True, **BUFFERS_ALONE)

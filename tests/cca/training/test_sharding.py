@@ -4,8 +4,14 @@ from commands import run
 
 # In bfloat16 the matrices are gathered in that precision. Measured: the log-likelihoods, of about -600 and
 # -1,100 nats, are equal to the bit, gradient norms to 1e-6, and weights after two steps of 1e-4 to 7e-6.
+# Compiled, as traced: the same; a block is one graph, which nothing cuts, of matrices in that precision.
 SHARDED = """
+from functools import cache, partial
+
 import torch
+from torch._dynamo import lookup_backend
+
+import models.logprob
 from cca.distributed import Processes
 from cca.training.losses import Batch, pair_labels
 from cca.training.schedule import TrainingConfig
@@ -13,6 +19,19 @@ from cca.training.trainer import Trainer
 from models import autocast, load_model
 
 processes = Processes()
+graphs = []  # matrix products of each, and the precisions of its inputs by shape
+
+
+def backend(graph, inputs):
+    products = sum("linear" in str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    graphs.append((products, {(tuple(t.shape), t.dtype) for t in tensors}))
+    return lookup_backend("aot_eager")(graph, inputs)
+
+
+compile_block = torch.nn.Module.compile
+torch.nn.Module.compile = lambda block: compile_block(block, backend=backend)
+models.logprob.compiled_function = cache(partial(torch.compile, backend=backend, fullgraph=True))
 config = TrainingConfig(
     loss="cca", beta=0.1, lambda_=10.0, uncond_ratio=0.1, batch_size=8, lr=1e-4, weight_decay=0.05,
     final_weight_decay=None, ema=0.9, grad_clip=1.0, warmup=0.0, final_lr=1.0, schedule_accumulation=1,
@@ -26,11 +45,11 @@ for name, checkpointing in (("var-mini", True), ("llamagen-mini", False)):
     batch = Batch(tokens, labels, negatives, uncond).map(lambda rows: rows[processes.share(8)])
 
     found = {}
-    for parallel in ("ddp", "fsdp"):
-        trainer = Trainer(load_model(name), config, 2, processes, parallel, checkpointing=checkpointing)
+    for parallel, compile in (("ddp", False), ("fsdp", False), ("fsdp", True)):
+        trainer = Trainer(load_model(name), config, 2, processes, parallel, compile, checkpointing)
         dtypes = set()
         for key, module in trainer.net.transformer_blocks()[0].named_modules():
-            if getattr(module, "weight", None) is not None:
+            if getattr(module, "weight", None) is not None and not compile:
                 module.register_forward_pre_hook(
                     lambda module, _, key=key: dtypes.add(("norm" in key, module.weight.dtype))
                 )
@@ -38,8 +57,16 @@ for name, checkpointing in (("var-mini", True), ("llamagen-mini", False)):
         with autocast(processes.device, config.dtype):
             logprob = trainer.policy(batch.labels, inputs, batch.tokens).detach()
         lines = [trainer.optimizer_step(step, batch) for step in range(2)]
-        found[parallel] = logprob, lines, {**trainer.full_weights()}, {**trainer.full_ema()}
-        if parallel == "fsdp":
+        found[parallel, compile] = logprob, lines, {**trainer.full_weights()}, {**trainer.full_ema()}
+        if compile:
+            block = trainer.net.transformer_blocks()[0]
+            layers = [part for part in block.modules() if isinstance(part, torch.nn.Linear)]
+            matrices = {(tuple(layer.weight.shape), torch.bfloat16) for layer in layers}
+            of_blocks = [inputs for products, inputs in graphs if products > 1]
+            assert {products for products, _ in graphs} == {1, len(layers)}, graphs
+            assert all(matrices <= inputs for inputs in of_blocks), of_blocks
+            graphs.clear()
+        elif parallel == "fsdp":
             assert (False, torch.bfloat16) in dtypes and (True, torch.bfloat16) not in dtypes, dtypes
             assert all(p.dtype == torch.float32 for p in trainer.net.parameters())
             matrices = [p for p in trainer.reference.transformer_blocks().parameters() if p.ndim == 2]
@@ -48,13 +75,13 @@ for name, checkpointing in (("var-mini", True), ("llamagen-mini", False)):
             other.load_state(trainer.state())
             assert other.optimizer_step(1, batch) == trainer.optimizer_step(1, batch)
 
-    (whole, first, weights, average), (sharded, second, *others) = found.values()
-    torch.testing.assert_close(sharded, whole, rtol=1e-6, atol=0)
-    for a, b in zip(first, second, strict=True):
-        for key in a:
-            torch.testing.assert_close(b[key], a[key], rtol=1e-5, atol=1e-5)
-    if processes.main:
-        for a, b in zip((weights, average), others):
+    (whole, first, *weights), *sharded = found.values()
+    for logprob, lines, *others in sharded:
+        torch.testing.assert_close(logprob, whole, rtol=1e-6, atol=0)
+        for a, b in zip(first, lines, strict=True):
+            for key in a:
+                torch.testing.assert_close(b[key], a[key], rtol=1e-5, atol=1e-5)
+        for a, b in zip(weights, others) if processes.main else ():
             assert a.keys() == b.keys()
             for key in a:
                 torch.testing.assert_close(b[key], a[key], rtol=0, atol=2e-5)
