@@ -11,7 +11,7 @@ from models.base import ARImageModel
 from models.checkpoints import weights_sha256
 from models.errors import UserError
 from models.hub import WeightsFile
-from models.weights import load_weights, mismatch
+from models.weights import approximate_size, load_weights, mismatch
 from models.zoo import TOKENIZERS, ZOO, ZooEntry
 
 
@@ -48,23 +48,42 @@ class ModelFiles:
         }
 
 
-def locate(
+@dataclass(frozen=True)
+class ModelSources:
+    """What a model is to be made of, before anything is downloaded: as ``ModelFiles``, but unresolved."""
+
+    name: str
+    image_size: int
+    tokenizer: str
+    weights: WeightsFile | Path | None
+    tokenizer_weights: WeightsFile | Path | None
+
+    def fetch(self) -> ModelFiles:
+        """The files, downloaded if need be; raises UserError where one cannot be had."""
+        weights, tokenizer_weights = (
+            file.fetch(option) if isinstance(file, WeightsFile) else file
+            for file, option in ((self.weights, "--weights"), (self.tokenizer_weights, "--tokenizer-weights"))
+        )
+        return ModelFiles(self.name, self.image_size, self.tokenizer, weights, tokenizer_weights)
+
+    def downloads(self) -> list[tuple[WeightsFile, int]]:
+        """What ``fetch`` would download: files that are not on this machine, and about how many bytes."""
+        model = build_model(self.name, self.image_size, self.tokenizer)
+        both = ((self.weights, model.transformer), (self.tokenizer_weights, model.tokenizer))
+        return [
+            (file, approximate_size(module))
+            for file, module in both
+            if isinstance(file, WeightsFile) and not file.cached()
+        ]
+
+
+def find_sources(
     name: str,
     weights: str | None = "base",
     tokenizer_weights: str | None = None,
     image_size: int | None = None,
-) -> ModelFiles:
-    """Find (downloading what is published and not in the cache) the files of a model.
-
-    Args:
-        name: a model of the zoo, such as "var-d16".
-        weights: "base", "cca", or a path (.pt, .pth, .safetensors); None: the tokenizer alone is needed.
-        tokenizer_weights: a path, or a name of ``TOKENIZERS``; None takes the model's own.
-        image_size: pixels; None takes the model's default.
-
-    Raises:
-        UserError: an unknown name, size or file, or a published file that cannot be had.
-    """
+) -> ModelSources:
+    """What ``locate`` would load, without a download; arguments and errors as there."""
     entry = zoo_entry(name)
     size = image_size or entry.default_image_size
     if size not in entry.base:
@@ -92,8 +111,27 @@ def locate(
     for path, option, names in wanted:  # before anything is downloaded
         if isinstance(path, Path) and not path.exists():
             raise UserError(f"{option}: {path}: no such file, nor one of {', '.join(names)}")
-    fetched = [f.fetch(option) if isinstance(f, WeightsFile) else f for f, option, _ in wanted]
-    return ModelFiles(name, size, tokenizer, *fetched)
+    return ModelSources(name, size, tokenizer, file, tokenizer_file)
+
+
+def locate(
+    name: str,
+    weights: str | None = "base",
+    tokenizer_weights: str | None = None,
+    image_size: int | None = None,
+) -> ModelFiles:
+    """Find (downloading what is published and not in the cache) the files of a model.
+
+    Args:
+        name: a model of the zoo, such as "var-d16".
+        weights: "base", "cca", or a path (.pt, .pth, .safetensors); None: the tokenizer alone is needed.
+        tokenizer_weights: a path, or a name of ``TOKENIZERS``; None takes the model's own.
+        image_size: pixels; None takes the model's default.
+
+    Raises:
+        UserError: an unknown name, size or file, or a published file that cannot be had.
+    """
+    return find_sources(name, weights, tokenizer_weights, image_size).fetch()
 
 
 def build_model(

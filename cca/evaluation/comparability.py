@@ -83,9 +83,9 @@ def compare(paths: list[Path]) -> str:
             raise UserError(f"--compare: {path} is not a result of eval_fid.py") from None
         figure = None
         if published and sampling.get("cfg_scale", 1.0) != 1.0:
-            figure = published.guided
+            figure = published.fid("guided")
         elif published:
-            figure = published.base if sampling.get("weights") == "base" else published.cca
+            figure = published.fid("base" if sampling.get("weights") == "base" else "cca")
         cells = [
             f"{values[column]:.{METRICS[column].digits}f}" if column in values else "–" for column in columns
         ]

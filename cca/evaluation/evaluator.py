@@ -6,7 +6,6 @@ score over runs of 5,000 images in file order, improved precision and recall aga
 
 import hashlib
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from cca.evaluation.metrics import (
     kernel_distance,
     precision_recall,
 )
+from cca.evaluation.references import cache_folder
 from models import UserError
 from models.files import write_binary, writing
 
@@ -93,10 +93,9 @@ class Reference:
 
 def cache_path(images: ImageSet, extractor: Extractor) -> Path:
     """Where a reference's features are kept: named by the content of the images and of the extractor."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cca-evaluator"
     parts = (images.content_hash(), extractor.weights_sha256, extractor.name, PIXELS_VERSION)
     name = hashlib.sha256("".join(parts).encode())
-    return home / f"{name.hexdigest()}.npz"
+    return cache_folder() / f"{name.hexdigest()}.npz"
 
 
 def read_cache(path: Path) -> dict[str, Any] | None:
