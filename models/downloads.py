@@ -1,6 +1,7 @@
 """A file at a public address, downloaded into a cache once: resumed, checked, by one process at a time."""
 
 import hashlib
+import io
 import os
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,21 @@ from huggingface_hub.utils import WeakFileLock
 
 from models.errors import UserError
 from models.files import reason, writing
+
+RESTARTS = 3
+
+
+class _Part(io.BufferedWriter):
+    """A file that is appended to. The client empties it where a server sends no parts of files, as often
+    as it likes: a server that always cuts off would keep it busy for ever."""
+
+    restarts = 0
+
+    def truncate(self, size: int | None = None) -> int:
+        self.restarts += 1
+        if self.restarts > RESTARTS:
+            raise ConnectionError("the server cannot resume, and never sent all")
+        return super().truncate(size)
 
 
 def fetch(address: str, path: Path, is_whole: Callable[[Path], bool], option: str) -> Path:
@@ -52,7 +68,7 @@ def _download(
     for other in path.parent.glob(f".{path.name}.*.part"):
         if other != part:  # of a file that has changed there since
             other.unlink()
-    with open(part, "ab") as file:
+    with _Part(io.FileIO(part, "ab")) as file:
         have, size = file.tell(), found.size
         free = shutil.disk_usage(path.parent).free
         if size is not None and size - have > free:
@@ -79,7 +95,7 @@ def _download(
             of = "" if size is None else f" of {size:,}"
             raise UserError(
                 f"{option}: {address}: the download was cut off after {done:,}{of} bytes "
-                f"({reason(error)}); the same command goes on from there"
+                f"({reason(error)}); the same command goes on from there if the server can"
             ) from None
     if not is_whole(part):
         part.unlink()

@@ -69,6 +69,13 @@ def test_a_server_without_ranges_begins_anew(server, tmp_path):
     assert server.sent == [0, 0]
 
 
+def test_a_server_without_ranges_that_always_cuts_off(server, tmp_path):
+    """It is given up, though every try gets some bytes."""
+    server.cut, server.ranges = True, False
+    refused(server, tmp_path, "cut off after ", "the server cannot resume, and never sent all")
+    assert len(server.requests) < 10
+
+
 def test_a_file_that_changed_in_between_begins_anew(server, tmp_path):
     """Its old part is not joined to the new rest."""
     server.cut = True
