@@ -60,6 +60,22 @@ def test_cut_off_and_gone_on_with(server, tmp_path):
     assert server.sent == [0, had]  # the question for its size, then the rest
 
 
+def test_killed_before_the_rename(server, tmp_path, monkeypatch):
+    """All bytes are there: none is asked for again."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ask(server, tmp_path)
+    assert left(tmp_path) == [len(CONTENT)]
+    server.requests.clear()
+    assert ask(server, tmp_path).read_bytes() == CONTENT and not left(tmp_path)
+    assert [request.split()[0] for request in server.requests] == ["HEAD"]
+
+
 def test_a_server_without_ranges_begins_anew(server, tmp_path):
     server.cut = True
     refused(server, tmp_path, "cut off")
