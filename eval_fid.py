@@ -20,17 +20,19 @@ from cca.data.sampling_report import report_path
 from cca.distributed import Processes
 from cca.evaluation.comparability import comparability, compare
 from cca.evaluation.evaluator import METRICS, Comparison, Stopwatch, evaluate, extract, load_reference
-from cca.evaluation.features import add_features_options, make_extractor
-from cca.evaluation.references import REFERENCES, find_reference
+from cca.evaluation.features import FEATURE_BYTES, add_features_options, features_plan, make_extractor
+from cca.evaluation.references import REFERENCE_IMAGES, REFERENCES, find_reference
 from models import UserError
+from models.devices import device_name
 from models.errors import run_command
 from models.files import write_json, writing
 from models.options import Parser, count
 from models.outputs import check_output
+from models.plan import add_dry_run_option, require_space, show_plan, size_text
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "eval_fid")
     add = parser.add_argument
     add("--samples", type=Path, metavar="FILE.npz|FOLDER", help="images to evaluate")
     add(
@@ -55,6 +57,7 @@ def make_parser() -> Parser:
         metavar="FILE.json",
         help="print earlier results side by side, with the published figures, and stop",
     )
+    add_dry_run_option(parser)
     return parser
 
 
@@ -86,15 +89,37 @@ def main(argv: list[str] | None = None) -> None:
     if args.output:
         check_output("--output", args.output, {"--samples": args.samples, "--reference": args.reference})
     samples = open_image_set(args.samples, args.resize, args.workers, given)
-    if published:
-        published.fetch()
-    reference_images = open_image_set(args.reference, args.resize, args.workers)
+    awaited = published.downloads() if published else []
+    reference_images = None if awaited else open_image_set(args.reference, args.resize, args.workers)
     labels = samples.labels()
     if labels is not None and len(labels) != len(samples):
         raise UserError(f"{args.samples}: arr_0 has {len(samples)} images, arr_1 {len(labels)} labels")
     if labels is not None and len(labels) and labels.min() < 0:
         raise UserError(f"{args.samples}: arr_1 holds class {labels.min()}; classes start at 0")
     processes = Processes()
+    features, downloads = features_plan(args.features, args.inception_weights)
+    downloads = [*awaited, *downloads]
+    if processes.main:
+        images = REFERENCE_IMAGES if reference_images is None else len(reference_images)
+        needed = (len(samples) + images) * FEATURE_BYTES
+        held = f"{args.reference}, " + ("to be downloaded" if awaited else f"{images:,} images")
+        rows = {
+            "samples": f"{args.samples}, {len(samples):,} images",
+            "reference": held,
+            "features": features,
+            "metrics": ", ".join(metrics) if metrics else "all that the files give",
+            "device": f"{device_name(processes.device)} x {processes.world}, batch {args.batch_size}",
+            "memory": f"~{size_text(needed)} for the features",
+            "writes": str(args.output or "no file (--output writes the results)"),
+        }
+        show_plan(rows, downloads)
+    if args.dry_run:
+        return
+    require_space(downloads)
+    if reference_images is None:
+        assert published
+        published.fetch()  # in each process: one downloads, the others wait
+        reference_images = open_image_set(args.reference, args.resize, args.workers)
     extractor = make_extractor(args.features, args.inception_weights, processes.device)
     stopwatch = Stopwatch()
     with stopwatch.measure("reference"):  # first, since it may have to be refused
@@ -115,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"  note: {note}")
     if args.output:
         report = {
+            "command": processes.command(args.command),
             "metrics": values,
             "samples": {
                 "file": str(args.samples),

@@ -18,17 +18,24 @@ import torch
 
 from cca.data.image_sets import NpzImages
 from cca.distributed import Processes
-from cca.sampling.fitting import COMPILED_FROM, compiles_by_default, default_batch_size
+from cca.sampling.fitting import (
+    COMPILED_FROM,
+    compiles_by_default,
+    default_batch_size,
+    sampling_memory,
+)
 from cca.sampling.grid import write_grid
 from cca.sampling.sample_file import run_sampling
 from cca.sampling.sampler import SampleRequest
-from cca.training.states import load_run_weights, weights_of_run
-from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError, load_files, locate, zoo_entry
+from cca.training.weights import choose_weights
+from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError, zoo_entry
 from models.decoding import LOWEST_TEMPERATURE
+from models.devices import device_name
 from models.errors import run_command
 from models.files import writing
 from models.options import Parser, add_model_options, count, number
 from models.outputs import check_output
+from models.plan import add_dry_run_option, require_space, show_plan, size_text
 from models.zoo import class_name
 
 # Where neither an option nor a preset says otherwise.
@@ -39,7 +46,7 @@ DEFAULTS = {
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "sample")
     add = parser.add_argument
     add_model_options(parser, ZOO, "base|cca|PATH|RUN[/state/step-N][:ema]")
     add(
@@ -104,6 +111,7 @@ def make_parser() -> Parser:
         metavar="FILE.png",
         help="also write a picture of the first images, with class names",
     )
+    add_dry_run_option(parser)
     return parser
 
 
@@ -142,22 +150,47 @@ def parse_classes(text: str, model: ARImageModel) -> tuple[int, ...]:
     return classes
 
 
-def load(args: argparse.Namespace) -> tuple[ARImageModel, dict]:
-    """The model on the CPU, and what is noted of its files; ``--weights`` may name a run or its state."""
-    name = zoo_entry(args.model).backbone.checkpoint_name
-    found = weights_of_run(args.weights, name)
-    state = found is not None and found[0].is_dir()
-    weights = args.weights if found is None else None if state else str(found[0])
-    files = locate(args.model, weights, args.tokenizer_weights, args.image_size)
-    model, described = load_files(files), {**files.describe(), "weights": args.weights}
-    if found is not None and state:
-        try:
-            described["weights_sha256"] = load_run_weights(model, *found)
-        except UserError:
-            if weights_of_run(args.weights, name) != found:  # the run has saved a newer one meanwhile
-                return load(args)
-            raise
-    return model, described
+def make_request(args: argparse.Namespace, model: ARImageModel, device: torch.device) -> SampleRequest:
+    """What parsed options, the preset applied, ask of this model. Raises UserError."""
+    schedule = args.cfg_schedule or model.default_cfg_schedule
+    sampling = SamplingOptions(
+        args.cfg_scale, schedule, args.cfg_interval, args.top_k, args.top_p, args.temperature
+    )
+    classes = parse_classes(args.classes, model)
+    dtype = args.dtype or default_dtype(args.model, device)
+    return SampleRequest(
+        args.num_samples, classes, args.class_order, args.seed, args.eval_size, dtype, sampling
+    )
+
+
+def plan(
+    args: argparse.Namespace,
+    model: ARImageModel,
+    request: SampleRequest,
+    processes: Processes,
+    batch_size: int,
+    compile: bool,
+) -> dict[str, str]:
+    """What is shown before the work, beside the model."""
+    size, options = request.eval_size or model.image_size, request.sampling
+    guidance = (
+        "no guidance"
+        if options.cfg_scale == 1
+        else f"guidance {options.cfg_scale:g} ({options.cfg_schedule})"
+    )
+    drawn = f"temperature {options.temperature:g}, top-k {options.top_k or 'all'}, top-p {options.top_p:g}"
+    classes = f"{len(request.classes)} classes {request.class_order}"
+    written = f"{args.output} (~{size_text(request.num_samples * size * size * 3)})"
+    others = [str(args.output.with_suffix(".json")), *([str(args.grid)] if args.grid else [])]
+    return {
+        "samples": f"{request.num_samples:,} of {size} x {size} pixels, {classes}, seed {request.seed}",
+        "drawing": f"{guidance}, {drawn}",
+        "device": f"{device_name(processes.device)} x {processes.world}, {request.dtype}, "
+        f"batch {batch_size}, {'compiled' if compile else 'eager'}",
+        "memory": f"~{size_text(sampling_memory(model, request, batch_size))} a process, "
+        "for weights and a batch",
+        "writes": ", ".join([written, *others]),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -169,23 +202,25 @@ def main(argv: list[str] | None = None) -> None:
         if path:
             check_output(option, path)
     processes = Processes()
-    model, described = load(args)
-    schedule = args.cfg_schedule or model.default_cfg_schedule
-    sampling = SamplingOptions(
-        args.cfg_scale, schedule, args.cfg_interval, args.top_k, args.top_p, args.temperature
-    )
-    classes = parse_classes(args.classes, model)
-    dtype = args.dtype or default_dtype(args.model, processes.device)
-    request = SampleRequest(
-        args.num_samples, classes, args.class_order, args.seed, args.eval_size, dtype, sampling
-    )
+    chosen = choose_weights(args.model, args.weights, args.tokenizer_weights, args.image_size)
+    model = chosen.files.build()
+    request = make_request(args, model, processes.device)
     compile = compiles_by_default(request, processes.device) if args.compile is None else args.compile
     batch_size = args.batch_size or default_batch_size(model, request, processes.device)
-    finished = run_sampling(model, request, batch_size, args.output, described, processes, compile)
+    downloads = chosen.files.downloads(model)
+    if processes.main:
+        rows = plan(args, model, request, processes, batch_size, compile)
+        show_plan(chosen.plan(model) | rows, downloads)
+    if args.dry_run:
+        return
+    require_space(downloads)
+    described = chosen.load(model)
+    command = processes.command(args.command)
+    finished = run_sampling(model, request, batch_size, args.output, described, processes, compile, command)
     if args.grid and finished and processes.main:
         with writing(args.grid):
             args.grid.parent.mkdir(parents=True, exist_ok=True)
-        columns = min(len(classes), 10)
+        columns = min(len(request.classes), 10)
         samples, first = NpzImages(args.output), slice(0, min(8 * columns, args.num_samples))
         (images,), labels = samples.batches(first, first.stop), samples.labels()
         assert labels is not None

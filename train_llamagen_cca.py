@@ -9,7 +9,8 @@ Writes DIR/model.pt in the published format, metrics.jsonl, tensorboard/, config
 """
 
 from cca.data.codes import Codes
-from cca.training.command import run_training, training_parser
+from cca.training.command import run_training
+from cca.training.options import training_parser
 from models.errors import run_command
 from models.llamagen import LlamaGen
 from models.options import Parser
@@ -21,7 +22,7 @@ CODES = (
 
 
 def make_parser() -> Parser:
-    return training_parser(__doc__, LlamaGen, "--codes", CODES)
+    return training_parser(__doc__, "train_llamagen_cca", LlamaGen, "--codes", CODES)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,7 +11,8 @@ from functools import partial
 
 from cca.data.classes import add_classes_option, read_classes
 from cca.data.sources import open_labelled_images
-from cca.training.command import run_training, training_parser
+from cca.training.command import run_training
+from cca.training.options import training_parser
 from models.errors import run_command
 from models.options import Parser
 from models.var import VAR
@@ -23,7 +24,7 @@ DATA = (
 
 
 def make_parser() -> Parser:
-    parser = training_parser(__doc__, VAR, "--data", DATA)
+    parser = training_parser(__doc__, "train_var_cca", VAR, "--data", DATA)
     add_classes_option(parser)
     return parser
 

@@ -48,7 +48,7 @@ def measure(samples: str, reference: str, output: str) -> None:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "benchmarks.evaluate")
     parser.add_argument("--images", type=count(100), default=50_000, help="samples (default 50000)")
     parser.add_argument("--side", type=count(), default=256, help="pixels (default 256)")
     args = parser.parse_args()

@@ -172,7 +172,7 @@ def chosen(names: list[str] | None, small: bool) -> list[Row]:
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "benchmarks.gpu")
     add = parser.add_argument
     add("--only", action="append", metavar="ROW", help="this row alone; may be given several times")
     add("--list", action="store_true", help="print the names of the rows")

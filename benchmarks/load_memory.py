@@ -55,7 +55,7 @@ def measure(name: str, weights: str, tokenizer: str) -> None:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "benchmarks.load_memory")
     parser.add_argument(
         "--models",
         nargs="+",

@@ -121,7 +121,7 @@ def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float, int]:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "benchmarks.sampling")
     parser.add_argument("--model", required=True, choices=sorted(ZOO), help="whose sizes")
     parser.add_argument("--image-size", type=count(), help="pixels (default: the model's)")
     parser.add_argument("--batch-size", type=count(), default=16, help="images at once (default 16)")

@@ -122,7 +122,7 @@ def measure_loss_part(name: str, image_size: int | None, way: str, micro_batch: 
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "benchmarks.train_step")
     parser.add_argument("--model", required=True, choices=sorted(ZOO), help="whose sizes")
     parser.add_argument("--image-size", type=count(), help="pixels (default: the model's)")
     parser.add_argument("--micro-batch-size", type=count(2), default=2, help="images per step (default 2)")

@@ -118,6 +118,19 @@ class Processes:
         """Whether this process does what only one may do: print, and write shared files."""
         return self.rank == 0
 
+    def command(self, line: str) -> str:
+        """The whole command line of this run, ready to be pasted; ``line`` is what follows ``python``."""
+        if self.world == 1:
+            return f"python {line}"
+        local = _environment("LOCAL_WORLD_SIZE", self.world, 1)
+        nodes = self.world // local
+        several = (
+            f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint {os.environ['MASTER_ADDR']}:29500 "
+            if nodes > 1
+            else ""
+        )
+        return f"torchrun {several}--nproc_per_node {local} {line}"
+
     def share(self, count: int) -> slice:
         """This process's contiguous part of ``count`` items; parts differ by at most one."""
         return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)

@@ -22,7 +22,7 @@ from models.tables import aligned_table
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "models.__main__")
     parser.add_argument("--json", action="store_true", help="everything, as JSON on standard output")
     return parser
 

@@ -9,6 +9,7 @@ from torch import nn
 from models.files import finite_or_none
 from models.hub import WeightsFile
 from models.loading import build_model, model_names
+from models.plan import numbers, parameter_count, size_text
 from models.tables import markdown_table
 from models.weights import approximate_size
 from models.zoo import TOKENIZERS, ZOO, TokenizerEntry, ZooEntry
@@ -66,14 +67,6 @@ def build_tokenizer(name: str, entry: TokenizerEntry) -> nn.Module:
     return build_model(model_names(entry.backbone)[0], tokenizer=name).tokenizer
 
 
-def parameter_count(module: nn.Module) -> str:
-    return f"{parameters(module) / 1e6:,.1f} M"
-
-
-def parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def published_columns(entry: ZooEntry, size: int) -> dict[str, str]:
     """Published FID-50k figures; they were taken at the model's default image size."""
     figures = entry.published if size == entry.default_image_size else None
@@ -88,12 +81,12 @@ def where(file: WeightsFile | None, module: nn.Module) -> str:
         return "–"
     if file.repository is None:
         return "bundled"
-    return "cached" if file.cached() else f"hub, {size_text(approximate_size(module))}"
+    return "cached" if file.cached() else f"hub, {about(module)}"
 
 
-def size_text(size: int) -> str:
-    """About how many bytes."""
-    return f"~{size / 1e9:.1f} GB" if size >= 1e9 else f"~{size / 1e6:.0f} MB"
+def about(module: nn.Module) -> str:
+    """About how large a file of the module's weights is."""
+    return f"~{size_text(approximate_size(module))}"
 
 
 def published_models() -> Iterator[tuple[str, ZooEntry]]:
@@ -152,14 +145,14 @@ def files_table() -> str:
         for size, base in entry.base.items():
             cca = entry.cca.get(size)
             if base or cca:
-                about = size_text(approximate_size(build_model(name, size).transformer))
+                size_shown = about(build_model(name, size).transformer)
                 more = entry.published.with_guidance if entry.published and cca else None
                 folder = f"[folder]({more})" if more else "–"
-                rows.append([name, str(size), about, link(base), link(cca), folder])
+                rows.append([name, str(size), size_shown, link(base), link(cca), folder])
     for name, row in TOKENIZERS.items():
         if row.weights and row.weights.repository:
-            about = size_text(approximate_size(build_tokenizer(name, row)))
-            rows.append([f"{name} (tokenizer)", "", about, link(row.weights), "–", "–"])
+            size_shown = about(build_tokenizer(name, row))
+            rows.append([f"{name} (tokenizer)", "", size_shown, link(row.weights), "–", "–"])
     return markdown_table(("model", "pixels", "size", "base", "CCA", "CCA for guidance on top"), rows)
 
 
@@ -175,7 +168,7 @@ def _model(name: str, entry: ZooEntry) -> dict[str, Any]:
     models = {size: build_model(name, size) for size in entry.base}
     return {
         "backbone": entry.backbone.family,
-        "parameters": parameters(models[entry.default_image_size].transformer),
+        "parameters": numbers(models[entry.default_image_size].transformer),
         "tokenizer": entry.tokenizer,
         "default_image_size": entry.default_image_size,
         "image_sizes": [
@@ -198,7 +191,7 @@ def _tokenizer(name: str, entry: TokenizerEntry) -> dict[str, Any]:
     tokenizer = build_tokenizer(name, entry)
     return {
         "backbone": entry.backbone.family,
-        "parameters": parameters(tokenizer),
+        "parameters": numbers(tokenizer),
         "codebook": entry.config.vocab_size,
         "pixels_per_token": entry.config.autoencoder.downsampling,
         "models": users(name),

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from huggingface_hub.utils import WeakFileLock
 
 from models.errors import UserError
 from models.files import reason, writing
+from models.plan import Download, require_space
 
 RESTARTS = 3
 
@@ -70,12 +70,8 @@ def _download(
             other.unlink()
     with _Part(io.FileIO(part, "ab")) as file:
         have, size = file.tell(), found.size
-        free = shutil.disk_usage(path.parent).free
-        if size is not None and size - have > free:
-            raise UserError(
-                f"{option}: {path} takes {(size - have) / 1e9:.1f} GB more, "
-                f"and {free / 1e9:.1f} GB are free there"
-            )
+        if size is not None:
+            require_space([Download(address, size - have, path.parent, option)])
         try:
             http_get(
                 address,

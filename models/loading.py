@@ -1,18 +1,22 @@
 """Finding and loading models of the zoo: by name, from the hub, from files."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor, nn
 
 from models.base import ARImageModel
-from models.checkpoints import weights_sha256
+from models.checkpoints import weights_files, weights_sha256
 from models.errors import UserError
 from models.hub import WeightsFile
+from models.plan import Download, parameter_count
 from models.weights import approximate_size, load_weights, mismatch
 from models.zoo import TOKENIZERS, ZOO, ZooEntry
+
+WEIGHTS_OPTIONS = ("--weights", "--tokenizer-weights")
 
 
 def model_names(backbone: type[ARImageModel] | None = None) -> list[str]:
@@ -30,60 +34,112 @@ def zoo_entry(name: str, backbone: type[ARImageModel] | None = None) -> ZooEntry
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What a model is made of: its row, image size, tokenizer and the two weights files, resolved."""
+    """What a model is made of: its row, image size, tokenizer and the two weights files (None: not needed).
+
+    A WeightsFile may have to be downloaded yet; ``fetch`` does it, and leaves paths alone.
+    """
 
     name: str
     image_size: int
     tokenizer: str
-    weights: Path | None
-    tokenizer_weights: Path | None
+    weights: Path | WeightsFile | None
+    tokenizer_weights: Path | WeightsFile | None
+
+    def fetch(self) -> "ModelFiles":
+        """The same with all files on this machine. Raises UserError for one that cannot be had."""
+        weights, tokenizer = (
+            file.fetch(option) if isinstance(file, WeightsFile) else file
+            for option, file in zip(WEIGHTS_OPTIONS, (self.weights, self.tokenizer_weights))
+        )
+        return replace(self, weights=weights, tokenizer_weights=tokenizer)
+
+    def build(self) -> ARImageModel:
+        """The model without weights, as ``build_model`` makes it."""
+        return build_model(self.name, self.image_size, self.tokenizer)
 
     def describe(self) -> dict:
-        """Provenance for config.json and samples.json."""
+        """Provenance for config.json and samples.json, of files that are here."""
         return {
             "model": self.name,
             "image_size": self.image_size,
-            "weights_sha256": self.weights and weights_sha256(self.weights),
-            "tokenizer_sha256": self.tokenizer_weights and weights_sha256(self.tokenizer_weights),
+            "weights_sha256": _sha256(self.weights),
+            "tokenizer_sha256": _sha256(self.tokenizer_weights),
         }
 
+    def plan(self, model: ARImageModel, weights: str | None) -> dict[str, str]:
+        """What is shown before the work (see ``models.plan``); ``weights`` as the user named them."""
+        rows = {"model": f"{self.name}, {parameter_count(model.transformer)} parameters, "
+                f"{self.image_size} x {self.image_size} pixels, {model.sequence_length} tokens"}  # fmt: skip
+        if self.weights:
+            rows["weights"] = _shown(self.weights, weights)
+        if self.tokenizer_weights:
+            rows["tokenizer"] = _shown(self.tokenizer_weights)
+        return rows
 
-@dataclass(frozen=True)
-class ModelSources:
-    """What a model is to be made of, before anything is downloaded: as ``ModelFiles``, but unresolved."""
-
-    name: str
-    image_size: int
-    tokenizer: str
-    weights: WeightsFile | Path | None
-    tokenizer_weights: WeightsFile | Path | None
-
-    def fetch(self) -> ModelFiles:
-        """The files, downloaded if need be; raises UserError where one cannot be had."""
-        weights, tokenizer_weights = (
-            file.fetch(option) if isinstance(file, WeightsFile) else file
-            for file, option in ((self.weights, "--weights"), (self.tokenizer_weights, "--tokenizer-weights"))
-        )
-        return ModelFiles(self.name, self.image_size, self.tokenizer, weights, tokenizer_weights)
-
-    def downloads(self) -> list[tuple[WeightsFile, int]]:
-        """What ``fetch`` would download: files that are not on this machine, and about how many bytes."""
-        model = build_model(self.name, self.image_size, self.tokenizer)
-        both = ((self.weights, model.transformer), (self.tokenizer_weights, model.tokenizer))
+    def downloads(self, model: ARImageModel) -> list[Download]:
+        """Files that ``fetch`` would download, and about how large they are."""
+        files = (self.weights, self.tokenizer_weights)
         return [
-            (file, approximate_size(module))
-            for file, module in both
+            Download(str(file), approximate_size(module), Path(constants.HF_HUB_CACHE), option)
+            for option, file, module in zip(WEIGHTS_OPTIONS, files, (model.transformer, model.tokenizer))
             if isinstance(file, WeightsFile) and not file.cached()
         ]
 
 
-def find_sources(
+def _here(file: Path | WeightsFile | None) -> Path | None:
+    return file.cached() if isinstance(file, WeightsFile) else file
+
+
+def _sha256(file: Path | WeightsFile | None) -> str | None:
+    path = _here(file)
+    if path is None:
+        return None
+    about = [part.stat() for part in weights_files(path)]
+    return _hash_once(path, tuple((each.st_ino, each.st_size, each.st_mtime_ns) for each in about))
+
+
+@functools.lru_cache
+def _hash_once(path: Path, state: tuple) -> str:
+    """Of files in that state: a plan and a record take the hash, which of large files takes seconds."""
+    return weights_sha256(path)
+
+
+def _shown(file: Path | WeightsFile, name: str | None = None) -> str:
+    digest = _sha256(file)
+    said = f"{name}: {file}" if name and name != str(file) else str(file)
+    return f"{said}, sha256 {digest[:12]}" if digest else f"{said}, to be downloaded"
+
+
+def locate(
     name: str,
     weights: str | None = "base",
     tokenizer_weights: str | None = None,
     image_size: int | None = None,
-) -> ModelSources:
-    """What ``locate`` would load, without a download; arguments and errors as there."""
+) -> ModelFiles:
+    """Find the files of a model, and download those that are published and not in the cache.
+
+    Arguments and errors as in ``find_files``; UserError also for a published file that cannot be had.
+    """
+    return find_files(name, weights, tokenizer_weights, image_size).fetch()
+
+
+def find_files(
+    name: str,
+    weights: str | None = "base",
+    tokenizer_weights: str | None = None,
+    image_size: int | None = None,
+) -> ModelFiles:
+    """The files of a model, without network.
+
+    Args:
+        name: a model of the zoo, such as "var-d16".
+        weights: "base", "cca", or a path (.pt, .pth, .safetensors); None: the tokenizer alone is needed.
+        tokenizer_weights: a path, or a name of ``TOKENIZERS``; None takes the model's own.
+        image_size: pixels; None takes the model's default.
+
+    Raises:
+        UserError: an unknown name, size or file.
+    """
     entry = zoo_entry(name)
     size = image_size or entry.default_image_size
     if size not in entry.base:
@@ -107,31 +163,13 @@ def find_sources(
         raise UserError(f"--tokenizer-weights: {tokenizer} is no tokenizer of {name}")
     tokenizer_file = TOKENIZERS[own].weights if own in TOKENIZERS else Path(own)
     tokenizers = [n for n, row in TOKENIZERS.items() if row.backbone is entry.backbone]
-    wanted = ((file, "--weights", ("base", "cca")), (tokenizer_file, "--tokenizer-weights", tokenizers))
-    for path, option, names in wanted:  # before anything is downloaded
+    for path, option, names in (
+        (file, "--weights", ("base", "cca")),
+        (tokenizer_file, "--tokenizer-weights", tokenizers),
+    ):
         if isinstance(path, Path) and not path.exists():
             raise UserError(f"{option}: {path}: no such file, nor one of {', '.join(names)}")
-    return ModelSources(name, size, tokenizer, file, tokenizer_file)
-
-
-def locate(
-    name: str,
-    weights: str | None = "base",
-    tokenizer_weights: str | None = None,
-    image_size: int | None = None,
-) -> ModelFiles:
-    """Find (downloading what is published and not in the cache) the files of a model.
-
-    Args:
-        name: a model of the zoo, such as "var-d16".
-        weights: "base", "cca", or a path (.pt, .pth, .safetensors); None: the tokenizer alone is needed.
-        tokenizer_weights: a path, or a name of ``TOKENIZERS``; None takes the model's own.
-        image_size: pixels; None takes the model's default.
-
-    Raises:
-        UserError: an unknown name, size or file, or a published file that cannot be had.
-    """
-    return find_sources(name, weights, tokenizer_weights, image_size).fetch()
+    return ModelFiles(name, size, tokenizer, file, tokenizer_file)
 
 
 def build_model(
@@ -149,11 +187,18 @@ def load_files(files: ModelFiles) -> ARImageModel:
 
     Raises UserError for a file that is missing, broken or of another model.
     """
-    model = build_model(files.name, files.image_size, files.tokenizer)
-    if files.weights:
-        load_weights(model.transformer, files.weights, files.name, recognise)
-    if files.tokenizer_weights:
-        load_weights(model.tokenizer, files.tokenizer_weights, f"the tokenizer of {files.name}", recognise)
+    return fill_model(files.build(), files)
+
+
+def fill_model(model: ARImageModel, files: ModelFiles) -> ARImageModel:
+    """Give the model that ``files`` built its weights; the same object, otherwise as ``load_files``."""
+    for module, file, what in (
+        (model.transformer, files.weights, files.name),
+        (model.tokenizer, files.tokenizer_weights, f"the tokenizer of {files.name}"),
+    ):
+        assert not isinstance(file, WeightsFile)
+        if file:
+            load_weights(module, file, what, recognise)
     model.tokenizer.requires_grad_(False)
     return model.eval()
 

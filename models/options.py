@@ -2,8 +2,9 @@
 
 import argparse
 import math
+import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from models.errors import UserError
@@ -11,14 +12,23 @@ from models.errors import UserError
 LARGEST_INTEGER = 2**63 - 1  # what a tensor holds, and what a seed may be (see ``cca.streams``)
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and that takes no abbreviated options."""
+def command_line(module: str, arguments: Sequence[str] = ()) -> str:
+    """What is typed after ``python`` or torchrun's own options for "sample", or "scripts.extract_codes"."""
+    name = f"-m {module.removesuffix('.__main__')}" if "." in module else f"{module}.py"
+    return f"{name} {shlex.join(arguments)}".strip()
 
-    def __init__(self, description: str):
-        spec = getattr(sys.modules["__main__"], "__spec__", None)
-        prog = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and that takes no abbreviated options.
+
+    ``module`` is the command's name in Python, such as "sample" or "scripts.extract_codes". The parsed
+    options have the whole command as ``command``, ready to be pasted after ``python``.
+    """
+
+    def __init__(self, description: str, module: str):
+        self.module = module
         super().__init__(
-            prog,
+            f"python {command_line(module)}",
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -30,7 +40,9 @@ class Parser(argparse.ArgumentParser):
         for text in args:
             if text.startswith("--") and text.endswith("=--"):
                 self.error(f"{text.removesuffix('=--')}: expected one argument")
-        return super().parse_known_args(args, namespace)
+        namespace, rest = super().parse_known_args(args, namespace)
+        namespace.command = command_line(self.module, args)
+        return namespace, rest
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))

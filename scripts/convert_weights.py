@@ -11,23 +11,25 @@ is published.
 
 from pathlib import Path
 
-from models.checkpoints import read_weights
+from models.checkpoints import read_weights, weights_files
 from models.errors import UserError, run_command
 from models.files import writing
 from models.loading import published_key
 from models.options import Parser
 from models.outputs import check_output
+from models.plan import add_dry_run_option, show_plan, size_text
 from models.weights import save_published, save_safetensors
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "scripts.convert_weights")
     parser.add_argument("input", type=Path, help="weights file, recognised by its content")
     parser.add_argument(
         "output", type=Path, help="file to write; its suffix (.pth, .pt or .safetensors) decides the format"
     )
+    add_dry_run_option(parser)
     return parser
 
 
@@ -36,6 +38,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.output.suffix not in SUFFIXES:
         raise UserError(f"output: {args.output} ends in none of {', '.join(SUFFIXES)}")
     check_output("output", args.output, {"input": args.input})
+    bytes_read = sum(file.stat().st_size for file in weights_files(args.input))
+    show_plan({"reads": f"{args.input} ({size_text(bytes_read)})", "writes": str(args.output)})
+    if args.dry_run:
+        return
     state, key = read_weights(args.input)
     with writing(args.output):
         args.output.parent.mkdir(parents=True, exist_ok=True)

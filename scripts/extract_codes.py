@@ -13,6 +13,7 @@ was trained; images of an .npz are taken as they are. An interrupted run goes on
 Training draws half of its crops from DIR_105 if that folder lies beside DIR.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -28,12 +29,14 @@ from tqdm import tqdm
 from cca.data.classes import add_classes_option, read_classes
 from cca.data.sources import TokenSource, open_labelled_images
 from cca.distributed import Processes, Stopped, StopRequest, children_ignore_signals
+from models.devices import device_name
 from models.errors import UserError, run_command
 from models.files import read_array, read_json, remove_folder, write_binary, write_json, writing
 from models.image_transforms import TenCrops
-from models.loading import load_files, locate
+from models.loading import fill_model, find_files
 from models.options import Parser, count, number
 from models.outputs import check_output, check_space, differing
+from models.plan import add_dry_run_option, require_space, show_plan, size_text
 from models.weights import tensors_sha256
 from models.zoo import ZOO
 
@@ -41,7 +44,7 @@ CHUNK = 1024  # images between two notes of progress
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "scripts.extract_codes")
     add = parser.add_argument
     add("--model", required=True, choices=sorted(ZOO), help="whose tokenizer encodes")
     add("--tokenizer-weights", metavar="PATH|NAME", help="tokenizer weights (default: the model's own)")
@@ -78,6 +81,7 @@ def make_parser() -> Parser:
         default=0,
         help="image loading processes of each process (default 0: none)",
     )
+    add_dry_run_option(parser)
     return parser
 
 
@@ -247,11 +251,25 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     check_output("--output", args.output, {"--data": args.data}, folder=True)
     processes = Processes()
-    files = locate(args.model, None, tokenizer_weights=args.tokenizer_weights, image_size=args.image_size)
-    model = load_files(files)
+    files = find_files(args.model, None, args.tokenizer_weights, args.image_size)
+    model = files.build()
     transform = TenCrops(model.image_size, args.crop_range)
     classes = read_classes(args.classes_from)
     source = open_labelled_images(args.data, model, transform=transform, classes=classes)
+    shape, downloads = (len(source), source.crops, model.sequence_length), files.downloads(model)
+    if processes.main:
+        size = size_text(2 * math.prod(shape))
+        rows = {
+            "data": f"{args.data}, {len(source):,} images, {source.crops} crops of each",
+            "device": f"{device_name(processes.device)} x {processes.world}",
+            "writes": f"{args.output}/ (codes.npy ~{size}, labels.npy, header.json)",
+        }
+        show_plan(files.plan(model, None) | rows, downloads)
+    if args.dry_run:
+        return
+    require_space(downloads)
+    files = files.fetch()
+    fill_model(model, files)
     tokenizer = tensors_sha256(model.tokenizer)
     model.tokenizer.to(processes.device)
     header = {
@@ -266,7 +284,6 @@ def main(argv: list[str] | None = None) -> None:
         "data_sha256": processes.digest_of_main(source.fingerprint),
         "classes": source.classes,
     }
-    shape = (len(source), header["crops"], model.sequence_length)
     with processes.holding(args.output, folder=True), StopRequest() as stop:
         file = CodeFile(args.output, shape, header, processes)
         if processes.main:

@@ -16,14 +16,16 @@ from tqdm import tqdm
 
 from cca.data.image_sets import open_image_set, to_uint8_tensor
 from cca.distributed import Processes
-from cca.evaluation.evaluator import REFERENCE_IMAGES
-from cca.evaluation.features import add_features_options, make_extractor
+from cca.evaluation.features import add_features_options, features_plan, make_extractor
 from cca.evaluation.metrics import Gaussian, RunningGaussian
+from cca.evaluation.references import REFERENCE_IMAGES
 from cca.streams import DATA_ORDER, stream
+from models.devices import device_name
 from models.errors import UserError, run_command
 from models.files import write_binary, writing
 from models.options import Parser, count
 from models.outputs import check_output
+from models.plan import add_dry_run_option, require_space, show_plan
 
 
 def total(running: RunningGaussian, processes: Processes) -> Gaussian:
@@ -41,7 +43,7 @@ def total(running: RunningGaussian, processes: Processes) -> Gaussian:
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "scripts.make_reference")
     add = parser.add_argument
     add("--images", required=True, type=Path, metavar="FILE.npz|FOLDER", help="the images")
     add(
@@ -58,6 +60,7 @@ def make_parser() -> Parser:
     )
     add("--seed", type=count(0), default=0, help="seed of the draw (default 0)")
     add("--output", required=True, type=Path, metavar="FILE.npz", help="file to write")
+    add_dry_run_option(parser)
     return parser
 
 
@@ -74,6 +77,18 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"--images: {args.images} holds {len(images)} images; at least {2 * processes.world} are needed"
         )
+    features, downloads = features_plan(args.features, args.inception_weights)
+    if processes.main:
+        rows = {
+            "images": f"{args.images}, {len(images):,} images",
+            "features": features,
+            "device": f"{device_name(processes.device)} x {processes.world}, batch {args.batch_size}",
+            "writes": f"{args.output}, with {min(args.kept_images, len(images)):,} of the images",
+        }
+        show_plan(rows, downloads)
+    if args.dry_run:
+        return
+    require_space(downloads)
     extractor = make_extractor(args.features, args.inception_weights, processes.device)
     chosen = set(stream(args.seed, DATA_ORDER).permutation(len(images))[: args.kept_images].tolist())
     share = processes.share(len(images))

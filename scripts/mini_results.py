@@ -45,7 +45,7 @@ def aims(model: str, seeds: list[dict]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "scripts.mini_results")
     parser.add_argument("runs", nargs="+", type=Path, help="folders that the quickstart wrote")
     parser.add_argument(
         "--output", type=Path, default=Path("results/mini.md"), help="file to write (default %(default)s)"

@@ -17,6 +17,8 @@ from cca.distributed import Processes
 from models import UserError, zoo_entry
 from models.files import parse_json, read_json, write_json
 from models.llamagen import LlamaGen
+from models.options import command_line
+from models.plan import hidden_plans
 from models.var import VAR
 
 TRAINING = {VAR: "train_var_cca", LlamaGen: "train_llamagen_cca"}
@@ -48,12 +50,6 @@ class Row:
     @property
     def key(self) -> str:
         return f"{self.model}-{self.name}"
-
-
-def command_line(module: str, arguments: list[str]) -> str:
-    """What is typed after ``python`` or torchrun's own options."""
-    name = f"-m {module}" if "." in module else f"{module}.py"
-    return f"{name} {shlex.join(arguments)}"
 
 
 class Launcher(ABC):
@@ -94,7 +90,8 @@ class InProcess(Launcher):
         if self.main:
             print(f"$ python {command_line(module, arguments)}", flush=True)
         if not self.dry:
-            importlib.import_module(module).main(arguments)
+            with hidden_plans():
+                importlib.import_module(module).main(arguments)
             self.own.barrier()
 
 

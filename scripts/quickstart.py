@@ -76,7 +76,7 @@ def run_model(job: Pipeline, processes: Processes, model: str, control: bool) ->
     """
     sweep = dict(zip(MINI[model].scales, guided_rows(model)))
     swept = job.run(list(sweep.values()))
-    best = min(sweep, key=lambda s: swept[sweep[s].key]["fid"])
+    best = min(sweep, key=lambda s: swept[sweep[s].key]["fid"]) if swept else next(iter(sweep))
     rows = {
         "base": base_row(model),
         "guided": replace(sweep[best], label=f"base, best guidance (scale {best:g})"),
@@ -91,6 +91,8 @@ def run_model(job: Pipeline, processes: Processes, model: str, control: bool) ->
                 Row(model, f"base-t{value}", f"control: base at temperature {value}", "base", options)
             )
     figures = job.run([*rows.values(), *cooler])
+    if not figures:  # a dry run
+        return {}
     scales = {kind: best if kind == "guided" else 1.0 for kind in rows}
     timed = {
         kind: timed_run(model, job.weights(row), scales[kind], job.seed, processes.device)
@@ -116,7 +118,7 @@ def run_model(job: Pipeline, processes: Processes, model: str, control: bool) ->
 
 def main() -> None:
     began = time.perf_counter()
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "scripts.quickstart")
     add = parser.add_argument
     add(
         "--output",
@@ -136,16 +138,17 @@ def main() -> None:
         action="store_true",
         help="also the controls: plain maximum likelihood, lower temperatures",
     )
+    add("--dry-run", action="store_true", help="print every command and stop")
     args = parser.parse_args()
     processes = Processes()
     job = Pipeline(
-        folder=args.output, shared=args.output, launcher=InProcess(processes), data=BUNDLED_TRAIN,
-        reference=BUNDLED_REFERENCE, features="mini", num_samples=args.samples, seed=args.seed,
-        batch_size=BATCH_SIZE,
+        folder=args.output, shared=args.output, launcher=InProcess(processes, args.dry_run),
+        data=BUNDLED_TRAIN, reference=BUNDLED_REFERENCE, features="mini", num_samples=args.samples,
+        seed=args.seed, batch_size=BATCH_SIZE,
     )  # fmt: skip
     job.claim()
     models = {model: run_model(job, processes, model, args.control) for model in MINI}
-    if processes.main:
+    if processes.main and not args.dry_run:
         summary = {
             "models": models,
             "wall_seconds": time.perf_counter() - began,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One command from a fresh clone to the report in runs/quickstart/. Options go to scripts/quickstart.py:
-#   bash scripts/quickstart.sh [--control] [--seed N] [--samples N] [--output DIR]
+#   bash scripts/quickstart.sh [--control] [--seed N] [--samples N] [--output DIR] [--dry-run]
 source "$(dirname "${BASH_SOURCE[0]}")/setup_environment.sh"
 cores=$(getconf _NPROCESSORS_ONLN)
 processes=$(.venv/bin/python -c "import torch; print(torch.cuda.device_count() or min($cores, 4))")

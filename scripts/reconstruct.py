@@ -21,10 +21,12 @@ from cca.data.image_sets import ImageSet, open_image_set, to_uint8_tensor
 from cca.data.sources import to_model_input
 from cca.distributed import Processes
 from models.base import ARImageModel
+from models.devices import device_name
 from models.errors import UserError, run_command
 from models.files import atomic_write, write_json
-from models.loading import load_files, locate
+from models.loading import fill_model, find_files
 from models.options import Parser, add_model_options, count
+from models.plan import add_dry_run_option, require_space, show_plan, size_text
 from models.weights import tensors_sha256
 from models.zoo import ZOO
 
@@ -32,7 +34,7 @@ COPIED = 2**24  # bytes moved at once
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "scripts.reconstruct")
     add = parser.add_argument
     add_model_options(parser, ZOO, None)
     add("--images", required=True, type=Path, metavar="FILE.npz|FOLDER", help="the images")
@@ -44,6 +46,7 @@ def make_parser() -> Parser:
         help="processes of each process that read images of a folder (default 0: none)",
     )
     add("--output", required=True, type=Path, metavar="FILE.npz", help="file to write")
+    add_dry_run_option(parser)
     return parser
 
 
@@ -84,8 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output: {args.output} does not end in .npz")
     if args.output.resolve() == args.images.resolve():
         raise UserError(f"--output: {args.output} is the images themselves; take another name")
-    files = locate(args.model, None, args.tokenizer_weights, args.image_size)
-    model = load_files(files)
+    files = find_files(args.model, None, args.tokenizer_weights, args.image_size)
+    model = files.build()
     size = model.image_size
     images = open_image_set(args.images, size, args.workers)
     if not len(images):
@@ -98,7 +101,19 @@ def main(argv: list[str] | None = None) -> None:
     labels = images.labels()
     if labels is not None and len(labels) != len(images):
         raise UserError(f"--images: {args.images} has {len(images)} images and {len(labels)} labels")
-    processes = Processes()
+    processes, downloads = Processes(), files.downloads(model)
+    if processes.main:
+        rows = {
+            "images": f"{args.images}, {len(images):,} images",
+            "device": f"{device_name(processes.device)} x {processes.world}, batch {args.batch_size}",
+            "writes": f"{args.output} (~{size_text(3 * len(images) * size * size)}), "
+            f"{args.output.with_suffix('.json')}",
+        }
+        show_plan(files.plan(model, None) | rows, downloads)
+    if args.dry_run:
+        return
+    require_space(downloads)
+    fill_model(model, files.fetch())
     tokenizer = tensors_sha256(model.tokenizer)
     model.tokenizer.to(processes.device)
     share = processes.share(len(images))

@@ -54,7 +54,7 @@ MINI_MODELS = {"var-tables": ("var-mini",), "llamagen-tables": ("llamagen-mini",
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "scripts.reproduce")
     add, given = parser.add_argument, os.environ.get
     add("experiment", choices=FULL_MODELS, help="which table or figure; the scripts fill this in")
     add("--mini", action="store_true", help="the bundled models and data instead of the published ones")

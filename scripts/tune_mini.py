@@ -54,7 +54,7 @@ def tuning_reference(raw: Path, folder: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "scripts.tune_mini")
     add = parser.add_argument
     add("--model", required=True, choices=MINI, help="bundled model")
     add(

@@ -16,8 +16,9 @@ import eval_fid
 import sample
 from cca.data.sources import TokenSource, open_labelled_images
 from cca.evaluation.evaluator import METRICS, Metric
-from cca.training.command import run_training, training_parser
+from cca.training.command import run_training
 from cca.training.losses import LOSSES, Loss
+from cca.training.options import training_parser
 from models import ZOO, load_model
 from models.base import ARImageModel, ARTransformer, ImageTokenizer
 from models.decoding import DecodingState, SamplingOptions
@@ -130,7 +131,7 @@ def toy(tmp_path, monkeypatch):
 def train(folder, run, *options, open_data=open_labelled_images, data="images.npz"):
     """Run the training command of the toy; returns its metrics."""
     fixed = ["--model", "toy", "--weights", str(folder / "base.pt"), "--data", data, "--output", str(run)]
-    arguments = training_parser("toy", Toy, "--data", "images").parse_args([*fixed, *options])
+    arguments = training_parser("toy", "train_toy", Toy, "--data", "images").parse_args([*fixed, *options])
     run_training(arguments, Toy, folder / data, open_data)
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -22,11 +22,11 @@ CHECKED_AT_ONCE = 4096  # images
 class PackedCodes:
     """A folder that ``scripts/extract_codes.py`` wrote: memory-mapped uint16 tokens, labels, a header.
 
-    Raises UserError for codes, labels or a header that do not fit each other or the model's tokenizer.
+    Raises UserError for codes, labels or a header that do not fit each other or the model.
     """
 
     def __init__(self, path: Path, model: ARImageModel):
-        self.path = path
+        self.path, self.model = path, model
         try:
             self.header = read_json(path / "header.json")
             self.codes = read_array(path / "codes.npy", "r")
@@ -54,12 +54,6 @@ class PackedCodes:
             raise UserError(
                 f"--codes: {path} holds codes of {len(self.codes)} images and {len(labels)} labels"
             )
-        own = self.header.get("tokenizer_tensors_sha256")
-        if own is not None and own != tensors_sha256(model.tokenizer):
-            raise UserError(
-                f"--codes: {path} was made with other tokenizer weights than the model has; "
-                "give those with --tokenizer-weights, or extract the codes again"
-            )
         for start in range(0, len(self.codes), CHECKED_AT_ONCE):
             part = self.codes[start : start + CHECKED_AT_ONCE]
             if part.min() < 0 or part.max() >= model.vocab_size:
@@ -77,6 +71,14 @@ class PackedCodes:
 
     def labels(self, indices: np.ndarray) -> Tensor:
         return self.all_labels[torch.from_numpy(indices)]
+
+    def check_tokenizer(self) -> None:
+        own = self.header.get("tokenizer_tensors_sha256")
+        if own is not None and own != tensors_sha256(self.model.tokenizer):
+            raise UserError(
+                f"--codes: {self.path} was made with other tokenizer weights than the model has; "
+                "give those with --tokenizer-weights, or extract the codes again"
+            )
 
     def notes(self) -> list[str]:
         if "tokenizer_tensors_sha256" in self.header:
@@ -139,6 +141,9 @@ class NpyCodes:
             raise UserError(f"--codes: {self.labels_folder}/{wrong}.npy does not hold one label")
         return check_labels(np.array([value.item() for value in values]), self.model, self.labels_folder)
 
+    def check_tokenizer(self) -> None:
+        pass  # nothing tells whose codes they are
+
     def notes(self) -> list[str]:
         return []
 
@@ -197,6 +202,10 @@ class Codes(TokenSource):
 
     def tokens(self, batch: Tensor) -> Tensor:
         return batch
+
+    def check_tokenizer(self) -> None:
+        for reader in self.readers:
+            reader.check_tokenizer()
 
     def notes(self) -> list[str]:
         return [note for reader in self.readers for note in reader.notes()]

@@ -63,6 +63,12 @@ class TokenSource(Dataset):
         """What to tell the user of the data: what was left out, what could not be checked."""
         return []
 
+    def check_tokenizer(self) -> None:
+        """Raise UserError where the items were made by another tokenizer than the model's.
+
+        Called when the model has its weights, which it may not have before.
+        """
+
     def fingerprint(self) -> str | None:
         """SHA-256 that changes with images or labels and not with the path; None: not known.
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from cca.data.image_sets import ImageSet
-from cca.evaluation.evaluator import METRICS, REFERENCE_IMAGES, Reference
+from cca.evaluation.evaluator import METRICS, Reference
 from cca.evaluation.features import Extractor, Features
+from cca.evaluation.references import REFERENCE_IMAGES
 from models import ZOO, UserError
 from models.files import parse_json
 from models.tables import markdown_table

@@ -34,7 +34,6 @@ from cca.evaluation.references import cache_folder
 from models import UserError
 from models.files import write_binary, writing
 
-REFERENCE_IMAGES = 10_000
 CACHED_IMAGES = 50_000  # features of larger references are not kept
 PIXELS_VERSION = "2"  # changes when a file gives other pixels than before: 2 scales 16-bit grey
 

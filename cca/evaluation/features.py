@@ -20,10 +20,15 @@ from models.checkpoints import read_state_dict
 from models.devices import EXTRACTED_IMAGES
 from models.hub import ASSETS
 from models.options import count
+from models.plan import Download
 from models.weights import not_finite, save_published, tensors_sha256
 
 MINI_WEIGHTS = ASSETS / "features-mini.safetensors"
 INCEPTION = "inception-v3-compat"
+FEATURE_BYTES = 4 * (
+    2048 + 2023 + 1008
+)  # of an image: Inception's pooled and spatial features, probabilities
+INCEPTION_BYTES = 95_000_000  # of its weights file, about
 
 
 class FeatureNetwork(nn.Module):
@@ -171,11 +176,8 @@ def add_features_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def make_extractor(name: str, inception_weights: Path | None, device: torch.device) -> Extractor:
-    """Extractor by name: "inception", "mini", any that torch-fidelity has, or a path of Inception weights.
-
-    Raises UserError for an unknown name, and for weights that are missing or broken.
-    """
+def resolve_features(name: str, inception_weights: Path | None) -> tuple[str, Path | None]:
+    """torch-fidelity's name of an extractor, and the weights given by the user; see ``make_extractor``."""
     if name not in FEATURE_EXTRACTORS_REGISTRY and name != "inception":
         if not Path(name).exists():
             known = ", ".join(["inception", *sorted(FEATURE_EXTRACTORS_REGISTRY)])
@@ -186,6 +188,26 @@ def make_extractor(name: str, inception_weights: Path | None, device: torch.devi
         raise UserError(f"--inception-weights: goes with --features inception, not {name}")
     if inception_weights and not inception_weights.exists():
         raise UserError(f"--inception-weights: {inception_weights}: no such file")
+    return name, inception_weights
+
+
+def features_plan(name: str, inception_weights: Path | None) -> tuple[str, list[Download]]:
+    """What is shown of an extractor before the work, and what it will download. Raises UserError."""
+    name, weights = resolve_features(name, inception_weights)
+    if name != INCEPTION:
+        return name, []
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    here = weights or (cached if cached.exists() else None)
+    missing = Download(URL_INCEPTION_V3, INCEPTION_BYTES, cached.parent, "--inception-weights")
+    return f"{name}, {here or 'to be downloaded'}", [] if here else [missing]
+
+
+def make_extractor(name: str, inception_weights: Path | None, device: torch.device) -> Extractor:
+    """Extractor by name: "inception", "mini", any that torch-fidelity has, or a path of Inception weights.
+
+    Raises UserError for an unknown name, and for weights that are missing or broken.
+    """
+    name, inception_weights = resolve_features(name, inception_weights)
     with tempfile.TemporaryDirectory() as folder:
         copy = None
         if inception_weights:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from models import UserError
 from models.downloads import fetch
+from models.plan import Download
 
+REFERENCE_IMAGES = 10_000  # of a published reference; as many are kept of others
 BATCHES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 
 
@@ -18,29 +20,34 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class PublishedReference:
-    """A batch at a public address: 10,000 images, and statistics of the whole training set."""
+    """A batch at a public address: images of that side (pixels), and statistics of the whole training set."""
 
     address: str
+    side: int
 
     @property
     def path(self) -> Path:
         """Where it is, or will be, on this machine."""
         return cache_folder() / self.address.rpartition("/")[2]
 
-    def fetch(self) -> Path:
-        """The file, downloaded if need be.
+    def downloads(self) -> list[Download]:
+        """What ``fetch`` would download; raises UserError where a file is there and is no such reference."""
+        if not self.path.exists():
+            statistics = sum(8 * (width**2 + width) for width in (2048, 2023))
+            size = REFERENCE_IMAGES * 3 * self.side**2 + statistics
+            return [Download(self.address, size, self.path.parent, "--reference")]
+        if not is_batch(self.path):
+            raise UserError(f"--reference: {self.path} is damaged; delete it to have it downloaded again")
+        return []
 
-        Raises UserError where it cannot be had, or one that was put there is no such file.
-        """
-        path = fetch(self.address, self.path, lambda part: is_batch(part, every_byte=True), "--reference")
-        if not is_batch(path):
-            raise UserError(f"--reference: {path} is damaged; delete it to have it downloaded again")
-        return path
+    def fetch(self) -> Path:
+        """The file, downloaded if need be. Raises UserError where it cannot be had."""
+        return fetch(self.address, self.path, lambda part: is_batch(part, every_byte=True), "--reference")
 
 
 REFERENCES = {
-    "imagenet256": PublishedReference(f"{BATCHES}/256/VIRTUAL_imagenet256_labeled.npz"),
-    "imagenet512": PublishedReference(f"{BATCHES}/512/VIRTUAL_imagenet512.npz"),
+    "imagenet256": PublishedReference(f"{BATCHES}/256/VIRTUAL_imagenet256_labeled.npz", 256),
+    "imagenet512": PublishedReference(f"{BATCHES}/512/VIRTUAL_imagenet512.npz", 512),
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from cca.sampling.sampler import SampleRequest
 from models import DTYPES, ARImageModel, UserError
 from models.decoding import guided_steps
+from models.plan import numbers
 
 CPU_BATCH = 64
 LARGEST_BATCH = 256  # on a GPU; above it nothing gets faster
@@ -31,6 +32,12 @@ def default_batch_size(model: ARImageModel, request: SampleRequest, device: torc
     free, _ = torch.cuda.mem_get_info(device)
     fitting = int(free * MEMORY_SHARE) // row_bytes(model, request)
     return min(LARGEST_BATCH, 1 << max(fitting.bit_length() - 1, 0))
+
+
+def sampling_memory(model: ARImageModel, request: SampleRequest, batch_size: int) -> int:
+    """What a process holds while it samples, about (bytes): the weights, and the rows of a batch."""
+    weights = numbers(model.transformer) * DTYPES[request.dtype].itemsize + 4 * numbers(model.tokenizer)
+    return weights + batch_size * row_bytes(model, request)
 
 
 @contextmanager

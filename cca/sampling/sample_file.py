@@ -25,7 +25,6 @@ from cca.sampling.sampler import (
     sample_tokens,
 )
 from models import ARImageModel
-from models.devices import device_name
 
 
 def run_sampling(
@@ -36,10 +35,12 @@ def run_sampling(
     provenance: dict,
     processes: Processes,
     compile: bool = False,
+    command: str | None = None,
 ) -> bool:
     """Sample, store, assemble ``output`` (.npz) and write its ``.json`` beside it; one line if it is there.
 
     compile: decode with ``CompiledGenerate``, on a GPU with a compiled tokenizer too.
+    command: the command line, for the description.
 
     Returns False where a signal stopped it: what is stored is taken by the same command. Leaves the
     model's matrices in ``request.dtype``. Raises UserError; see ``PartStore.open``.
@@ -66,7 +67,7 @@ def run_sampling(
                 print(f"{output} is finished already, with these options; nothing is left to do")
             return True
         try:
-            return _fill(store, model, request, batch_size, processes, stop)
+            return _fill(store, model, request, batch_size, processes, stop, command)
         finally:
             if processes.main:
                 store.leave()
@@ -79,13 +80,10 @@ def _fill(
     batch_size: int,
     processes: Processes,
     stop: StopRequest,
+    command: str | None,
 ) -> bool:
     """Sample the missing parts of a claimed store, and assemble it; False if a signal came first."""
     started, compile = time.perf_counter(), store.options["compile"]
-    if processes.main:
-        where = f"{device_name(processes.device)} x {processes.world}"
-        how = f"{request.dtype}, batch {batch_size}, {'compiled' if compile else 'eager'}"
-        print(f"{store.options['model']} at {model.image_size} pixels, {where}, {how}", flush=True)
     prepare(model, request.dtype, processes.device, compile)
     missing = [part.start for part in store.parts() if not store.made(part)]
     processes.barrier()  # all have looked before one writes
@@ -144,6 +142,7 @@ def _fill(
             )
         return False
     report = {
+        "command": command,
         "options": store.options,
         "batch_size": batch_size,
         "processes": processes.world,

@@ -5,10 +5,15 @@ from contextlib import contextmanager
 
 import torch
 
-from cca.training.losses import Batch
+from cca.training.losses import LOSSES, Batch
+from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
-from models import UserError
+from models import DTYPES, ARImageModel, UserError
+from models.plan import numbers
 
+# Bytes kept for the backward pass per token, channel and block, as counted for both backbones (104 and 93
+# in float32, 63 and 65 in 16 bits), by bytes of the precision; and where blocks are computed again.
+KEPT_BYTES, CHECKPOINTED_BYTES = {4: 104, 2: 65}, 5
 USED_MEMORY = 0.8  # of a GPU's, by a micro-batch that is chosen; the rest is for what lies between tensors
 
 # Dense bfloat16 operations per second, from NVIDIA's data sheets (which give twice as many, "with sparsity");
@@ -32,6 +37,25 @@ def peak_rate(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return None if "MIG" in name else next((rate for part, rate in PEAKS if part in name), None)
+
+
+def training_memory(
+    model: ARImageModel, config: TrainingConfig, micro_batch_size: int, shards: int, checkpointing: bool
+) -> int:
+    """What a process holds while it trains, about (bytes): weights, gradients, moments, activations.
+
+    shards: processes over which the weights and all that belongs to them are split.
+    """
+    net, own = model.transformer, DTYPES[config.dtype].itemsize
+    paired = LOSSES[config.loss].objective is not None
+    each = 4 + 4 + 8 + (4 if config.ema else 0) + (own if paired else 0)  # AdamW's two moments; the reference
+    cast = own if config.dtype != "float32" else 0  # autocast's copy of the weights
+    blocks = len(net.transformer_blocks())
+    channels = model.sequence_length * net.output_layer().in_features * blocks
+    kept = KEPT_BYTES[own]
+    row = channels * (CHECKPOINTED_BYTES + kept / blocks if checkpointing else kept)
+    weights = numbers(net) * (each / shards + cast) + 4 * numbers(model.tokenizer)
+    return int(weights + (2 if paired else 1) * micro_batch_size * row)
 
 
 @contextmanager

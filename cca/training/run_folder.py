@@ -35,10 +35,11 @@ from models.weights import save_published
 CONFIG_KEYS = {"lambda_": "lam"}
 
 
-def describe(config: TrainingConfig, extra: dict) -> dict:
+def describe(config: TrainingConfig, extra: dict, command: str | None = None) -> dict:
     """Content of ``config.json``: ``options`` must agree on resuming, the rest is provenance."""
     options = {CONFIG_KEYS.get(name, name): value for name, value in asdict(config).items()}
     return {
+        "command": command,
         "options": {**options, **extra},
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
     }

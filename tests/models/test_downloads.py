@@ -128,8 +128,8 @@ def test_out_of_reach(server, tmp_path):
 
 
 def test_no_space(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    refused(server, tmp_path, "takes 0.0 GB more, and 0.0 GB are free there")
+    monkeypatch.setattr("models.plan._free", lambda _: 1000)
+    refused(server, tmp_path, address(server), "is to be downloaded (~256 kB)", "has 1 kB free")
 
 
 def test_a_folder_that_cannot_be_made(server, tmp_path):

@@ -37,7 +37,7 @@ def test_seeds_are_exact():
 
 @pytest.mark.parametrize("given", [["--seed=--"], ["--seed", "--"], ["--seed"], ["--seed=", "1"]])
 def test_options_without_a_value(given):
-    parser = Parser("made")
+    parser = Parser("made", "made")
     parser.add_argument("--seed", type=count(0))
     with pytest.raises(UserError, match="--seed: (expected one argument|'' is not an integer)"):
         parser.parse_args(given)

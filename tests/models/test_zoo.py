@@ -7,8 +7,9 @@ from commands import ROOT
 from golden_models import GOLDEN
 
 from models import __main__ as listing
-from models.catalogue import figures_notes, figures_table, files_table, models_table, size_text
-from models.loading import build_model, find_sources, model_names, recognise
+from models.catalogue import figures_notes, figures_table, files_table, models_table
+from models.loading import build_model, find_files, model_names, recognise
+from models.plan import size_text
 from models.zoo import TOKENIZERS, ZOO
 
 MANIFESTS = {
@@ -135,18 +136,20 @@ def test_everything_as_json(capsys):
 def test_what_would_be_downloaded(monkeypatch, tmp_path):
     """The files that are not here, and their sizes; a path, and what is bundled, is here."""
     monkeypatch.setattr("models.hub.try_to_load_from_cache", lambda *_: None)
-    found = [(str(file), size_text(size)) for file, size in find_sources("llamagen-3b", "cca").downloads()]
-    assert found == [
-        (
-            "ChenDRAG/CCA_LlamaGen/CCA_LlamaGen_Guidance_Free/c2i_3B_384_CCA_0005000.pt",
-            "~12.4 GB",
-        ),
-        ("FoundationVision/LlamaGen/vq_ds16_c2i.pt", "~288 MB"),
-    ]
+
+    def downloads(*arguments):
+        files = find_files(*arguments)
+        return {download.name: size_text(download.size) for download in files.downloads(files.build())}
+
+    assert downloads("llamagen-3b", "cca") == {
+        "ChenDRAG/CCA_LlamaGen/CCA_LlamaGen_Guidance_Free/c2i_3B_384_CCA_0005000.pt": "12.4 GB",
+        "FoundationVision/LlamaGen/vq_ds16_c2i.pt": "288 MB",
+    }
     (tmp_path / "own.pth").write_bytes(b"")
-    own = find_sources("var-d16", str(tmp_path / "own.pth")).downloads()
-    assert [file.file for file, _ in own] == ["vae_ch160v4096z32.pth"]
-    assert find_sources("var-mini").downloads() == []
+    assert list(downloads("var-d16", str(tmp_path / "own.pth"))) == [
+        "FoundationVision/var/vae_ch160v4096z32.pth"
+    ]
+    assert downloads("var-mini") == {}
 
 
 def test_recipes():

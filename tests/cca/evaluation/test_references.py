@@ -19,7 +19,7 @@ sys.path.insert(0, {root!r})
 import eval_fid
 from cca.evaluation.references import REFERENCES, PublishedReference
 from models.errors import run_command
-REFERENCES["imagenet256"] = PublishedReference({address!r})
+REFERENCES["imagenet256"] = PublishedReference({address!r}, 256)
 run_command(eval_fid.main)
 """
 OPTIONS = ["--features", "mini", "--samples", "samples.npz", "--reference", "imagenet256"]
@@ -36,7 +36,7 @@ def server(tmp_path, monkeypatch):
     np.savez("served.npz", arr_0=images, mu=np.zeros(96), sigma=np.eye(96))
     with serving({f"ref/batches/{NAME}": tmp_path / "served.npz"}) as found:
         address = f"{found.endpoint}/ref/batches/resolve/main/{NAME}"
-        monkeypatch.setitem(REFERENCES, "imagenet256", PublishedReference(address))
+        monkeypatch.setitem(REFERENCES, "imagenet256", PublishedReference(address, 256))
         yield found
 
 
@@ -71,6 +71,15 @@ def test_by_name_then_from_the_cache(server, tmp_path):
     assert reports[3]["metrics"]["fid"] != reports[0]["metrics"]["fid"]
 
 
+def test_dry_run_tells_of_the_download(server, tmp_path, capsys):
+    """Without a question to the server; the sizes follow from the images and the statistics."""
+    eval_fid.main([*OPTIONS, "--dry-run"])
+    out = capsys.readouterr().out
+    assert f"reference  {cached(tmp_path)}, to be downloaded" in out
+    assert f"~2.0 GB: {REFERENCES['imagenet256'].address}" in out
+    assert not server.requests and not (tmp_path / "cache").exists()
+
+
 def test_several_processes_download_once(server, tmp_path):
     result = run(*command(tmp_path, REFERENCES["imagenet256"].address), processes=2)
     assert f"60 samples against {NAME}" in result.stdout
@@ -88,7 +97,7 @@ def test_out_of_reach(server, tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
     cached(tmp_path).parent.mkdir(parents=True)
     (tmp_path / "served.npz").rename(cached(tmp_path))
-    monkeypatch.setitem(REFERENCES, "imagenet256", PublishedReference(address))
+    monkeypatch.setitem(REFERENCES, "imagenet256", PublishedReference(address, 256))
     eval_fid.main(OPTIONS)
 
 

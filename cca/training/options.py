@@ -1,0 +1,124 @@
+"""The options of the training commands; what is not given is the recipe's of model and loss."""
+
+import argparse
+from pathlib import Path
+
+from cca.training.losses import LOSSES
+from cca.training.schedule import TrainingConfig
+from models import DTYPES, ARImageModel, Recipe, UserError, model_names
+from models.options import Parser, add_model_options, count, number
+from models.plan import add_dry_run_option
+from models.zoo import ZooEntry
+
+# Optimizer steps of a run from which on compilation pays on a GPU (sharded, it would gather in float32).
+COMPILED_FROM = 1000
+
+
+# fmt: off
+def training_parser(
+    description: str, module: str, backbone: type[ARImageModel], data_option: str, data_help: str
+) -> Parser:
+    """The parser of a backbone's training command; ``data_option`` is where its data comes from."""
+    parser = Parser(description, module)
+    add = parser.add_argument
+    recipe = "default: the model's recipe"
+    add_model_options(parser, model_names(backbone), "base|PATH")
+    add(data_option, required=True, type=Path, metavar="PATH", help=data_help)
+    add("--output", required=True, type=Path, metavar="DIR",
+        help="run folder; the same command again resumes it")
+    add("--loss", choices=LOSSES, default="cca",
+        help="training loss (default cca); sft is plain maximum likelihood")
+    add("--recipe", choices=("with-guidance",),
+        help="other defaults for --loss cca: with-guidance, for sampling with guidance on top")
+    add("--beta", type=number(0, above=True), help=f"inverse temperature of the reward ({recipe})")
+    add("--lambda", dest="lambda_", type=number(0), help=f"weight of the negatives ({recipe})")
+    add("--uncond-ratio", type=number(0, 1), help=f"share of images trained without their class ({recipe})")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=count(), help=f"passes over the data ({recipe})")
+    length.add_argument("--max-steps", type=count(), help="optimizer steps, instead of --epochs")
+    add("--batch-size", type=count(), help=f"global batch in images, over all processes ({recipe})")
+    add("--micro-batch-size", type=count(),
+        help="images of one forward pass in one process (default: what fits a GPU's memory; "
+        "on CPUs, with --deterministic and fsdp as published on 8 GPUs; mini: 32)")
+    add("--lr", type=number(0), help=f"peak learning rate ({recipe}; VAR: times batch size / 256)")
+    add("--warmup", type=number(0, 1), help=f"fraction of the run with rising rate ({recipe})")
+    add("--final-lr", type=number(0, 1), help=f"last rate over peak rate; 1 keeps it constant ({recipe})")
+    add("--weight-decay", type=number(0), help=f"AdamW weight decay ({recipe})")
+    add("--final-weight-decay", type=number(0),
+        help=f"weight decay at the end, reached along a cosine ({recipe}: constant but for var-d30)")
+    add("--grad-clip", type=number(0, above=True), help=f"largest gradient norm ({recipe})")
+    add("--ema", type=number(0, 1), default=0.0, metavar="DECAY",
+        help="also keep and write an average of the weights, e.g. 0.999 (default 0: none)")
+    add("--dtype", choices=DTYPES, help=f"precision of the forward pass; float16 scales the loss ({recipe})")
+    add("--parallel", choices=("ddp", "fsdp"),
+        help=f"replicate the model in each process, or shard it ({recipe})")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help=f"compile the blocks (default: on GPUs for {COMPILED_FROM:,} steps or more, not fsdp)")
+    add("--checkpointing", action="store_true",
+        help="keep no activations of the blocks, compute them again in the backward pass")
+    add("--deterministic", action="store_true",
+        help="compute so that a run on GPUs can be repeated bit for bit, more slowly")
+    add("--workers", type=count(0), default=0,
+        help="data loading processes of each training process (default 0: none; 8 suits image folders)")
+    add("--seed", type=count(0), default=0,
+        help="seed of data order, crops, null-class draws and dropout (default 0)")
+    add("--save-every", type=count(), default=100, help="steps between saved states (default 100)")
+    add("--keep-states", type=count(), default=1, metavar="N",
+        help="newest saved states to keep, e.g. to sample from (default 1)")
+    add("--log-every", type=count(), default=10,
+        help="steps between updates of the shown metrics (default 10)")
+    add("--sample-every", type=count(0), default=0,
+        help="steps between guidance-free sample grids in DIR/samples (default 0: none)")
+    add_dry_run_option(parser)
+    return parser
+
+
+# fmt: on
+
+FROM_RECIPE = (
+    "beta", "lambda_", "uncond_ratio", "weight_decay", "final_weight_decay", "grad_clip", "warmup",
+    "final_lr", "dtype",
+)  # fmt: skip
+
+
+def chosen_recipe(args: argparse.Namespace, entry: ZooEntry) -> Recipe:
+    """The defaults of a run; raises UserError where there are none and the user gives no values either."""
+    if args.recipe is not None:
+        if args.loss != "cca" or args.recipe not in entry.recipes:
+            raise UserError(
+                f"--recipe: there is none named {args.recipe} for {args.model} and --loss {args.loss}"
+            )
+        return entry.recipes[args.recipe]
+    if args.loss not in entry.recipes:
+        needed = (*LOSSES[args.loss].hyperparameters, "lr")
+        missing = [f"--{name.rstrip('_')}" for name in needed if getattr(args, name) is None]
+        if missing:
+            raise UserError(
+                f"--loss: no values are published for {args.loss} on {args.model}; give {', '.join(missing)}"
+            )
+    return entry.recipes.get(args.loss, entry.recipes["cca"])
+
+
+def training_config(
+    args: argparse.Namespace, recipe: Recipe, images: int, lr_scales_with_batch: bool
+) -> TrainingConfig:
+    """The recipe with what the user gave instead; raises UserError for a batch larger than the data."""
+
+    def pick(name: str):
+        given = getattr(args, name)
+        return getattr(recipe, name) if given is None else given
+
+    batch_size = pick("batch_size")
+    if batch_size > images:
+        raise UserError(f"--batch-size: {batch_size} is more than the {images} images of the data")
+    recipe_lr = recipe.lr * (batch_size / recipe.batch_size if lr_scales_with_batch else 1)
+    return TrainingConfig(
+        loss=args.loss,
+        batch_size=batch_size,
+        lr=recipe_lr if args.lr is None else args.lr,
+        schedule_accumulation=recipe.published_accumulation,
+        max_steps=args.max_steps or pick("epochs") * (images // batch_size),
+        ema=args.ema,
+        seed=args.seed,
+        **{name: pick(name) for name in FROM_RECIPE},
+    )

@@ -1,0 +1,57 @@
+"""Which weights are sampled from: published ones, a file, or those of a run, which may still be going on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cca.training.states import load_run_weights, weights_of_run
+from models import ARImageModel, UserError, find_files, zoo_entry
+from models.loading import ModelFiles, fill_model
+
+
+@dataclass(frozen=True)
+class ChosenWeights:
+    """What ``--model``, ``--weights`` and the like mean, as they were given, at this moment."""
+
+    given: tuple[str, str, str | None, int | None]
+    files: ModelFiles
+    state: tuple[Path, bool] | None  # a saved state that is taken instead, and whether its average is meant
+
+    def plan(self, model: ARImageModel) -> dict[str, str]:
+        """What is shown before the work; see ``ModelFiles.plan``."""
+        rows = self.files.plan(model, self.given[1])
+        if self.state:
+            folder, average = self.state
+            rows["weights"] = f"{self.given[1]}: {'average of ' if average else ''}{folder}"
+        return rows
+
+    def load(self, model: ARImageModel) -> dict:
+        """Fill the model that ``files`` built, on the CPU, downloading what is published.
+
+        Returns what is noted of its files. Raises UserError.
+        """
+        files = self.files.fetch()
+        fill_model(model, files)
+        described = {**files.describe(), "weights": self.given[1]}
+        if self.state:
+            try:
+                described["weights_sha256"] = load_run_weights(model, *self.state)
+            except UserError:
+                if (now := choose_weights(*self.given)).state != self.state:
+                    return now.load(model)  # the run has saved a newer one meanwhile
+                raise
+        return described
+
+
+def choose_weights(
+    name: str, weights: str, tokenizer_weights: str | None = None, image_size: int | None = None
+) -> ChosenWeights:
+    """The weights of these options, without network; of a run that goes on, its newest state.
+
+    Arguments and errors as in ``models.find_files``; ``weights`` may also name a run or a saved state of
+    it (see ``weights_of_run``).
+    """
+    found = weights_of_run(weights, zoo_entry(name).backbone.checkpoint_name)
+    state = found if found is not None and found[0].is_dir() else None
+    file = weights if found is None else None if state else str(found[0])
+    files = find_files(name, file, tokenizer_weights, image_size)
+    return ChosenWeights((name, weights, tokenizer_weights, image_size), files, state)

@@ -1,0 +1,145 @@
+"""--dry-run: the plan of every command in README and docs, without network, and nothing on disk."""
+
+import importlib
+import json
+import re
+import shlex
+import socket
+
+import numpy as np
+import pytest
+import torch
+from commands import ROOT
+from huggingface_hub import constants
+from PIL import Image
+from test_documentation import COMMANDS, LINES
+
+import eval_fid
+import sample
+import train_var_cca
+from models.errors import UserError
+from models.loading import build_model
+from scripts import convert_weights, extract_codes, make_reference
+
+
+def module_of(line):
+    return importlib.import_module(COMMANDS.match(line)[1].removeprefix("-m ").removesuffix(".py"))
+
+
+PLANNED = [
+    (page, line)
+    for page, line in LINES
+    if COMMANDS.match(line)
+    and "--compare" not in line
+    and "--dry-run" in module_of(line).make_parser().format_help()
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty home without network, and in the current folder small stand-ins for what the pages name."""
+
+    def refuse(*_):
+        raise AssertionError("a dry run uses the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for name, classes in (("imagenet", ("n01440764", "n01443537")), ("photos", ("tabby", "my_dog"))):
+        for kind in classes:
+            (here / name / kind).mkdir(parents=True)
+            for i in range(130):
+                Image.new("RGB", (8, 8)).save(here / name / kind / f"{i}.png")
+    (here / "classes.json").write_text(json.dumps({"tabby": 281, "my_dog": 207}))
+    (here / "assets").symlink_to(ROOT / "assets")
+    (here / "runs" / "photos").mkdir(parents=True)
+    for file in ("runs/photos/model.pth", "model.pt"):
+        torch.save({"a": torch.zeros(1)}, here / file)
+    np.savez(here / "d16-cca.npz", arr_0=np.zeros((8, 256, 256, 3), np.uint8), arr_1=np.arange(8))
+    (here / "codes384").mkdir()
+    length = build_model("llamagen-l").sequence_length
+    np.save(here / "codes384" / "codes.npy", np.zeros((300, 1, length), np.uint16))
+    np.save(here / "codes384" / "labels.npy", np.arange(300))
+    (here / "codes384" / "header.json").write_text(json.dumps({"vocab_size": 16384}))
+    return here
+
+
+def everything(folder):
+    return {str(path): path.lstat().st_mtime_ns for path in folder.parent.rglob("*")}
+
+
+@pytest.mark.parametrize("page, line", PLANNED)
+def test_every_command_of_the_pages(page, line, folder, capsys):
+    before = everything(folder)
+    module_of(line).main([*shlex.split(COMMANDS.match(line)[2]), "--dry-run"])
+    printed = capsys.readouterr()
+    assert not printed.err
+    lines = printed.out.splitlines()
+    rows = dict(row.split(maxsplit=1) for row in lines if row and not row.startswith(" "))
+    columns = {re.match(r"(\S+)? +", row).end() for row in lines if row}
+    assert "writes" in rows and len(columns) == 1, printed.out
+    published = any(model in line for model in ("var-d16", "llamagen-l "))
+    assert ("downloads" in rows) == (published or "eval_fid" in line or "make_reference" in line), printed.out
+    assert everything(folder) == before
+
+
+def test_sizes_and_room(folder, capsys, monkeypatch):
+    """The size of what is downloaded follows from the parameters; a disk that is too small is named."""
+    command = ["--model", "var-d16", "--output", "s.npz"]
+    sample.main([*command, "--dry-run"])
+    out = capsys.readouterr().out
+    assert "~1.2 GB: FoundationVision/var/var_d16.pth" in out and "which is enough" in out
+    monkeypatch.setattr("models.plan._free", lambda disk: 10**9)
+    sample.main([*command, "--dry-run"])
+    assert "1.0 GB are free" in (out := capsys.readouterr().out) and "too little" in out
+    with pytest.raises(UserError, match=r"--weights: .*var_d16.pth is to be downloaded \(~1.2 GB\)"):
+        sample.main(command)
+    assert not list(folder.glob("s.npz*"))
+
+
+@pytest.mark.parametrize(
+    "main, options, message",
+    [
+        (sample.main, ["--model", "var-d16", "--weights", "no.pth", "--output", "s.npz"], "no.pth: no such"),
+        (eval_fid.main, ["--samples", "no.npz", "--reference", "d16-cca.npz"], "no.npz"),
+        (train_var_cca.main, ["--model", "var-d16", "--data", "nothing", "--output", "r"], "nothing"),
+        (make_reference.main, ["--images", "nothing", "--output", "r.npz"], "nothing"),
+        (convert_weights.main, ["no.pt", "m.pth"], "no.pt"),
+        (
+            extract_codes.main,
+            ["--model", "llamagen-l", "--data", "nothing", "--output", "codes"],
+            "nothing",
+        ),
+    ],
+)
+def test_missing_data_is_refused_as_always(main, options, message, folder):
+    before = everything(folder)
+    with pytest.raises((UserError, FileNotFoundError), match=message):
+        main([*options, "--dry-run"])
+    assert everything(folder) == before
+
+
+def test_what_is_there_is_shown_with_its_hash(folder, capsys):
+    train_var_cca.main(
+        ["--model", "var-mini", "--data", "assets/fashion-mnist-train-10k.npz", "--output", "r", "--dry-run"]
+    )
+    out = capsys.readouterr().out
+    assert "weights    base: assets/var-mini.safetensors, sha256 fb6ee1ebe220" in out
+    assert "312 of 64 images (2 epochs), seed 0" in out and "downloads" not in out
+
+
+def test_the_command_is_kept(folder, monkeypatch):
+    """Ready to be pasted: what it parses to makes the same samples."""
+    given = ["--model", "var-mini", "--num-samples", "3", "--output", "a sample.npz"]
+    sample.main(given)
+    assert json.loads((folder / "a sample.json").read_text())["command"] == (
+        "python sample.py --model var-mini --num-samples 3 --output 'a sample.npz'"
+    )
+    given = ["--features", "mini", "--samples", "d16-cca.npz", "--reference", "d16-cca.npz"]
+    eval_fid.main([*given, "--metrics", "fid", "--output", "r.json"])
+    command = json.loads((folder / "r.json").read_text())["command"]
+    assert command.startswith("python eval_fid.py --features mini --samples d16-cca.npz ")
