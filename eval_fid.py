@@ -1,14 +1,14 @@
 """Evaluate samples against a reference as guided-diffusion does: FID, sFID, IS, precision, recall.
 
-    python eval_fid.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz --output results.json
+    python eval_fid.py --samples samples.npz --reference imagenet256 --output results.json
     python eval_fid.py --samples samples.npz --reference assets/fashion-mnist-test-10k.npz --features mini
     torchrun --nproc_per_node 8 eval_fid.py --samples samples.npz --reference reference.npz
     python eval_fid.py --compare base.json guided.json cca.json
 
 Samples and reference are .npz files (arr_0 uint8 [N, H, W, 3]) or folders of images, which --resize cuts
 to one size. A reference with mu and sigma (mu_s, sigma_s) is taken at its word, its arr_0 serves
-precision, recall and KID. Prints a table, writes JSON, and says what makes a figure not comparable
-with published ones.
+precision, recall and KID; imagenet256 and imagenet512 are guided-diffusion's, downloaded when first used.
+Prints a table, writes JSON, and says what makes a figure not comparable with published ones.
 """
 
 import os
@@ -21,6 +21,7 @@ from cca.distributed import Processes
 from cca.evaluation.comparability import comparability, compare
 from cca.evaluation.evaluator import METRICS, Comparison, Stopwatch, evaluate, extract, load_reference
 from cca.evaluation.features import FEATURE_BYTES, add_features_options, features_plan, make_extractor
+from cca.evaluation.references import REFERENCE_IMAGES, REFERENCES, find_reference
 from models import UserError
 from models.devices import device_name
 from models.errors import run_command
@@ -34,7 +35,11 @@ def make_parser() -> Parser:
     parser = Parser(__doc__, "eval_fid")
     add = parser.add_argument
     add("--samples", type=Path, metavar="FILE.npz|FOLDER", help="images to evaluate")
-    add("--reference", type=Path, metavar="FILE.npz|FOLDER", help="what they are held against")
+    add(
+        "--reference",
+        metavar=f"{'|'.join(REFERENCES)}|FILE.npz|FOLDER",
+        help="what they are held against: a published reference, or one of your own",
+    )
     add_features_options(parser)
     add("--metrics", help=f"comma-separated, of {', '.join(METRICS)} (default: all that the files give)")
     add(
@@ -64,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     for option in ("samples", "reference"):
         if getattr(args, option) is None:
             raise UserError(f"--{option}: is required")
+    published = find_reference(args.reference)
+    args.reference = published.path if published else Path(args.reference)
     metrics = tuple(args.metrics.split(",")) if args.metrics is not None else None
     unknown = [name for name in metrics or () if name not in METRICS]
     if unknown:
@@ -82,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.output:
         check_output("--output", args.output, {"--samples": args.samples, "--reference": args.reference})
     samples = open_image_set(args.samples, args.resize, args.workers, given)
-    reference_images = open_image_set(args.reference, args.resize, args.workers)
+    awaited = published.downloads() if published else []
+    reference_images = None if awaited else open_image_set(args.reference, args.resize, args.workers)
     labels = samples.labels()
     if labels is not None and len(labels) != len(samples):
         raise UserError(f"{args.samples}: arr_0 has {len(samples)} images, arr_1 {len(labels)} labels")
@@ -90,11 +98,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.samples}: arr_1 holds class {labels.min()}; classes start at 0")
     processes = Processes()
     features, downloads = features_plan(args.features, args.inception_weights)
+    downloads = [*awaited, *downloads]
     if processes.main:
-        needed = (len(samples) + len(reference_images)) * FEATURE_BYTES
+        images = REFERENCE_IMAGES if reference_images is None else len(reference_images)
+        needed = (len(samples) + images) * FEATURE_BYTES
+        held = f"{args.reference}, " + ("to be downloaded" if awaited else f"{images:,} images")
         rows = {
             "samples": f"{args.samples}, {len(samples):,} images",
-            "reference": f"{args.reference}, {len(reference_images):,} images",
+            "reference": held,
             "features": features,
             "metrics": ", ".join(metrics) if metrics else "all that the files give",
             "device": f"{device_name(processes.device)} x {processes.world}, batch {args.batch_size}",
@@ -105,6 +116,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         return
     require_space(downloads)
+    if reference_images is None:
+        assert published
+        published.fetch()  # in each process: one downloads, the others wait
+        reference_images = open_image_set(args.reference, args.resize, args.workers)
     extractor = make_extractor(args.features, args.inception_weights, processes.device)
     stopwatch = Stopwatch()
     with stopwatch.measure("reference"):  # first, since it may have to be refused

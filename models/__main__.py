@@ -1,75 +1,36 @@
 """List the model zoo: sizes, published FIDs, and what is on this machine already.
 
     python -m models
+    python -m models --json > models.json
 
 FID-50k on ImageNet as published: base and CCA without guidance, guided at scale s; LlamaGen at
 384 pixels, resized to 256. The last columns say where the weights are: "cached" files are in the
-cache of huggingface_hub, those "on the hub" are downloaded when first used, "–" were not published.
+cache of huggingface_hub, those on the "hub" are downloaded when first used, "–" were not published.
+Sizes are computed from the parameters.
+
+--json prints all that is known instead: every published figure with the sampling settings behind it,
+the recipes by loss, and of each weights file repository, address, path on this machine (null where it
+is not there) and approximate size in bytes.
 """
 
+import json
+
+from models.catalogue import catalogue, tokenizer_rows, zoo_rows
 from models.errors import run_command
-from models.hub import WeightsFile
-from models.loading import build_model, model_names
 from models.options import Parser
-from models.plan import parameter_count
 from models.tables import aligned_table
-from models.zoo import TOKENIZERS, ZOO, ZooEntry
 
 
-def zoo_rows() -> list[dict[str, str]]:
-    """One row per model and image size, ready to print."""
-    rows = []
-    for name, entry in ZOO.items():
-        for size in entry.base:
-            model = build_model(name, size)
-            rows.append({
-                "model": name,
-                "parameters": parameter_count(model.transformer),
-                "pixels": str(size),
-                "tokens": str(model.sequence_length),
-                **published_columns(entry, size),
-                "base": where(entry.base[size]),
-                "cca": where(entry.cca.get(size)),
-            })  # fmt: skip
-    return rows
-
-
-def tokenizer_rows() -> list[dict[str, str]]:
-    """One row per tokenizer, ready to print."""
-    rows = []
-    for name, entry in TOKENIZERS.items():
-        users = model_names(entry.backbone)
-        usual = [model for model in users if ZOO[model].tokenizer == name]
-        rows.append({
-            "tokenizer": name,
-            "parameters": parameter_count(build_model(users[0], tokenizer=name).tokenizer),
-            "codebook": str(entry.config.vocab_size),
-            "pixels per token": " x ".join(2 * [str(entry.config.autoencoder.downsampling)]),
-            "weights": where(entry.weights),
-            "models": ", ".join(usual) or f"{entry.backbone.family}, with --tokenizer-weights {name}",
-        })  # fmt: skip
-    return rows
-
-
-def published_columns(entry: ZooEntry, size: int) -> dict[str, str]:
-    """Published FID-50k figures; they were taken at the model's default image size."""
-    figures = entry.published if size == entry.default_image_size else None
-    base, guided, cca = (getattr(figures, field, None) for field in ("base", "guided", "cca"))
-    scale = f" (s={figures.cfg_scale:g})" if figures and guided else ""
-    shown = ["–" if value is None else f"{value:.2f}" for value in (base, guided, cca)]
-    return dict(zip(("FID base", "FID guided", "FID CCA"), (shown[0], shown[1] + scale, shown[2])))
-
-
-def where(file: WeightsFile | None) -> str:
-    if file is None:
-        return "–"
-    if file.repository is None:
-        return "bundled"
-    return "cached" if file.cached() else "on the hub"
+def make_parser() -> Parser:
+    parser = Parser(__doc__, "models.__main__")
+    parser.add_argument("--json", action="store_true", help="everything, as JSON on standard output")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    Parser(__doc__, "models.__main__").parse_args(argv)
+    if make_parser().parse_args(argv).json:
+        print(json.dumps(catalogue(), indent=2, allow_nan=False))
+        return
     print(aligned_table(zoo_rows(), left=("model", "base", "cca")))
     print()
     print(aligned_table(tokenizer_rows(), left=("tokenizer", "weights", "models")))

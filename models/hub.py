@@ -22,6 +22,11 @@ from models.errors import UserError
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
+def hub_page(repository: str, file: str, kind: str = "blob") -> str:
+    """Address of the hub's page of a file ("blob") or folder ("tree"), or of a file itself ("resolve")."""
+    return f"https://huggingface.co/{repository}/{kind}/main/{file}"
+
+
 def downloaded(path: Path) -> bool:
     """Whether a path leads into the hub's cache."""
     return path.is_relative_to(constants.HF_HUB_CACHE)
@@ -36,6 +41,16 @@ class WeightsFile:
 
     def __str__(self) -> str:
         return f"{self.repository}/{self.file}" if self.repository else f"assets/{self.file}"
+
+    @property
+    def page(self) -> str | None:
+        """Address of the hub's page of the file; None where it is bundled."""
+        return hub_page(self.repository, self.file) if self.repository else None
+
+    @property
+    def address(self) -> str | None:
+        """Address of the file itself; None where it is bundled."""
+        return hub_page(self.repository, self.file, "resolve") if self.repository else None
 
     def cached(self) -> Path | None:
         """The file if it is on this machine already."""

@@ -12,8 +12,8 @@ from models.base import ARImageModel
 from models.checkpoints import weights_files, weights_sha256
 from models.errors import UserError
 from models.hub import WeightsFile
-from models.plan import Download, numbers, parameter_count
-from models.weights import load_weights, mismatch
+from models.plan import Download, parameter_count
+from models.weights import approximate_size, load_weights, mismatch
 from models.zoo import TOKENIZERS, ZOO, ZooEntry
 
 WEIGHTS_OPTIONS = ("--weights", "--tokenizer-weights")
@@ -77,10 +77,10 @@ class ModelFiles:
         return rows
 
     def downloads(self, model: ARImageModel) -> list[Download]:
-        """Files that ``fetch`` would download, in the sizes that their numbers take as float32."""
+        """Files that ``fetch`` would download, and about how large they are."""
         files = (self.weights, self.tokenizer_weights)
         return [
-            Download(str(file), 4 * numbers(module), Path(constants.HF_HUB_CACHE), option)
+            Download(str(file), approximate_size(module), Path(constants.HF_HUB_CACHE), option)
             for option, file, module in zip(WEIGHTS_OPTIONS, files, (model.transformer, model.tokenizer))
             if isinstance(file, WeightsFile) and not file.cached()
         ]

@@ -54,6 +54,14 @@ def mismatch(module: nn.Module, state: dict[str, Tensor]) -> str | None:
     )
 
 
+def approximate_size(module: nn.Module) -> int:
+    """Bytes of a file of the module's weights, which needs none itself: float32, as published files are.
+
+    What such a file holds besides, or in half precision, is not known before it is there.
+    """
+    return sum(value.nbytes for value in module.state_dict().values())
+
+
 def not_finite(state: dict[str, Tensor]) -> str | None:
     """The first few tensors that hold NaN or infinity; None if there are none. Reads all, copies nothing."""
     wrong = [k for k, v in state.items() if not is_constant(k) and not _is_finite(v)]

@@ -1,7 +1,8 @@
-"""Every published model by name: sizes, weights, recipe, sampling settings, published figures.
+"""Every published model by name: sizes, weights, recipe; its figures are in ``models.published``.
 
-This table is the only place for these facts; README's table is tested against it. Sources: the
-model zoos of VAR (arXiv 2404.02905), LlamaGen (arXiv 2406.06525) and CCA (arXiv 2410.09347).
+These tables are the only place for such facts; what README and docs/models.md say is made of them
+(``models.catalogue``). Sources: the model zoos of VAR (arXiv 2404.02905), LlamaGen (arXiv 2406.06525)
+and CCA (arXiv 2410.09347).
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
 from models.base import ARImageModel
 from models.hub import WeightsFile
 from models.llamagen import LlamaGen
+from models.published import PUBLISHED, Published
 from models.var import VAR
 
 
@@ -43,25 +45,6 @@ class Recipe:
     epochs: int = 1
     published_accumulation: int = 1
     parallel: str = "ddp"
-
-
-@dataclass(frozen=True)
-class Published:
-    """Published FID-50k on ImageNet and the sampling settings behind it.
-
-    cca: FID of CCA without guidance; guided: FID of the base at ``cfg_scale`` (notation of
-    --cfg-scale); base: FID of the base without guidance, None where it was not published.
-    """
-
-    cca: float
-    guided: float
-    cfg_scale: float
-    base: float | None = None
-    top_k: int = 0
-    top_p: float = 1.0
-    class_order: str = "random"
-    dtype: str = "bfloat16"
-    eval_size: int | None = 256
 
 
 @dataclass(frozen=True)
@@ -133,20 +116,15 @@ TOKENIZERS: dict[str, TokenizerEntry] = {
 }
 
 
-def _var_figures(cca: float, guided: float, base: float | None = None) -> Published:
-    return Published(cca, guided, 2.5, base, 900, 0.96, "balanced", "float16")
-
-
 def _var(
     depth: int,
     lambda_: float,
     accumulation: int,
     final_lr: float,
-    published: Published | None = None,
     size: int = 256,
     **other,
 ) -> ZooEntry:
-    """VAR of depth d; without ``published`` CCA was not run by its authors.
+    """VAR of depth d; where no figures are published CCA was not run by its authors.
 
     CCA trained d16 without stochastic depth, the others with the pretraining rate.
     """
@@ -154,6 +132,7 @@ def _var(
         beta=0.02, lambda_=lambda_, lr=2e-5, batch_size=256, grad_clip=2.0, dtype="float16", warmup=0.02,
         final_lr=final_lr, published_accumulation=accumulation, **other,
     )  # fmt: skip
+    published = PUBLISHED.get(f"var-d{depth}")
     drop_path = 0.0 if depth == 16 else 0.1 * depth / 24
     return ZooEntry(
         VAR,
@@ -175,14 +154,14 @@ def _llamagen(
     layers: int,
     heads: int,
     lambda_: float,
-    published: Published | None = None,
     bases: tuple[int, ...] = (),
     **other,
 ) -> ZooEntry:
     """LlamaGen; ``bases``: image sizes whose base weights are published.
 
-    Without ``published`` CCA was not run by its authors.
+    Where no figures are published CCA was not run by its authors.
     """
+    published = PUBLISHED.get(f"llamagen-{name.lower()}")
     cca = WeightsFile(f"CCA_LlamaGen_Guidance_Free/c2i_{name}_384_CCA_0005000.pt", "ChenDRAG/CCA_LlamaGen")
     recipe = Recipe(
         beta=0.02, lambda_=lambda_, lr=1e-5, batch_size=256, grad_clip=1.0, dtype="bfloat16",
@@ -212,20 +191,16 @@ def _mini(beta: float, lambda_: float, lr: float, batch_size: int, grad_clip: fl
 
 
 ZOO: dict[str, ZooEntry] = {
-    "var-d16": _var(16, 50, 4, 0.1, _var_figures(4.03, 3.55)),
-    "var-d20": _var(20, 50, 8, 0.1, _var_figures(3.02, 2.95)),
-    "var-d24": _var(24, 100, 8, 0.01, _var_figures(2.63, 2.33, 6.20)),
-    "var-d30": _var(30, 1000, 16, 0.01, _var_figures(2.54, 1.97, 5.25), final_weight_decay=0.08),
+    "var-d16": _var(16, 50, 4, 0.1),
+    "var-d20": _var(20, 50, 8, 0.1),
+    "var-d24": _var(24, 100, 8, 0.01),
+    "var-d30": _var(30, 1000, 16, 0.01, final_weight_decay=0.08),
     "var-d36": _var(36, 1000, 16, 0.01, final_weight_decay=0.08, size=512),
-    "llamagen-b": _llamagen("B", 768, 12, 12, 1000, Published(7.04, 6.09, 2.0), (256, 384)),
-    "llamagen-l": _llamagen("L", 1024, 24, 16, 300, Published(3.43, 3.07, 2.0, 19.00), (256, 384)),
-    "llamagen-xl": _llamagen("XL", 1280, 36, 20, 1000, Published(3.10, 2.62, 1.75), (384,)),
-    "llamagen-xxl": _llamagen(
-        "XXL", 1536, 48, 24, 1000, Published(3.12, 2.34, 1.75), (384,), parallel="fsdp"
-    ),
-    "llamagen-3b": _llamagen(
-        "3B", 3200, 24, 32, 500, Published(2.69, 2.18, 1.65, 9.38), (384,), parallel="fsdp"
-    ),
+    "llamagen-b": _llamagen("B", 768, 12, 12, 1000, (256, 384)),
+    "llamagen-l": _llamagen("L", 1024, 24, 16, 300, (256, 384)),
+    "llamagen-xl": _llamagen("XL", 1280, 36, 20, 1000, (384,)),
+    "llamagen-xxl": _llamagen("XXL", 1536, 48, 24, 1000, (384,), parallel="fsdp"),
+    "llamagen-3b": _llamagen("3B", 3200, 24, 32, 500, (384,), parallel="fsdp"),
     "llamagen-xxxl": _llamagen("XXXL", 2560, 48, 40, 1000, parallel="fsdp"),
     "llamagen-1b": _llamagen("1B", 2048, 22, 32, 1000),
     "var-mini": ZooEntry(

@@ -36,11 +36,6 @@ MINI = {
         scales=(1.5, 2.0, 3.0, 4.0, 5.0), lambdas=(1, 100, 1000), betas=(0.5, 0.02), usual=3.0
     ),
 }
-# Guidance-free FID-50k of table 3, and with it that of its baselines.
-ABLATION = {
-    "llamagen-l": {"base": 19.00, "dpo": 61.69, "unlearning": 12.22, "cca": 3.43},
-    "var-d24": {"base": 6.20, "dpo": 7.53, "unlearning": 5.55, "cca": 2.63},
-}
 PAPER_ORDER = {
     LlamaGen: "The paper's, LlamaGen-L: CCA (3.43) < unlearning (12.22) < base (19.00) < DPO (61.69).",
     VAR: "The paper's, VAR-d24: CCA (2.63) < unlearning (5.55) < base (6.20) < DPO (7.53).",
@@ -64,14 +59,14 @@ def sampled(model: str, guidance: float | None = None) -> tuple[str, ...]:
     return preset if guidance is None else (*preset, "--cfg-scale", f"{guidance:g}")
 
 
+def published_fid(model: str, what: str) -> float | None:
+    published = ZOO[model].published
+    return published and published.fid(what)
+
+
 def base_row(model: str) -> Row:
-    return Row(
-        model,
-        "base",
-        "base, no guidance",
-        sampling=sampled(model),
-        published=ABLATION.get(model, {}).get("base"),
-    )
+    published = published_fid(model, "base")
+    return Row(model, "base", "base, no guidance", sampling=sampled(model), published=published)
 
 
 def guided_rows(model: str) -> list[Row]:
@@ -91,14 +86,13 @@ def ablation_rows(model: str, options: dict[str, tuple[str, ...]]) -> list[Row]:
 
     options: more options of a loss's run. A loss without a recipe and without options is left out.
     """
-    published = ABLATION.get(model, {})
     labels = {"cca": "CCA", "dpo": "DPO", "unlearning": "unlearning", "sft": "control: maximum likelihood"}
     rows = [base_row(model)]
     for loss, label in labels.items():
         if loss not in options and loss not in ZOO[model].recipes:
             continue  # nobody has published its settings
         run = Run(loss, ("--loss", loss, *options.get(loss, ())))
-        rows.append(trained_row(model, run, f"{label}, no guidance", published=published.get(loss)))
+        rows.append(trained_row(model, run, f"{label}, no guidance", published=published_fid(model, loss)))
     return rows
 
 
@@ -140,15 +134,16 @@ def table_rows(model: str, from_released: bool) -> list[Row]:
         scale = MINI[model].usual
         guided = Row(model, f"base-cfg{scale:g}", f"base, guidance {scale:g}", sampling=sampled(model, scale))
         return [base_row(model), guided, trained_row(model, CCA, "CCA trained here, no guidance")]
+    cca = published.fid("cca")
     rows = [
-        Row(model, "base", "base, no guidance", sampling=("--preset", "published"), published=published.base),
+        base_row(model),
         Row(
             model, "base-guided", f"base, guidance {published.cfg_scale:g}",
-            sampling=("--preset", "published-cfg"), published=published.guided,
+            sampling=("--preset", "published-cfg"), published=published.fid("guided"),
         ),
-        Row(model, "cca-released", "CCA as published, no guidance", "cca", sampled(model), published.cca),
+        Row(model, "cca-released", "CCA as published, no guidance", "cca", sampled(model), cca),
     ]  # fmt: skip
-    own = trained_row(model, CCA, "CCA trained here, no guidance", published=published.cca)
+    own = trained_row(model, CCA, "CCA trained here, no guidance", published=cca)
     return rows if from_released else [*rows, own]
 
 

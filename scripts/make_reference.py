@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from cca.data.image_sets import open_image_set, to_uint8_tensor
 from cca.distributed import Processes
-from cca.evaluation.evaluator import REFERENCE_IMAGES
 from cca.evaluation.features import add_features_options, features_plan, make_extractor
 from cca.evaluation.metrics import Gaussian, RunningGaussian
+from cca.evaluation.references import REFERENCE_IMAGES
 from cca.streams import DATA_ORDER, stream
 from models.devices import device_name
 from models.errors import UserError, run_command

@@ -1,8 +1,8 @@
 """The paper's tables and figures (arXiv 2410.09347): train, sample, evaluate, put figures side by side.
 
     bash scripts/reproduce_tradeoff.sh --mini                     # the bundled models, on a CPU
-    bash scripts/reproduce_var.sh --data imagenet --reference VIRTUAL_imagenet256_labeled.npz --nproc 8
-    bash scripts/reproduce_llamagen.sh --from-released --reference REFERENCE.npz --models llamagen-l
+    bash scripts/reproduce_var.sh --data imagenet --reference imagenet256 --nproc 8
+    bash scripts/reproduce_llamagen.sh --from-released --reference imagenet256 --models llamagen-l
     bash scripts/reproduce_ablation.sh --dry-run                  # prints every command, and stops
 
 Steps that are done are skipped, so the same command goes on after an interruption. --data, --reference,
@@ -60,7 +60,12 @@ def make_parser() -> Parser:
     add("--mini", action="store_true", help="the bundled models and data instead of the published ones")
     add("--models", nargs="+", metavar="MODEL", help="models (default: those of the paper's table or figure)")
     add("--data", default=given("DATA"), metavar="IMAGENET", help="folder of class folders to train on")
-    add("--reference", default=given("REFERENCE"), metavar="FILE.npz", help="what samples are held against")
+    add(
+        "--reference",
+        default=given("REFERENCE"),
+        metavar="imagenet256|FILE.npz",
+        help="what samples are held against",
+    )
     add(
         "--output",
         type=Path,

@@ -1,4 +1,7 @@
-"""A local server that speaks enough of the Hugging Face hub's protocol for real huggingface_hub calls."""
+"""A local server that speaks enough of the Hugging Face hub's protocol for real huggingface_hub calls.
+
+It resumes as servers of plain files do, where it is told to (``Hub.ranges``).
+"""
 
 import hashlib
 import threading
@@ -24,19 +27,27 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        size = content.stat().st_size
-        self.send_response(200)
+        size, start = content.stat().st_size, 0
+        etag = f'"{hashlib.sha256(content.read_bytes() + str(content).encode()).hexdigest()}"'
+        asked = self.headers.get("Range")
+        if asked and self.server.ranges and self.headers.get("If-Range", etag) == etag:
+            start = int(asked.removeprefix("bytes=").rstrip("-"))
+        self.server.sent.append(start)
+        self.send_response(206 if start else 200)
         self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha256(str(content).encode()).hexdigest()}"')
-        self.send_header("Content-Length", str(size))
+        self.send_header("ETag", etag)
+        self.send_header("Content-Length", str(size - start + self.server.promised))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
         self.end_headers()
         if body:
             with open(content, "rb") as file:
-                left = size // 2 if self.server.cut else size
+                file.seek(start)
+                left = (size - start) // 2 if self.server.cut else size - start
                 while left and (chunk := file.read(min(left, 2**20))):
                     self.wfile.write(chunk)
                     left -= len(chunk)
-            self.close_connection = self.server.cut
+            self.close_connection = self.server.cut or self.server.promised
 
     def do_HEAD(self) -> None:
         self.answer(body=False)
@@ -49,13 +60,18 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Hub(ThreadingHTTPServer):
-    """``files`` maps "OWNER/REPOSITORY/FILE" to what it serves; ``cut`` breaks downloads off half-way."""
+    """``files`` maps "OWNER/REPOSITORY/FILE" to what it serves; ``cut`` breaks downloads off half-way.
+
+    ranges: whether it sends a part that is asked for. promised: bytes that it announces more than it sends.
+    sent: where each answer began.
+    """
 
     daemon_threads = True
 
     def __init__(self, files: dict[str, Path]):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.cut, self.requests = files, False, []
+        self.files, self.cut, self.ranges, self.promised = files, False, False, 0
+        self.requests, self.sent = [], []
 
     @property
     def endpoint(self) -> str:

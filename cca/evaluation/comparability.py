@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from cca.data.image_sets import ImageSet
-from cca.evaluation.evaluator import METRICS, REFERENCE_IMAGES, Reference
+from cca.evaluation.evaluator import METRICS, Reference
 from cca.evaluation.features import Extractor, Features
+from cca.evaluation.references import REFERENCE_IMAGES
 from models import ZOO, UserError
 from models.files import parse_json
 from models.tables import markdown_table
@@ -83,9 +84,9 @@ def compare(paths: list[Path]) -> str:
             raise UserError(f"--compare: {path} is not a result of eval_fid.py") from None
         figure = None
         if published and sampling.get("cfg_scale", 1.0) != 1.0:
-            figure = published.guided
+            figure = published.fid("guided")
         elif published:
-            figure = published.base if sampling.get("weights") == "base" else published.cca
+            figure = published.fid("base" if sampling.get("weights") == "base" else "cca")
         cells = [
             f"{values[column]:.{METRICS[column].digits}f}" if column in values else "–" for column in columns
         ]

@@ -6,7 +6,6 @@ score over runs of 5,000 images in file order, improved precision and recall aga
 
 import hashlib
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,10 +30,10 @@ from cca.evaluation.metrics import (
     kernel_distance,
     precision_recall,
 )
+from cca.evaluation.references import cache_folder
 from models import UserError
 from models.files import write_binary, writing
 
-REFERENCE_IMAGES = 10_000
 CACHED_IMAGES = 50_000  # features of larger references are not kept
 PIXELS_VERSION = "2"  # changes when a file gives other pixels than before: 2 scales 16-bit grey
 
@@ -93,10 +92,9 @@ class Reference:
 
 def cache_path(images: ImageSet, extractor: Extractor) -> Path:
     """Where a reference's features are kept: named by the content of the images and of the extractor."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cca-evaluator"
     parts = (images.content_hash(), extractor.weights_sha256, extractor.name, PIXELS_VERSION)
     name = hashlib.sha256("".join(parts).encode())
-    return home / f"{name.hexdigest()}.npz"
+    return cache_folder() / f"{name.hexdigest()}.npz"
 
 
 def read_cache(path: Path) -> dict[str, Any] | None:

@@ -72,7 +72,7 @@ def test_every_published_file_by_name_then_from_the_cache(hub, tmp_path):
         "FoundationVision/LlamaGen/vq_ds16_c2i.pt",
     }
     table = table.partition("FID-50k")[0]
-    assert "cached" in table and "on the hub" not in table
+    assert "cached" in table and "hub, ~" not in table
     offline = python(["-c", EVERYTHING], tmp_path, "http://127.0.0.1:9", offline=True)
     assert offline.stdout == first.stdout
 

@@ -1,0 +1,74 @@
+"""The references that published figures are held against: guided-diffusion's batches, by name."""
+
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from models import UserError
+from models.downloads import fetch
+from models.plan import Download
+
+REFERENCE_IMAGES = 10_000  # of a published reference; as many are kept of others
+BATCHES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+
+
+def cache_folder() -> Path:
+    """Where references are kept, and the features of their images."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cca-evaluator"
+
+
+@dataclass(frozen=True)
+class PublishedReference:
+    """A batch at a public address: images of that side (pixels), and statistics of the whole training set."""
+
+    address: str
+    side: int
+
+    @property
+    def path(self) -> Path:
+        """Where it is, or will be, on this machine."""
+        return cache_folder() / self.address.rpartition("/")[2]
+
+    def downloads(self) -> list[Download]:
+        """What ``fetch`` would download; raises UserError where a file is there and is no such reference."""
+        if not self.path.exists():
+            statistics = sum(8 * (width**2 + width) for width in (2048, 2023))
+            size = REFERENCE_IMAGES * 3 * self.side**2 + statistics
+            return [Download(self.address, size, self.path.parent, "--reference")]
+        if not is_batch(self.path):
+            raise UserError(f"--reference: {self.path} is damaged; delete it to have it downloaded again")
+        return []
+
+    def fetch(self) -> Path:
+        """The file, downloaded if need be. Raises UserError where it cannot be had."""
+        return fetch(self.address, self.path, lambda part: is_batch(part, every_byte=True), "--reference")
+
+
+REFERENCES = {
+    "imagenet256": PublishedReference(f"{BATCHES}/256/VIRTUAL_imagenet256_labeled.npz", 256),
+    "imagenet512": PublishedReference(f"{BATCHES}/512/VIRTUAL_imagenet512.npz", 512),
+}
+
+
+def is_batch(path: Path, every_byte: bool = False) -> bool:
+    """Whether a file is a reference with statistics; ``every_byte``: and each of its checksums is right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            statistics = {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+            return statistics and not (every_byte and archive.testzip())
+    except Exception:  # zipfile and its decompressors raise some ten kinds for damaged files
+        return False
+
+
+def find_reference(text: str) -> PublishedReference | None:
+    """The published reference that --reference names; None where it gives a path.
+
+    Raises UserError for a name that is one of the current folder too: it was a path before it was a name.
+    """
+    if text in REFERENCES and os.path.lexists(text):
+        raise UserError(
+            f"--reference: {text} is the name of a published reference, and there is one here too: "
+            f"write ./{text} for that, or move it"
+        )
+    return REFERENCES.get(text)
