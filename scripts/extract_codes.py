@@ -13,6 +13,7 @@ was trained; images of an .npz are taken as they are. An interrupted run goes on
 Training draws half of its crops from DIR_105 if that folder lies beside DIR.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from models.errors import UserError, run_command
 from models.files import read_array, read_json, remove_folder, write_binary, write_json, writing
 from models.image_transforms import TenCrops
 from models.loading import load_files, locate
-from models.options import Parser, count, number
+from models.options import Parser, add_workers_option, count, number
 from models.outputs import check_output, check_space, differing
 from models.weights import tensors_sha256
 from models.zoo import ZOO
@@ -72,12 +73,7 @@ def make_parser() -> Parser:
         default=128,
         help="crops read before they are encoded, in parts that fit a GPU (default %(default)s)",
     )
-    add(
-        "--workers",
-        type=count(0),
-        default=0,
-        help="image loading processes of each process (default 0: none)",
-    )
+    add_workers_option(parser)
     return parser
 
 
@@ -159,12 +155,12 @@ class CodeFile:
             )
 
     def open_chunks(self) -> list[range]:
-        """This process's chunks that are not done."""
+        """This process's chunks that are not done; one process looks, before any writes."""
         size = len(self.codes)
-        chunks = [range(i, min(i + CHUNK, size)) for i in range(0, size, CHUNK)]
-        missing = [c for c in chunks if not (self.notes / f"{c.start}").exists()]
-        self.processes.barrier()  # all have looked before one writes
-        return missing[self.processes.rank :: self.processes.world]
+        starts = [i for i in range(0, size, CHUNK) if not (self.notes / f"{i}").exists()]
+        missing = json.loads(self.processes.from_main(json.dumps(starts)))
+        own = missing[self.processes.rank :: self.processes.world]
+        return [range(i, min(i + CHUNK, size)) for i in own]
 
     def finish_chunk(self, chunk: range) -> None:
         self.codes.flush()
@@ -263,11 +259,11 @@ def main(argv: list[str] | None = None) -> None:
         "images": len(source),
         "crops": source.crops,
         "crop_range": args.crop_range if source.crops > 1 else None,
-        "data_sha256": processes.digest_of_main(source.fingerprint),
+        "data_sha256": processes.digest(source.fingerprint),
         "classes": source.classes,
     }
     shape = (len(source), header["crops"], model.sequence_length)
-    with processes.holding(args.output, folder=True), StopRequest() as stop:
+    with processes.holding(args.output, header, folder=True), StopRequest() as stop:
         file = CodeFile(args.output, shape, header, processes)
         if processes.main:
             for note in source.notes():

@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--images: {args.images} holds {len(images)} images; at least {2 * processes.world} are needed"
         )
     extractor = make_extractor(args.features, args.inception_weights, processes.device)
+    processes.same({"images": processes.digest(images.fingerprint), "features": extractor.weights_sha256})
     chosen = set(stream(args.seed, DATA_ORDER).permutation(len(images))[: args.kept_images].tolist())
     share = processes.share(len(images))
     kept, pooled, spatial, index = [], RunningGaussian(), RunningGaussian(), share.start

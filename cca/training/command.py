@@ -34,7 +34,7 @@ from models import (
     zoo_entry,
 )
 from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically, device_name
-from models.options import Parser, add_model_options, count, number
+from models.options import Parser, add_model_options, add_workers_option, count, number
 from models.outputs import check_output
 from models.zoo import ZooEntry
 
@@ -86,7 +86,7 @@ def run_training(
     if recipe.published_accumulation == 1:
         published = TRAINED_IMAGES[processes.device.type]
     micro_batch_size = args.micro_batch_size or max(published, 1)
-    with processes.holding(args.output, folder=True):
+    with processes.holding(args.output, description["options"], folder=True):
         folder = RunFolder(args.output, processes, description, args.keep_states)
         refuse_renumbered(folder.path, data.classes)
         if processes.main:
@@ -233,8 +233,7 @@ def training_parser(
         help="keep no activations of the blocks, compute them again in the backward pass")
     add("--deterministic", action="store_true",
         help="compute so that a run on GPUs can be repeated bit for bit, more slowly")
-    add("--workers", type=count(0), default=0,
-        help="data loading processes of each training process (default 0: none; 8 suits image folders)")
+    add_workers_option(parser)
     add("--seed", type=count(0), default=0,
         help="seed of data order, crops, null-class draws and dropout (default 0)")
     add("--save-every", type=count(), default=100, help="steps between saved states (default 100)")
