@@ -34,8 +34,9 @@ def default_loaders() -> int:
     Where there are GPUs, this process's share of the cores that it may use, MOST_LOADERS at most; none
     where there is no shared memory for them.
     """
-    memory = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
-    if not torch.cuda.is_available() or memory < LOADERS_MEMORY:
+    if not torch.cuda.is_available() or not os.path.isdir("/dev/shm"):
+        return 0
+    if shutil.disk_usage("/dev/shm").total < LOADERS_MEMORY:
         return 0
     local = os.environ.get("LOCAL_WORLD_SIZE", "")  # processes that torchrun started on this machine
     processes = max(1, int(local) if local.isdigit() else 1)
