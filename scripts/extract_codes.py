@@ -96,7 +96,8 @@ class CodeFile:
         processes.agree(self._begin, main=True)
         self.finished = processes.any(self.finished)
         if not self.finished:
-            self.codes = read_array(self._filled(), "r+")
+            self.filled = self._filled()
+            self.begins = read_array(self.filled, "r").offset
 
     def _filled(self) -> Path:
         """The file that is being filled; it gets its name before the header is written."""
@@ -156,14 +157,23 @@ class CodeFile:
 
     def open_chunks(self) -> list[range]:
         """This process's chunks that are not done; one process looks, before any writes."""
-        size = len(self.codes)
+        size = self.shape[0]
         starts = [i for i in range(0, size, CHUNK) if not (self.notes / f"{i}").exists()]
         missing = json.loads(self.processes.from_main(json.dumps(starts)))
         own = missing[self.processes.rank :: self.processes.world]
         return [range(i, min(i + CHUNK, size)) for i in own]
 
+    def write(self, start: int, codes: np.ndarray) -> None:
+        """Codes [n, crops, L] of the images from ``start`` on."""
+        row = 2 * int(np.prod(self.shape[1:]))
+        with writing(self.filled):
+            # No mapping, and nothing cached: NFS would write whole pages back, over what another node wrote.
+            handle = os.open(self.filled, os.O_WRONLY | os.O_DSYNC)
+            with os.fdopen(handle, "wb") as file:
+                file.seek(self.begins + start * row)
+                file.write(codes.astype("<u2").tobytes())
+
     def finish_chunk(self, chunk: range) -> None:
-        self.codes.flush()
         with writing(self.notes):
             (self.notes / f"{chunk.start}").touch()
 
@@ -188,7 +198,7 @@ def encode(
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Fill one chunk of the file; ``check`` is called after each batch, and may raise."""
-    crops = file.codes.shape[1]
+    crops = file.shape[1]
     loader = DataLoader(
         source,
         batch_sampler=[[(0, i)] for i in chunk],
@@ -207,7 +217,7 @@ def encode(
         waiting.append(images.view(crops, *images.shape[-3:]))
         if len(waiting) * crops >= batch_size or index == chunk[-1]:
             tokens = torch.cat([source.tokens(part) for part in torch.cat(waiting).split(batch_size)])
-            file.codes[done : done + len(waiting)] = tokens.view(len(waiting), crops, -1).cpu().numpy()
+            file.write(done, tokens.view(len(waiting), crops, -1).cpu().numpy())
             done, waiting = done + len(waiting), []
             check()
     file.finish_chunk(chunk)
