@@ -75,7 +75,7 @@ def warn(process, ready):
         while process.poll() is None and not ready():
             time.sleep(0.02)
         process.send_signal(signal.SIGUSR1)
-        return process.communicate(timeout=120)[0]
+        return process.communicate(timeout=600)[0]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -141,7 +141,7 @@ def test_a_small_model_from_its_data_to_its_figures(kind, start, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == [f"step-{done}"]
 
     process = start(**job)
-    text = process.communicate(timeout=300)[0]
+    text = process.communicate(timeout=600)[0]
     assert process.returncode == 0, text
     assert lines(tmp_path / "scontrol.txt") == ["requeue 4711"]
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 100
