@@ -188,6 +188,8 @@ class Processes:
 
     def from_main(self, text: str) -> str:
         """The main process's text, on all."""
+        if self.world == 1:
+            return text
         content = torch.tensor(list(text.encode()), dtype=torch.int64, device=self.device)
         (size,) = self.total(len(content) if self.main else 0)
         return bytes(self.sum(content if self.main else content.new_zeros(int(size))).tolist()).decode()

@@ -47,6 +47,8 @@ def start(tmp_path):
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "torchrun": TORCHRUN}.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
+    for name in ("imagenet", "VIRTUAL_imagenet256_labeled.npz"):
+        (tmp_path / name).touch()
 
     def start(nodes="localhost", **variables):
         job = {
@@ -117,6 +119,14 @@ def test_a_step_that_fails_ends_the_job(start, tmp_path):
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 1, text
     assert len(lines(tmp_path / "calls.txt")) == 1 and not (tmp_path / "scontrol.txt").exists()
+
+
+@pytest.mark.parametrize("variable", ["DATA", "REFERENCE", "VENV"])
+def test_what_is_not_there_is_refused_before_the_work(variable, start, tmp_path):
+    process = start(**{variable: "missing"})
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and text.startswith("error: missing") and text.count("\n") == 1
+    assert not (tmp_path / "calls.txt").exists()
 
 
 @pytest.mark.slow
