@@ -1,10 +1,12 @@
 """One process or several under torchrun: rank, device, the few collectives that are needed, and signals."""
 
 import atexit
+import json
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.errors import UserError
-from models.outputs import claimed
+from models.outputs import check_seen, claimed, differing
 
 QUIET_SECONDS = 4  # torchrun ends all with the first: who has something to say comes first
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -84,7 +86,7 @@ class Processes:
     def __init__(self):
         """Raises UserError where the environment's RANK, WORLD_SIZE and the like do not make a group."""
         self.rank, self.world = _environment("RANK", 0, 0), _environment("WORLD_SIZE", 1, 1)
-        local = _environment("LOCAL_RANK", 0, 0)
+        self.local = local = _environment("LOCAL_RANK", 0, 0)
         if self.rank >= self.world:
             raise UserError(
                 f"RANK: the environment says {self.rank}, WORLD_SIZE {self.world}; "
@@ -170,11 +172,40 @@ class Processes:
         return totals
 
     @contextmanager
-    def holding(self, path: Path, folder: bool = False) -> Iterator[None]:
-        """The main process holds an output against other runs; see ``models.outputs.claimed``."""
+    def holding(self, path: Path, made_from: Mapping, folder: bool = False) -> Iterator[None]:
+        """The main process holds an output against other runs; see ``models.outputs.claimed``.
+
+        Raises UserError where the processes do not make it from the same (``same``), or, on another
+        machine, a process finds another folder at that path.
+        """
+        self.same(made_from)
+        notes: list[str] = []
         with ExitStack() as stack:
-            self.agree(lambda: stack.enter_context(claimed(path, folder)), main=True)
+            self.agree(lambda: notes.append(stack.enter_context(claimed(path, folder))), main=True)
+            note = self.from_main("".join(notes))
+            self.agree(lambda: None if self.main else check_seen(path, folder, note))
             yield
+
+    def same(self, options: Mapping) -> None:
+        """Raise UserError unless all processes have the options, hashes and so on (JSON) of the main one."""
+        own = json.loads(json.dumps(options))  # as it reads back: tuples become lists
+        of_main = json.loads(self.from_main(json.dumps(own)))
+        self.agree(lambda: self._refuse_others(differing(own, of_main)))
+
+    def _refuse_others(self, differences: list[str]) -> None:
+        if differences:
+            raise UserError(
+                f"process {self.rank} on {socket.gethostname()}: has {differences[0]} of process 0; "
+                "all nodes need the same options and files"
+            )
+
+    def from_main(self, text: str) -> str:
+        """The main process's text, on all."""
+        if self.world == 1:
+            return text
+        content = torch.tensor(list(text.encode()), dtype=torch.int64, device=self.device)
+        (size,) = self.total(len(content) if self.main else 0)
+        return bytes(self.sum(content if self.main else content.new_zeros(int(size))).tolist()).decode()
 
     def gather(self, part: Tensor) -> Tensor | None:
         """The rows of all processes in the order of their ranks, on the main one (None elsewhere).
@@ -196,14 +227,11 @@ class Processes:
         dist.gather(padded, parts)
         return torch.cat([p[:n].to(part.device) for p, n in zip(parts, counts)])
 
-    def digest_of_main(self, take: Callable[[], str | None]) -> str | None:
-        """A SHA-256 (or None) that the main process alone takes, on all."""
-        found = torch.zeros(33, dtype=torch.int64, device=self.device)
-        digest = take() if self.main else None
-        if digest is not None:
-            found += torch.tensor([1, *bytes.fromhex(digest)], device=self.device)
-        known, *numbers = self.sum(found).tolist()
-        return bytes(numbers).hex() if known else None
+    def digest(self, take: Callable[[], str | None]) -> str | None:
+        """A SHA-256 (or None) of files, taken once on each node; ``same`` compares them."""
+        own = take() if self.local == 0 else None
+        of_main = self.from_main(own or "")
+        return own if self.local == 0 else of_main or None
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -1,6 +1,7 @@
 """What depends on the device: precisions by name, and how much is worked on at a time."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,8 +21,26 @@ DECODED_PIXELS = {"cuda": 2**21, "cpu": 2**18}
 ENCODED_PIXELS = {"cuda": 2**20, "cpu": 2**18}
 # Images of a bundled model's training pass: more do not fit a CPU's cache.
 TRAINED_IMAGES = {"cuda": 2**20, "cpu": 32}
+# Processes that read images, of each process, and the bytes of shared memory that they need (containers
+# often have 64 MB).
+MOST_LOADERS, LOADERS_MEMORY = 8, 2**30
 # Images per forward pass of a feature extractor, unless the user says otherwise.
 EXTRACTED_IMAGES = 250
+
+
+def default_loaders() -> int:
+    """Processes that read images ahead for this one: none on a CPU, whose cores all compute.
+
+    Where there are GPUs, this process's share of the cores that it may use, MOST_LOADERS at most; none
+    where there is no shared memory for them.
+    """
+    if not torch.cuda.is_available() or not os.path.isdir("/dev/shm"):
+        return 0
+    if shutil.disk_usage("/dev/shm").total < LOADERS_MEMORY:
+        return 0
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")  # processes that torchrun started on this machine
+    processes = max(1, int(local) if local.isdigit() else 1)
+    return min(MOST_LOADERS, len(os.sched_getaffinity(0)) // processes)
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

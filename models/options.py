@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
+from models.devices import MOST_LOADERS, default_loaders
 from models.errors import UserError
 
 LARGEST_INTEGER = 2**63 - 1  # what a tensor holds, and what a seed may be (see ``cca.streams``)
@@ -79,6 +80,18 @@ def number(low: float, high: float | None = None, kind: type = float, above: boo
 def count(low: int = 1):
     """An argparse type: an integer of at least ``low``; see ``number``."""
     return number(low, kind=int)
+
+
+def add_workers_option(parser: argparse.ArgumentParser) -> None:
+    """--workers, of every command that reads images: the same numbers whatever it is."""
+    parser.add_argument(
+        "--workers",
+        type=lambda text: default_loaders() if text == "auto" else count(0)(text),
+        default="auto",
+        metavar="N",
+        help="processes that read images ahead, of each process "
+        f"(default: on a GPU its share of the cores, {MOST_LOADERS} at most; 0, none, on a CPU)",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser, models: Iterable[str], weights: str | None) -> None:

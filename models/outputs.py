@@ -3,9 +3,11 @@
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +17,8 @@ from models.files import reason
 
 LONGEST_SUFFIX = 24  # bytes that names of temporary files and folders have more than the output's
 HELD = (errno.EACCES, errno.EAGAIN)
+# Within which a new file is seen by other machines: NFS keeps what it knows of a folder for 60 seconds.
+SEEN_SECONDS = 90
 
 
 def check_output(
@@ -73,30 +77,33 @@ def check_space(option: str, path: Path, needed: int, what: str) -> None:
 
 
 @contextmanager
-def claimed(path: Path, folder: bool = False, option: str = "--output") -> Iterator[None]:
+def claimed(path: Path, folder: bool = False, option: str = "--output") -> Iterator[str]:
     """Hold an output against other runs, with a lock that dies with the process; missing folders are made.
 
     The lock lies beside an output file, or in an output folder, and is removed at the end; so are the
     folders that were made, if nothing was written to them. A file system that cannot lock gets a warning.
+
+    Yields what the lock holds, by which the run's other processes know it (``check_seen``).
 
     Raises UserError where another run holds it, or nothing can be written there.
     """
     made: list[Path] = []
     try:
         try:
-            real = path.resolve()
-            lock = real / ".lock" if folder else real.with_name(f".{real.name}.lock")
+            lock = _lock_of(path, folder)
             for parent in reversed([p for p in (lock.parent, *lock.parent.parents) if not p.exists()]):
                 parent.mkdir(exist_ok=True)
                 made.append(parent)
             file = _open_and_lock(lock, path, option)
+            note = f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(16)}\n"
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.write(note)
             file.flush()
+            os.fsync(file.fileno())  # for other machines
         except OSError as error:
             raise UserError(f"{option}: {path} cannot be written ({reason(error)})") from None
         try:
-            yield
+            yield note
         finally:
             with suppress(OSError):
                 lock.unlink()
@@ -105,6 +112,34 @@ def claimed(path: Path, folder: bool = False, option: str = "--output") -> Itera
         for parent in reversed(made):
             with suppress(OSError):
                 parent.rmdir()
+
+
+def check_seen(path: Path, folder: bool, note: str, option: str = "--output") -> None:
+    """Raise UserError unless the output is the one that another process of this run has claimed.
+
+    note: what ``claimed`` gave there. Another machine may see it with delay, and is given the time.
+    """
+    holder, own = note.splitlines()[0], socket.gethostname()
+    last = time.monotonic() + (0 if holder.endswith(f" on {own}") else SEEN_SECONDS)
+    while True:
+        try:
+            with open(_lock_of(path, folder)) as file:
+                if file.read() == note:
+                    return
+        except OSError:  # not there, or not yet
+            pass
+        if time.monotonic() >= last:
+            break
+        time.sleep(1)
+    raise UserError(
+        f"{option}: {path} on {own} is not the folder that {holder} writes to; "
+        "all nodes need one folder that they share"
+    )
+
+
+def _lock_of(path: Path, folder: bool) -> Path:
+    real = path.resolve()
+    return real / ".lock" if folder else real.with_name(f".{real.name}.lock")
 
 
 def _open_and_lock(lock: Path, path: Path, option: str):
@@ -126,7 +161,7 @@ def _open_and_lock(lock: Path, path: Path, option: str):
                 )
                 return file
             file.seek(0)
-            holder = file.read(200).strip() or "another process"
+            holder = file.readline(200).strip() or "another process"
             file.close()
             raise UserError(
                 f"{option}: {path} is being written by {holder}; wait for it to end, or end it"

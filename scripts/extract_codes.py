@@ -13,6 +13,7 @@ was trained; images of an .npz are taken as they are. An interrupted run goes on
 Training draws half of its crops from DIR_105 if that folder lies beside DIR.
 """
 
+import json
 import math
 import os
 import sys
@@ -34,7 +35,7 @@ from models.errors import UserError, run_command
 from models.files import read_array, read_json, remove_folder, write_binary, write_json, writing
 from models.image_transforms import TenCrops
 from models.loading import fill_model, find_files
-from models.options import Parser, count, number
+from models.options import Parser, add_workers_option, count, number
 from models.outputs import check_output, check_space, differing
 from models.plan import add_dry_run_option, require_space, show_plan, size_text
 from models.weights import tensors_sha256
@@ -75,12 +76,7 @@ def make_parser() -> Parser:
         default=128,
         help="crops read before they are encoded, in parts that fit a GPU (default %(default)s)",
     )
-    add(
-        "--workers",
-        type=count(0),
-        default=0,
-        help="image loading processes of each process (default 0: none)",
-    )
+    add_workers_option(parser)
     add_dry_run_option(parser)
     return parser
 
@@ -104,7 +100,8 @@ class CodeFile:
         processes.agree(self._begin, main=True)
         self.finished = processes.any(self.finished)
         if not self.finished:
-            self.codes = read_array(self._filled(), "r+")
+            self.filled = self._filled()
+            self.begins = read_array(self.filled, "r").offset
 
     def _filled(self) -> Path:
         """The file that is being filled; it gets its name before the header is written."""
@@ -163,15 +160,24 @@ class CodeFile:
             )
 
     def open_chunks(self) -> list[range]:
-        """This process's chunks that are not done."""
-        size = len(self.codes)
-        chunks = [range(i, min(i + CHUNK, size)) for i in range(0, size, CHUNK)]
-        missing = [c for c in chunks if not (self.notes / f"{c.start}").exists()]
-        self.processes.barrier()  # all have looked before one writes
-        return missing[self.processes.rank :: self.processes.world]
+        """This process's chunks that are not done; one process looks, before any writes."""
+        size = self.shape[0]
+        starts = [i for i in range(0, size, CHUNK) if not (self.notes / f"{i}").exists()]
+        missing = json.loads(self.processes.from_main(json.dumps(starts)))
+        own = missing[self.processes.rank :: self.processes.world]
+        return [range(i, min(i + CHUNK, size)) for i in own]
+
+    def write(self, start: int, codes: np.ndarray) -> None:
+        """Codes [n, crops, L] of the images from ``start`` on."""
+        row = 2 * int(np.prod(self.shape[1:]))
+        with writing(self.filled):
+            # No mapping, and nothing cached: NFS would write whole pages back, over what another node wrote.
+            handle = os.open(self.filled, os.O_WRONLY | os.O_DSYNC)
+            with os.fdopen(handle, "wb") as file:
+                file.seek(self.begins + start * row)
+                file.write(codes.astype("<u2").tobytes())
 
     def finish_chunk(self, chunk: range) -> None:
-        self.codes.flush()
         with writing(self.notes):
             (self.notes / f"{chunk.start}").touch()
 
@@ -196,7 +202,7 @@ def encode(
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Fill one chunk of the file; ``check`` is called after each batch, and may raise."""
-    crops = file.codes.shape[1]
+    crops = file.shape[1]
     loader = DataLoader(
         source,
         batch_sampler=[[(0, i)] for i in chunk],
@@ -215,7 +221,7 @@ def encode(
         waiting.append(images.view(crops, *images.shape[-3:]))
         if len(waiting) * crops >= batch_size or index == chunk[-1]:
             tokens = torch.cat([source.tokens(part) for part in torch.cat(waiting).split(batch_size)])
-            file.codes[done : done + len(waiting)] = tokens.view(len(waiting), crops, -1).cpu().numpy()
+            file.write(done, tokens.view(len(waiting), crops, -1).cpu().numpy())
             done, waiting = done + len(waiting), []
             check()
     file.finish_chunk(chunk)
@@ -281,10 +287,10 @@ def main(argv: list[str] | None = None) -> None:
         "images": len(source),
         "crops": source.crops,
         "crop_range": args.crop_range if source.crops > 1 else None,
-        "data_sha256": processes.digest_of_main(source.fingerprint),
+        "data_sha256": processes.digest(source.fingerprint),
         "classes": source.classes,
     }
-    with processes.holding(args.output, folder=True), StopRequest() as stop:
+    with processes.holding(args.output, header, folder=True), StopRequest() as stop:
         file = CodeFile(args.output, shape, header, processes)
         if processes.main:
             for note in source.notes():

@@ -90,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     require_space(downloads)
     extractor = make_extractor(args.features, args.inception_weights, processes.device)
+    processes.same({"images": processes.digest(images.fingerprint), "features": extractor.weights_sha256})
     chosen = set(stream(args.seed, DATA_ORDER).permutation(len(images))[: args.kept_images].tolist())
     share = processes.share(len(images))
     kept, pooled, spatial, index = [], RunningGaussian(), RunningGaussian(), share.start

@@ -127,7 +127,7 @@ class Torchrun(Launcher):
 class Pipeline:
     """Trains, samples and evaluates in ``folder``; ``shared`` holds codes, which do not depend on the seed.
 
-    data: images to train on. features: of eval_fid.py. workers: loading processes of training.
+    data: images to train on. features: of eval_fid.py.
     """
 
     folder: Path
@@ -138,7 +138,6 @@ class Pipeline:
     features: str
     num_samples: int
     seed: int = 0
-    workers: int = 0
     batch_size: int | None = None
     planned: set[Path] = field(default_factory=set)
 
@@ -188,12 +187,12 @@ class Pipeline:
 
     def training_data(self, model: str) -> list[str]:
         """Where a training command finds its data; codes are extracted on first use."""
-        entry, workers = zoo_entry(model), ["--workers", str(self.workers)] if self.workers else []
+        entry = zoo_entry(model)
         if not entry.backbone.trains_on_codes:
-            return ["--data", self.data, *workers]
+            return ["--data", self.data]
         codes = self.shared / f"codes-{entry.tokenizer}-{entry.default_image_size}"
         if self.missing(codes / "header.json"):
-            options = ["--model", model, "--data", self.data, *workers, "--output", str(codes)]
+            options = ["--model", model, "--data", self.data, "--output", str(codes)]
             self.make(codes / "header.json", "scripts.extract_codes", options)
         return ["--codes", str(codes)]
 

@@ -25,7 +25,7 @@ from models.devices import device_name
 from models.errors import UserError, run_command
 from models.files import atomic_write, write_json
 from models.loading import fill_model, find_files
-from models.options import Parser, add_model_options, count
+from models.options import Parser, add_model_options, add_workers_option, count
 from models.plan import add_dry_run_option, require_space, show_plan, size_text
 from models.weights import tensors_sha256
 from models.zoo import ZOO
@@ -39,12 +39,7 @@ def make_parser() -> Parser:
     add_model_options(parser, ZOO, None)
     add("--images", required=True, type=Path, metavar="FILE.npz|FOLDER", help="the images")
     add("--batch-size", type=count(), default=32, help="images per pass of a process (default %(default)s)")
-    add(
-        "--workers",
-        type=count(0),
-        default=0,
-        help="processes of each process that read images of a folder (default 0: none)",
-    )
+    add_workers_option(parser)
     add("--output", required=True, type=Path, metavar="FILE.npz", help="file to write")
     add_dry_run_option(parser)
     return parser
@@ -117,33 +112,34 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = tensors_sha256(model.tokenizer)
     model.tokenizer.to(processes.device)
     share = processes.share(len(images))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     parts = [args.output.with_name(f".{args.output.name}.{rank}.part") for rank in range(processes.world)]
     own = parts[processes.rank]
     total = share.stop - share.start
-    try:
-        with (
-            tqdm(total=total, desc="reconstructing", unit="image", disable=not processes.main) as bar,
-            open(own, "wb") as file,
-        ):
-            reconstruct(model, images, share, args.batch_size, processes.device, file, bar)
-        processes.barrier()
-        if processes.main:
-            assemble(args.output, parts, (len(images), size, size, 3), labels)
-            report = {
-                "model": args.model,
-                "image_size": size,
-                "tokenizer_tensors_sha256": tokenizer,
-                "images": {"file": str(args.images), "sha256": images.content_hash()},
-                "notes": images.notes(),
-            }
-            write_json(args.output.with_suffix(".json"), report)
-            for note in images.notes():
-                print(f"note: {note}", file=sys.stderr)
-            print(f"{args.output}: {len(images):,} images, encoded and decoded")
-        processes.barrier()  # the parts stay until they are joined
-    finally:
-        own.unlink(missing_ok=True)
+    made_from = {"images": processes.digest(images.fingerprint), "tokenizer_tensors_sha256": tokenizer}
+    with processes.holding(args.output, made_from):
+        try:
+            with (
+                tqdm(total=total, desc="reconstructing", unit="image", disable=not processes.main) as bar,
+                open(own, "wb") as file,
+            ):
+                reconstruct(model, images, share, args.batch_size, processes.device, file, bar)
+            processes.barrier()
+            if processes.main:
+                assemble(args.output, parts, (len(images), size, size, 3), labels)
+                report = {
+                    "model": args.model,
+                    "image_size": size,
+                    "tokenizer_tensors_sha256": tokenizer,
+                    "images": {"file": str(args.images), "sha256": images.content_hash()},
+                    "notes": images.notes(),
+                }
+                write_json(args.output.with_suffix(".json"), report)
+                for note in images.notes():
+                    print(f"note: {note}", file=sys.stderr)
+                print(f"{args.output}: {len(images):,} images, encoded and decoded")
+            processes.barrier()  # the parts stay until they are joined
+        finally:
+            own.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

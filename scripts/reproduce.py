@@ -176,7 +176,7 @@ class Experiment:
             Pipeline(
                 folder=args.output / f"seed-{seed}", shared=args.output, launcher=self.launcher,
                 data=args.data, reference=args.reference, features="mini" if args.mini else "inception",
-                num_samples=args.num_samples, seed=seed, workers=0 if args.mini else 8,
+                num_samples=args.num_samples, seed=seed,
                 batch_size=MINI_BATCH if args.mini else None,
             )
             for seed in range(args.seeds)

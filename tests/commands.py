@@ -1,6 +1,7 @@
 """Runs the commands as users do: real processes, alone or under torchrun with gloo."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +46,45 @@ def expect_error(command, *parts, **options):
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert len(errors) == 1 and all(part in errors[0] for part in parts), result.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def start_processes(arguments: list, folders: list[Path], **variables: str) -> list[subprocess.Popen]:
+    """One process of a group of so many in each folder, as on nodes that share none; see ``finish``."""
+    rendezvous = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(len(folders)),
+    }
+    return [
+        _started(command_line(arguments), folder, **rendezvous, **variables, RANK=str(rank))
+        for rank, folder in enumerate(folders)
+    ]
+
+
+def start_agents(arguments: list, folders: list[Path]) -> list[subprocess.Popen]:
+    """One torchrun with one process in each folder, as on so many nodes."""
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "1"]
+    nodes = ["--nnodes", len(folders), "--nproc_per_node", 1, *rendezvous]
+    line = command_line(["-m", "torch.distributed.run", *nodes, *arguments])
+    return [_started(line, folder) for folder in folders]
+
+
+def _started(line: list[str], folder: Path, **variables: str) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, cwd=folder, env=environment(PYTHONPATH=str(ROOT), **variables), **pipes)
+
+
+def finish(processes: list[subprocess.Popen], timeout: int = 300) -> list[tuple[int, str, str]]:
+    """Status, output and messages of each; none is left behind."""
+    try:
+        return [(process.wait(timeout), *process.communicate(timeout=timeout)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cca.data.classes import number_classes, whole_numbers
-from cca.data.folders import IMAGE_SUFFIXES, find_images, read_image, shown, subfolders
+from cca.data.folders import IMAGE_SUFFIXES, find_images, fingerprint, read_image, shown, subfolders
 from cca.data.sampling_report import read_sampling_report
 from models import ZOO, UserError
 from models.files import file_sha256
@@ -51,6 +51,10 @@ class ImageSet(ABC):
     @abstractmethod
     def content_hash(self) -> str:
         """SHA-256 of the images as they lie on disk; the name of the set does not count."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 that tells other images from these, without reading them all where that can be had."""
+        return self.content_hash()
 
     def labels(self) -> np.ndarray | None:
         """Classes [N] int64 if they are known."""
@@ -190,6 +194,12 @@ class NpzImages(ImageSet):
         with reading(self.path, "not a readable .npz file"):
             return file_sha256(self.path)
 
+    def fingerprint(self) -> str:
+        """Of the checksums that the file holds of its arrays."""
+        with reading(self.path, "not a readable .npz file"), zipfile.ZipFile(self.path) as archive:
+            noted = [(entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist()]
+        return hashlib.sha256(repr(noted).encode()).hexdigest()
+
 
 def _array_header(file) -> tuple:
     version = np.lib.format.read_magic(file)
@@ -249,6 +259,9 @@ class FolderOfImages(ImageSet):
                 digest.update(file.split("/")[-1].encode(errors="surrogateescape"))
                 digest.update((self.path / file).read_bytes())
         return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.path, self.files)
 
     @cached_property
     def _numbered(self) -> tuple[dict[str, int] | None, str | None]:

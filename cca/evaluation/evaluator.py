@@ -52,11 +52,16 @@ class Stopwatch:
 
 
 def extract(images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes) -> Features | None:
-    """Features of a whole set, dealt out over the processes; on the main one (None elsewhere)."""
+    """Features of a whole set, dealt out over the processes; on the main one (None elsewhere).
+
+    Raises UserError for too few images, and where a node has other ones.
+    """
     if len(images) < max(5, processes.world):
         raise UserError(
             f"{images.path}: holds {len(images)} images; at least {max(5, processes.world)} are needed"
         )
+    files = {f"{images.path}": processes.digest(images.fingerprint), "features": extractor.weights_sha256}
+    processes.same(files)
     share = processes.share(len(images))
     parts: list[Features] = []
     with tqdm(

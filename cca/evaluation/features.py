@@ -19,7 +19,7 @@ from models import UserError
 from models.checkpoints import read_state_dict
 from models.devices import EXTRACTED_IMAGES
 from models.hub import ASSETS
-from models.options import count
+from models.options import add_workers_option, count
 from models.plan import Download
 from models.weights import not_finite, save_published, tensors_sha256
 
@@ -168,12 +168,7 @@ def add_features_options(parser: argparse.ArgumentParser) -> None:
         default=EXTRACTED_IMAGES,
         help="images per forward pass (default %(default)s)",
     )
-    add(
-        "--workers",
-        type=count(0),
-        default=0,
-        help="processes of each process that read images of folders (default 0: none)",
-    )
+    add_workers_option(parser)
 
 
 def resolve_features(name: str, inception_weights: Path | None) -> tuple[str, Path | None]:

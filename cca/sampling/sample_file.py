@@ -60,7 +60,7 @@ def run_sampling(
         nonlocal finished
         finished = store.open()
 
-    with processes.holding(output), StopRequest() as stop:
+    with processes.holding(output, options), StopRequest() as stop:
         processes.agree(open_store, main=True)
         if processes.any(finished):
             if processes.main:
@@ -85,8 +85,10 @@ def _fill(
     """Sample the missing parts of a claimed store, and assemble it; False if a signal came first."""
     started, compile = time.perf_counter(), store.options["compile"]
     prepare(model, request.dtype, processes.device, compile)
-    missing = [part.start for part in store.parts() if not store.made(part)]
-    processes.barrier()  # all have looked before one writes
+    # One process looks, before any writes: on other nodes, a file that is there may not be seen yet.
+    missing = json.loads(
+        processes.from_main(json.dumps([part.start for part in store.parts() if not store.made(part)]))
+    )
     mine = [store.part(start) for start in missing[processes.rank :: processes.world]]
     indices, parts = chain.from_iterable(mine), deque(mine)
     generate = (

@@ -89,7 +89,7 @@ def run_training(
     compared |= {"deterministic": args.deterministic, "compile": compile}
     options = {**files.describe(), **compared}
     description = {**describe(config, options, processes.command(args.command)), "data": told}
-    with processes.holding(args.output, folder=True):
+    with processes.holding(args.output, description["options"], folder=True):
         folder = RunFolder(args.output, processes, description, args.keep_states)
         refuse_renumbered(folder.path, data.classes)
         if processes.main:

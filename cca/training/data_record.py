@@ -10,7 +10,7 @@ from models import UserError
 
 def data_record(path: Path, data: TokenSource, processes: Processes) -> tuple[dict, dict]:
     """What must agree on resuming, and what is only told: where the data lies, since a folder may move."""
-    compared = {"images": len(data), "data_sha256": processes.digest_of_main(data.fingerprint)}
+    compared = {"images": len(data), "data_sha256": processes.digest(data.fingerprint)}
     return compared, {"path": str(path), "classes": data.classes}
 
 

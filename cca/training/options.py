@@ -6,7 +6,7 @@ from pathlib import Path
 from cca.training.losses import LOSSES
 from cca.training.schedule import TrainingConfig
 from models import DTYPES, ARImageModel, Recipe, UserError, model_names
-from models.options import Parser, add_model_options, count, number
+from models.options import Parser, add_model_options, add_workers_option, count, number
 from models.plan import add_dry_run_option
 from models.zoo import ZooEntry
 
@@ -58,8 +58,7 @@ def training_parser(
         help="keep no activations of the blocks, compute them again in the backward pass")
     add("--deterministic", action="store_true",
         help="compute so that a run on GPUs can be repeated bit for bit, more slowly")
-    add("--workers", type=count(0), default=0,
-        help="data loading processes of each training process (default 0: none; 8 suits image folders)")
+    add_workers_option(parser)
     add("--seed", type=count(0), default=0,
         help="seed of data order, crops, null-class draws and dropout (default 0)")
     add("--save-every", type=count(), default=100, help="steps between saved states (default 100)")

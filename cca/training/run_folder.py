@@ -117,7 +117,7 @@ class RunFolder:
 
         Raises UserError for a damaged state; it names the folder to delete.
         """
-        done = (self.saved_steps() or [0])[-1]
+        done = int(self.processes.from_main(str((self.saved_steps() or [0])[-1])))
         if done:
             state = trainer.state()
             self.processes.agree(lambda: self._load(state, done))

@@ -74,6 +74,15 @@ def test_a_signal_ends_with_one_line_and_keeps_finished_chunks(numbers, disk, mo
     assert sorted(content(disk / "new")) == ["codes.npy", "header.json", "labels.npy"]
 
 
+def test_workers_do_not_matter(tmp_path):
+    make_image_folder(tmp_path / "data", 60)
+    common = ["--model", "llamagen-mini", "--data", str(tmp_path / "data")]
+    for workers in ("0", "2"):
+        with torch.no_grad():
+            extract_codes.main([*common, "--workers", workers, "--output", str(tmp_path / workers)])
+    assert content(tmp_path / "0") == content(tmp_path / "2")
+
+
 def test_extraction_killed_before_its_header_goes_on(disk):
     """As earlier versions left it: codes and labels have their names, the notes are there."""
     extract("whole")

@@ -313,6 +313,26 @@ def test_image_folder(tmp_path):
     expect_error([*common, "--output", tmp_path / "other"], "2 of 1101 images cannot be read, more than 0.1%")
 
 
+def test_workers_do_not_matter(tmp_path):
+    """Crops are drawn in the loader's processes."""
+    make_image_folder(tmp_path / "data", 40).unlink()
+    common = [
+        "--model",
+        "var-mini",
+        "--data",
+        str(tmp_path / "data"),
+        "--batch-size",
+        "8",
+        "--max-steps",
+        "6",
+    ]
+    for workers in ("0", "2"):
+        torch.manual_seed(int(workers))
+        train_var_cca.main([*common, "--workers", workers, "--output", str(tmp_path / workers)])
+    none, two = weights(tmp_path / "0"), weights(tmp_path / "2")
+    assert all(torch.equal(none[name], two[name]) for name in none)
+
+
 def test_losses_and_options(codes, tmp_path):
     common = [
         "train_llamagen_cca.py",

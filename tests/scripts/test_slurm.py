@@ -1,0 +1,159 @@
+"""The batch script without a scheduler: srun and scontrol in PATH, the warning sent as a signal."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from commands import REFERENCE, ROOT, TRAIN, environment
+
+SRUN = """#!/usr/bin/env bash
+# Runs its command once for each node; SIGUSR1 goes to these tasks, and to none of their children.
+while [[ $1 == --* ]]; do shift; done
+tasks=()
+for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
+    SLURM_NODEID=$node "$@" &
+    tasks+=($!)
+done
+trap 'kill -USR1 "${tasks[@]}"' USR1
+status=0
+for task in "${tasks[@]}"; do
+    while kill -0 "$task" 2> /dev/null; do wait "$task"; done
+    wait "$task" || status=$?
+done
+exit "$status"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ "$*" == "show hostnames first,second" ]]; then echo first; echo second
+elif [[ "$*" == "show hostnames localhost" ]]; then echo localhost
+else echo "$*" >> scontrol.txt; fi
+"""
+# One worker each, which ends at once or, the first time that training runs, goes on until SIGTERM.
+TORCHRUN = """#!/usr/bin/env bash
+echo "$@" >> calls.txt
+[[ "$*" != *fails* ]] || exit 3
+[[ "$*" == *train_* && ! -e second ]] || exit 0
+bash -c 'trap "echo saved >> saved.txt; exit 0" TERM; echo > "started-$PPID"; while :; do sleep 0.05; done' &
+wait
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the job as SLURM does, with these variables, in ``tmp_path``."""
+    (tmp_path / "bin").mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "torchrun": TORCHRUN}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    for name in ("imagenet", "VIRTUAL_imagenet256_labeled.npz"):
+        (tmp_path / name).touch()
+
+    def start(nodes="localhost", **variables):
+        job = {
+            "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_NODELIST": nodes,
+            "SLURM_JOB_NUM_NODES": str(nodes.count(",") + 1),
+            "VENV": str(tmp_path),
+        }
+        return subprocess.Popen(
+            ["bash", ROOT / "scripts" / "slurm.sbatch"],
+            cwd=tmp_path,
+            env=environment(**job | variables),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start
+
+
+def warn(process, ready):
+    """The scheduler's warning once ``ready`` says so; returns what the job printed."""
+    try:
+        while process.poll() is None and not ready():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)
+        return process.communicate(timeout=600)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize("model", ["var-d16", "llamagen-l"])
+def test_a_warning_saves_and_queues_the_job_again_once(model, start, tmp_path):
+    job = {"nodes": "first,second", "MODEL": model, "TRAINING": "--epochs 2 --ema 0.9"}
+    process = start(**job)
+    text = warn(process, lambda: len(list(tmp_path.glob("started-*"))) == 2)
+    assert process.returncode == 0, text
+    assert lines(tmp_path / "saved.txt") == ["saved"] * 2
+    assert lines(tmp_path / "scontrol.txt") == ["requeue 4711"]
+    calls = lines(tmp_path / "calls.txt")
+    assert "train_" in calls[-1] and "--epochs 2 --ema 0.9" in calls[-1]
+    assert not any("sample.py" in call for call in calls)
+
+    (tmp_path / "second").touch()
+    process = start(**job)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, text
+    assert lines(tmp_path / "scontrol.txt") == ["requeue 4711"]
+    again = lines(tmp_path / "calls.txt")[len(calls) :]
+    names = ["train_var_cca.py", "sample.py", "eval_fid.py"]
+    if model == "llamagen-l":
+        names = ["scripts.extract_codes", "train_llamagen_cca.py", *names[1:]]
+    assert len(again) == 2 * len(names)
+    for call, name in zip(again, [name for name in names for _ in range(2)], strict=True):
+        assert name in call and "--nnodes 2 " in call and "--rdzv-endpoint first:" in call
+    assert sum("is_host=1" in call for call in again) == sum("is_host=0" in call for call in again)
+
+
+def test_a_step_that_fails_ends_the_job(start, tmp_path):
+    process = start(MODEL="var-d16", TRAINING="--fails")
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 1, text
+    assert len(lines(tmp_path / "calls.txt")) == 1 and not (tmp_path / "scontrol.txt").exists()
+
+
+@pytest.mark.parametrize("variable", ["DATA", "REFERENCE", "VENV"])
+def test_what_is_not_there_is_refused_before_the_work(variable, start, tmp_path):
+    process = start(**{variable: "missing"})
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and text.startswith("error: missing") and text.count("\n") == 1
+    assert not (tmp_path / "calls.txt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["var", "llamagen"])
+def test_a_small_model_from_its_data_to_its_figures(kind, start, tmp_path):
+    """With the real commands: warned while it trains, the job goes on in its second run."""
+    for name in ("train_var_cca.py", "train_llamagen_cca.py", "sample.py", "eval_fid.py", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    job = {
+        "MODEL": f"{kind}-mini", "DATA": str(ROOT / TRAIN), "REFERENCE": str(ROOT / REFERENCE),
+        "OUTPUT": "run", "TRAINING": "--batch-size 8 --max-steps 100 --save-every 1000",
+        "SAMPLING": "--num-samples 16",
+        "EVALUATION": "--features mini", "PROCESSES": "1", "VENV": str(ROOT / ".venv"),
+        "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }  # fmt: skip
+    process = start(**job)
+    text = warn(process, lambda: len(lines(tmp_path / "run" / "metrics.jsonl")) >= 2)
+    done = len(lines(tmp_path / "run" / "metrics.jsonl"))
+    assert process.returncode == 0 and 2 <= done < 100, text
+    assert f"stopped and saved after step {done}; the same command goes on from there" in text
+    assert lines(tmp_path / "scontrol.txt") == ["requeue 4711"]
+    assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == [f"step-{done}"]
+
+    process = start(**job)
+    text = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, text
+    assert lines(tmp_path / "scontrol.txt") == ["requeue 4711"]
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 100
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["samples"]["count"] == 16 and found["metrics"]["fid"] > 0
