@@ -142,6 +142,19 @@ def parse_classes(text: str, model: ARImageModel) -> tuple[int, ...]:
     return classes
 
 
+def make_request(args: argparse.Namespace, model: ARImageModel, device: torch.device) -> SampleRequest:
+    """What parsed options, the preset applied, ask of this model. Raises UserError."""
+    schedule = args.cfg_schedule or model.default_cfg_schedule
+    sampling = SamplingOptions(
+        args.cfg_scale, schedule, args.cfg_interval, args.top_k, args.top_p, args.temperature
+    )
+    classes = parse_classes(args.classes, model)
+    dtype = args.dtype or default_dtype(args.model, device)
+    return SampleRequest(
+        args.num_samples, classes, args.class_order, args.seed, args.eval_size, dtype, sampling
+    )
+
+
 def load(args: argparse.Namespace) -> tuple[ARImageModel, dict]:
     """The model on the CPU, and what is noted of its files; ``--weights`` may name a run or its state."""
     name = zoo_entry(args.model).backbone.checkpoint_name
@@ -170,22 +183,14 @@ def main(argv: list[str] | None = None) -> None:
             check_output(option, path)
     processes = Processes()
     model, described = load(args)
-    schedule = args.cfg_schedule or model.default_cfg_schedule
-    sampling = SamplingOptions(
-        args.cfg_scale, schedule, args.cfg_interval, args.top_k, args.top_p, args.temperature
-    )
-    classes = parse_classes(args.classes, model)
-    dtype = args.dtype or default_dtype(args.model, processes.device)
-    request = SampleRequest(
-        args.num_samples, classes, args.class_order, args.seed, args.eval_size, dtype, sampling
-    )
+    request = make_request(args, model, processes.device)
     compile = compiles_by_default(request, processes.device) if args.compile is None else args.compile
     batch_size = args.batch_size or default_batch_size(model, request, processes.device)
     finished = run_sampling(model, request, batch_size, args.output, described, processes, compile)
     if args.grid and finished and processes.main:
         with writing(args.grid):
             args.grid.parent.mkdir(parents=True, exist_ok=True)
-        columns = min(len(classes), 10)
+        columns = min(len(request.classes), 10)
         samples, first = NpzImages(args.output), slice(0, min(8 * columns, args.num_samples))
         (images,), labels = samples.batches(first, first.stop), samples.labels()
         assert labels is not None
