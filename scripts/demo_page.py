@@ -25,7 +25,7 @@ from scripts.demo import OPTIONS, Demo, Panel, Progress, commands, comparison
 LABELS = dict(
     zip(
         OPTIONS,
-        ("Classes", "Images", "Seed", "Guidance (guided base)", "Temperature", "Top-k (0: all)", "Top-p"),
+        ("Classes", "Images", "Seed", "Guidance scale", "Temperature", "Top-k", "Top-p"),
         strict=True,
     )
 )
@@ -34,10 +34,10 @@ KEPT = 64  # requests whose files can be downloaded still
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
 #facts { font-size: 0.85em; opacity: 0.75; overflow-wrap: anywhere; }
-#status { min-height: 3.2em; padding: 0; }
+#status { min-height: 2.4em; padding: 0; }
 #status .message { color: #b91c1c; font-weight: 600; }
-.panel { gap: 6px !important; }
-.panel h3, .panel p { margin: 0; }
+.panel h3, .panel p { margin: 0 !important; }
+.panel p { font-size: 0.9em; opacity: 0.75; }
 .panel .image-container { min-height: 300px; }
 footer { display: none !important; }
 """
@@ -94,11 +94,9 @@ def texts(values: tuple) -> dict[str, str]:
     return dict(zip(OPTIONS, [chosen or "all", *("" if v is None else str(v) for v in others)], strict=True))
 
 
-def caption(panel: Panel) -> str:
-    return (
-        f"<p><b>{escape(panel.title)}</b><br>{panel.seconds:.3g} seconds per image, "
-        f"{panel.token_seconds:.3g} of them for the tokens</p>"
-    )
+def caption(title: str, panel: Panel | None = None) -> str:
+    time = f"{panel.seconds:.3g} s per image (tokens {panel.token_seconds:.3g} s)" if panel else "&nbsp;"
+    return f"<h3>{escape(title)}</h3><p>{time}</p>"
 
 
 def on_page(error: UserError) -> str:
@@ -115,7 +113,7 @@ def page(demo: Demo, worker: Worker, files: Files) -> gr.Blocks:
             names = [(f"{name} ({label})", label) for label, name in enumerate(demo.class_names)]
             chosen = [] if start["--classes"] == "all" else [int(start["--classes"])]
             classes = gr.Dropdown(
-                names, value=chosen, multiselect=True, scale=3, elem_id="classes", num_choices_shown=1000,
+                names, value=chosen, multiselect=True, scale=3, elem_id="classes",
                 label=f"{LABELS['--classes']}, in turn: type to search; none: all",
             )  # fmt: skip
             images = _slider("--num-samples", start, 1, demo.most_images, 1)
@@ -133,7 +131,7 @@ def page(demo: Demo, worker: Worker, files: Files) -> gr.Blocks:
         with gr.Row():
             for way in demo.ways:
                 with gr.Column(elem_classes="panel", min_width=240):
-                    gr.HTML(f"<h3>{escape(way.title)}</h3>")
+                    captions.append(gr.HTML(caption(way.title), elem_id=f"caption-{way.name}"))
                     pictures.append(
                         gr.Image(
                             label=way.title,
@@ -145,7 +143,6 @@ def page(demo: Demo, worker: Worker, files: Files) -> gr.Blocks:
                             buttons=["fullscreen"],
                         )
                     )
-                    captions.append(gr.HTML("", elem_id=f"caption-{way.name}"))
         with gr.Row():
             loads = [
                 gr.DownloadButton("Download the picture", interactive=False, elem_id="get-picture"),
@@ -153,13 +150,13 @@ def page(demo: Demo, worker: Worker, files: Files) -> gr.Blocks:
             ]
         text = gr.Code(
             label="The same images with sample.py, from the project's folder", language="shell", lines=3,
-            interactive=False, wrap_lines=True, show_line_numbers=False, elem_id="commands", buttons=["copy"],
+            interactive=False, max_lines=4, show_line_numbers=False, elem_id="commands", buttons=["copy"],
         )  # fmt: skip
 
         def run(*values, progress=gr.Progress()):
             """After each step what the outputs show; a new picture as soon as it is finished."""
             paths: dict[str, str | None] = {way.name: None for way in demo.ways}
-            folder = None
+            folder, unready = None, [gr.DownloadButton(interactive=False) for _ in loads]
             try:
                 for step in worker.steps(demo.sample(texts(values))):
                     folder = folder or files.new()
@@ -167,11 +164,11 @@ def page(demo: Demo, worker: Worker, files: Files) -> gr.Blocks:
                         if not paths[panel.name]:
                             paths[panel.name] = f"{folder}/{panel.name}.png"
                             write_png(panel.picture, folder / f"{panel.name}.png")
-                    notes = [caption(panel) for panel in step.panels]
-                    notes += [""] * (len(demo.ways) - len(notes))
+                    notes = [caption(panel.title, panel) for panel in step.panels]
+                    notes += [caption(way.title) for way in demo.ways[len(notes) :]]
                     if step.doing:
                         progress((step.made, step.total), desc=step.doing, unit="images")
-                        yield [step.doing, *paths.values(), *notes, *(gr.skip() for _ in [*loads, text])]
+                        yield [step.doing, *paths.values(), *notes, *unready, ""]
                 write_png(comparison(step.panels), folder / "comparison.png")
                 lines = commands(step.panels)
                 atomic_write(folder / "commands.sh", lambda temporary: temporary.write_text(lines))
