@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from models.devices import device_name
 from models.errors import one_line
 from models.files import atomic_write
 from scripts.demo import OPTIONS, Demo, Panel, Progress, commands, comparison
+
+if int(gr.__version__.partition(".")[0]) < 6:
+    raise UserError(f"the page needs Gradio 6, not {gr.__version__}: pip install -r requirements-demo.txt")
 
 LABELS = dict(
     zip(
@@ -150,13 +154,14 @@ def page(demo: Demo, worker: Worker, files: Files) -> gr.Blocks:
             ]
         text = gr.Code(
             label="The same images with sample.py, from the project's folder", language="shell", lines=3,
-            interactive=False, max_lines=4, show_line_numbers=False, elem_id="commands", buttons=["copy"],
+            interactive=False, max_lines=4, show_line_numbers=False, elem_id="commands",
         )  # fmt: skip
 
         def run(*values, progress=gr.Progress()):
             """After each step what the outputs show; a new picture as soon as it is finished."""
             paths: dict[str, str | None] = {way.name: None for way in demo.ways}
-            folder, unready = None, [gr.DownloadButton(interactive=False) for _ in loads]
+            folder: Path | None = None
+            unready = [gr.DownloadButton(interactive=False) for _ in loads]
             try:
                 for step in worker.steps(demo.sample(texts(values))):
                     folder = folder or files.new()
@@ -169,14 +174,15 @@ def page(demo: Demo, worker: Worker, files: Files) -> gr.Blocks:
                     if step.doing:
                         progress((step.made, step.total), desc=step.doing, unit="images")
                         yield [step.doing, *paths.values(), *notes, *unready, ""]
-                write_png(comparison(step.panels), folder / "comparison.png")
-                lines = commands(step.panels)
-                atomic_write(folder / "commands.sh", lambda temporary: temporary.write_text(lines))
-                ready = [
-                    gr.DownloadButton(value=folder / name, interactive=True)
-                    for name in ("comparison.png", "commands.sh")
-                ]
-                yield ["", *paths.values(), *notes, *ready, lines]
+                        continue
+                    write_png(comparison(step.panels), folder / "comparison.png")
+                    lines = commands(step.panels)
+                    atomic_write(folder / "commands.sh", partial(Path.write_text, data=lines))
+                    ready = [
+                        gr.DownloadButton(value=folder / name, interactive=True)
+                        for name in ("comparison.png", "commands.sh")
+                    ]
+                    yield ["", *paths.values(), *notes, *ready, lines]
             except UserError as error:
                 unchanged = [gr.skip() for _ in outputs[1:]]
                 yield [f"<p class='message' role='alert'>{escape(on_page(error))}</p>", *unchanged]
