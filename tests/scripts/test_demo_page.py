@@ -63,8 +63,8 @@ def url(weights, tmp_path_factory):
         ) as server,
     ):  # fmt: skip
         try:
-            line = server.stdout.readline()
-            assert line.startswith("http://127.0.0.1:"), Path(errors.name).read_text()
+            line = next((line for line in server.stdout if line.startswith("http://127.0.0.1:")), "")
+            assert line, Path(errors.name).read_text()
             yield line.split()[0]
             server.send_signal(signal.SIGTERM)
             assert server.wait(60) == 0
