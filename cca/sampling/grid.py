@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 from models.files import atomic_write
 
 
-def write_grid(images: np.ndarray, path: Path, columns: int, captions: list[str] | None = None) -> None:
-    """PNG of uint8 images [n, H, W, 3] in rows of ``columns``, with a caption under each if given."""
+def draw_grid(images: np.ndarray, columns: int, captions: list[str] | None = None) -> Image.Image:
+    """uint8 images [n, H, W, 3] in rows of ``columns``, with a caption under each if given."""
     height, width = images.shape[1:3]
     scale = max(1, 96 // width)  # small images are shown larger, pixel for pixel
     cell, strip = (width * scale, height * scale), 14 if captions else 0
@@ -24,4 +24,26 @@ def write_grid(images: np.ndarray, path: Path, columns: int, captions: list[str]
             while font.getlength(name) > cell[0] and len(name) > 1:
                 name = name[:-2] + "…"
             draw.text((left + 1, top + cell[1]), name, "black", font)
-    atomic_write(path, lambda temporary: sheet.save(temporary, format="PNG"))
+    return sheet
+
+
+def write_grid(images: np.ndarray, path: Path, columns: int, captions: list[str] | None = None) -> None:
+    """PNG of ``draw_grid``."""
+    write_png(draw_grid(images, columns, captions), path)
+
+
+def side_by_side(panels: list[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures of one height in a row, each under its title."""
+    gap, strip = 24, 32
+    width = sum(picture.width for _, picture in panels) + gap * (len(panels) + 1)
+    sheet = Image.new("RGB", (width, max(picture.height for _, picture in panels) + strip + gap), "white")
+    draw, font, left = ImageDraw.Draw(sheet), ImageFont.load_default(size=16), gap
+    for title, picture in panels:
+        draw.text((left, 6), title, "black", font)
+        sheet.paste(picture, (left, strip))
+        left += picture.width + gap
+    return sheet
+
+
+def write_png(picture: Image.Image, path: Path) -> None:
+    atomic_write(path, lambda temporary: picture.save(temporary, format="PNG"))
