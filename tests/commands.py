@@ -39,6 +39,11 @@ def run(*arguments, processes: int = 1, **variables: str) -> subprocess.Complete
     return result
 
 
+def after_plan(printed: str) -> str:
+    """What a command printed after its plan, which ends with an empty line."""
+    return printed.partition("\n\n")[2]
+
+
 def expect_error(command, *parts, **options):
     result = subprocess.run(
         command_line(command), cwd=ROOT, env=environment(), capture_output=True, text=True, **options

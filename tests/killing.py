@@ -136,7 +136,8 @@ def content(output: Path) -> dict:
             and path.name != "s.json"
             and "state" not in path.parts
         ):
-            found[name] = path.read_bytes()
+            # The command names the output.
+            found[name] = path.read_bytes().replace(str(output).encode(), b"OUTPUT")
         elif path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]

@@ -28,7 +28,7 @@ def test_workers_by_default(gpus, cores, local, memory, expected, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if local is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    parser = Parser("")
+    parser = Parser("", "made")
     add_workers_option(parser)
     assert parser.parse_args([]).workers == expected
     assert parser.parse_args(["--workers", "3"]).workers == 3

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from made_data import make_codes
 
+import train_llamagen_cca
 from cca.data.codes import Codes
 from models import load_model
 from models.errors import UserError
@@ -89,11 +90,15 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path, model):
     assert Codes(path, model).notes() == []
     state = {key: value.clone() for key, value in model.tokenizer.state_dict().items()}
     save_published(state, tmp_path / "same.pt", "model")
-    Codes(path, load_model("llamagen-mini", tokenizer_weights=str(tmp_path / "same.pt")))
+    Codes(path, load_model("llamagen-mini", tokenizer_weights=str(tmp_path / "same.pt"))).check_tokenizer()
     next(iter(state.values())).view(-1)[0] += 1
     save_published(state, tmp_path / "other.pt", "model")
+    other = ["--tokenizer-weights", str(tmp_path / "other.pt"), "--output", str(tmp_path / "run")]
     with pytest.raises(UserError, match="other tokenizer weights"):
-        Codes(path, load_model("llamagen-mini", tokenizer_weights=str(tmp_path / "other.pt")))
+        train_llamagen_cca.main(
+            ["--model", "llamagen-mini", "--codes", str(path), "--batch-size", "8", *other]
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_fingerprint_changes_with_codes_and_labels(tmp_path, model):

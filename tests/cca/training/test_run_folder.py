@@ -178,7 +178,7 @@ def test_weights_of_a_state_whose_description_lacks_its_tensors(stopped):
         read_weights(state)
 
 
-def test_a_full_disk_is_one_line_at_every_size(disk):
+def test_a_full_disk_is_one_line_at_every_size(disk, capsys):  # what is printed goes to no file
     for size in (100, 2_000, 20_000, 100_000):
         with largest_file(size), pytest.raises(UserError, match="cannot be written .File too large"):
             train("full")
