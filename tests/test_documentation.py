@@ -39,7 +39,7 @@ def test_other_lines_name_what_is_there(page, line):
     """Scripts that exist; what else is shown is the shell's own."""
     words = itertools.dropwhile(re.compile("[A-Z_]+=").match, shlex.split(line.replace(">", " ")))
     first, *rest = words
-    assert first in ("bash", "sbatch", "source", "echo"), line
+    assert first in ("bash", "sbatch", "source", "echo", "pip"), line
     script = next((word for word in rest if word.startswith("scripts/")), "")
     assert first not in ("bash", "sbatch") or (ROOT / script).is_file()
 

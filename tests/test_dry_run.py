@@ -54,9 +54,13 @@ def folder(tmp_path, monkeypatch):
             (here / name / kind).mkdir(parents=True)
             for i in range(130):
                 Image.new("RGB", (8, 8)).save(here / name / kind / f"{i}.png")
-    (here / "classes.json").write_text(json.dumps({"tabby": 281, "my_dog": 207}))
     (here / "assets").symlink_to(ROOT / "assets")
-    runs = ("runs/photos/model.pth", "runs/d30-cca/model.pth", "runs/llamagen-mini-cca/model.pt")
+    runs = (
+        "runs/photos/model.pth",
+        "runs/my/model.pth",
+        "runs/d30-cca/model.pth",
+        "runs/llamagen-mini-cca/model.pt",
+    )
     for file in (*runs, "model.pt"):
         (here / file).parent.mkdir(parents=True, exist_ok=True)
         torch.save({"a": torch.zeros(1)}, here / file)
@@ -76,6 +80,8 @@ def everything(folder):
 
 @pytest.mark.parametrize("page, line", PLANNED)
 def test_every_command_of_the_pages(page, line, folder, capsys):
+    for text, file in re.findall(r"^echo '(.*)' > (\S+)$", (ROOT / page).read_text(), re.M):
+        (folder / file).write_text(text)
     before = everything(folder)
     module_of(line).main([*shlex.split(COMMANDS.match(line)[2]), "--dry-run"])
     printed = capsys.readouterr()
