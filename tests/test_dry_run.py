@@ -55,12 +55,9 @@ def folder(tmp_path, monkeypatch):
             for i in range(130):
                 Image.new("RGB", (8, 8)).save(here / name / kind / f"{i}.png")
     (here / "assets").symlink_to(ROOT / "assets")
-    runs = (
-        "runs/photos/model.pth",
-        "runs/my/model.pth",
-        "runs/d30-cca/model.pth",
-        "runs/llamagen-mini-cca/model.pt",
-    )
+    runs = [f"runs/{name}/model.pth" for name in ("photos", "my", "d30-cca")] + [
+        f"runs/{name}llamagen-mini-cca/model.pt" for name in ("", "quickstart/")
+    ]
     for file in (*runs, "model.pt"):
         (here / file).parent.mkdir(parents=True, exist_ok=True)
         torch.save({"a": torch.zeros(1)}, here / file)
@@ -80,7 +77,7 @@ def everything(folder):
 
 @pytest.mark.parametrize("page, line", PLANNED)
 def test_every_command_of_the_pages(page, line, folder, capsys):
-    for text, file in re.findall(r"^echo '(.*)' > (\S+)$", (ROOT / page).read_text(), re.M):
+    for text, file in re.findall(r"^echo '(.*)' > (\S+)", (ROOT / page).read_text(), re.M):
         (folder / file).write_text(text)
     before = everything(folder)
     module_of(line).main([*shlex.split(COMMANDS.match(line)[2]), "--dry-run"])
