@@ -5,7 +5,6 @@ import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cca.data.classes import number_classes, whole_numbers
-from cca.data.folders import IMAGE_SUFFIXES, find_images, fingerprint, read_image, shown, subfolders
+from cca.data.folders import IMAGE_SUFFIXES, find_images, fingerprint, read_image, reading, shown, subfolders
 from cca.data.sampling_report import read_sampling_report
 from models import ZOO, UserError
 from models.files import file_sha256
@@ -79,23 +78,6 @@ class ImageSet(ABC):
     def notes(self) -> list[str]:
         """What of these images makes figures not comparable with published ones."""
         return []
-
-
-@contextmanager
-def reading(path: Path, problem: str) -> Iterator[None]:
-    """Turn whatever a reader of damaged, encrypted or unknown data raises into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{shown(path)}: no such file") from None
-    except Exception as error:  # zipfile, its decompressors and numpy raise some ten kinds
-        kinds: dict[type, str] = {
-            RuntimeError: " (encrypted)",
-            NotImplementedError: " (its compression is not supported)",
-        }
-        raise UserError(f"{shown(path)}: {problem}{kinds.get(type(error), '')}") from None
 
 
 class NpzImages(ImageSet):

@@ -24,9 +24,14 @@ SMOOTHED = 200  # from so many steps on, means over a fiftieth of them are drawn
 
 
 def values_of(rows: list[dict], name: str) -> np.ndarray:
-    """A metric in all rows, float64 [len(rows)]; NaN where a row has no number of that name."""
+    """A metric in all rows, float64 [len(rows)]; NaN where a row has no such number that float32 can hold.
+
+    Larger ones, as only a damaged file has, would end in an error of matplotlib.
+    """
     found = [row.get(name) for row in rows]
     values = np.array([v if isinstance(v, (int, float)) else np.nan for v in found], dtype=np.float64)
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32).astype(np.float64)
     return np.where(np.isfinite(values), values, np.nan)
 
 

@@ -154,7 +154,7 @@ class RunFolder:
     def _cut_back(self, done: int, max_steps: int) -> None:
         """Leave in metrics and TensorBoard what belongs to the steps that are done; open the latter."""
         lines, damaged = self._lines()
-        lines = [(line, row) for line, row in lines if row["step"] <= done]
+        lines = [(line, row) for line, row in lines if 0 < row["step"] <= done]
         earlier = [row["step"] for _, row in lines if EARLIER_NAMES.keys() & row.keys()]
         if earlier and done < max_steps:
             print(

@@ -40,6 +40,15 @@ def test_what_is_no_number_is_a_gap():
     np.testing.assert_array_equal(found, [1, np.nan, np.nan, np.nan, np.nan, 0.5])
 
 
+@pytest.mark.parametrize("values", [(1e308, -1e308), (3e38, -3e38), (1e-320, 0), (2**63, 1), (None, None)])
+@pytest.mark.parametrize("count", [1, 120])
+def test_any_number_is_drawn(values, count, tmp_path):
+    """A damaged file may not end a run that is done."""
+    made = [{"step": i + 1, "loss": v, "rewards/chosen": v} for i, v in enumerate(values * count)]
+    draw_curves(tmp_path / "curves.png", made, "title")
+    assert Image.open(tmp_path / "curves.png").format == "PNG"
+
+
 @pytest.mark.parametrize("count", [1, 3, 60, 5000])
 def test_a_panel_for_what_was_logged(count, tmp_path):
     made = [{**row, "loss": None if row["step"] == 2 else row["loss"]} for row in rows(count)]

@@ -141,7 +141,7 @@ def test_the_first_state_damaged(disk):
 def test_metrics_cut_off_are_mended(stopped, capsys):
     path = stopped / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    odd = ["[" * 50_000 + "\n", '{"step": 1e999}\n', '{"step": [1]}\n', "9" * 5000 + "\n"]
+    odd = ["[" * 50_000 + "\n", '{"step": 1e999}\n', '{"step": [1]}\n', "9" * 5000 + "\n", '{"step": -1}\n']
     path.write_text("".join([*odd, *lines[:2], lines[1], *lines[2:4], lines[4][:20]]))  # one twice, one cut
     train("run")
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 6]
