@@ -154,7 +154,7 @@ def series(rows: list[Row], seeds: list[dict], curve: list[Row]) -> str:
     means = [statistics.mean(values) for values in distances if values]
     if not means:
         return "No point of CCA lies within the inception scores of the guidance curve."
-    inside = "/".join(str(n) for n in sorted({len(values) for values in distances}))
+    inside = " or ".join(str(n) for n in sorted({len(values) for values in distances}))
     return (
         f"CCA's FID less that of guidance at equal inception score: {spread(means, '+.3f')} "
         f"(mean of the {inside} of {len(rows)} points within the curve's range; 0 or below: as good)."
