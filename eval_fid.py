@@ -28,7 +28,7 @@ from models.errors import run_command
 from models.files import write_json, writing
 from models.options import Parser, count
 from models.outputs import check_output
-from models.plan import add_dry_run_option, require_space, show_plan, size_text
+from models.plan import add_dry_run_option, show_plan, size_text
 
 
 def make_parser() -> Parser:
@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     processes = Processes()
     features, downloads = features_plan(args.features, args.inception_weights)
     downloads = [*awaited, *downloads]
-    if processes.main:
+
+    def show() -> None:
         images = REFERENCE_IMAGES if reference_images is None else len(reference_images)
         needed = (len(samples) + images) * FEATURE_BYTES
         held = f"{args.reference}, " + ("to be downloaded" if awaited else f"{images:,} images")
@@ -113,9 +114,9 @@ def main(argv: list[str] | None = None) -> None:
             "writes": str(args.output or "no file (--output writes the results)"),
         }
         show_plan(rows, downloads)
-    if args.dry_run:
+
+    if not processes.planned(show, downloads, args.dry_run):
         return
-    require_space(downloads)
     if reference_images is None:
         assert published
         published.fetch()  # in each process: one downloads, the others wait

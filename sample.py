@@ -35,7 +35,7 @@ from models.errors import run_command
 from models.files import writing
 from models.options import Parser, add_model_options, count, number
 from models.outputs import check_output
-from models.plan import add_dry_run_option, require_space, show_plan, size_text
+from models.plan import add_dry_run_option, show_plan, size_text
 from models.zoo import class_name
 
 # Where neither an option nor a preset says otherwise.
@@ -222,10 +222,8 @@ def main(argv: list[str] | None = None) -> None:
         rows = plan(args, model, request, processes, batch_size, compile, found)
         show_plan(chosen.plan(model) | rows, downloads)
 
-    processes.agree(show, main=True)
-    if args.dry_run:
+    if not processes.planned(show, downloads, args.dry_run):
         return
-    require_space(downloads)
     described = chosen.load(model)
     command = processes.command(args.command)
     finished = run_sampling(model, request, batch_size, args.output, described, processes, compile, command)

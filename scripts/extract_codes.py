@@ -37,7 +37,7 @@ from models.image_transforms import TenCrops
 from models.loading import fill_model, find_files
 from models.options import Parser, add_workers_option, count, number
 from models.outputs import check_output, check_space, differing
-from models.plan import add_dry_run_option, require_space, show_plan, size_text
+from models.plan import add_dry_run_option, show_plan, size_text
 from models.weights import tensors_sha256
 from models.zoo import ZOO
 
@@ -315,10 +315,8 @@ def main(argv: list[str] | None = None) -> None:
             rows["resumes"] = f"with the {len(source) - to_do:,} of {len(source):,} images that are encoded"
         show_plan(files.plan(model, None) | rows, downloads)
 
-    processes.agree(show, main=True)
-    if args.dry_run:
+    if not processes.planned(show, downloads, args.dry_run):
         return
-    require_space(downloads)
     files = files.fetch()
     fill_model(model, files)
     tokenizer = tensors_sha256(model.tokenizer)

@@ -213,6 +213,13 @@ def test_no_more_than_there_is(folder, capsys):
     assert "a micro-batch of 4 images\n" in capsys.readouterr().out
 
 
+def test_names_that_would_steer_a_terminal(folder, capsys):
+    sample.main(["--model", "var-mini", "--output", "two\nlines \033[31m.npz", "--dry-run"])
+    assert (
+        r"writes     two\nlines \x1b[31m.npz (~154 MB), two\nlines \x1b[31m.json" in capsys.readouterr().out
+    )
+
+
 def test_what_is_there_is_shown_with_its_hash(folder, capsys):
     train_var_cca.main(
         ["--model", "var-mini", "--data", "assets/fashion-mnist-train-10k.npz", "--output", "r", "--dry-run"]

@@ -30,7 +30,7 @@ from models import ARImageModel, UserError, find_files, zoo_entry
 from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically, device_name
 from models.loading import fill_model
 from models.outputs import check_output
-from models.plan import numbers, require_space, show_plan, size_text
+from models.plan import numbers, show_plan, size_text
 
 PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
 
@@ -86,10 +86,8 @@ def run_training(
             rows["resumes"] = f"after step {done[-1]:,} of {config.max_steps:,}"
         show_plan(files.plan(model, args.weights) | rows, downloads)
 
-    processes.agree(show, main=True)
-    if args.dry_run:
+    if not processes.planned(show, downloads, args.dry_run):
         return
-    require_space(downloads)
     files = files.fetch()
     fill_model(model, files)
     data.check_tokenizer()
