@@ -108,6 +108,22 @@ def test_sizes_and_room(folder, capsys, monkeypatch):
     assert not list(folder.glob("s.npz*"))
 
 
+def test_what_cannot_be_evaluated_is_refused_before_the_plan(folder, capsys):
+    """And so before a reference of gigabytes is downloaded (``folder`` refuses the network)."""
+    np.savez("few.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    np.savez("none.npz", arr_0=np.zeros((0, 8, 8, 3), np.uint8))
+    np.savez("nan.npz", mu=np.full(2, np.nan), sigma=np.eye(2), arr_0=np.zeros((9, 8, 8, 3), np.uint8))
+    for samples, reference, message in (
+        ("few.npz", "imagenet256", "few.npz: holds 4 images; at least 5 are needed"),
+        ("d16-cca.npz", "few.npz", "few.npz: holds 4 images; at least 5 are needed"),
+        ("d16-cca.npz", "none.npz", "--reference: none.npz holds neither images nor mu and sigma"),
+        ("d16-cca.npz", "nan.npz", "nan.npz: mu holds numbers that are not finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            eval_fid.main(["--samples", samples, "--reference", reference])
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "main, options, message",
     [
