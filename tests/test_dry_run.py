@@ -229,6 +229,19 @@ def test_no_more_than_there_is(folder, capsys):
     assert "a micro-batch of 4 images\n" in capsys.readouterr().out
 
 
+def test_the_state_of_a_run_stands_where_weights_do(folder, capsys):
+    state = folder / "run/state/step-2"
+    state.mkdir(parents=True)
+    (state / ".metadata").touch()
+    for given, shown in (
+        ("run", "run: run/state/step-2"),
+        ("run/state/step-2", "run/state/step-2"),
+        ("run/state/step-2:ema", "run/state/step-2:ema: average of run/state/step-2"),
+    ):
+        sample.main(["--model", "var-mini", "--weights", given, "--output", "s.npz", "--dry-run"])
+        assert capsys.readouterr().out.splitlines()[1] == f"weights    {shown}"
+
+
 def test_names_that_would_steer_a_terminal(folder, capsys):
     sample.main(["--model", "var-mini", "--output", "two\nlines \033[31m.npz", "--dry-run"])
     assert (
