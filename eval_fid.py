@@ -19,7 +19,15 @@ from cca.data.image_sets import open_image_set
 from cca.data.sampling_report import report_path
 from cca.distributed import Processes
 from cca.evaluation.comparability import comparability, compare
-from cca.evaluation.evaluator import METRICS, Comparison, Stopwatch, evaluate, extract, load_reference
+from cca.evaluation.evaluator import (
+    METRICS,
+    Comparison,
+    Stopwatch,
+    check_count,
+    evaluate,
+    extract,
+    load_reference,
+)
 from cca.evaluation.features import FEATURE_BYTES, add_features_options, features_plan, make_extractor
 from cca.evaluation.references import REFERENCE_IMAGES, REFERENCES, find_reference
 from models import UserError
@@ -28,7 +36,7 @@ from models.errors import run_command
 from models.files import write_json, writing
 from models.options import Parser, count
 from models.outputs import check_output
-from models.plan import add_dry_run_option, require_space, show_plan, size_text
+from models.plan import add_dry_run_option, show_plan, size_text
 
 
 def make_parser() -> Parser:
@@ -97,9 +105,15 @@ def main(argv: list[str] | None = None) -> None:
     if labels is not None and len(labels) and labels.min() < 0:
         raise UserError(f"{args.samples}: arr_1 holds class {labels.min()}; classes start at 0")
     processes = Processes()
+    check_count(samples, processes)
+    if reference_images is not None and not reference_images.statistics() and not len(reference_images):
+        raise UserError(f"--reference: {args.reference} holds neither images nor mu and sigma")
+    if reference_images is not None and len(reference_images):  # else it holds statistics alone
+        check_count(reference_images, processes)
     features, downloads = features_plan(args.features, args.inception_weights)
     downloads = [*awaited, *downloads]
-    if processes.main:
+
+    def show() -> None:
         images = REFERENCE_IMAGES if reference_images is None else len(reference_images)
         needed = (len(samples) + images) * FEATURE_BYTES
         held = f"{args.reference}, " + ("to be downloaded" if awaited else f"{images:,} images")
@@ -113,9 +127,9 @@ def main(argv: list[str] | None = None) -> None:
             "writes": str(args.output or "no file (--output writes the results)"),
         }
         show_plan(rows, downloads)
-    if args.dry_run:
+
+    if not processes.planned(show, downloads, args.dry_run):
         return
-    require_space(downloads)
     if reference_images is None:
         assert published
         published.fetch()  # in each process: one downloads, the others wait

@@ -25,7 +25,7 @@ from cca.sampling.fitting import (
     sampling_memory,
 )
 from cca.sampling.grid import write_grid
-from cca.sampling.sample_file import run_sampling
+from cca.sampling.sample_file import open_store, run_sampling
 from cca.sampling.sampler import SampleRequest
 from cca.training.weights import choose_weights
 from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError, zoo_entry
@@ -35,7 +35,7 @@ from models.errors import run_command
 from models.files import writing
 from models.options import Parser, add_model_options, count, number
 from models.outputs import check_output
-from models.plan import add_dry_run_option, require_space, show_plan, size_text
+from models.plan import add_dry_run_option, show_plan, size_text
 from models.zoo import class_name
 
 # Where neither an option nor a preset says otherwise.
@@ -170,8 +170,9 @@ def plan(
     processes: Processes,
     batch_size: int,
     compile: bool,
+    found: tuple[bool, int],
 ) -> dict[str, str]:
-    """What is shown before the work, beside the model."""
+    """What is shown before the work, beside the model; ``found``: see ``PartStore.look``."""
     size, options = request.eval_size or model.image_size, request.sampling
     guidance = (
         "no guidance"
@@ -181,15 +182,22 @@ def plan(
     drawn = f"temperature {options.temperature:g}, top-k {options.top_k or 'all'}, top-p {options.top_p:g}"
     classes = f"{len(request.classes)} classes {request.class_order}"
     written = f"{args.output} (~{size_text(request.num_samples * size * size * 3)})"
+    finished, stored = found
+    before = {}
+    if finished:
+        before["finished"] = f"{args.output} is there already, with these options"
+    elif stored:
+        before["resumes"] = f"with the {stored:,} of {request.num_samples:,} images that are stored"
     others = [str(args.output.with_suffix(".json")), *([str(args.grid)] if args.grid else [])]
     return {
         "samples": f"{request.num_samples:,} of {size} x {size} pixels, {classes}, seed {request.seed}",
         "drawing": f"{guidance}, {drawn}",
         "device": f"{device_name(processes.device)} x {processes.world}, {request.dtype}, "
         f"batch {batch_size}, {'compiled' if compile else 'eager'}",
-        "memory": f"~{size_text(sampling_memory(model, request, batch_size))} a process, "
-        "for weights and a batch",
+        "memory": f"~{size_text(sampling_memory(model, request, min(batch_size, request.num_samples)))} "
+        "a process, for weights and a batch",
         "writes": ", ".join([written, *others]),
+        **before,
     }
 
 
@@ -208,12 +216,14 @@ def main(argv: list[str] | None = None) -> None:
     compile = compiles_by_default(request, processes.device) if args.compile is None else args.compile
     batch_size = args.batch_size or default_batch_size(model, request, processes.device)
     downloads = chosen.files.downloads(model)
-    if processes.main:
-        rows = plan(args, model, request, processes, batch_size, compile)
+
+    def show() -> None:
+        found = open_store(model, request, args.output, chosen.known(), compile).look()
+        rows = plan(args, model, request, processes, batch_size, compile, found)
         show_plan(chosen.plan(model) | rows, downloads)
-    if args.dry_run:
+
+    if not processes.planned(show, downloads, args.dry_run):
         return
-    require_space(downloads)
     described = chosen.load(model)
     command = processes.command(args.command)
     finished = run_sampling(model, request, batch_size, args.output, described, processes, compile, command)

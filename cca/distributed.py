@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models.errors import UserError
 from models.outputs import check_seen, claimed, differing
+from models.plan import Download, require_space
 
 QUIET_SECONDS = 4  # torchrun ends all with the first: who has something to say comes first
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -170,6 +171,17 @@ class Processes:
                 raise SystemExit(2)
             raise refusal
         return totals
+
+    def planned(self, show: Callable[[], object], downloads: Sequence[Download], dry_run: bool) -> bool:
+        """Show the plan, in the main process; whether the work is to follow.
+
+        Raises UserError where ``show`` does, or where one process has no room for the downloads: all have
+        looked before the first one downloads.
+        """
+        self.agree(show, main=True)
+        if not dry_run:
+            self.agree(lambda: require_space(downloads))
+        return not dry_run
 
     @contextmanager
     def holding(self, path: Path, made_from: Mapping, folder: bool = False) -> Iterator[None]:

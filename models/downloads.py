@@ -1,5 +1,6 @@
 """A file at a public address, downloaded into a cache once: resumed, checked, by one process at a time."""
 
+import glob
 import hashlib
 import io
 import os
@@ -60,12 +61,21 @@ def fetch(address: str, path: Path, is_whole: Callable[[Path], bool], option: st
     return path
 
 
+def begun(path: Path) -> int:
+    """Bytes that a download of ``path`` which was cut off has left."""
+    return sum(part.stat().st_size for part in _parts(path))
+
+
+def _parts(path: Path) -> list[Path]:
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.part"))
+
+
 def _download(
     address: str, found: HfFileMetadata, path: Path, is_whole: Callable[[Path], bool], option: str
 ) -> None:
     version = hashlib.sha256(f"{found.etag} {found.size}".encode()).hexdigest()[:12]
     part = path.with_name(f".{path.name}.{version}.part")
-    for other in path.parent.glob(f".{path.name}.*.part"):
+    for other in _parts(path):
         if other != part:  # of a file that has changed there since
             other.unlink()
     with _Part(io.FileIO(part, "ab")) as file:

@@ -66,11 +66,20 @@ class ModelFiles:
             "tokenizer_sha256": _sha256(self.tokenizer_weights),
         }
 
-    def plan(self, model: ARImageModel, weights: str | None) -> dict[str, str]:
-        """What is shown before the work (see ``models.plan``); ``weights`` as the user named them."""
+    def known(self) -> dict:
+        """What ``describe`` says and will say, without the hashes of files that are not here yet."""
+        return {key: value for key, value in self.describe().items() if value is not None}
+
+    def plan(self, model: ARImageModel, weights: str | None, instead: str | None = None) -> dict[str, str]:
+        """What is shown before the work (see ``models.plan``); ``weights`` as the user named them.
+
+        instead: what is taken instead of a weights file.
+        """
         rows = {"model": f"{self.name}, {parameter_count(model.transformer)} parameters, "
                 f"{self.image_size} x {self.image_size} pixels, {model.sequence_length} tokens"}  # fmt: skip
-        if self.weights:
+        if instead:
+            rows["weights"] = instead
+        elif self.weights:
             rows["weights"] = _shown(self.weights, weights)
         if self.tokenizer_weights:
             rows["tokenizer"] = _shown(self.tokenizer_weights)

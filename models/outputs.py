@@ -68,8 +68,9 @@ def _is_there(path: Path) -> bool:
 def check_space(option: str, path: Path, needed: int, what: str) -> None:
     """Raise UserError where fewer than ``needed`` bytes are free; ``what`` says what they are for."""
     there = next(parent for parent in path.absolute().parents if _is_there(parent))
-    free = shutil.disk_usage(there).free
-    if needed > free:
+    usage = shutil.disk_usage(there)
+    free = usage.free
+    if needed > free and usage.total:  # some file systems, /proc among them, have no sizes
         raise UserError(
             f"{option}: {path.parent} has {free / 1e9:.1f} GB free, "
             f"the run needs {needed / 1e9:.1f} GB ({what})"

@@ -1,6 +1,7 @@
 """What a command is about to do: a few aligned lines before the work, after which ``--dry-run`` stops."""
 
 import argparse
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from models.errors import UserError
+from models.errors import UserError, printable
 
 _hidden = False
 
@@ -64,26 +65,28 @@ def show_plan(rows: Mapping[str, str], downloads: Sequence[Download] = ()) -> No
     """Print the rows, aligned, and what is to be downloaded, with its sizes and whether the disk has room."""
     if _hidden:
         return
-    shown = dict(rows)
+    shown = {name: [text] for name, text in rows.items()}
     if downloads:
         lines = [f"~{size_text(file.size)}: {file.name}" for file in downloads]
         for disk in dict.fromkeys(_disk(file.folder) for file in downloads):
             room = "enough" if _needed(disk, downloads) <= _free(disk) else "too little"
-            lines.append(f"{size_text(_free(disk))} are free at {disk}, which is {room}")
-        shown["downloads"] = "\n".join(lines)
+            free = f"{size_text(_free(disk))} are free at {disk}, which is {room}"
+            lines.append(_unusable(disk) or free)
+        shown["downloads"] = lines
     width = max(map(len, shown)) + 2
-    for name, text in shown.items():
-        first, *others = text.splitlines()
-        print(f"{name:<{width}}{first}")
+    for name, (first, *others) in shown.items():
+        print(f"{name:<{width}}{printable(first)}")
         for line in others:
-            print(f"{'':<{width}}{line}")
+            print(f"{'':<{width}}{printable(line)}")
     print(flush=True)
 
 
 def require_space(downloads: Sequence[Download]) -> None:
-    """Raise UserError where what is to be downloaded does not fit on the disk, as far as sizes are known."""
+    """Raise UserError where what is to be downloaded cannot be put, or does not fit, as far as is known."""
     for file in downloads:
         disk = _disk(file.folder)
+        if unusable := _unusable(disk):
+            raise UserError(f"{file.option}: {file.name} is to be downloaded, {unusable}")
         if _needed(disk, downloads) > _free(disk):
             raise UserError(
                 f"{file.option}: {file.name} is to be downloaded (~{size_text(file.size)}), "
@@ -98,6 +101,12 @@ def _needed(disk: Path, downloads: Sequence[Download]) -> int:
 def _disk(folder: Path) -> Path:
     """The part of a path that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _unusable(place: Path) -> str | None:
+    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+        return None
+    return f"{place} is no folder that may be written to"
 
 
 def _free(folder: Path) -> int:

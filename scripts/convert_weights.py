@@ -39,10 +39,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"output: {args.output} ends in none of {', '.join(SUFFIXES)}")
     check_output("output", args.output, {"input": args.input})
     bytes_read = sum(file.stat().st_size for file in weights_files(args.input))
+    state, key = read_weights(args.input)
     show_plan({"reads": f"{args.input} ({size_text(bytes_read)})", "writes": str(args.output)})
     if args.dry_run:
         return
-    state, key = read_weights(args.input)
     with writing(args.output):
         args.output.parent.mkdir(parents=True, exist_ok=True)
     save = save_safetensors if args.output.suffix == ".safetensors" else save_published

@@ -37,7 +37,7 @@ from models.image_transforms import TenCrops
 from models.loading import fill_model, find_files
 from models.options import Parser, add_workers_option, count, number
 from models.outputs import check_output, check_space, differing
-from models.plan import add_dry_run_option, require_space, show_plan, size_text
+from models.plan import add_dry_run_option, show_plan, size_text
 from models.weights import tensors_sha256
 from models.zoo import ZOO
 
@@ -81,6 +81,36 @@ def make_parser() -> Parser:
     return parser
 
 
+def progress(folder: Path) -> Path:
+    """Where a run that is not finished keeps its notes."""
+    return folder / "progress"
+
+
+def look(folder: Path, header: dict) -> str | None:
+    """What the folder holds of these codes, "finished" or "begun"; writes nothing.
+
+    Raises UserError where it holds codes of other options.
+    """
+    found = None
+    markers = (("begun", progress(folder), "an unfinished run"), ("finished", folder, "finished codes"))
+    for state, place, what in markers:
+        marker = place / "header.json"
+        if not marker.exists():
+            continue
+        if changed := differing(read_json(marker), header):
+            raise UserError(
+                f"--output: {folder} holds {what} with {changed[0]}; "
+                "repeat its command, remove that folder, or take another"
+            )
+        found = state
+    return found
+
+
+def chunks_to_do(folder: Path, images: int) -> list[int]:
+    """First images of the chunks that are not done."""
+    return [i for i in range(0, images, CHUNK) if not (progress(folder) / f"{i}").exists()]
+
+
 class CodeFile:
     """DIR/codes.npy while it is being filled, and which chunks of it are done.
 
@@ -92,7 +122,7 @@ class CodeFile:
         """Raises UserError where the folder holds codes of other options, or the codes do not fit."""
         self.folder, self.shape, self.header, self.processes = folder, shape, header, processes
         self.notes, self.partial, self.whole = (
-            folder / "progress",
+            progress(folder),
             folder / "codes.partial.npy",
             folder / "codes.npy",
         )
@@ -108,22 +138,15 @@ class CodeFile:
         return self.partial if self.partial.exists() else self.whole
 
     def _begin(self) -> None:
-        final, begun = self.folder / "header.json", self.notes / "header.json"
-        for marker, what in ((final, "finished codes"), (begun, "an unfinished run")):
-            changed = differing(read_json(marker), self.header) if marker.exists() else []
-            if changed:
-                raise UserError(
-                    f"--output: {self.folder} holds {what} with {changed[0]}; "
-                    "repeat its command, remove that folder, or take another"
-                )
-        if final.exists():
+        found = look(self.folder, self.header)
+        if found == "finished":
             remove_folder(self.notes)
             self.finished = True
-        elif not begun.exists():
+        elif found is None:
             self._reserve()
             with writing(self.notes):
                 self.notes.mkdir(exist_ok=True)
-            write_json(begun, self.header)
+            write_json(self.notes / "header.json", self.header)
         else:
             self._check()
 
@@ -162,7 +185,7 @@ class CodeFile:
     def open_chunks(self) -> list[range]:
         """This process's chunks that are not done; one process looks, before any writes."""
         size = self.shape[0]
-        starts = [i for i in range(0, size, CHUNK) if not (self.notes / f"{i}").exists()]
+        starts = chunks_to_do(self.folder, size)
         missing = json.loads(self.processes.from_main(json.dumps(starts)))
         own = missing[self.processes.rank :: self.processes.world]
         return [range(i, min(i + CHUNK, size)) for i in own]
@@ -263,32 +286,46 @@ def main(argv: list[str] | None = None) -> None:
     classes = read_classes(args.classes_from)
     source = open_labelled_images(args.data, model, transform=transform, classes=classes)
     shape, downloads = (len(source), source.crops, model.sequence_length), files.downloads(model)
-    if processes.main:
-        size = size_text(2 * math.prod(shape))
+    made_from = {
+        "model": args.model,
+        "image_size": model.image_size,
+        "vocab_size": model.vocab_size,
+        "images": len(source),
+        "crops": source.crops,
+        "crop_range": args.crop_range if source.crops > 1 else None,
+        "classes": source.classes,
+    }
+
+    def show() -> None:
+        tokenizer = files.known().get("tokenizer_sha256")
+        state = look(args.output, made_from | ({"tokenizer_sha256": tokenizer} if tokenizer else {}))
+        size = 2 * math.prod(shape)
+        if not state:
+            check_space("--output", args.output / "codes.npy", size, "its codes")
+        crops = f", {source.crops} crops of each" if source.crops > 1 else ""
         rows = {
-            "data": f"{args.data}, {len(source):,} images, {source.crops} crops of each",
+            "data": f"{args.data}, {len(source):,} images{crops}",
             "device": f"{device_name(processes.device)} x {processes.world}",
-            "writes": f"{args.output}/ (codes.npy ~{size}, labels.npy, header.json)",
+            "writes": f"{args.output}/ (codes.npy ~{size_text(size)}, labels.npy, header.json)",
         }
+        if state == "finished":
+            rows["finished"] = f"{args.output} holds codes of these options already"
+        elif state:
+            to_do = sum(min(CHUNK, len(source) - start) for start in chunks_to_do(args.output, len(source)))
+            rows["resumes"] = f"with the {len(source) - to_do:,} of {len(source):,} images that are encoded"
         show_plan(files.plan(model, None) | rows, downloads)
-    if args.dry_run:
+
+    if not processes.planned(show, downloads, args.dry_run):
         return
-    require_space(downloads)
     files = files.fetch()
     fill_model(model, files)
     tokenizer = tensors_sha256(model.tokenizer)
     model.tokenizer.to(processes.device)
     header = {
-        "model": args.model,
-        "image_size": model.image_size,
-        "vocab_size": model.vocab_size,
+        **made_from,
         "tokenizer_sha256": files.describe()["tokenizer_sha256"],
         "tokenizer_tensors_sha256": tokenizer,
-        "images": len(source),
-        "crops": source.crops,
-        "crop_range": args.crop_range if source.crops > 1 else None,
         "data_sha256": processes.digest(source.fingerprint),
-        "classes": source.classes,
     }
     with processes.holding(args.output, header, folder=True), StopRequest() as stop:
         file = CodeFile(args.output, shape, header, processes)

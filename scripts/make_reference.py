@@ -25,7 +25,7 @@ from models.errors import UserError, run_command
 from models.files import write_binary, writing
 from models.options import Parser, count
 from models.outputs import check_output
-from models.plan import add_dry_run_option, require_space, show_plan
+from models.plan import add_dry_run_option, show_plan
 
 
 def total(running: RunningGaussian, processes: Processes) -> Gaussian:
@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
             f"--images: {args.images} holds {len(images)} images; at least {2 * processes.world} are needed"
         )
     features, downloads = features_plan(args.features, args.inception_weights)
-    if processes.main:
+
+    def show() -> None:
         rows = {
             "images": f"{args.images}, {len(images):,} images",
             "features": features,
@@ -86,9 +87,9 @@ def main(argv: list[str] | None = None) -> None:
             "writes": f"{args.output}, with {min(args.kept_images, len(images)):,} of the images",
         }
         show_plan(rows, downloads)
-    if args.dry_run:
+
+    if not processes.planned(show, downloads, args.dry_run):
         return
-    require_space(downloads)
     extractor = make_extractor(args.features, args.inception_weights, processes.device)
     processes.same({"images": processes.digest(images.fingerprint), "features": extractor.weights_sha256})
     chosen = set(stream(args.seed, DATA_ORDER).permutation(len(images))[: args.kept_images].tolist())

@@ -26,7 +26,8 @@ from models.errors import UserError, run_command
 from models.files import atomic_write, write_json
 from models.loading import fill_model, find_files
 from models.options import Parser, add_model_options, add_workers_option, count
-from models.plan import add_dry_run_option, require_space, show_plan, size_text
+from models.outputs import check_output
+from models.plan import add_dry_run_option, show_plan, size_text
 from models.weights import tensors_sha256
 from models.zoo import ZOO
 
@@ -80,8 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.output.suffix != ".npz":
         raise UserError(f"--output: {args.output} does not end in .npz")
-    if args.output.resolve() == args.images.resolve():
-        raise UserError(f"--output: {args.output} is the images themselves; take another name")
+    check_output("--output", args.output, {"--images": args.images})
     files = find_files(args.model, None, args.tokenizer_weights, args.image_size)
     model = files.build()
     size = model.image_size
@@ -97,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     if labels is not None and len(labels) != len(images):
         raise UserError(f"--images: {args.images} has {len(images)} images and {len(labels)} labels")
     processes, downloads = Processes(), files.downloads(model)
-    if processes.main:
+
+    def show() -> None:
         rows = {
             "images": f"{args.images}, {len(images):,} images",
             "device": f"{device_name(processes.device)} x {processes.world}, batch {args.batch_size}",
@@ -105,9 +106,9 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.output.with_suffix('.json')}",
         }
         show_plan(files.plan(model, None) | rows, downloads)
-    if args.dry_run:
+
+    if not processes.planned(show, downloads, args.dry_run):
         return
-    require_space(downloads)
     fill_model(model, files.fetch())
     tokenizer = tensors_sha256(model.tokenizer)
     model.tokenizer.to(processes.device)

@@ -79,6 +79,8 @@ def everything(folder):
 def test_every_command_of_the_pages(page, line, folder, capsys):
     for text, file in re.findall(r"^echo '(.*)' > (\S+)", (ROOT / page).read_text(), re.M):
         (folder / file).write_text(text)
+    for output in re.findall(r"--output (\S+\.npz)", line):
+        (folder / output).unlink(missing_ok=True)  # which other lines read
     before = everything(folder)
     module_of(line).main([*shlex.split(COMMANDS.match(line)[2]), "--dry-run"])
     printed = capsys.readouterr()
@@ -106,6 +108,22 @@ def test_sizes_and_room(folder, capsys, monkeypatch):
     assert not list(folder.glob("s.npz*"))
 
 
+def test_what_cannot_be_evaluated_is_refused_before_the_plan(folder, capsys):
+    """And so before a reference of gigabytes is downloaded (``folder`` refuses the network)."""
+    np.savez("few.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    np.savez("none.npz", arr_0=np.zeros((0, 8, 8, 3), np.uint8))
+    np.savez("nan.npz", mu=np.full(2, np.nan), sigma=np.eye(2), arr_0=np.zeros((9, 8, 8, 3), np.uint8))
+    for samples, reference, message in (
+        ("few.npz", "imagenet256", "few.npz: holds 4 images; at least 5 are needed"),
+        ("d16-cca.npz", "few.npz", "few.npz: holds 4 images; at least 5 are needed"),
+        ("d16-cca.npz", "none.npz", "--reference: none.npz holds neither images nor mu and sigma"),
+        ("d16-cca.npz", "nan.npz", "nan.npz: mu holds numbers that are not finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            eval_fid.main(["--samples", samples, "--reference", reference])
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "main, options, message",
     [
@@ -126,6 +144,109 @@ def test_missing_data_is_refused_as_always(main, options, message, folder):
     with pytest.raises((UserError, FileNotFoundError), match=message):
         main([*options, "--dry-run"])
     assert everything(folder) == before
+
+
+TRAIN = ["--model", "var-mini", "--data", "assets/fashion-mnist-train-10k.npz", "--max-steps", "3", "--seed"]
+CODES = ["--model", "llamagen-mini", "--data", "few.npz", "--output"]
+
+
+def test_what_the_output_holds_already(folder, capsys):
+    """The plan says what is taken from a run before; other options are refused before it, as without it."""
+    np.savez("few.npz", arr_0=np.zeros((2500, 32, 32), np.uint8), arr_1=np.zeros(2500, np.int64))
+    sampled = ["--model", "var-mini", "--num-samples", "3", "--output", "s.npz"]
+    sample.main(sampled)
+    config = {"options": {"seed": 1, "max_steps": 3, "model": "var-mini"}}
+    (folder / "run/state/step-2").mkdir(parents=True)
+    (folder / "run/config.json").write_text(json.dumps(config))
+    for place, notes in (("begun/progress", ("0", "2048")), ("made", ())):
+        (folder / place).mkdir(parents=True)
+        (folder / place / "header.json").write_text(json.dumps({"crops": 1}))
+        for note in notes:
+            (folder / place / note).touch()
+    unfinished = folder / "parts.npz.parts"
+    unfinished.mkdir()
+    (unfinished / "options.json").write_text(json.dumps({"num_samples": 300, "seed": 0}))
+    np.save(unfinished / "00000256.npy", np.zeros((44, 32, 32, 3), np.uint8))
+    before = everything(folder)
+    for main, options, row in (
+        (sample.main, sampled, "finished   s.npz is there already, with these options"),
+        (
+            sample.main,
+            [*sampled[:2], "--num-samples", "300", "--output", "parts.npz"],
+            "resumes    with the 44 of 300 images that are stored",
+        ),
+        (train_var_cca.main, [*TRAIN, "1", "--output", "run"], "resumes    after step 2 of 3"),
+        (extract_codes.main, [*CODES, "begun"], "resumes    with the 1,476 of 2,500 images that are encoded"),
+        (extract_codes.main, [*CODES, "made"], "finished   made holds codes of these options already"),
+    ):
+        main([*options, "--dry-run"])
+        assert row in capsys.readouterr().out.splitlines()
+    (folder / "made/header.json").write_text(json.dumps({"crops": 10}))
+    before |= everything(folder)
+    for main, options, message in (
+        (sample.main, [*sampled, "--seed", "1"], "s.npz holds samples with seed 0 instead of 1"),
+        (sample.main, [*sampled[:2], "--output", "parts.npz"], "num_samples 300 instead of 50000"),
+        (train_var_cca.main, [*TRAIN, "2", "--output", "run"], "run holds a run .*: seed 1 instead of 2"),
+        (extract_codes.main, [*CODES, "made"], "made holds finished codes with crops 10 instead of 1"),
+    ):
+        for dry in (["--dry-run"], []):
+            with pytest.raises(UserError, match=message):
+                main([*options, *dry])
+            assert not capsys.readouterr().out, "said before a plan"
+    assert everything(folder) == before
+
+
+def test_other_options_are_refused_before_a_download(folder, monkeypatch):
+    """``folder`` refuses the network: a published model's weights are not fetched for nothing."""
+    (folder / "s.json").write_text(json.dumps({"options": {"num_samples": 3, "model": "var-d16"}}))
+    np.savez(folder / "s.npz", arr_0=np.zeros((3, 256, 256, 3), np.uint8))
+    with pytest.raises(UserError, match="s.npz holds samples with num_samples 3 instead of 8"):
+        sample.main(["--model", "var-d16", "--num-samples", "8", "--output", "s.npz"])
+
+
+def test_all_that_training_writes(folder, capsys):
+    extra = ["--ema", "0.9", "--sample-every", "2", "--keep-states", "3"]
+    options = ["--batch-size", "4", "--micro-batch-size", "8", "--save-every", "1", *extra]
+    train_var_cca.main([*TRAIN, "0", *options, "--output", "run"])
+    planned = re.search(
+        r"^writes +run/: (.*) \(~(\d+) MB each, up to 4 at a time\)$", capsys.readouterr().out, re.M
+    )
+    assert set(planned[1].split(", ")) == {path.name for path in (folder / "run").iterdir()}
+    states = list((folder / "run/state").iterdir())
+    assert len(states) == 3
+    size = sum(file.stat().st_size for file in states[0].iterdir())
+    assert abs(size / 1e6 - int(planned[2])) < 1  # rounded, and what torch writes around it
+
+
+def test_no_more_than_there_is(folder, capsys):
+    """Memory is that of the images of a run, not of a batch that is larger."""
+    sampled = ["--model", "var-mini", "--num-samples", "2", "--output", "s.npz"]
+    sample.main([*sampled, "--batch-size", "1000", "--dry-run"])
+    assert "~6 MB a process" in capsys.readouterr().out
+    train_var_cca.main(
+        [*TRAIN, "0", "--batch-size", "4", "--micro-batch-size", "8", "--output", "r", "--dry-run"]
+    )
+    assert "a micro-batch of 4 images\n" in capsys.readouterr().out
+
+
+def test_the_state_of_a_run_stands_where_weights_do(folder, capsys):
+    state = folder / "run/state/step-2"
+    state.mkdir(parents=True)
+    (state / ".metadata").touch()
+    for given, shown in (
+        ("run", "run: run/state/step-2"),
+        ("run/state/step-2", "run/state/step-2"),
+        ("run/state/step-2:ema", "run/state/step-2:ema: average of run/state/step-2"),
+    ):
+        sample.main(["--model", "var-mini", "--weights", given, "--output", "s.npz", "--dry-run"])
+        assert capsys.readouterr().out.splitlines()[1] == f"weights    {shown}"
+
+
+def test_names_that_would_steer_a_terminal(folder, capsys):
+    sample.main(["--model", "var-mini", "--output", "two\nlines \033[31m.npz", "--dry-run"])
+    assert (
+        r"writes     two\nlines \x1b[31m.npz (~154 MB), two\nlines \x1b[31m.json" in capsys.readouterr().out
+    )
 
 
 def test_what_is_there_is_shown_with_its_hash(folder, capsys):

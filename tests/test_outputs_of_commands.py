@@ -11,12 +11,13 @@ import eval_fid
 import sample
 import train_var_cca
 from models.errors import UserError, run_command
-from scripts import convert_weights, extract_codes, make_reference
+from scripts import convert_weights, extract_codes, make_reference, reconstruct
 
 SAMPLE = ["--model", "var-mini", "--num-samples", "5", "--output"]
 VAR = ["--model", "var-mini", "--data", "good.npz", "--output"]
 CODES = ["--model", "llamagen-mini", "--data", "good.npz", "--output"]
 EVAL = ["--features", "mini", "--samples", "good.npz", "--reference", "other.npz", "--output"]
+RECONSTRUCTED = ["--model", "var-mini", "--images", "good.npz", "--output"]
 REFERENCES = ["--features", "mini", "--images", "good.npz", "--output"]
 
 
@@ -46,6 +47,10 @@ CASES = [
         ["assets/var-mini.safetensors", "assets/var-mini.safetensors"],
         "output: assets/var-mini.safetensors is what input reads",
     ),
+    (convert_weights, ["good.npz", "w.pth"], "good.npz: not a weights file"),
+    (reconstruct, [*RECONSTRUCTED, "./good.npz"], "--output: good.npz is what --images reads"),
+    (reconstruct, [*RECONSTRUCTED, "folder.npz"], "it is a folder, a file is wanted"),
+    (reconstruct, [*RECONSTRUCTED, "/proc/none/r.npz"], "--output: /proc/none/r.npz cannot be written"),
     (sample, [*SAMPLE, "folder.npz"], "it is a folder, a file is wanted"),
     (sample, [*SAMPLE, "file/s.npz"], "file is not a folder"),
     (sample, [*SAMPLE, "n" * 240 + ".npz"], "--output: the name of the output is too long"),
@@ -65,7 +70,9 @@ def test_one_line_and_nothing_new(folder, capsys, module, arguments, message):
     before = sorted(folder.rglob("*"))
     with pytest.raises(SystemExit) as caught:
         run_command(lambda: module.main(arguments))
-    (line,) = capsys.readouterr().err.splitlines()
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert not out or "/proc" in message, "it comes before the plan, where it can be foreseen"
     assert caught.value.code == 2 and line.startswith("error: ") and message in line
     assert sorted(folder.rglob("*")) == before
 

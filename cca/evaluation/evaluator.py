@@ -51,15 +51,20 @@ class Stopwatch:
         self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - began
 
 
+def check_count(images: ImageSet, processes: Processes) -> None:
+    """Raise UserError for too few images to evaluate."""
+    if len(images) < max(5, processes.world):
+        raise UserError(
+            f"{images.path}: holds {len(images)} images; at least {max(5, processes.world)} are needed"
+        )
+
+
 def extract(images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes) -> Features | None:
     """Features of a whole set, dealt out over the processes; on the main one (None elsewhere).
 
     Raises UserError for too few images, and where a node has other ones.
     """
-    if len(images) < max(5, processes.world):
-        raise UserError(
-            f"{images.path}: holds {len(images)} images; at least {max(5, processes.world)} are needed"
-        )
+    check_count(images, processes)
     files = {f"{images.path}": processes.digest(images.fingerprint), "features": extractor.weights_sha256}
     processes.same(files)
     share = processes.share(len(images))

@@ -41,11 +41,11 @@ class PartStore:
         self.output, self.options, self.shape = output, options, shape
         self.marker = self.folder / "options.json"
 
-    def open(self) -> bool:
-        """Claim the folder for these options (in one process); whether the output is finished already.
+    def look(self) -> tuple[bool, int]:
+        """Whether the output is finished already, and how many images are stored; writes nothing.
 
-        Raises UserError, and leaves everything as it is, where the output or its parts are of a run with
-        other options, would overwrite what sample.py did not write, or do not fit on the disk.
+        Raises UserError where the output or its parts are of a run with other options, would overwrite
+        what sample.py did not write, or do not fit on the disk.
         """
         unfinished = self.marker.exists()
         if unfinished:
@@ -57,12 +57,22 @@ class PartStore:
             if foreign:
                 raise UserError(f"--output: {self.folder} is in the way, it holds {foreign[0]}; move it")
         if self._finished(unfinished):
-            remove_folder(self.folder)
-            return True
-        made = sum(len(part) for part in self.parts() if self.made(part)) if unfinished else 0
+            return True, self.shape[0]
+        made = self.stored() if unfinished else 0
         needed = (2 * self.shape[0] - made) * int(np.prod(self.shape[1:]))
         check_space("--output", self.output, needed, "its parts, then the file")
-        if not unfinished:
+        return False, made
+
+    def open(self) -> bool:
+        """Claim the folder for these options (in one process); whether the output is finished already.
+
+        Raises UserError as ``look`` does, and then leaves everything as it is.
+        """
+        finished, _ = self.look()
+        if finished:
+            remove_folder(self.folder)
+            return True
+        if not self.marker.exists():
             remove_folder(self.folder)  # parts without a marker belong to nobody knows which options
             with writing(self.folder):
                 self.folder.mkdir()
@@ -125,6 +135,10 @@ class PartStore:
         except OSError:
             return False
         return size == HEADER_BYTES + len(part) * int(np.prod(self.shape[1:]))
+
+    def stored(self) -> int:
+        """Images of all parts that are there."""
+        return sum(len(part) for part in self.parts() if self.made(part))
 
     def write(self, part: range, images: np.ndarray) -> None:
         write_binary(self.path(part), lambda file: np.save(file, images))

@@ -27,6 +27,21 @@ from cca.sampling.sampler import (
 from models import ARImageModel
 
 
+def open_store(
+    model: ARImageModel, request: SampleRequest, output: Path, provenance: dict, compile: bool
+) -> PartStore:
+    """Where the samples of a run go, with the options it is known by; nothing is written yet."""
+    options = {
+        **{k: v for k, v in asdict(request).items() if k != "sampling"},
+        **asdict(request.sampling),
+        **provenance,
+        "compile": compile,
+    }
+    options = json.loads(json.dumps(options))  # as it reads back: tuples become lists
+    size = request.eval_size or model.image_size
+    return PartStore(output, options, (request.num_samples, size, size, 3))
+
+
 def run_sampling(
     model: ARImageModel,
     request: SampleRequest,
@@ -45,23 +60,15 @@ def run_sampling(
     Returns False where a signal stopped it: what is stored is taken by the same command. Leaves the
     model's matrices in ``request.dtype``. Raises UserError; see ``PartStore.open``.
     """
-    options = {
-        **{k: v for k, v in asdict(request).items() if k != "sampling"},
-        **asdict(request.sampling),
-        **provenance,
-        "compile": compile,
-    }
-    options = json.loads(json.dumps(options))  # as it reads back: tuples become lists
-    size = request.eval_size or model.image_size
-    store = PartStore(output, options, (request.num_samples, size, size, 3))
+    store = open_store(model, request, output, provenance, compile)
     finished = False
 
-    def open_store() -> None:
+    def claim() -> None:
         nonlocal finished
         finished = store.open()
 
-    with processes.holding(output, options), StopRequest() as stop:
-        processes.agree(open_store, main=True)
+    with processes.holding(output, store.options), StopRequest() as stop:
+        processes.agree(claim, main=True)
         if processes.any(finished):
             if processes.main:
                 print(f"{output} is finished already, with these options; nothing is left to do")
@@ -137,9 +144,8 @@ def _fill(
     ).tolist()
     if stopped:
         if processes.main:
-            stored = sum(len(part) for part in store.parts() if store.made(part))
             print(
-                f"stopped; {stored} of {request.num_samples} images are stored, "
+                f"stopped; {store.stored()} of {request.num_samples} images are stored, "
                 "the same command goes on from there"
             )
         return False

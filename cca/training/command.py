@@ -5,6 +5,7 @@ loss is in ``losses.py``), metrics out, saving, stopping.
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -21,14 +22,15 @@ from cca.training.loader import Unreadable, own_items
 from cca.training.losses import LOSSES, Batch, missing_negatives, pair_labels
 from cca.training.options import COMPILED_FROM, chosen_recipe, training_config
 from cca.training.preview import grid_drawer
-from cca.training.run_folder import RunFolder, describe
+from cca.training.run_folder import RunFolder, describe, refuse_others
 from cca.training.schedule import TrainingConfig, global_batches, unconditional_rows
+from cca.training.states import ema_name, saved_steps
 from cca.training.trainer import Trainer
 from models import ARImageModel, UserError, find_files, zoo_entry
 from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically, device_name
 from models.loading import fill_model
 from models.outputs import check_output
-from models.plan import require_space, show_plan, size_text
+from models.plan import numbers, show_plan, size_text
 
 PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
 
@@ -63,8 +65,13 @@ def run_training(
     sharded = parallel == "fsdp" and processes.world > 1
     fitted = args.micro_batch_size is None and not (args.deterministic or sharded)
     downloads = files.downloads(model)
-    if processes.main:
-        micro = f"a micro-batch of {micro_batch_size} images"
+    computed = {"deterministic": args.deterministic, "compile": compile}
+
+    def show() -> None:
+        known = {**files.known(), "images": len(data), **computed}
+        refuse_others(args.output, describe(config, known)["options"])
+        largest = min(micro_batch_size, math.ceil(config.batch_size / processes.world))
+        micro = f"a micro-batch of {largest} images"
         rows = training_plan(args, config, model, path, data)
         rows["device"] = (
             f"{device_name(processes.device)} x {processes.world} ({parallel}), {config.dtype}, "
@@ -72,22 +79,20 @@ def run_training(
             + (" or what fits" if fitted and processes.device.type == "cuda" else "")
         )
         shards = processes.world if sharded else 1
-        needed = training_memory(model, config, micro_batch_size, shards, args.checkpointing)
+        needed = training_memory(model, config, largest, shards, args.checkpointing)
         rows["memory"] = f"~{size_text(needed)} a process with {micro}"
-        rows["writes"] = (
-            f"{args.output}/: {model.checkpoint_name}, config.json, metrics.jsonl, curves.png, "
-            "tensorboard, state"
-        )
+        rows["writes"] = f"{args.output}/: {written(args, config, model)}"
+        if done := saved_steps(args.output):
+            rows["resumes"] = f"after step {done[-1]:,} of {config.max_steps:,}"
         show_plan(files.plan(model, args.weights) | rows, downloads)
-    if args.dry_run:
+
+    if not processes.planned(show, downloads, args.dry_run):
         return
-    require_space(downloads)
     files = files.fetch()
     fill_model(model, files)
     data.check_tokenizer()
     compared, told = data_record(path, data, processes)
-    compared |= {"deterministic": args.deterministic, "compile": compile}
-    options = {**files.describe(), **compared}
+    options = {**files.describe(), **compared, **computed}
     description = {**describe(config, options, processes.command(args.command)), "data": told}
     with processes.holding(args.output, description["options"], folder=True):
         folder = RunFolder(args.output, processes, description, args.keep_states)
@@ -155,6 +160,19 @@ def training_plan(
         "steps": f"{config.max_steps:,} of {config.batch_size} images ({images / len(data):.3g} epochs), "
         f"seed {config.seed}",
     }
+
+
+def written(args: argparse.Namespace, config: TrainingConfig, model: ARImageModel) -> str:
+    """What a run leaves in its folder."""
+    name = model.checkpoint_name
+    models = [name, *([ema_name(name)] if config.ema else [])]
+    samples = ["samples"] if args.sample_every else []
+    # AdamW's moments beside the weights; a new state is whole before an old one goes.
+    size = size_text(4 * numbers(model.transformer) * (3 + bool(config.ema)))
+    return ", ".join([
+        *models, "config.json", "metrics.jsonl", "curves.png", "tensorboard", *samples,
+        f"state (~{size} each, up to {args.keep_states + 1} at a time)",
+    ])  # fmt: skip
 
 
 def train(

@@ -63,6 +63,16 @@ def read_options(config: Path) -> dict:
     return options
 
 
+def refuse_others(folder: Path, options: dict) -> None:
+    """Raise UserError where the folder holds a run with other options than these; writes nothing."""
+    config = folder / "config.json"
+    if config.exists() and (changed := differing(read_options(config), options)):
+        raise UserError(
+            f"--output: {folder} holds a run with other options: "
+            f"{', '.join(changed)}; take these, or another folder"
+        )
+
+
 def _row(line: str) -> dict:
     """A line of ``metrics.jsonl``, with the step it is of; raises ValueError, KeyError or TypeError."""
     row = parse_json(line)
@@ -94,13 +104,7 @@ class RunFolder:
     def _claim(self, description: dict) -> None:
         """Note the options; the states' folder comes first, so that what has a config.json has both."""
         config = self.path / "config.json"
-        if config.exists():
-            changed = differing(read_options(config), description["options"])
-            if changed:
-                raise UserError(
-                    f"--output: {self.path} holds a run with other options: "
-                    f"{', '.join(changed)}; take these, or another folder"
-                )
+        refuse_others(self.path, description["options"])
         with writing(self.states):
             self.states.mkdir(parents=True, exist_ok=True)
             for left in (*self.states.glob(".*.removed"), self.states / ".writing"):

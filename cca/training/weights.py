@@ -18,11 +18,16 @@ class ChosenWeights:
 
     def plan(self, model: ARImageModel) -> dict[str, str]:
         """What is shown before the work; see ``ModelFiles.plan``."""
-        rows = self.files.plan(model, self.given[1])
-        if self.state:
-            folder, average = self.state
-            rows["weights"] = f"{self.given[1]}: {'average of ' if average else ''}{folder}"
-        return rows
+        if not self.state:
+            return self.files.plan(model, self.given[1])
+        folder, average = self.state
+        text = f"average of {folder}" if average else str(folder)
+        named = "" if self.given[1] == str(folder) else f"{self.given[1]}: "
+        return self.files.plan(model, self.given[1], named + text)
+
+    def known(self) -> dict:
+        """What ``load`` will note of the files, as far as it is known without reading or downloading more."""
+        return {**self.files.known(), "weights": self.given[1]}
 
     def load(self, model: ARImageModel) -> dict:
         """Fill the model that ``files`` built, on the CPU, downloading what is published.

@@ -8,6 +8,7 @@ from hub_server import serving
 
 from models.downloads import fetch
 from models.errors import UserError
+from models.plan import Download, require_space, show_plan
 
 CONTENT = bytes(range(256)) * 1000
 
@@ -130,6 +131,16 @@ def test_out_of_reach(server, tmp_path):
 def test_no_space(server, tmp_path, monkeypatch):
     monkeypatch.setattr("models.plan._free", lambda _: 1000)
     refused(server, tmp_path, address(server), "is to be downloaded (~256 kB)", "has 1 kB free")
+
+
+def test_no_place(tmp_path, capsys):
+    """Said in the plan, and before another file is downloaded."""
+    (tmp_path / "cache").write_text("a file")
+    files = [Download("some", 10, tmp_path, "--a"), Download("other", 10, tmp_path / "cache" / "x", "--b")]
+    show_plan({"model": "m"}, files)
+    assert f"{tmp_path / 'cache'} is no folder that may be written to" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--b: other is to be downloaded, .*cache is no folder that may"):
+        require_space(files)
 
 
 def test_a_folder_that_cannot_be_made(server, tmp_path):

@@ -66,7 +66,7 @@ def test_inputs_are_not_overwritten(tmp_path, monkeypatch):
 
 
 def test_space(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9, "total": 10**12}))
     check_space("--output", tmp_path / "new" / "s.npz", 10**9, "samples")
     with pytest.raises(UserError, match="has 1.0 GB free, the run needs 2.0 GB .samples"):
         check_space("--output", tmp_path / "new" / "s.npz", 2 * 10**9, "samples")

@@ -102,7 +102,7 @@ def test_the_space_is_there_before_the_work(disk, monkeypatch):
     with largest_file(3000), pytest.raises(UserError, match="codes.partial.npy: cannot be written .File too"):
         extract("new")
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+        patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000, "total": 10**12}))
         with pytest.raises(UserError, match="--output: new has 0.0 GB free, the run needs"):
             extract("new")
     assert not (disk / "new").exists()

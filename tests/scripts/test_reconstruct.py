@@ -61,7 +61,7 @@ def test_other_sizes_are_refused(tmp_path):
     common = ["--model", "var-mini", "--images", str(tmp_path / "a.npz"), "--output"]
     for output, message in (
         ("b.npz", "images of 64 x 64, the model takes 32 x 32"),
-        ("a.npz", "the images themselves"),
+        ("a.npz", "is what --images reads"),
     ):
         with pytest.raises(UserError, match=message):
             reconstruct.main([*common, str(tmp_path / output)])

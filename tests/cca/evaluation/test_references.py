@@ -80,6 +80,18 @@ def test_dry_run_tells_of_the_download(server, tmp_path, capsys):
     assert not server.requests and not (tmp_path / "cache").exists()
 
 
+def test_what_is_left_of_a_download_has_to_fit(server, tmp_path, monkeypatch, capsys):
+    """2.0 GB are 0.5 GB where 1.5 GB lie there, and those fit."""
+    cached(tmp_path).parent.mkdir(parents=True)
+    with open(cached(tmp_path).parent / f".{NAME}.0123456789ab.part", "wb") as part:
+        part.truncate(1_500_000_000)
+    monkeypatch.setattr("models.plan._free", lambda _: 10**9)
+    eval_fid.main([*OPTIONS, "--dry-run"])
+    out = capsys.readouterr().out
+    assert f"~532 MB: {REFERENCES['imagenet256'].address}" in out and "which is enough" in out
+    eval_fid.main(OPTIONS)
+
+
 def test_several_processes_download_once(server, tmp_path):
     result = run(*command(tmp_path, REFERENCES["imagenet256"].address), processes=2)
     assert f"60 samples against {NAME}" in result.stdout

@@ -185,7 +185,7 @@ def test_presets():
 
 
 def test_too_little_space(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9, "total": 10**12}))
     with pytest.raises(UserError, match="has 1.0 GB free, the run needs 1.2 GB"):
         sample.main(["--model", "var-mini", "--num-samples", "200000", "--output", str(tmp_path / "s.npz")])
 
