@@ -36,7 +36,6 @@ from models.files import writing
 from models.options import Parser, add_model_options, count, number
 from models.outputs import check_output
 from models.plan import add_dry_run_option, require_space, show_plan, size_text
-from models.zoo import class_name
 
 # Where neither an option nor a preset says otherwise.
 DEFAULTS = {
@@ -208,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     compile = compiles_by_default(request, processes.device) if args.compile is None else args.compile
     batch_size = args.batch_size or default_batch_size(model, request, processes.device)
     downloads = chosen.files.downloads(model)
+    names = chosen.class_names(model)
     if processes.main:
         rows = plan(args, model, request, processes, batch_size, compile)
         show_plan(chosen.plan(model) | rows, downloads)
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
         samples, first = NpzImages(args.output), slice(0, min(8 * columns, args.num_samples))
         (images,), labels = samples.batches(first, first.stop), samples.labels()
         assert labels is not None
-        captions = [class_name(label, model.num_classes) for label in labels[first]]
+        captions = [names[label] for label in labels[first]]
         write_grid(images, args.grid, columns, captions)
 
 
