@@ -30,7 +30,6 @@ from cca.sampling.sampler import SampleRequest
 from cca.training.weights import choose_weights
 from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError, zoo_entry
 from models.decoding import LOWEST_TEMPERATURE
-from models.devices import device_name
 from models.errors import run_command
 from models.files import writing
 from models.options import Parser, add_model_options, count, number
@@ -184,7 +183,7 @@ def plan(
     return {
         "samples": f"{request.num_samples:,} of {size} x {size} pixels, {classes}, seed {request.seed}",
         "drawing": f"{guidance}, {drawn}",
-        "device": f"{device_name(processes.device)} x {processes.world}, {request.dtype}, "
+        "device": f"{processes.devices}, {request.dtype}, "
         f"batch {batch_size}, {'compiled' if compile else 'eager'}",
         "memory": f"~{size_text(sampling_memory(model, request, batch_size))} a process, "
         "for weights and a batch",

@@ -30,7 +30,6 @@ from tqdm import tqdm
 from cca.data.classes import add_classes_option, read_classes
 from cca.data.sources import TokenSource, open_labelled_images
 from cca.distributed import Processes, Stopped, StopRequest, children_ignore_signals
-from models.devices import device_name
 from models.errors import UserError, run_command
 from models.files import read_array, read_json, remove_folder, write_binary, write_json, writing
 from models.image_transforms import TenCrops
@@ -267,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         size = size_text(2 * math.prod(shape))
         rows = {
             "data": f"{args.data}, {len(source):,} images, {source.crops} crops of each",
-            "device": f"{device_name(processes.device)} x {processes.world}",
+            "device": processes.devices,
             "writes": f"{args.output}/ (codes.npy ~{size}, labels.npy, header.json)",
         }
         show_plan(files.plan(model, None) | rows, downloads)

@@ -25,7 +25,7 @@ from cca.training.run_folder import RunFolder, describe
 from cca.training.schedule import TrainingConfig, global_batches, unconditional_rows
 from cca.training.trainer import Trainer
 from models import ARImageModel, UserError, find_files, zoo_entry
-from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically, device_name
+from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically
 from models.loading import fill_model
 from models.outputs import check_output
 from models.plan import require_space, show_plan, size_text
@@ -67,7 +67,7 @@ def run_training(
         micro = f"a micro-batch of {micro_batch_size} images"
         rows = training_plan(args, config, model, path, data)
         rows["device"] = (
-            f"{device_name(processes.device)} x {processes.world} ({parallel}), {config.dtype}, "
+            f"{processes.devices} ({parallel}), {config.dtype}, "
             f"{'compiled' if compile else 'eager'}, {micro}"
             + (" or what fits" if fitted and processes.device.type == "cuda" else "")
         )
