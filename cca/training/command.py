@@ -102,7 +102,11 @@ def run_training(
             )
             if fitted:
                 choose_micro_batch(trainer)
-            draw = grid_drawer(trainer, folder.path / "samples") if args.sample_every else lambda step: None
+            draw = (
+                grid_drawer(trainer, folder.path / "samples", data.classes)
+                if args.sample_every
+                else lambda step: None
+            )
             train(
                 trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw
             )

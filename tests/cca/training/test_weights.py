@@ -36,7 +36,11 @@ def names(model, weights):
 
 
 def test_own_classes_keep_their_names(photos, tmp_path):
-    train_var_cca.main(["--model", "var-mini", "--data", *photos, *SHORT, "--output", "run"])
+    train_var_cca.main(
+        ["--model", "var-mini", "--data", *photos, *SHORT, "--sample-every", "1", "--output", "run"]
+    )
+    blank = np.zeros((12, 32, 32, 3), np.uint8)  # 4 images of each class that is trained
+    assert Image.open("run/samples/step-000001.png").size == draw_grid(blank, 3).size
     for weights in ("run", "run/model.pth", "run/state/step-1"):
         assert names("var-mini", weights)[:3] == ["tabby", "my_dog", "Pullover"]
         assert names("var-mini", weights)[7] == "Sneaker"
