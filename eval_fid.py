@@ -31,7 +31,6 @@ from cca.evaluation.evaluator import (
 from cca.evaluation.features import FEATURE_BYTES, add_features_options, features_plan, make_extractor
 from cca.evaluation.references import REFERENCE_IMAGES, REFERENCES, find_reference
 from models import UserError
-from models.devices import device_name
 from models.errors import run_command
 from models.files import write_json, writing
 from models.options import Parser, count
@@ -122,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
             "reference": held,
             "features": features,
             "metrics": ", ".join(metrics) if metrics else "all that the files give",
-            "device": f"{device_name(processes.device)} x {processes.world}, batch {args.batch_size}",
+            "device": f"{processes.devices}, batch {args.batch_size}",
             "memory": f"~{size_text(needed)} for the features",
             "writes": str(args.output or "no file (--output writes the results)"),
         }

@@ -30,13 +30,11 @@ from cca.sampling.sampler import SampleRequest
 from cca.training.weights import choose_weights
 from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError, zoo_entry
 from models.decoding import LOWEST_TEMPERATURE
-from models.devices import device_name
 from models.errors import run_command
 from models.files import writing
 from models.options import Parser, add_model_options, count, number
 from models.outputs import check_output
 from models.plan import add_dry_run_option, show_plan, size_text
-from models.zoo import class_name
 
 # Where neither an option nor a preset says otherwise.
 DEFAULTS = {
@@ -192,7 +190,7 @@ def plan(
     return {
         "samples": f"{request.num_samples:,} of {size} x {size} pixels, {classes}, seed {request.seed}",
         "drawing": f"{guidance}, {drawn}",
-        "device": f"{device_name(processes.device)} x {processes.world}, {request.dtype}, "
+        "device": f"{processes.devices}, {request.dtype}, "
         f"batch {batch_size}, {'compiled' if compile else 'eager'}",
         "memory": f"~{size_text(sampling_memory(model, request, min(batch_size, request.num_samples)))} "
         "a process, for weights and a batch",
@@ -216,6 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     compile = compiles_by_default(request, processes.device) if args.compile is None else args.compile
     batch_size = args.batch_size or default_batch_size(model, request, processes.device)
     downloads = chosen.files.downloads(model)
+    names = chosen.class_names(model)
 
     def show() -> None:
         found = open_store(model, request, args.output, chosen.known(), compile).look()
@@ -234,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         samples, first = NpzImages(args.output), slice(0, min(8 * columns, args.num_samples))
         (images,), labels = samples.batches(first, first.stop), samples.labels()
         assert labels is not None
-        captions = [class_name(label, model.num_classes) for label in labels[first]]
+        captions = [names[label] for label in labels[first]]
         write_grid(images, args.grid, columns, captions)
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.devices import device_name
 from models.errors import UserError
 from models.outputs import check_seen, claimed, differing
 from models.plan import Download, require_space
@@ -120,6 +121,11 @@ class Processes:
     def main(self) -> bool:
         """Whether this process does what only one may do: print, and write shared files."""
         return self.rank == 0
+
+    @property
+    def devices(self) -> str:
+        """What all compute on, as a plan shows it: "CPU x 2"."""
+        return f"{device_name(self.device)} x {self.world}"
 
     def command(self, line: str) -> str:
         """The whole command line of this run, ready to be pasted; ``line`` is what follows ``python``."""

@@ -36,14 +36,13 @@ from cca.sampling.sampler import (
     sample_tokens,
 )
 from cca.training.states import weights_of_run
-from cca.training.weights import choose_weights
+from cca.training.weights import ChosenWeights, choose_weights
 from models import DTYPES, ZOO, ARImageModel, UserError, zoo_entry
 from models.devices import device_name
 from models.errors import run_command
 from models.files import reason
 from models.options import Parser, add_model_options, count, number
 from models.plan import add_dry_run_option, require_space, show_plan
-from models.zoo import class_name
 from scripts.experiments import sweeps
 
 # Options of sample.py that the page asks for; the scale is the guided base's alone.
@@ -122,6 +121,10 @@ def pinned_weights(args: argparse.Namespace) -> str:
     return f"{path}:ema" if average and path.is_dir() else str(path)
 
 
+def chosen_weights(args: argparse.Namespace, weights: str) -> ChosenWeights:
+    return choose_weights(args.model, weights, args.tokenizer_weights, args.image_size)
+
+
 def defaults(model: str, classes: int, most_images: int) -> dict[str, str]:
     """What the page of a model starts with: the published settings, where there are some."""
     published = zoo_entry(model).published
@@ -153,14 +156,12 @@ class Demo:
         self.ways = [base, guided, *tuned]
         fitting = MOST_PIXELS // base.model.image_size**2
         self.most_images = args.max_images or max(1, min(MOST_IMAGES, fitting))
-        self.class_names = [
-            class_name(label, self.model.num_classes) for label in range(self.model.num_classes)
-        ]
+        self.class_names = chosen_weights(args, weights).class_names(self.model)
         self.defaults = defaults(args.model, self.model.num_classes, self.most_images)
 
     def _way(self, name: str, title: str, weights: str) -> Way:
         args = self._parsed({"--weights": weights})
-        chosen = choose_weights(args.model, weights, args.tokenizer_weights, args.image_size)
+        chosen = chosen_weights(args, weights)
         model = chosen.files.build()
         described = chosen.load(model)
         prepare(model, self.dtype, self.device)
@@ -257,7 +258,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 def show(args: argparse.Namespace, processes: Processes) -> None:
     """Print what will be loaded and served. Raises UserError where there is no room for downloads."""
     given = dict.fromkeys(("base", pinned_weights(args)))
-    chosen = [choose_weights(args.model, w, args.tokenizer_weights, args.image_size) for w in given]
+    chosen = [chosen_weights(args, weights) for weights in given]
     model = chosen[0].files.build()
     rows = chosen[0].plan(model)
     for tuned in chosen[1:]:

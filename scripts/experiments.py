@@ -36,10 +36,9 @@ MINI = {
         scales=(1.5, 2.0, 3.0, 4.0, 5.0), lambdas=(1, 100, 1000), betas=(0.5, 0.02), usual=3.0
     ),
 }
-PAPER_ORDER = {
-    LlamaGen: "The paper's, LlamaGen-L: CCA (3.43) < unlearning (12.22) < base (19.00) < DPO (61.69).",
-    VAR: "The paper's, VAR-d24: CCA (2.63) < unlearning (5.55) < base (6.20) < DPO (7.53).",
-}
+# The models of the paper's table 3, and what it calls them.
+ABLATED = {LlamaGen: ("llamagen-l", "LlamaGen-L"), VAR: ("var-d24", "VAR-d24")}
+LOSS_LABELS = {"cca": "CCA", "dpo": "DPO", "unlearning": "unlearning", "sft": "control: maximum likelihood"}
 BUNDLED_TRAIN, BUNDLED_REFERENCE = "assets/fashion-mnist-train-10k.npz", "assets/fashion-mnist-test-10k.npz"
 CONTROL = Run("sft", ("--loss", "sft"))
 CCA = Run("cca")
@@ -64,6 +63,14 @@ def published_fid(model: str, what: str) -> float | None:
     return published and published.fid(what)
 
 
+def paper_order(model: str) -> str:
+    """The losses by the FID of the paper's table 3, on its model of this backbone."""
+    ablated, title = ABLATED[ZOO[model].backbone]
+    labels = {"base": "base", **LOSS_LABELS}
+    found = [(fid, labels[what]) for what in labels if (fid := published_fid(ablated, what)) is not None]
+    return f"The paper's, {title}: {' < '.join(f'{label} ({fid:.2f})' for fid, label in sorted(found))}."
+
+
 def base_row(model: str) -> Row:
     published = published_fid(model, "base")
     return Row(model, "base", "base, no guidance", sampling=sampled(model), published=published)
@@ -86,9 +93,8 @@ def ablation_rows(model: str, options: dict[str, tuple[str, ...]]) -> list[Row]:
 
     options: more options of a loss's run. A loss without a recipe and without options is left out.
     """
-    labels = {"cca": "CCA", "dpo": "DPO", "unlearning": "unlearning", "sft": "control: maximum likelihood"}
     rows = [base_row(model)]
-    for loss, label in labels.items():
+    for loss, label in LOSS_LABELS.items():
         if loss not in options and loss not in ZOO[model].recipes:
             continue  # nobody has published its settings
         run = Run(loss, ("--loss", loss, *options.get(loss, ())))

@@ -30,7 +30,6 @@ from tqdm import tqdm
 from cca.data.classes import add_classes_option, read_classes
 from cca.data.sources import TokenSource, open_labelled_images
 from cca.distributed import Processes, Stopped, StopRequest, children_ignore_signals
-from models.devices import device_name
 from models.errors import UserError, run_command
 from models.files import read_array, read_json, remove_folder, write_binary, write_json, writing
 from models.image_transforms import TenCrops
@@ -305,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         crops = f", {source.crops} crops of each" if source.crops > 1 else ""
         rows = {
             "data": f"{args.data}, {len(source):,} images{crops}",
-            "device": f"{device_name(processes.device)} x {processes.world}",
+            "device": processes.devices,
             "writes": f"{args.output}/ (codes.npy ~{size_text(size)}, labels.npy, header.json)",
         }
         if state == "finished":

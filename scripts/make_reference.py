@@ -20,7 +20,6 @@ from cca.evaluation.features import add_features_options, features_plan, make_ex
 from cca.evaluation.metrics import Gaussian, RunningGaussian
 from cca.evaluation.references import REFERENCE_IMAGES
 from cca.streams import DATA_ORDER, stream
-from models.devices import device_name
 from models.errors import UserError, run_command
 from models.files import write_binary, writing
 from models.options import Parser, count
@@ -83,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = {
             "images": f"{args.images}, {len(images):,} images",
             "features": features,
-            "device": f"{device_name(processes.device)} x {processes.world}, batch {args.batch_size}",
+            "device": f"{processes.devices}, batch {args.batch_size}",
             "writes": f"{args.output}, with {min(args.kept_images, len(images)):,} of the images",
         }
         show_plan(rows, downloads)

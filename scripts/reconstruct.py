@@ -21,7 +21,6 @@ from cca.data.image_sets import ImageSet, open_image_set, to_uint8_tensor
 from cca.data.sources import to_model_input
 from cca.distributed import Processes
 from models.base import ARImageModel
-from models.devices import device_name
 from models.errors import UserError, run_command
 from models.files import atomic_write, write_json
 from models.loading import fill_model, find_files
@@ -101,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     def show() -> None:
         rows = {
             "images": f"{args.images}, {len(images):,} images",
-            "device": f"{device_name(processes.device)} x {processes.world}, batch {args.batch_size}",
+            "device": f"{processes.devices}, batch {args.batch_size}",
             "writes": f"{args.output} (~{size_text(3 * len(images) * size * size)}), "
             f"{args.output.with_suffix('.json')}",
         }

@@ -215,7 +215,7 @@ class Experiment:
             if seeds := self.run(rows):
                 fids = {row.label: statistics.mean(run[row.key]["fid"] for run in seeds) for row in rows}
                 order = " < ".join(label.partition(",")[0] for label in sorted(fids, key=lambda k: fids[k]))
-                remarks = [f"Order by FID: {order}. {e.PAPER_ORDER[zoo_entry(model).backbone]}", remark]
+                remarks = [f"Order by FID: {order}. {e.paper_order(model)}", remark]
                 self.table(model, rows, seeds, *filter(None, remarks))
 
     def tradeoff(self) -> None:

@@ -55,19 +55,21 @@ def folder(tmp_path, monkeypatch):
             for i in range(130):
                 Image.new("RGB", (8, 8)).save(here / name / kind / f"{i}.png")
     (here / "assets").symlink_to(ROOT / "assets")
-    runs = [f"runs/{name}/model.pth" for name in ("photos", "my", "d30-cca")] + [
-        f"runs/{name}llamagen-mini-cca/model.pt" for name in ("", "quickstart/")
+    runs = [f"runs/{name}/model.pth" for name in ("my", "d30-cca")] + [
+        f"runs/{name}/model.pt"
+        for name in ("my-base", "my-cca", "llamagen-mini-cca", "quickstart/llamagen-mini-cca")
     ]
     for file in (*runs, "model.pt"):
         (here / file).parent.mkdir(parents=True, exist_ok=True)
         torch.save({"a": torch.zeros(1)}, here / file)
-    for file in ("d16-cca.npz", "d30-cca.npz"):
+    for file in ("d16-cca.npz", "d30-cca.npz", "my.npz", "reference.npz"):
         np.savez(here / file, arr_0=np.zeros((8, 256, 256, 3), np.uint8), arr_1=np.arange(8))
-    (here / "codes384").mkdir()
-    length = build_model("llamagen-l").sequence_length
-    np.save(here / "codes384" / "codes.npy", np.zeros((300, 1, length), np.uint16))
-    np.save(here / "codes384" / "labels.npy", np.arange(300))
-    (here / "codes384" / "header.json").write_text(json.dumps({"vocab_size": 16384}))
+    for codes, model in (("codes384", "llamagen-l"), ("codes", "llamagen-mini")):
+        (here / codes).mkdir()
+        made_for = build_model(model)
+        np.save(here / codes / "codes.npy", np.zeros((300, 1, made_for.sequence_length), np.uint16))
+        np.save(here / codes / "labels.npy", np.arange(300) % made_for.num_classes)
+        (here / codes / "header.json").write_text(json.dumps({"vocab_size": made_for.vocab_size}))
     return here
 
 

@@ -100,6 +100,27 @@ def number_classes(
     )
 
 
+def class_folders(noted: object) -> dict[str, int] | None:
+    """The class of each class folder that a file keeps under ``classes``; None where it keeps no such."""
+    classes = noted.get("classes") if isinstance(noted, dict) else None
+    if not isinstance(classes, dict) or not all(type(label) is int for label in classes.values()):
+        return None
+    return classes
+
+
+def own_names(folders: Mapping[str, int], num_classes: int) -> dict[int, str]:
+    """Names that class folders give to their classes: class -> name, or names of several folders of one.
+
+    ``folders``: folder -> class. Numbers and, of 1,000 classes, WordNet ids name nothing of their own.
+    """
+    known = wordnet_classes() if num_classes == len(wordnet_classes()) else {}
+    names: dict[int, list[str]] = {}
+    for name, label in sorted(folders.items()):
+        if not WHOLE_NUMBER.fullmatch(name) and name not in known:
+            names.setdefault(label, []).append(name)
+    return {label: ", ".join(several) for label, several in names.items() if 0 <= label < num_classes}
+
+
 def whole_numbers(labels: np.ndarray, path: str | Path) -> np.ndarray:
     """Labels [N] as int64. Raises UserError for another shape, or for what are no whole numbers."""
     if labels.ndim != 1:

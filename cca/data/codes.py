@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cca.data.classes import check_labels
+from cca.data.classes import check_labels, class_folders
 from cca.data.folders import fingerprint
 from cca.data.sources import TokenSource
 from cca.streams import CROPS, stream
@@ -29,6 +29,7 @@ class PackedCodes:
         self.path, self.model = path, model
         try:
             self.header = read_json(path / "header.json")
+            self.classes = class_folders(self.header)
             self.codes = read_array(path / "codes.npy", "r")
             labels = read_array(path / "labels.npy")
         except UserError as error:
@@ -93,6 +94,8 @@ class PackedCodes:
 
 class NpyCodes:
     """The published layout: ``imagenet384_codes/N.npy`` [1, 10, L] and ``imagenet384_labels/N.npy`` [1]."""
+
+    classes: dict[str, int] | None = None
 
     def __init__(self, path: Path, model: ARImageModel):
         stem = f"imagenet{model.image_size}"
@@ -182,7 +185,7 @@ class Codes(TokenSource):
         kind = NpyCodes if (path / f"imagenet{model.image_size}_codes").is_dir() else PackedCodes
         sister = Path(f"{os.path.abspath(path)}_105")
         self.readers = [kind(folder, model) for folder in (path, sister) if folder == path or folder.is_dir()]
-        self.seed = seed
+        self.seed, self.classes = seed, self.readers[0].classes
         if len({len(reader) for reader in self.readers}) > 1:
             raise UserError(
                 f"--codes: {path} has {len(self.readers[0])} images, {sister} has {len(self.readers[1])}"

@@ -27,7 +27,7 @@ from cca.training.schedule import TrainingConfig, global_batches, unconditional_
 from cca.training.states import ema_name, saved_steps
 from cca.training.trainer import Trainer
 from models import ARImageModel, UserError, find_files, zoo_entry
-from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically, device_name
+from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically
 from models.loading import fill_model
 from models.outputs import check_output
 from models.plan import numbers, show_plan, size_text
@@ -74,7 +74,7 @@ def run_training(
         micro = f"a micro-batch of {largest} images"
         rows = training_plan(args, config, model, path, data)
         rows["device"] = (
-            f"{device_name(processes.device)} x {processes.world} ({parallel}), {config.dtype}, "
+            f"{processes.devices} ({parallel}), {config.dtype}, "
             f"{'compiled' if compile else 'eager'}, {micro}"
             + (" or what fits" if fitted and processes.device.type == "cuda" else "")
         )
@@ -107,7 +107,11 @@ def run_training(
             )
             if fitted:
                 choose_micro_batch(trainer)
-            draw = grid_drawer(trainer, folder.path / "samples") if args.sample_every else lambda step: None
+            draw = (
+                grid_drawer(trainer, folder.path / "samples", data.classes)
+                if args.sample_every
+                else lambda step: None
+            )
             train(
                 trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw
             )

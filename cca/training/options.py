@@ -34,13 +34,14 @@ def training_parser(
     add("--lambda", dest="lambda_", type=number(0), help=f"weight of the negatives ({recipe})")
     add("--uncond-ratio", type=number(0, 1), help=f"share of images trained without their class ({recipe})")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=count(), help=f"passes over the data ({recipe})")
+    length.add_argument("--epochs", type=count(),
+        help=f"passes over the data, each without its incomplete last batch ({recipe})")
     length.add_argument("--max-steps", type=count(), help="optimizer steps, instead of --epochs")
     add("--batch-size", type=count(), help=f"global batch in images, over all processes ({recipe})")
     add("--micro-batch-size", type=count(),
         help="images of one forward pass in one process (default: what fits a GPU's memory; "
         "on CPUs, with --deterministic and fsdp as published on 8 GPUs; mini: 32)")
-    add("--lr", type=number(0), help=f"peak learning rate ({recipe}; VAR: times batch size / 256)")
+    add("--lr", type=number(0), help=f"peak learning rate ({recipe}; VAR: in proportion to --batch-size)")
     add("--warmup", type=number(0, 1), help=f"fraction of the run with rising rate ({recipe})")
     add("--final-lr", type=number(0, 1), help=f"last rate over peak rate; 1 keeps it constant ({recipe})")
     add("--weight-decay", type=number(0), help=f"AdamW weight decay ({recipe})")

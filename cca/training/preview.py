@@ -1,7 +1,7 @@
 """Sample grids that a run draws from itself on its way."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,12 +30,19 @@ def training_paused(trainer: Trainer) -> Iterator[None]:
         trainer.net.train()
 
 
-def grid_drawer(trainer: Trainer, folder: Path) -> Callable[[int], None]:
-    """A function that samples a grid without guidance, always from the same random numbers."""
+def grid_drawer(
+    trainer: Trainer, folder: Path, folders: Mapping[str, int] | None = None
+) -> Callable[[int], None]:
+    """A function that samples a grid without guidance, always from the same random numbers.
+
+    Its columns are classes of ``folders`` (class folder -> class), or of the model where there are none.
+    """
     model, processes = trainer.model, trainer.processes
-    classes = tuple(torch.linspace(0, model.num_classes - 1, GRID_COLUMNS).long().tolist())
+    trained = sorted(set(folders.values())) if folders else range(model.num_classes)
+    columns = min(GRID_COLUMNS, len(trained))
+    classes = tuple(trained[int(i)] for i in torch.linspace(0, len(trained) - 1, columns).long())
     request = SampleRequest(
-        GRID_ROWS * GRID_COLUMNS, classes, "balanced", 0, None, trainer.config.dtype, SamplingOptions()
+        GRID_ROWS * columns, classes, "balanced", 0, None, trainer.config.dtype, SamplingOptions()
     )
 
     def draw(step: int) -> None:
@@ -43,10 +50,10 @@ def grid_drawer(trainer: Trainer, folder: Path) -> Callable[[int], None]:
             try:
                 with training_paused(trainer):
                     images = sample_images(
-                        model, range(request.num_samples), request, GRID_ROWS * GRID_COLUMNS, processes.device
+                        model, range(request.num_samples), request, request.num_samples, processes.device
                     )
                 folder.mkdir(exist_ok=True)
-                write_grid(images.numpy(), folder / f"step-{step:06d}.png", GRID_COLUMNS)
+                write_grid(images.numpy(), folder / f"step-{step:06d}.png", columns)
             except UserError as error:  # a picture is not worth the run
                 tqdm.write(f"no sample grid of step {step}: {error}", file=sys.stderr)
         processes.barrier()

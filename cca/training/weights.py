@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from cca.data.classes import class_folders, own_names
 from cca.training.states import load_run_weights, weights_of_run
 from models import ARImageModel, UserError, find_files, zoo_entry
+from models.files import read_json
 from models.loading import ModelFiles, fill_model
+from models.zoo import class_name
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,19 @@ class ChosenWeights:
     def known(self) -> dict:
         """What ``load`` will note of the files, as far as it is known without reading or downloading more."""
         return {**self.files.known(), "weights": self.given[1]}
+
+    def class_names(self, model: ARImageModel) -> list[str]:
+        """Name of each class, [num_classes]: of a run's own classes the folders', of others the model's.
+
+        Raises UserError for a run's ``config.json`` that is damaged.
+        """
+        names = [class_name(label, model.num_classes) for label in range(model.num_classes)]
+        weights = self.state[0].parent if self.state else self.files.weights
+        if isinstance(weights, Path) and (config := weights.with_name("config.json")).exists():
+            folders = class_folders(read_json(config).get("data")) or {}
+            for label, name in own_names(folders, model.num_classes).items():
+                names[label] = name
+        return names
 
     def load(self, model: ARImageModel) -> dict:
         """Fill the model that ``files`` built, on the CPU, downloading what is published.
