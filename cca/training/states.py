@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import pickletools
 import re
 import warnings
 from pathlib import Path
@@ -51,8 +52,11 @@ class _Reader(dcp.FileSystemReader):
     """The framework's reader, whose own way to the description would execute what it holds."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _Description(file).load()
+        content = (Path(self.path) / ".metadata").read_bytes()
+        # A damaged length of a byte array makes Python print a line of its own.
+        if any(opcode.name == "BYTEARRAY8" for opcode, _, _ in pickletools.genops(content)):
+            raise pickle.UnpicklingError("it holds a byte array, which no saved state does")
+        metadata = _Description(io.BytesIO(content)).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
         meta = getattr(metadata, "storage_meta", None) or StorageMeta()

@@ -178,6 +178,16 @@ def test_weights_of_a_state_whose_description_lacks_its_tensors(stopped):
         read_weights(state)
 
 
+def test_a_description_that_claims_more_bytes_than_there_are(stopped, capfd):
+    """Python would print a line of its own, about a byte array larger than memory."""
+    state = stopped / "state" / "step-5"
+    forget_checksums(state)
+    (state / ".metadata").write_bytes(b"\x80\x05\x96" + (2**50).to_bytes(8, "little") + b".")
+    with pytest.raises(UserError, match="step-5 is damaged or not a state of this trainer"):
+        read_weights(state)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_full_disk_is_one_line_at_every_size(disk, capsys):  # what is printed goes to no file
     for size in (100, 2_000, 20_000, 100_000):
         with largest_file(size), pytest.raises(UserError, match="cannot be written .File too large"):
