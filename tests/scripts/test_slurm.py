@@ -135,9 +135,11 @@ def test_a_small_model_from_its_data_to_its_figures(kind, start, tmp_path):
     """With the real commands: warned while it trains, the job goes on in its second run."""
     for name in ("train_var_cca.py", "train_llamagen_cca.py", "sample.py", "eval_fid.py", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
+    number = {"var": "4711", "llamagen": "4811"}[kind]  # the port follows it, and both may run at once
     job = {
+        "SLURM_JOB_ID": number,
         "MODEL": f"{kind}-mini", "DATA": str(ROOT / TRAIN), "REFERENCE": str(ROOT / REFERENCE),
-        "OUTPUT": "run", "TRAINING": "--batch-size 8 --max-steps 100 --save-every 1000",
+        "OUTPUT": "run", "TRAINING": "--batch-size 8 --max-steps 200 --save-every 1000",
         "SAMPLING": "--num-samples 16",
         "EVALUATION": "--features mini", "PROCESSES": "1", "VENV": str(ROOT / ".venv"),
         "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache"),
@@ -145,15 +147,15 @@ def test_a_small_model_from_its_data_to_its_figures(kind, start, tmp_path):
     process = start(**job)
     text = warn(process, lambda: len(lines(tmp_path / "run" / "metrics.jsonl")) >= 2)
     done = len(lines(tmp_path / "run" / "metrics.jsonl"))
-    assert process.returncode == 0 and 2 <= done < 100, text
+    assert process.returncode == 0 and 2 <= done < 200, text
     assert f"stopped and saved after step {done}; the same command goes on from there" in text
-    assert lines(tmp_path / "scontrol.txt") == ["requeue 4711"]
+    assert lines(tmp_path / "scontrol.txt") == [f"requeue {number}"]
     assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == [f"step-{done}"]
 
     process = start(**job)
     text = process.communicate(timeout=600)[0]
     assert process.returncode == 0, text
-    assert lines(tmp_path / "scontrol.txt") == ["requeue 4711"]
-    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 100
+    assert lines(tmp_path / "scontrol.txt") == [f"requeue {number}"]
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 200
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert found["samples"]["count"] == 16 and found["metrics"]["fid"] > 0
