@@ -4,7 +4,7 @@ from models.base import ARImageModel, ARTransformer
 from models.decoding import SamplingOptions
 from models.devices import DTYPES, autocast
 from models.errors import UserError
-from models.loading import find_files, load_files, load_model, locate, model_names, zoo_entry
+from models.loading import find_files, load_model, model_names, zoo_entry
 from models.zoo import ZOO, Recipe
 
 __all__ = [
@@ -17,9 +17,7 @@ __all__ = [
     "UserError",
     "autocast",
     "find_files",
-    "load_files",
     "load_model",
-    "locate",
     "model_names",
     "zoo_entry",
 ]

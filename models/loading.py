@@ -57,6 +57,23 @@ class ModelFiles:
         """The model without weights, as ``build_model`` makes it."""
         return build_model(self.name, self.image_size, self.tokenizer)
 
+    def fill(self, model: ARImageModel) -> "ModelFiles":
+        """Fetch the files and give the model that they built its weights, mapped where a file allows it.
+
+        The model is then on the CPU, in evaluation mode. Returns what ``fetch`` does. Raises UserError for
+        a file that cannot be had, is broken or of another model.
+        """
+        fetched = self.fetch()
+        for module, file, what in (
+            (model.transformer, fetched.weights, self.name),
+            (model.tokenizer, fetched.tokenizer_weights, f"the tokenizer of {self.name}"),
+        ):
+            if isinstance(file, Path):
+                load_weights(module, file, what, recognise)
+        model.tokenizer.requires_grad_(False)
+        model.eval()
+        return fetched
+
     def describe(self) -> dict:
         """Provenance for config.json and samples.json, of files that are here."""
         return {
@@ -119,19 +136,6 @@ def _shown(file: Path | WeightsFile, name: str | None = None) -> str:
     return f"{said}, sha256 {digest[:12]}" if digest else f"{said}, to be downloaded"
 
 
-def locate(
-    name: str,
-    weights: str | None = "base",
-    tokenizer_weights: str | None = None,
-    image_size: int | None = None,
-) -> ModelFiles:
-    """Find the files of a model, and download those that are published and not in the cache.
-
-    Arguments and errors as in ``find_files``; UserError also for a published file that cannot be had.
-    """
-    return find_files(name, weights, tokenizer_weights, image_size).fetch()
-
-
 def find_files(
     name: str,
     weights: str | None = "base",
@@ -191,32 +195,14 @@ def build_model(
         return entry.backbone.build(entry.transformer, config, image_size or entry.default_image_size)
 
 
-def load_files(files: ModelFiles) -> ARImageModel:
-    """Transformer and tokenizer on the CPU, in evaluation mode, memory-mapped where the file allows.
-
-    Raises UserError for a file that is missing, broken or of another model.
-    """
-    return fill_model(files.build(), files)
-
-
-def fill_model(model: ARImageModel, files: ModelFiles) -> ARImageModel:
-    """Give the model that ``files`` built its weights; the same object, otherwise as ``load_files``."""
-    for module, file, what in (
-        (model.transformer, files.weights, files.name),
-        (model.tokenizer, files.tokenizer_weights, f"the tokenizer of {files.name}"),
-    ):
-        assert not isinstance(file, WeightsFile)
-        if file:
-            load_weights(module, file, what, recognise)
-    model.tokenizer.requires_grad_(False)
-    return model.eval()
-
-
 def load_model(
     name: str, weights: str = "base", tokenizer_weights: str | None = None, image_size: int | None = None
 ) -> ARImageModel:
-    """Transformer and tokenizer by name; arguments and errors as in ``locate`` and ``load_files``."""
-    return load_files(locate(name, weights, tokenizer_weights, image_size))
+    """Transformer and tokenizer by name; arguments and errors: ``find_files`` and ``ModelFiles.fill``."""
+    files = find_files(name, weights, tokenizer_weights, image_size)
+    model = files.build()
+    files.fill(model)
+    return model
 
 
 @functools.cache

@@ -86,8 +86,8 @@ def add_workers_option(parser: argparse.ArgumentParser) -> None:
     """--workers, of every command that reads images: the same numbers whatever it is."""
     parser.add_argument(
         "--workers",
-        type=lambda text: default_loaders() if text == "auto" else count(0)(text),
-        default="auto",
+        type=count(0),
+        default=default_loaders(),
         metavar="N",
         help="processes that read images ahead, of each process "
         f"(default: on a GPU its share of the cores, {MOST_LOADERS} at most; 0, none, on a CPU)",

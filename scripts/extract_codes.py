@@ -33,7 +33,7 @@ from cca.distributed import Processes, Stopped, StopRequest, children_ignore_sig
 from models.errors import UserError, run_command
 from models.files import read_array, read_json, remove_folder, write_binary, write_json, writing
 from models.image_transforms import TenCrops
-from models.loading import fill_model, find_files
+from models.loading import find_files
 from models.options import Parser, add_workers_option, count, number
 from models.outputs import check_output, check_space, differing
 from models.plan import add_dry_run_option, show_plan, size_text
@@ -316,8 +316,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if not processes.planned(show, downloads, args.dry_run):
         return
-    files = files.fetch()
-    fill_model(model, files)
+    files = files.fill(model)
     tokenizer = tensors_sha256(model.tokenizer)
     model.tokenizer.to(processes.device)
     header = {

@@ -23,7 +23,7 @@ from cca.distributed import Processes
 from models.base import ARImageModel
 from models.errors import UserError, run_command
 from models.files import atomic_write, write_json
-from models.loading import fill_model, find_files
+from models.loading import find_files
 from models.options import Parser, add_model_options, add_workers_option, count
 from models.outputs import check_output
 from models.plan import add_dry_run_option, show_plan, size_text
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if not processes.planned(show, downloads, args.dry_run):
         return
-    fill_model(model, files.fetch())
+    files.fill(model)
     tokenizer = tensors_sha256(model.tokenizer)
     model.tokenizer.to(processes.device)
     share = processes.share(len(images))

@@ -186,7 +186,7 @@ def pretended_gpu() -> Iterator[None]:
 def fake_model(
     name: str, image_size: int | None = None, tokenizer: str | None = None, layers: int | None = None
 ) -> ARImageModel:
-    """A model of the zoo as ``load_files`` gives it, on the CPU; ``layers``: no more blocks than that."""
+    """A model of the zoo as ``load_model`` gives it, on the CPU; ``layers``: no more blocks than that."""
     with _disable_current_modes():
         model = build_model(name, image_size, tokenizer)
     if layers:

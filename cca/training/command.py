@@ -28,7 +28,6 @@ from cca.training.states import ema_name, saved_steps
 from cca.training.trainer import Trainer
 from models import ARImageModel, UserError, find_files, zoo_entry
 from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically
-from models.loading import fill_model
 from models.outputs import check_output
 from models.plan import numbers, show_plan, size_text
 
@@ -88,8 +87,7 @@ def run_training(
 
     if not processes.planned(show, downloads, args.dry_run):
         return
-    files = files.fetch()
-    fill_model(model, files)
+    files = files.fill(model)
     data.check_tokenizer()
     compared, told = data_record(path, data, processes)
     options = {**files.describe(), **compared, **computed}

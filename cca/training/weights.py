@@ -7,7 +7,7 @@ from cca.data.classes import class_folders, own_names
 from cca.training.states import load_run_weights, weights_of_run
 from models import ARImageModel, UserError, find_files, zoo_entry
 from models.files import read_json
-from models.loading import ModelFiles, fill_model
+from models.loading import ModelFiles
 from models.zoo import class_name
 
 
@@ -50,8 +50,7 @@ class ChosenWeights:
 
         Returns what is noted of its files. Raises UserError.
         """
-        files = self.files.fetch()
-        fill_model(model, files)
+        files = self.files.fill(model)
         described = {**files.describe(), "weights": self.given[1]}
         if self.state:
             try:

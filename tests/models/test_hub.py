@@ -10,14 +10,14 @@ from hub_server import hub_variables, serving
 FILES = (ROOT / "tests" / "golden" / "published_files.txt").read_text().split()
 EVERYTHING = """
 from models.__main__ import main
-from models.loading import locate
+from models.loading import find_files
 from models.zoo import ZOO
 for name, entry in ZOO.items():
     for weights, sizes in (("base", entry.base), ("cca", entry.cca)):
         for size, file in sizes.items():
             if file and file.repository:
-                print(locate(name, weights, image_size=size).weights.read_text())
-print(locate("llamagen-b", None, "vq_ds8_c2i").tokenizer_weights.read_text())
+                print(find_files(name, weights, image_size=size).fetch().weights.read_text())
+print(find_files("llamagen-b", None, "vq_ds8_c2i").fetch().tokenizer_weights.read_text())
 main([])
 """
 
