@@ -6,9 +6,9 @@
 
 Weights are random, so nothing is downloaded. Rows are written one by one: a run that is cut off keeps
 what it has, and a row that is run again replaces the old one. Each row may take its share of
---minutes and what earlier ones left; one that fails or takes longer says so, and the next goes on. A
-compiled VAR, a graph for each level, may need --only and more minutes.
-Times are medians after a warm-up, waits for the GPU included; compiling has a column of its own. The
+--minutes and what earlier ones left; one that fails or takes longer says so, and the next goes on.
+Times are medians after a warm-up, waits for the GPU included; compiling has a column of its own:
+seconds by which the first run was longer, while --jobs rows of compiled sampling did so at once. The
 shares are of what this very card allows (benchmarks/limits.py) with its bandwidth and its bfloat16
 products, which are measured first.
 """
@@ -21,19 +21,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from benchmarks.gpu_rows import KINDS, Row, rows
+from benchmarks.gpu_rows import KINDS, Prepared, Row, rows
 from benchmarks.limits import Card, measure_card, synchronise
 from benchmarks.report import Report
 from benchmarks.train_step import peak_and_base, reset_peak
 from models import UserError
 from models.errors import run_command
-from models.options import Parser, number
+from models.options import Parser, count, number
 
 TITLE = """# On a GPU
 
@@ -42,7 +43,7 @@ COLUMNS = (
     "row", "images at once", "images/s", "peak memory, GB", "share of the limit by bytes",
     "by FLOPs", "compiling, s",
 )  # fmt: skip
-LONGEST_MEASURED = 5.0  # seconds of timed rounds in a row
+LONGEST_MEASURED = 3.0  # seconds of timed rounds in a row
 PATIENCE = 2.5  # a row may take so many times its even share of the time that is left
 
 
@@ -54,23 +55,29 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def measure(row: Row, device: torch.device, card: Card, allowed: float) -> list[str]:
-    """The cells of a row; ``allowed``: seconds it should take in all."""
-    began = time.perf_counter()
+def prepared(row: Row, device: torch.device) -> tuple[Prepared, float]:
+    """A row ready to be timed, and seconds of its first run, which picks kernels, gets memory, compiles."""
     gc.collect()  # what is left of the row before
     torch.manual_seed(0)
-    prepared = KINDS[row.kind](row, device)
-    first = timed(prepared.run, device)  # picks kernels, gets memory, compiles
+    found = KINDS[row.kind](row, device)
+    return found, timed(found.run, device)
+
+
+def measure(
+    row: Row, ready: Prepared, first: float, device: torch.device, card: Card, allowed: float
+) -> list[str]:
+    """The cells of a row; ``allowed``: seconds it should take."""
     reset_peak()
-    seconds = [timed(prepared.run, device)]
-    end = min(began + allowed, time.perf_counter() + LONGEST_MEASURED)
+    began = time.perf_counter()
+    seconds = [timed(ready.run, device)]
+    end = began + min(allowed, LONGEST_MEASURED)
     while len(seconds) < row.rounds and time.perf_counter() + seconds[-1] < end:
-        seconds.append(timed(prepared.run, device))
+        seconds.append(timed(ready.run, device))
     median = statistics.median(seconds)
-    by_bytes, by_flops = card.shares(prepared.work, median)
+    by_bytes, by_flops = card.shares(ready.work, median)
     return [
         str(row.images),
-        f"{prepared.images / median:.4g}",
+        f"{ready.images / median:.4g}",
         f"{peak_and_base()[0] / 1e9:.2f}",
         f"{by_bytes:.1%}",
         f"{by_flops:.1%}",
@@ -78,15 +85,17 @@ def measure(row: Row, device: torch.device, card: Card, allowed: float) -> list[
     ]
 
 
-def work_through(connection: Connection) -> None:
-    """The child process: rows in, cells or the reason of a failure out; the card is measured first."""
+def work_through(connection: Connection, card: Card | None) -> None:
+    """The child process: rows in, each measured when told so; the card, unless given, is measured first."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    card = measure_card(device)
+    card = card or measure_card(device)
     connection.send(card)
-    while (task := connection.recv()) is not None:
-        row, allowed = task
+    while (row := connection.recv()) is not None:
         try:
-            connection.send(measure(row, device, card, allowed))
+            ready, first = prepared(row, device)
+            connection.send(None)
+            connection.send(measure(row, ready, first, device, card, connection.recv()))
+            del ready
         except Exception as error:  # whatever a row raises is its result
             message = " ".join(str(error).split()).replace("|", "/")[:160]
             connection.send(f"{type(error).__name__}: {message}")
@@ -98,14 +107,14 @@ class Worker:
     Raises UserError where it cannot even measure the card.
     """
 
-    def __init__(self):
+    def __init__(self, card: Card | None = None):
         self.connection, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
-        self.process = context.Process(target=work_through, args=(theirs,), daemon=True)
+        self.process = context.Process(target=work_through, args=(theirs, card), daemon=True)
         self.process.start()
         theirs.close()
         try:
-            self.card = self.connection.recv()
+            self.card: Card = self.connection.recv()
         except EOFError:
             raise UserError("the rows cannot be run: measuring the device failed, as said above") from None
 
@@ -113,17 +122,32 @@ class Worker:
     def alive(self) -> bool:
         return self.process.is_alive()
 
-    def run(self, row: Row, allowed: float) -> list[str] | str:
+    def prepare(self, row: Row) -> None:
+        """Begin a row; ``ready`` waits until it can be measured."""
+        self.connection.send(row)
+
+    def ready(self, end: float) -> str | None:
+        """Why there will be nothing to measure (then the process has ended), or None; see ``answer``."""
+        return cast(str | None, self.answer(end))
+
+    def measured(self, end: float) -> list[str] | str:
         """The cells of a row, or why there are none; then the process has ended."""
-        self.connection.send((row, allowed))
+        self.connection.send(max(end - time.monotonic(), 0))
+        return cast(list[str] | str, self.answer(end + LONGEST_MEASURED)) or "nothing was measured"
+
+    def answer(self, end: float) -> list[str] | str | None:
+        """What the process sends until then (``time.monotonic``)."""
         try:
-            result = self.connection.recv() if self.connection.poll(allowed) else None
+            if not self.connection.poll(max(end - time.monotonic(), 0)):
+                self.end()
+                return "took more than its time"
+            result = self.connection.recv()
         except EOFError:
             self.process.join()
             return f"the process ended with status {self.process.exitcode}"
-        if not isinstance(result, list):
+        if isinstance(result, str):
             self.end()
-        return result or f"took more than its {allowed:.0f} s"
+        return result
 
     def end(self) -> None:
         """At once, whatever it does."""
@@ -171,6 +195,38 @@ def chosen(names: list[str] | None, small: bool) -> list[Row]:
     return [row for name, row in known.items() if not names or name in names]
 
 
+def in_groups(todo: list[Row], jobs: int) -> list[list[Row]]:
+    """Rows that are prepared at once, ``jobs`` at most: those of compiled sampling; others are alone."""
+    groups: list[list[Row]] = []
+    for row in todo:
+        together = row.compiled and row.kind == "sample"
+        if together and groups and groups[-1][0].kind == row.kind and len(groups[-1]) < jobs:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def run(group: list[Row], workers: list[Worker], card: Card, end: float) -> Iterator[tuple[Row, list[str]]]:
+    """Prepare the rows of a group side by side, then measure one after the other; their cells.
+
+    workers: those that wait for work; whoever can work again is left there.
+    """
+    working = []
+    for row in group:
+        worker = workers.pop() if workers else Worker(card)
+        worker.prepare(row)
+        working.append((row, worker))
+    reasons = [worker.ready(end) for _, worker in working]
+    for (row, worker), reason in zip(working, reasons):
+        result = reason or worker.measured(end)
+        yield row, [str(row.images), f"failed: {result}"] if isinstance(result, str) else result
+        if row.compiled:
+            worker.close()  # CUDA graphs keep their memory
+        elif worker.alive:
+            workers.append(worker)
+
+
 def make_parser() -> Parser:
     parser = Parser(__doc__, "benchmarks.gpu")
     add = parser.add_argument
@@ -178,6 +234,10 @@ def make_parser() -> Parser:
     add("--list", action="store_true", help="print the names of the rows")
     add("--output", type=Path, default=Path("results/gpu.md"), metavar="FILE", help="default %(default)s")
     add("--minutes", type=number(0.1), default=9.5, help="for all rows together (default %(default)s)")
+    add(
+        "--jobs", type=count(), default=4,
+        help="rows of compiled sampling that are compiled at once (default %(default)s, for 80 GB)",
+    )  # fmt: skip
     add("--small", action="store_true", help="the bundled mini models, to try the command; also on a CPU")
     return parser
 
@@ -190,19 +250,19 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not args.small and not torch.cuda.is_available():
         raise UserError("--small: there is no GPU; without one the mini models alone are measured")
-    end, worker = time.monotonic() + 60 * args.minutes, Worker()
-    report = Report(args.output, TITLE, machine(), notes(worker.card, argv), COLUMNS)
-    for place, row in enumerate(todo):
+    end, workers = time.monotonic() + 60 * args.minutes, [Worker()]
+    card, groups = workers[0].card, in_groups(todo, args.jobs)
+    report = Report(args.output, TITLE, machine(), notes(card, argv), COLUMNS)
+    for place, group in enumerate(groups):
         left = end - time.monotonic()
-        allowed = min(left, PATIENCE * left / (len(todo) - place))
-        result: list[str] | str = "no time was left"
-        if allowed > 0:
-            worker = worker if worker.alive else Worker()
-            result = worker.run(row, allowed)
-        cells = [str(row.images), f"failed: {result}"] if isinstance(result, str) else result
-        report.put(row.name, cells)
-        print(f"{row.name}: {', '.join(filter(None, cells))}", flush=True)
-    worker.close()
+        rows_left = sum(map(len, groups[place:]))
+        allowed = min(left, PATIENCE * left * len(group) / rows_left)
+        late = ((row, [str(row.images), "failed: no time was left"]) for row in group)
+        for row, cells in run(group, workers, card, time.monotonic() + allowed) if allowed > 0 else late:
+            report.put(row.name, cells)
+            print(f"{row.name}: {', '.join(filter(None, cells))}", flush=True)
+    for worker in workers:
+        worker.close()
 
 
 if __name__ == "__main__":

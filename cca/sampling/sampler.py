@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cca.sampling.compiled import ROUNDED_AS_EAGER
 from cca.streams import CLASSES, TOKENS, stream
 from models import DTYPES, ARImageModel, SamplingOptions, autocast
 from models.decoding import generate_tokens, require_finite
@@ -81,7 +82,7 @@ def prepare(model: ARImageModel, dtype: str, device: torch.device, compile: bool
         if isinstance(part, nn.Conv2d) and model.decodes_in_half_precision:
             part.to(DTYPES[dtype])
     for child in model.tokenizer.children() if compile else ():
-        child.compile(dynamic=False)
+        child.compile(dynamic=False, options=ROUNDED_AS_EAGER)
 
 
 @torch.inference_mode()

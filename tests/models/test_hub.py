@@ -47,9 +47,9 @@ def python(arguments, tmp_path, endpoint, offline=False):
 
 
 def sample(tmp_path, endpoint, *options, offline=False):
-    return python(
-        ["sample.py", *options, "--output", tmp_path / "out" / "samples.npz"], tmp_path, endpoint, offline
-    )
+    """Few images, as any disk has room for."""
+    arguments = ["--num-samples", 8, *options, "--output", tmp_path / "out" / "samples.npz"]
+    return python(["sample.py", *arguments], tmp_path, endpoint, offline)
 
 
 def one_line(result, tmp_path, *parts, alone=True):

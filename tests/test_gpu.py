@@ -1,0 +1,349 @@
+"""What only a GPU can show. Each test prints what it measured: ``pytest tests/test_gpu.py -n 4 -rP``."""
+
+import itertools
+import json
+import shutil
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from commands import REFERENCE, TRAIN, run
+from golden_models import LLAMAGEN_CASES, VAR_CASES, build, golden
+
+import eval_fid
+import sample
+import train_llamagen_cca
+import train_var_cca
+from benchmarks.gpu_rows import Row, random_model, split
+from cca.distributed import Processes
+from cca.sampling.compiled import CompiledGenerate
+from cca.sampling.fitting import default_batch_size, sampling_memory
+from cca.sampling.sampler import SampleRequest, eager_generate, prepare, sample_tokens
+from cca.training.gpu import fitting_micro_batch, training_memory
+from cca.training.losses import Batch, pair_labels
+from cca.training.schedule import TrainingConfig
+from cca.training.trainer import Trainer
+from models import ZOO, ARImageModel, SamplingOptions, UserError, autocast, load_model
+from models.decoding import next_tokens
+from models.devices import allow_tf32
+from scripts import extract_codes
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+MINI = ("llamagen-mini", "var-mini")
+OPTIONS = {
+    "free": SamplingOptions(),
+    "greedy": SamplingOptions(top_k=1),
+    "guided": SamplingOptions(2.0, "linear", top_k=100, top_p=0.9, temperature=0.9),
+    "guided in part": SamplingOptions(2.0, "constant", cfg_interval=3),
+}
+# Beyond what rounding to a precision does by itself, as a share of images.
+BESIDES = 0.02
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    """What the product sets for good is taken back."""
+    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = convolutions
+    torch.cuda.empty_cache()
+
+
+def request(options: SamplingOptions, dtype: str, images: int, classes: int = 10) -> SampleRequest:
+    return SampleRequest(images, tuple(range(classes)), "balanced", 0, None, dtype, options)
+
+
+def tokens_of(name, options, dtype="float32", device=GPU, images=256, batch=256, compiled=False, exact=False):
+    """Tokens on the CPU; ``exact``: float32 without TF32."""
+    model, asked = load_model(name), request(options, dtype, images)
+    prepare(model, dtype, device)
+    if exact:
+        torch.set_float32_matmul_precision("highest")
+    generate = (
+        CompiledGenerate(model, options, dtype, batch, device) if compiled else eager_generate(model, asked)
+    )
+    batches = [range(images)[start : start + batch] for start in range(0, images, batch)]
+    return torch.cat([sample_tokens(model, part, asked, device, generate).cpu() for part in batches])
+
+
+def differing(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Share of rows that are not equal."""
+    return (a != b).flatten(1).any(1).double().mean().item()
+
+
+@pytest.mark.parametrize("name", LLAMAGEN_CASES + VAR_CASES)
+def test_figures_of_the_published_code(name):
+    """In float32, nothing rounded to TF32: tokens equal, logits within 1e-4 as on a CPU."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    model, expected = build(name).to(GPU), golden(name)
+    with torch.no_grad():
+        assert torch.equal(model.encode(expected["image"].to(GPU)).cpu(), expected["tokens"].long())
+        labels, tokens = expected["labels"].to(GPU), expected["tokens"].to(GPU)
+        error = (model.logits(labels, tokens).cpu() - expected["logits"]).abs().max().item()
+        logprob = model.sequence_logprob(labels, tokens).cpu()
+    print(f"{name}: logits differ by {error:.1e} at most")
+    assert error < 1e-4
+    torch.testing.assert_close(logprob, expected["sequence_logprob"], rtol=0, atol=1e-3)
+    keys = [key for key in expected if key.startswith("greedy_tokens_cfg") and "interval" not in key]
+    for key in keys:
+        scale = float(key.removeprefix("greedy_tokens_cfg")) + (name in VAR_CASES)  # VAR counts from 0
+        options = SamplingOptions(scale, model.default_cfg_schedule, top_k=1)
+        noise = torch.rand(4, model.sequence_length, device=GPU)
+        drawn = model.generate(torch.arange(4, device=GPU), noise, options)
+        assert torch.equal(drawn.cpu(), expected[key].long())
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_same_images_as_on_a_cpu(name):
+    """Random tokens in float32."""
+    gpu, cpu = (tokens_of(name, OPTIONS["free"], device=device, exact=True) for device in (GPU, CPU))
+    share = differing(gpu, cpu)
+    print(f"{name}: on a CPU {share:.2%} of images differ")
+    assert share <= BESIDES
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", MINI)
+def test_compiled_and_other_batch_sizes(name, dtype, what):
+    """Replayed as CUDA graphs, the last batch filled up, twice the same; and in eager batches of 100.
+
+    Neither changes more images than the precision itself does.
+    """
+    torch._dynamo.reset()
+    options = OPTIONS[what]
+    exact, eager = (tokens_of(name, options, d, exact=e) for d, e in (("float32", True), (dtype, False)))
+    others = tokens_of(name, options, dtype, batch=100)
+    once, again = (tokens_of(name, options, dtype, batch=100, compiled=True) for _ in range(2))
+    precision = differing(eager, exact)
+    shares = {"other batch size": differing(eager, others), "compiled": differing(others, once)}
+    shown = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
+    print(f"{name}, {dtype}, {what}: precision {precision:.2%} of images, {shown}")
+    assert torch.equal(once, again)
+    assert max(shares.values()) <= precision + BESIDES
+
+
+@contextmanager
+def no_waits():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", MINI)
+def test_the_host_does_not_wait_while_tokens_are_drawn(name, compiled):
+    model, options = load_model(name), OPTIONS["guided in part"]
+    prepare(model, "bfloat16", GPU)
+    generate = (
+        CompiledGenerate(model, options, "bfloat16", 16, GPU)
+        if compiled
+        else eager_generate(model, request(options, "bfloat16", 16))
+    )
+    labels = torch.arange(16, device=GPU) % 10
+    uniforms = torch.rand(16, model.sequence_length, dtype=torch.float64, device=GPU)
+    generate(labels, uniforms)
+    with no_waits():
+        generate(labels, uniforms)
+
+
+def config_of(model_name: str, **changes) -> TrainingConfig:
+    recipe = ZOO[model_name].recipes["cca"]
+    values = {
+        "loss": "cca", "beta": recipe.beta, "lambda_": recipe.lambda_, "uncond_ratio": 0.1, "batch_size": 8,
+        "lr": 1e-4, "weight_decay": 0.05, "final_weight_decay": None, "grad_clip": 1.0, "warmup": 0.0,
+        "final_lr": 1.0, "schedule_accumulation": 1, "max_steps": 2, "ema": 0.9, "seed": 0,
+        "dtype": recipe.dtype,
+    }  # fmt: skip
+    return TrainingConfig(**{**values, **changes})
+
+
+def batch_of(model: ARImageModel, images: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.vocab_size, (images, model.sequence_length), generator=generator)
+    uncond = torch.arange(images) % 8 == 3
+    return Batch(tokens, *pair_labels(torch.arange(images) % 10, uncond, model.null_class), uncond)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", MINI)
+def test_the_host_does_not_wait_in_a_micro_batch(name, dtype):
+    trainer = Trainer(load_model(name), config_of(name, dtype=dtype), 4, Processes())
+    batch = batch_of(trainer.model, 8)
+    trainer.optimizer_step(0, batch)
+    with no_waits():
+        loss, _ = trainer.micro_loss(batch)
+        trainer.scaler.scale(loss).backward()
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_compiled_and_sharded_training(name):
+    """Two steps in bfloat16 against eager ones; FSDP with one process."""
+    allow_tf32(GPU)
+    found, config = {}, config_of(name, dtype="bfloat16", ema=0.0)
+    for compile, sharded in itertools.product((False, True), repeat=2):
+        torch._dynamo.reset()
+        processes = Processes()
+        trainer = Trainer(load_model(name), config, 4, processes, compile=compile)
+        if sharded:
+            split(trainer, processes)
+        batch = batch_of(trainer.model, 8)
+        found[compile, sharded] = [trainer.optimizer_step(step, batch) for step in range(2)]
+    dist.destroy_process_group()
+    first = found[False, False]
+    for way, lines in found.items():
+        for key in ("logps/chosen", "loss", "grad_norm"):
+            errors = [abs(line[key] - other[key]) / abs(other[key]) for line, other in zip(lines, first)]
+            print(f"{name}, compile, fsdp {way}: {key} " + ", ".join(f"{error:.1e}" for error in errors))
+            assert max(errors) < (1e-3 if key == "logps/chosen" else 2e-2)
+
+
+@pytest.fixture
+def deterministic():
+    """What --deterministic sets for good is taken back."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def trained(folder, name) -> dict[str, torch.Tensor]:
+    (file,) = folder.glob("model.pt*")
+    return load_model(name, str(file)).transformer.state_dict()
+
+
+@pytest.mark.parametrize("compile", ["--no-compile", "--compile"])
+@pytest.mark.parametrize("name", MINI)
+def test_resumed_bit_for_bit(name, compile, tmp_path, deterministic):
+    """With --deterministic."""
+    codes = tmp_path / "codes"
+    data = ["--data", TRAIN] if name == "var-mini" else ["--codes", str(codes)]
+    if name == "llamagen-mini":
+        extract_codes.main(["--model", name, "--data", TRAIN, "--output", str(codes)])
+    command = ["--model", name, *data, "--batch-size", "64", "--max-steps", "6", "--save-every", "3"]
+    command += ["--deterministic", "--dtype", "bfloat16", "--keep-states", "2", compile]
+    train = train_var_cca.main if name == "var-mini" else train_llamagen_cca.main
+    for folder in ("whole", "again"):
+        train([*command, "--output", str(tmp_path / folder)])
+    again = tmp_path / "again"
+    shutil.rmtree(again / "state" / "step-6")  # as if killed before
+    for file in again.glob("model.pt*"):
+        file.unlink()
+    train([*command, "--output", str(again)])
+    whole, resumed = trained(tmp_path / "whole", name), trained(again, name)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_codes_of_a_cpu(tmp_path):
+    """TF32 in the encoder's convolutions moves few images to another code, as in the published scripts."""
+    extract = ["-m", "scripts.extract_codes", "--model", "llamagen-mini", "--data", TRAIN]
+    for folder, seen in (("gpu", "0"), ("cpu", "")):
+        run(*extract, "--output", tmp_path / folder, CUDA_VISIBLE_DEVICES=seen)
+    gpu, cpu = (np.load(tmp_path / folder / "codes.npy") for folder in ("gpu", "cpu"))
+    print(f"{(gpu != cpu).mean():.3%} of codes differ")
+    assert (gpu != cpu).mean() < 0.005
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_from_samples_to_scores(name, tmp_path):
+    """10,000 images, compiled by themselves, and eager: the same scores."""
+    scores = {}
+    for way, options in (("compiled", []), ("eager", ["--no-compile"])):
+        file, output = tmp_path / f"{way}.npz", tmp_path / f"{way}-scores.json"
+        sample.main(["--model", name, "--num-samples", "10000", *options, "--output", str(file)])
+        report = json.loads(file.with_suffix(".json").read_text())
+        assert report["options"]["compile"] is (way == "compiled")
+        evaluate = [str(file), "--reference", REFERENCE, "--features", "mini", "--output", str(output)]
+        eval_fid.main(evaluate)
+        scores[way] = json.loads(output.read_text())
+        print(
+            f"{name}, {way}: {report['options']['dtype']}, {report['images_per_second']:.0f} images/s, "
+            f"{report['wall_seconds']:.0f} s in all, FID {scores[way]['fid']:.4f}"
+        )
+    images = [torch.from_numpy(np.load(tmp_path / f"{way}.npz")["arr_0"]) for way in scores]
+    print(f"{name}: {differing(*images):.2%} of images differ")
+    assert scores["compiled"]["fid"] == pytest.approx(scores["eager"]["fid"], rel=0.03)
+
+
+def test_memory_that_runs_out(tmp_path):
+    """One line that names the option, while sampling and while training."""
+    torch.cuda.set_per_process_memory_fraction(0.004)
+    few = ["--model", "var-mini", "--output", str(tmp_path / "out")]
+    try:
+        with pytest.raises(
+            UserError, match="--batch-size: 8192 images at once do not fit in the GPU's memory"
+        ):
+            sample.main([*few, "--num-samples", "8192", "--batch-size", "8192"])
+        with pytest.raises(UserError, match="--micro-batch-size: the memory does not suffice") as error:
+            train_var_cca.main(
+                [
+                    *few,
+                    "--data",
+                    TRAIN,
+                    "--batch-size",
+                    "8192",
+                    "--micro-batch-size",
+                    "8192",
+                    "--max-steps",
+                    "1",
+                ]
+            )
+        print(error.value)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+BIG = {  # images at once chosen by the product, with the guidance of the published samples
+    "llamagen-xl": SamplingOptions(1.75),
+    "var-d36": SamplingOptions(3.0, "linear", top_k=900, top_p=0.96),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BIG)
+def test_the_batch_chosen_for_sampling_fits(name):
+    """The first steps of LlamaGen, whose cache is there from the first on; all levels of VAR."""
+    options, dtype = BIG[name], ZOO[name].recipes["cca"].dtype
+    model = random_model(Row(name, "sample", name, 1, guided=True), GPU)
+    prepare(model, dtype, GPU)
+    asked = request(options, dtype, 256, model.num_classes)
+    images = default_batch_size(model, asked, GPU)
+    torch.cuda.reset_peak_memory_stats()
+    labels = torch.zeros(2 * images, dtype=torch.int64, device=GPU)
+    uniforms = torch.rand(images, model.sequence_length, dtype=torch.float64, device=GPU)
+    with torch.inference_mode(), autocast(GPU, dtype):
+        state, tokens = model.begin(labels), labels.new_empty(images, 0)
+        for step, size in enumerate(model.step_sizes[:12]):
+            noise = uniforms[:, tokens.shape[1] : tokens.shape[1] + size]
+            drawn, _ = next_tokens(model, state, step, tokens, noise, 1.5, options)
+            tokens = torch.cat([tokens, drawn], dim=1)
+    peak, expected = torch.cuda.max_memory_allocated(), sampling_memory(model, asked, images)
+    print(f"{name}: {images} images, peak {peak / 1e9:.1f} GB, expected {expected / 1e9:.1f} GB")
+    assert peak < 0.9 * torch.cuda.get_device_properties(GPU).total_memory
+    assert peak < 1.25 * expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llamagen-l", "var-d16"])
+def test_the_micro_batch_chosen_for_training_fits(name):
+    model = random_model(Row(name, "train", name, 1), GPU)
+    config = config_of(name, batch_size=1024)
+    trainer = Trainer(model, config, 1, Processes())
+    trainer.micro_batch_size = fitting_micro_batch(trainer, 1024)
+    torch.cuda.reset_peak_memory_stats()
+    trainer.optimizer_step(0, batch_of(model, 2 * trainer.micro_batch_size))
+    peak = torch.cuda.max_memory_allocated()
+    expected = training_memory(model, config, trainer.micro_batch_size, 1, False)
+    print(
+        f"{name}: micro-batch of {trainer.micro_batch_size}, peak {peak / 1e9:.1f} GB, "
+        f"expected {expected / 1e9:.1f} GB"
+    )
+    assert peak < 0.95 * torch.cuda.get_device_properties(GPU).total_memory
+    assert peak == pytest.approx(expected, rel=0.25)
