@@ -8,7 +8,7 @@ Weights are random, so nothing is downloaded. Rows are written one by one: a run
 what it has, and a row that is run again replaces the old one. Each row may take its share of
 --minutes and what earlier ones left; one that fails or takes longer says so, and the next goes on.
 Times are medians after a warm-up, waits for the GPU included; compiling has a column of its own:
-seconds by which the first run was longer, while --jobs rows of compiled sampling did so at once. The
+seconds by which the first run was longer, while --jobs rows did so at once. The
 shares are of what this very card allows (benchmarks/limits.py) with its bandwidth and its bfloat16
 products, which are measured first.
 """
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch._inductor import config
 
 from benchmarks.gpu_rows import KINDS, Prepared, Row, rows
 from benchmarks.limits import Card, measure_card, synchronise
@@ -45,6 +46,8 @@ COLUMNS = (
 )  # fmt: skip
 LONGEST_MEASURED = 3.0  # seconds of timed rounds in a row
 PATIENCE = 2.5  # a row may take so many times its even share of the time that is left
+WAITED = 0.6  # of its time a group compiles before those that are ready are measured
+COMPILERS = 4  # processes that compile for a row: by default each would start one for every core
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
@@ -87,6 +90,7 @@ def measure(
 
 def work_through(connection: Connection, card: Card | None) -> None:
     """The child process: rows in, each measured when told so; the card, unless given, is measured first."""
+    config.compile_threads = COMPILERS
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     card = card or measure_card(device)
     connection.send(card)
@@ -126,6 +130,10 @@ class Worker:
         """Begin a row; ``ready`` waits until it can be measured."""
         self.connection.send(row)
 
+    def has_answered(self, end: float) -> bool:
+        """Whether something has been sent until then (``time.monotonic``)."""
+        return self.connection.poll(max(end - time.monotonic(), 0))
+
     def ready(self, end: float) -> str | None:
         """Why there will be nothing to measure (then the process has ended), or None; see ``answer``."""
         return cast(str | None, self.answer(end))
@@ -138,7 +146,7 @@ class Worker:
     def answer(self, end: float) -> list[str] | str | None:
         """What the process sends until then (``time.monotonic``)."""
         try:
-            if not self.connection.poll(max(end - time.monotonic(), 0)):
+            if not self.has_answered(end):
                 self.end()
                 return "took more than its time"
             result = self.connection.recv()
@@ -196,11 +204,10 @@ def chosen(names: list[str] | None, small: bool) -> list[Row]:
 
 
 def in_groups(todo: list[Row], jobs: int) -> list[list[Row]]:
-    """Rows that are prepared at once, ``jobs`` at most: those of compiled sampling; others are alone."""
+    """Rows that are prepared at once, ``jobs`` at most: those that compile; others are alone."""
     groups: list[list[Row]] = []
     for row in todo:
-        together = row.compiled and row.kind == "sample"
-        if together and groups and groups[-1][0].kind == row.kind and len(groups[-1]) < jobs:
+        if row.compiled and groups and groups[-1][0].compiled and len(groups[-1]) < jobs:
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -217,9 +224,12 @@ def run(group: list[Row], workers: list[Worker], card: Card, end: float) -> Iter
         worker = workers.pop() if workers else Worker(card)
         worker.prepare(row)
         working.append((row, worker))
-    reasons = [worker.ready(end) for _, worker in working]
-    for (row, worker), reason in zip(working, reasons):
-        result = reason or worker.measured(end)
+    # What compiles for long is left to, and the others are measured meanwhile.
+    now = time.monotonic()
+    soon = now + (end - now) * (1 if len(group) == 1 else WAITED)
+    late = [pair for pair in working if not pair[1].has_answered(soon)]
+    for row, worker in [*(pair for pair in working if pair not in late), *late]:
+        result = worker.ready(end) or worker.measured(end)
         yield row, [str(row.images), f"failed: {result}"] if isinstance(result, str) else result
         if row.compiled:
             worker.close()  # CUDA graphs keep their memory
@@ -236,7 +246,7 @@ def make_parser() -> Parser:
     add("--minutes", type=number(0.1), default=9.5, help="for all rows together (default %(default)s)")
     add(
         "--jobs", type=count(), default=4,
-        help="rows of compiled sampling that are compiled at once (default %(default)s, for 80 GB)",
+        help="rows that are compiled at once (default %(default)s, for 80 GB)",
     )  # fmt: skip
     add("--small", action="store_true", help="the bundled mini models, to try the command; also on a CPU")
     return parser

@@ -13,10 +13,13 @@ class Report:
     """Rows by name; those of other machines in the same file stay, and so do rows that are not run again."""
 
     def __init__(self, path: Path, title: str, machine: str, notes: str, columns: Sequence[str]):
-        self.path, self.machine, self.notes, self.columns = path, machine, notes, columns
+        self.path, self.machine, self.columns = path, machine, columns
         text = path.read_text() if path.exists() else f"{title}\n"
         self.title, *sections = text.rstrip("\n").split(SECTION)
         self.sections = {section.split("\n")[0]: section for section in sections}
+        before, *_ = self.sections.get(machine, "").partition("\n\n| ")
+        told = [line for line in before.split("\n")[1:] if line and line != notes]
+        self.notes = "\n\n".join([*told, notes])  # of the commands that wrote the rows
         self.rows = {
             line.split(" | ")[0].removeprefix("| "): line
             for line in self.sections.get(machine, "").split("\n")

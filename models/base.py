@@ -6,6 +6,7 @@ folder asks which backbone a model is.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
@@ -75,6 +76,12 @@ class ARTransformer(nn.Module, ABC):
         dtype = autocast_dtype(hidden.device, layer.weight.dtype)
         bias = None if layer.bias is None else layer.bias.to(dtype)
         return linear_sequence_logprob(hidden.to(dtype), layer.weight.to(dtype), bias, tokens, self.compiled)
+
+    def run_blocks(self, x: Tensor, arguments: Sequence[tuple]) -> Tensor:
+        """x [B, n, dim] through all blocks; ``arguments``: what each takes besides."""
+        for block, others in zip(self.transformer_blocks(), arguments):
+            x = self.run_block(block, x, *others)
+        return x
 
     def run_block(self, block: nn.Module, x: Tensor, *others) -> Tensor:
         arguments = (x, *others)
@@ -183,7 +190,6 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
         of models with ``steps_alike`` alone: a state that every step leaves in the same shapes.
         """
 
-    @abstractmethod
     def next_logits(self, state: State, decoding_step: int | Tensor, tokens: Tensor) -> Tensor:
         """Logits of the tokens that this decoding step produces.
 
@@ -198,6 +204,25 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
         Returns:
             float logits [rows, step_sizes[decoding_step], V].
         """
+        x = self.step_inputs(state, decoding_step, tokens)
+        x = self.transformer.run_blocks(x, self.block_arguments(state, decoding_step))
+        return self.step_logits(state, x)
+
+    @abstractmethod
+    def step_inputs(self, state: State, decoding_step: int | Tensor, tokens: Tensor) -> Tensor:
+        """What the first block takes in ``next_logits``, [rows, step_sizes[decoding_step], dim].
+
+        A step is made of three calls, this one first, since each is compiled on its own: the blocks,
+        being alike, only once.
+        """
+
+    @abstractmethod
+    def block_arguments(self, state: State, decoding_step: int | Tensor) -> Sequence[tuple]:
+        """What each block takes besides, its keys and values among it, which it stores."""
+
+    @abstractmethod
+    def step_logits(self, state: State, x: Tensor) -> Tensor:
+        """The logits, of what the last block gave; the state goes on to the next step."""
 
     @abstractmethod
     def to_uint8(self, images: Tensor) -> Tensor:

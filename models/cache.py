@@ -146,8 +146,8 @@ class StaticCache:
             position = Masked(place, mask[None, None, None])
         return [StaticLayer(keys, values, position) for keys, values in self.layers]
 
-    def advance(self) -> None:
-        self.used.add_(1)
+    def advance(self, n: int) -> None:
+        self.used.add_(n)
 
     def keep_rows(self, rows: int) -> None:
         self.layers = [(k[:rows], v[:rows]) for k, v in self.layers]

@@ -136,31 +136,21 @@ def guided_steps(options: SamplingOptions, steps: int) -> int:
     return max((i + 1 for i, scale in enumerate(scales) if scale != 1.0), default=0)
 
 
-def next_tokens(
-    model: "ARImageModel",
-    state: "DecodingState",
-    decoding_step: int | Tensor,
-    tokens: Tensor,
-    uniforms: Tensor,
-    scale: float | Tensor | None,
-    options: SamplingOptions,
+def draw_step(
+    logits: Tensor, uniforms: Tensor, scale: float | Tensor | None, options: SamplingOptions
 ) -> tuple[Tensor, Tensor]:
-    """One decoding step: logits, guidance, filters, draw.
+    """The rest of a decoding step: guidance, filters, draw.
 
     Args:
-        state, decoding_step: as ``ARImageModel.next_logits`` takes them, with 2 B rows under guidance,
-            the unconditional ones last.
-        tokens: those drawn before [B, n].
+        logits: [B, m, V]; under guidance [2 B, m, V], the unconditional ones last.
         uniforms: of the tokens that this step produces [B, m].
         scale: guidance scale, a number or [1]; None: without guidance.
 
     Returns:
         the tokens [B, m] int64, and whether all logits of a row were finite, bool [B].
     """
-    if scale is None:
-        logits = model.next_logits(state, decoding_step, tokens)
-    else:
-        cond, uncond = model.next_logits(state, decoding_step, tokens.repeat(2, 1)).float().chunk(2)
+    if scale is not None:
+        cond, uncond = logits.float().chunk(2)
         logits = uncond + scale * (cond - uncond)
     low, high = logits.flatten(1).aminmax(dim=1)  # NaN where there is one
     finite = (torch.maximum(high, -low).float() / options.temperature).isfinite()
@@ -186,7 +176,8 @@ def generate_tokens(
                 state.keep_rows(rows)
             scale = options.scale_at(decoding_step, steps) if decoding_step < guided else None
             noise = uniforms[:, tokens.shape[1] : tokens.shape[1] + size]
-            drawn, good = next_tokens(model, state, decoding_step, tokens, noise, scale, options)
+            logits = model.next_logits(state, decoding_step, tokens if scale is None else tokens.repeat(2, 1))
+            drawn, good = draw_step(logits, noise, scale, options)
             tokens, finite = torch.cat([tokens, drawn], dim=1), finite & good
     return tokens.masked_fill(~finite[:, None], NOT_FINITE)
 

@@ -162,14 +162,8 @@ class LlamaGenTransformer(ARTransformer):
 
     def hidden(self, labels: Tensor, inputs: Tensor) -> Tensor:
         x = torch.cat([self.cls_embedding(labels), self.tok_embeddings(inputs[:, :-1])], dim=1)
-        return self.run_layers(x, self.rotary[: x.shape[1]], [None] * len(self.layers))
-
-    def run_layers(self, embeddings: Tensor, table: Tensor, caches: Sequence[Cached]) -> Tensor:
-        """Embeddings [B, n, dim] of n positions and their rotary table -> what the output layer takes."""
-        x = self.token_dropout(embeddings)
-        for block, cache in zip(self.layers, caches):
-            x = self.run_block(block, x, table, cache)
-        return self.norm(x)
+        table = self.rotary[: x.shape[1]]
+        return self.norm(self.run_blocks(self.token_dropout(x), [(table, None)] * len(self.layers)))
 
 
 class Codebook(nn.Module):
@@ -275,20 +269,29 @@ class LlamaGen(ARImageModel[LlamaGenState]):
         )
         return LlamaGenState(labels, cache)
 
-    def next_logits(self, state: LlamaGenState, decoding_step: int | Tensor, tokens: Tensor) -> Tensor:
-        net, cache = self.transformer, state.cache
+    def step_inputs(self, state: LlamaGenState, decoding_step: int | Tensor, tokens: Tensor) -> Tensor:
+        net = self.transformer
+        if isinstance(decoding_step, Tensor):
+            first = decoding_step == 0
+            x = torch.where(first, net.cls_embedding(state.labels), net.tok_embeddings(tokens))
+        elif decoding_step == 0:
+            x = net.cls_embedding(state.labels)
+        else:
+            x = net.tok_embeddings(tokens[:, -1:])
+        return net.token_dropout(x)
+
+    def block_arguments(self, state: LlamaGenState, decoding_step: int | Tensor) -> Sequence[tuple]:
+        rotary, cache = self.transformer.rotary, state.cache
         if isinstance(cache, StaticCache):
             assert isinstance(decoding_step, Tensor)
-            x = torch.where(decoding_step == 0, net.cls_embedding(state.labels), net.tok_embeddings(tokens))
-            table = net.rotary.index_select(0, decoding_step)
-            hidden = net.run_layers(x, table, cache.at(decoding_step))
-            cache.advance()
-            return net.to_logits(hidden)
-        x = net.tok_embeddings(tokens[:, -1:]) if cache.filled else net.cls_embedding(state.labels)
-        table = net.rotary[cache.filled : cache.filled + 1]
-        hidden = net.run_layers(x, table, cache.at())
-        cache.advance(1)
-        return net.to_logits(hidden)
+            table = rotary.index_select(0, decoding_step)
+            return [(table, layer) for layer in cache.at(decoding_step)]
+        table = rotary[cache.filled : cache.filled + 1]
+        return [(table, layer) for layer in cache.at()]
+
+    def step_logits(self, state: LlamaGenState, x: Tensor) -> Tensor:
+        state.cache.advance(1)
+        return self.transformer.to_logits(self.transformer.norm(x))
 
     def to_uint8(self, images: Tensor) -> Tensor:
         return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)

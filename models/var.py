@@ -264,10 +264,13 @@ class VARTransformer(ARTransformer):
     def hidden(self, labels: Tensor, inputs: Tensor) -> Tensor:
         state = self.condition(labels, precompute=False)
         state.kept = self.drop_path(len(labels), labels.device)
-        return self.advance(inputs, state)
+        x = self.embed(inputs, state)
+        # Cast here, once, and not by autocast in each layer.
+        mask = self.attn_bias_for_masking.to(autocast_dtype(x.device, x.dtype))
+        return self.normed(self.run_blocks(x, self.block_arguments(state, mask)), state)
 
-    def advance(self, inputs: Tensor | None, state: VARState) -> Tensor:
-        """What the head takes of the next n positions, [B, n, dim] float32.
+    def embed(self, inputs: Tensor | None, state: VARState) -> Tensor:
+        """What the first block takes of the next n positions, [B, n, dim].
 
         inputs: [B, n, code_dim], or [B, n - 1, code_dim] where position 0, the class, is among
         them (None for that position alone).
@@ -277,15 +280,17 @@ class VARTransformer(ARTransformer):
         parts += [] if inputs is None else [self.word_embed(inputs)]
         x = torch.cat(parts, dim=1)
         end = start + x.shape[1]
-        x = x + self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]
-        dtype = autocast_dtype(x.device, x.dtype)  # cast here, once, and not by autocast in each layer
-        mask = None if state.cache else self.attn_bias_for_masking[:, :, :end, :end].to(dtype)
-        caches = state.cache.at() if state.cache else [None] * len(self.blocks)
-        kept = [None] * len(self.blocks) if state.kept is None else state.kept
-        for block, modulation, cache, factors in zip(self.blocks, state.modulations, caches, kept):
-            x = self.run_block(block, x, modulation, mask, cache, factors)
-        if state.cache:
-            state.cache.advance(end - start)
+        return x + self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]
+
+    def block_arguments(self, state: VARState, mask: Tensor | None) -> list[tuple]:
+        """What each block takes besides x; mask: of teacher forcing."""
+        depth = len(self.blocks)
+        caches = state.cache.at() if state.cache else [None] * depth
+        kept = [None] * depth if state.kept is None else state.kept
+        return [(modulation, mask, *others) for modulation, *others in zip(state.modulations, caches, kept)]
+
+    def normed(self, x: Tensor, state: VARState) -> Tensor:
+        """What the head takes, of what the last block gave: [B, n, dim] float32."""
         scale, shift = state.head_modulation
         return _norm(x.float()) * (1 + scale) + shift
 
@@ -340,16 +345,23 @@ class VAR(ARImageModel[VARState]):
         )
         return state
 
-    def next_logits(self, state: VARState, decoding_step: int | Tensor, tokens: Tensor) -> Tensor:
-        net = self.transformer
+    def step_inputs(self, state: VARState, decoding_step: int | Tensor, tokens: Tensor) -> Tensor:
         assert isinstance(decoding_step, int)
         if decoding_step == 0:
-            return net.to_logits(net.advance(None, state))
+            return self.transformer.embed(None, state)
         quantizer, last_level = self.tokenizer.quantize, decoding_step - 1
         added = quantizer.expand(last_level, tokens[:, -self.step_sizes[last_level] :])
         state.reconstruction = added if state.reconstruction is None else state.reconstruction + added
         inputs = quantizer.shrink(state.reconstruction, decoding_step).flatten(2).transpose(1, 2)
-        return net.to_logits(net.advance(inputs, state))
+        return self.transformer.embed(inputs, state)
+
+    def block_arguments(self, state: VARState, decoding_step: int | Tensor) -> Sequence[tuple]:
+        return self.transformer.block_arguments(state, mask=None)
+
+    def step_logits(self, state: VARState, x: Tensor) -> Tensor:
+        assert state.cache is not None
+        state.cache.advance(x.shape[1])
+        return self.transformer.to_logits(self.transformer.normed(x, state))
 
     def to_uint8(self, images: Tensor) -> Tensor:
         return ((images + 1) * 0.5 * 255).to(torch.uint8)

@@ -96,12 +96,17 @@ class Toy(ARImageModel[ToyState]):
     def begin(self, labels):
         return ToyState(labels)
 
-    def next_logits(self, state, decoding_step, tokens):
+    def step_inputs(self, state, decoding_step, tokens):
         start = tokens.shape[1]
-        hidden = self.transformer.hidden(state.labels, tokens)[
+        return self.transformer.hidden(state.labels, tokens)[
             :, start : start + self.step_sizes[decoding_step]
         ]
-        return self.transformer.to_logits(hidden)
+
+    def block_arguments(self, state, decoding_step):
+        return []
+
+    def step_logits(self, state, x):
+        return self.transformer.to_logits(x)
 
     def to_uint8(self, images):
         return ((images + 1) * 127.5).round().to(torch.uint8)

@@ -26,7 +26,7 @@ from cca.training.losses import Batch, pair_labels
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
 from models import ZOO, ARImageModel, SamplingOptions, UserError, autocast, load_model
-from models.decoding import next_tokens
+from models.decoding import draw_step
 from models.devices import allow_tf32
 from scripts import extract_codes
 
@@ -322,7 +322,7 @@ def test_the_batch_chosen_for_sampling_fits(name):
         state, tokens = model.begin(labels), labels.new_empty(images, 0)
         for step, size in enumerate(model.step_sizes[:12]):
             noise = uniforms[:, tokens.shape[1] : tokens.shape[1] + size]
-            drawn, _ = next_tokens(model, state, step, tokens, noise, 1.5, options)
+            drawn, _ = draw_step(model.next_logits(state, step, tokens.repeat(2, 1)), noise, 1.5, options)
             tokens = torch.cat([tokens, drawn], dim=1)
     peak, expected = torch.cuda.max_memory_allocated(), sampling_memory(model, asked, images)
     print(f"{name}: {images} images, peak {peak / 1e9:.1f} GB, expected {expected / 1e9:.1f} GB")

@@ -4,7 +4,8 @@ Phases: "inputs", "generate", "decode", "encode", "step 0" and "step 1" (of one 
 micro-batches), "features", "metrics".
 """
 
-from collections.abc import Callable
+import copy
+import math
 from types import SimpleNamespace
 from unittest import mock
 
@@ -20,13 +21,14 @@ from benchmarks.pretended.inductor import compiled_kernels
 from benchmarks.pretended.recorder import Recorder
 from cca.evaluation.features import INCEPTION, Extractor
 from cca.evaluation.metrics import kernel_distance, precision_recall
+from cca.sampling.compiled import BLOCKS_AT_ONCE, through
 from cca.sampling.sampler import SampleRequest, decode_tokens, eager_generate, prepare, sample_tokens
 from cca.training.losses import Batch, pair_labels
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
 from models import DTYPES, ZOO, SamplingOptions, autocast
 from models.base import ARImageModel
-from models.decoding import guided_steps, next_tokens
+from models.decoding import draw_step, guided_steps
 from models.devices import LIKELIHOOD_LOGITS
 from models.loading import build_model
 from models.logprob import chunk_error, chunk_logprob
@@ -67,46 +69,36 @@ def sampled(
     return recorder
 
 
-def decoding_step(
-    name: str, at: int, images: int, dtype: str, layers: int, **options
-) -> tuple[Callable[[Tensor, Tensor], object], list[Tensor]]:
-    """Decoding step ``at`` as it is compiled, a function of tokens and noise, and its inputs.
-
-    Call it inside ``pretended_gpu``. Where steps are not alike those before it have run.
-    """
-    model = fake_model(name, layers=layers).requires_grad_(False)
-    prepare(model, dtype, DEVICE)
-    wanted, sizes = SamplingOptions(**options), model.step_sizes
-    guided = guided_steps(wanted, len(sizes)) > at
-    labels = torch.zeros(2 * images if guided else images, dtype=torch.int64, device=DEVICE)
-    seen = sizes[0] if model.steps_alike else sum(sizes[:at])
-    tokens = torch.zeros(images, seen, dtype=torch.int64, device=DEVICE)
-    noise = torch.zeros(images, sizes[at], dtype=torch.float64, device=DEVICE)
-    where = torch.tensor([0], device=DEVICE) if model.steps_alike else at
-    scale = torch.ones(1, device=DEVICE) if model.steps_alike else wanted.cfg_scale
-    with torch.no_grad(), autocast(DEVICE, dtype):
-        state = model.begin(labels, static=True) if model.steps_alike else model.begin(labels)
-        for step in () if model.steps_alike else range(at):
-            earlier = tokens[:, : sum(sizes[:step])]
-            model.next_logits(state, step, earlier.repeat(len(labels) // images, 1))
-
-    def run(tokens: Tensor, noise: Tensor) -> object:
-        with torch.no_grad(), autocast(DEVICE, dtype):
-            return next_tokens(model, state, where, tokens, noise, scale if guided else None, wanted)
-
-    return run, [tokens, noise]
-
-
 def kernels_of_step(name: str, at: int, images: int, dtype: str, **options) -> int:
-    """Kernels of a compiled decoding step of the whole model, from what a second block adds to one."""
-    depth = len(build_model(name).transformer.transformer_blocks())
-    one, two = (_kernels_of_step(name, at, images, dtype, layers, **options) for layers in (1, 2))
-    return one + (depth - 1) * (two - one)
-
-
-def _kernels_of_step(name: str, at: int, images: int, dtype: str, layers: int, **options) -> int:
-    with pretended_gpu():
-        return compiled_kernels(*decoding_step(name, at, images, dtype, layers, **options)).total()
+    """Kernels of decoding step ``at`` of the whole model, compiled as ``CompiledGenerate`` does."""
+    wanted, recorder = SamplingOptions(**options), Recorder()
+    with pretended_gpu(), torch.no_grad(), autocast(DEVICE, dtype):
+        model = fake_model(name, layers=BLOCKS_AT_ONCE).requires_grad_(False)
+        prepare(model, dtype, DEVICE)
+        sizes = model.step_sizes
+        guided = guided_steps(wanted, len(sizes)) > at
+        labels = torch.zeros(2 * images if guided else images, dtype=torch.int64, device=DEVICE)
+        seen = sizes[0] if model.steps_alike else sum(sizes[:at])
+        tokens = torch.zeros(len(labels), seen, dtype=torch.int64, device=DEVICE)
+        noise = torch.zeros(images, sizes[at], dtype=torch.float64, device=DEVICE)
+        where = torch.tensor([0], device=DEVICE) if model.steps_alike else at
+        scale = (torch.ones(1, device=DEVICE) if model.steps_alike else wanted.cfg_scale) if guided else None
+        state = model.begin(labels, static=True) if model.steps_alike else model.begin(labels)
+        for step in () if model.steps_alike else range(at):  # those before it have run
+            model.next_logits(state, step, tokens[:, : sum(sizes[:step])])
+        traced = copy.copy(state)
+        before = compiled_kernels(lambda tokens: model.step_inputs(traced, where, tokens), [tokens])
+        x = model.step_inputs(state, where, tokens)
+        with recorder:
+            arguments = model.block_arguments(state, where)
+        blocks = list(model.transformer.transformer_blocks())
+        part = compiled_kernels(lambda x: through(blocks, x, arguments), [x])
+        after = compiled_kernels(
+            lambda x, noise: draw_step(model.step_logits(state, x), noise, scale, wanted), [x, noise]
+        )
+    parts = math.ceil(len(build_model(name).transformer.transformer_blocks()) / BLOCKS_AT_ONCE)
+    eager = sum(event.kernels for event in recorder.events)
+    return before.total() + eager + parts * part.total() + after.total()
 
 
 def kernels_of_likelihood(name: str, dtype: str) -> tuple[int, int]:

@@ -1,14 +1,17 @@
-"""Decoding compiled: one graph of a decoding step, its draw included, replayed by a GPU without the host.
+"""Decoding compiled: a decoding step, its draw included, in few kernels, replayed by a GPU without the host.
 
 Eager, a step of a small model is hundreds of kernels, each of which takes longer to launch than to run.
+A step is compiled in three parts: what comes before the blocks, the blocks, and what comes after. Blocks
+are alike and are compiled once: the whole step as one would take longer than the images of most runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import ARImageModel, SamplingOptions, autocast
 from models.cache import reads_a_part
@@ -16,18 +19,26 @@ from models.decoding import (
     NOT_FINITE,
     DecodingState,
     attention_kernels,
+    draw_step,
     guided_steps,
-    next_tokens,
     with_unconditional,
 )
 from models.devices import autocast_dtype
 
 # Where attention cannot be told how much of the cache counts, it reads one of so many lengths of it.
 LENGTHS = {"cuda": 4, "cpu": 1}
-GRAPHS = 128  # of one step function: levels or lengths, guided and not, are a graph each
+GRAPHS = 128  # of one part: levels or lengths, guided and not, are a graph each
+BLOCKS_AT_ONCE = 2  # compiled as one: where one block ends and the next begins two kernels become one
 # Of the compiler for GPUs: a fused kernel rounds where the kernels that it stands for do, or nearly every
 # image of 16 bits would have other tokens than without compilation.
 ROUNDED_AS_EAGER: dict[str, Any] = {"emulate_precision_casts": True}
+
+
+def through(blocks: Sequence[nn.Module], x: Tensor, arguments: Sequence[tuple]) -> Tensor:
+    """``ARTransformer.run_blocks`` of some blocks."""
+    for block, others in zip(blocks, arguments):
+        x = block(x, *others)
+    return x
 
 
 class CompiledGenerate:
@@ -59,9 +70,8 @@ class CompiledGenerate:
         self.starts = list(accumulate(model.step_sizes, initial=0))
         self.state: DecodingState
         settings = ROUNDED_AS_EAGER if backend == "inductor" and device.type == "cuda" else None
-        self.step = torch.compile(
-            self._step, fullgraph=True, dynamic=False, backend=backend, options=settings
-        )
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend, options=settings)
+        self.before, self.through, self.after = map(compiled, (self._before, through, self._after))
         self.replays: list[Callable[[], None]] | None = None
 
     def __call__(self, labels: Tensor, uniforms: Tensor) -> Tensor:
@@ -91,21 +101,40 @@ class CompiledGenerate:
 
     def _step(self, step: int | None, guided: bool) -> None:
         """One decoding step; None: the one that ``at`` says."""
-        model, options, tokens = self.model, self.options, self.tokens
-        with autocast(tokens.device, self.dtype):
-            if step is None:
-                scale: float | Tensor | None = self.scales.index_select(0, self.at) if guided else None
-                before = tokens.index_select(1, (self.at - 1).clamp(min=0))
-                noise = self.uniforms.index_select(1, self.at)
-                drawn, good = next_tokens(model, self.state, self.at, before, noise, scale, options)
-                tokens.index_copy_(1, self.at, drawn)
-                self.at.add_(1)
-            else:
-                scale = options.scale_at(step, len(model.step_sizes)) if guided else None
-                start, stop = self.starts[step : step + 2]
-                before, noise = tokens[:, :start], self.uniforms[:, start:stop]
-                drawn, good = next_tokens(model, self.state, step, before, noise, scale, options)
-                tokens[:, start:stop] = drawn
+        model = self.model
+        with autocast(self.tokens.device, self.dtype):
+            x = self.before(step, guided)
+            blocks = list(model.transformer.transformer_blocks())
+            arguments = model.block_arguments(self.state, self.at if step is None else step)
+            for start in range(0, len(blocks), BLOCKS_AT_ONCE):
+                part = slice(start, start + BLOCKS_AT_ONCE)
+                x = self.through(blocks[part], x, arguments[part])
+            self.after(x, step, guided)
+
+    def _before(self, step: int | None, guided: bool) -> Tensor:
+        if step is None:
+            tokens = self.tokens.index_select(1, (self.at - 1).clamp(min=0))
+        else:
+            tokens = self.tokens[:, : self.starts[step]]
+        tokens = tokens.repeat(2, 1) if guided else tokens
+        return self.model.step_inputs(self.state, self.at if step is None else step, tokens)
+
+    def _after(self, x: Tensor, step: int | None, guided: bool) -> None:
+        logits = self.model.step_logits(self.state, x)
+        scale: float | Tensor | None = None
+        if step is None:
+            if guided:
+                scale = self.scales.index_select(0, self.at)
+            noise = self.uniforms.index_select(1, self.at)
+            drawn, good = draw_step(logits, noise, scale, self.options)
+            self.tokens.index_copy_(1, self.at, drawn)
+            self.at.add_(1)
+        else:
+            if guided:
+                scale = self.options.scale_at(step, len(self.model.step_sizes))
+            part = slice(*self.starts[step : step + 2])
+            drawn, good = draw_step(logits, self.uniforms[:, part], scale, self.options)
+            self.tokens[:, part] = drawn
         self.finite.logical_and_(good)
 
     def _stages(self) -> list[tuple[Callable[[], None], int]]:
@@ -118,7 +147,7 @@ class CompiledGenerate:
                     self.state.keep_rows(rows)
                 if self.model.steps_alike:
                     self.state.reach(stop)
-                self.step(None if self.model.steps_alike else start, start < self.guided)
+                self._step(None if self.model.steps_alike else start, start < self.guided)
 
             return run, stop - start
 

@@ -66,5 +66,12 @@ def test_what_is_asked_for(tmp_path, monkeypatch, capsys):
 
 def test_a_row_that_takes_too_long_is_ended():
     worker = gpu.Worker()
-    assert worker.run(rows(small=True)[0], allowed=0.0) == "took more than its 0 s"
+    worker.prepare(rows(small=True)[0])
+    assert worker.ready(end=0.0) == "took more than its time"
     assert not worker.alive
+
+
+def test_what_compiles_at_once():
+    sizes = [len(group) for group in gpu.in_groups(rows(small=True), jobs=4)]
+    compiled = [row for row in rows(small=True) if row.compiled]
+    assert sizes == [1] * (len(rows(small=True)) - len(compiled)) + [4, len(compiled) - 4]
