@@ -99,8 +99,9 @@ def make_parser() -> Parser:
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile decoding, and on a GPU replay it as CUDA graphs: minutes at the start, then several "
-        f"times as fast (default: on a GPU from {COMPILED_FROM:,} images on)",
+        help="compile decoding, and on a GPU replay it as CUDA graphs: a minute or more at the start, then "
+        f"several times as fast (default: on a GPU from {COMPILED_FROM[True]:,} images on, "
+        f"VAR from {COMPILED_FROM[False]:,})",
     )
     add("--output", required=True, type=Path, metavar="FILE.npz", help="where the samples go")
     add(
@@ -211,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = choose_weights(args.model, args.weights, args.tokenizer_weights, args.image_size)
     model = chosen.files.build()
     request = make_request(args, model, processes.device)
-    compile = compiles_by_default(request, processes.device) if args.compile is None else args.compile
+    compile = compiles_by_default(model, request, processes.device) if args.compile is None else args.compile
     batch_size = args.batch_size or default_batch_size(model, request, processes.device)
     downloads = chosen.files.downloads(model)
     names = chosen.class_names(model)

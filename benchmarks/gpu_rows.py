@@ -74,6 +74,9 @@ def rows(small: bool) -> list[Row]:
         for kind in ("decode", "encode")
         for name, (model, tokenizer, images) in tokenizers.items()
     ]
+    for name in ("llamagen", "var") if small else ("llamagen-384", "var-256"):
+        model, tokenizer, images = tokenizers[name]
+        coding.append(Row(f"decode-{name}-compiled", "decode", model, images, tokenizer, compiled=True))
     ordered = sorted([*training, *found, *coding], key=lambda row: row.compiled)
     return [replace(row, rounds=1) for row in ordered] if small else ordered
 
@@ -167,7 +170,7 @@ def decoding(row: Row, device: torch.device) -> Prepared:
     model = random_model(row, device)
     request = request_of(row, model, device)
     tokens = torch.randint(0, model.vocab_size, (row.images, model.sequence_length), device=device)
-    prepare(model, request.dtype, device)
+    prepare(model, request.dtype, device, row.compiled)
     dtype = DTYPES[request.dtype if model.decodes_in_half_precision else "float32"]
     work = limits.tokenizer(row.model, row.tokenizer, False, row.images, dtype.itemsize)
     return Prepared(lambda: decode_tokens(model, tokens, request), row.images, work)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from benchmarks.train_step import peak_and_base, reset_peak
 from models.base import ARImageModel
-from models.decoding import LayerCache, SamplingOptions, draw_tokens, filter_logits
+from models.cache import LayerCache
+from models.decoding import SamplingOptions, draw_tokens, filter_logits
 from models.devices import DTYPES, autocast
 from models.errors import run_command
 from models.llamagen import Attention, LlamaGen, LlamaGenState, rotate
@@ -37,33 +38,32 @@ class ConcatenatedLayer:
     def __init__(self):
         self.stored: tuple[Tensor, Tensor] | None = None
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.stored = (
-            (k, v)
-            if self.stored is None
-            else tuple(torch.cat(pair, dim=2) for pair in zip(self.stored, (k, v)))
-        )
-        return self.stored
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if self.stored is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.stored, (k, v)))
+        self.stored = k, v
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 class ConcatenatedCache:
     def __init__(self, layers: int):
         self.layers = [ConcatenatedLayer() for _ in range(layers)]
-        self.length = 0
+        self.filled = 0
 
-    def at(self, layer: int) -> ConcatenatedLayer:
-        return self.layers[layer]
+    def at(self) -> list[ConcatenatedLayer]:
+        return self.layers
 
     def advance(self, n: int) -> None:
-        self.length += n
+        self.filled += n
 
 
 def full_length_attention(self: Attention, x: Tensor, table: Tensor, cache: LayerCache) -> Tensor:
     """Attention over the whole preallocated cache, masked behind the current position."""
     q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
     q, k = rotate(q, table), rotate(k, table)
-    cache.append(k, v)
-    mask = (torch.arange(cache.keys.shape[2], device=x.device) <= cache.length)[None, None, None]
+    place = slice(cache.filled, cache.filled + 1)
+    cache.keys[:, :, place], cache.values[:, :, place] = k, v
+    mask = (torch.arange(cache.keys.shape[2], device=x.device) <= cache.filled)[None, None, None]
     out = F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=mask)
     return self.wo(out.transpose(1, 2).flatten(2))
 
@@ -120,7 +120,7 @@ def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float, int]:
     return result, time.perf_counter() - began, peak_and_base()[0] - base
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__, "benchmarks.sampling")
     parser.add_argument("--model", required=True, choices=sorted(ZOO), help="whose sizes")
     parser.add_argument("--image-size", type=count(), help="pixels (default: the model's)")
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=count(), default=3, help="timed rounds, the ways in turn (default 3)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = build_model(args.model, args.image_size, device="cpu")

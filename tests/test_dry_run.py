@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,12 +38,14 @@ PLANNED = [
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty home without network, and in the current folder small stand-ins for what the pages name."""
+    """An empty home without network on a large disk, and in the current folder small stand-ins for what the
+    pages name."""
 
     def refuse(*_):
         raise AssertionError("a dry run uses the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**13, total=10**14))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -70,8 +70,10 @@ class CompiledGenerate:
         self.starts = list(accumulate(model.step_sizes, initial=0))
         self.state: DecodingState
         settings = ROUNDED_AS_EAGER if backend == "inductor" and device.type == "cuda" else None
-        compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend, options=settings)
-        self.before, self.through, self.after = map(compiled, (self._before, through, self._after))
+        compiled = partial(torch.compile, fullgraph=True, backend=backend, options=settings)
+        self.before, self.after = (compiled(part, dynamic=False) for part in (self._before, self._after))
+        # Of any number of tokens, where levels differ in it: not for each level anew.
+        self.through = compiled(through, dynamic=False if model.steps_alike else None)
         self.replays: list[Callable[[], None]] | None = None
 
     def __call__(self, labels: Tensor, uniforms: Tensor) -> Tensor:

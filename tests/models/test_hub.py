@@ -90,9 +90,9 @@ def test_missing_file(hub, tmp_path):
 
 @pytest.mark.parametrize("offline", [False, True])
 def test_no_network(tmp_path, offline):
-    result = sample(tmp_path, "http://127.0.0.1:9", "--model", "llamagen-3b", offline=offline)
+    result = sample(tmp_path, "http://127.0.0.1:9", "--model", "llamagen-b", offline=offline)
     message = (
-        "FoundationVision/LlamaGen/c2i_3B_384.pt: it is not in the cache and the hub is out of reach; "
+        "FoundationVision/LlamaGen/c2i_B_384.pt: it is not in the cache and the hub is out of reach; "
         "fetch that file by hand"
     )
     one_line(result, tmp_path, "--weights: ", message)
