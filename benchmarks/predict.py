@@ -140,7 +140,7 @@ SPEEDS = ("images/s, launched one by one", "in a graph", "limit")
 def main() -> None:
     Parser(__doc__, "benchmarks.predict").parse_args()
     torch.set_num_threads(1)
-    print("Predicted for an H100, not measured: no GPU has been seen.\n")
+    print("Predicted for an H100, not measured.\n")
     print(f"Sampling, {IMAGES} images at once, with the settings of the published samples:\n")
     sampling = [
         sampled(name, guided)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import constants
 from torch import nn
 
 from models.errors import UserError, printable
@@ -72,6 +73,8 @@ def show_plan(rows: Mapping[str, str], downloads: Sequence[Download] = ()) -> No
             room = "enough" if _needed(disk, downloads) <= _free(disk) else "too little"
             free = f"{size_text(_free(disk))} are free at {disk}, which is {room}"
             lines.append(_unusable(disk) or free)
+        if constants.HF_HUB_OFFLINE:
+            lines.append("HF_HUB_OFFLINE is set, so they will be refused")
         shown["downloads"] = lines
     width = max(map(len, shown)) + 2
     for name, (first, *others) in shown.items():

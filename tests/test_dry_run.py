@@ -105,6 +105,11 @@ def test_sizes_and_room(folder, capsys, monkeypatch):
     sample.main([*command, "--dry-run"])
     out = capsys.readouterr().out
     assert "~1.2 GB: FoundationVision/var/var_d16.pth" in out and "which is enough" in out
+    assert "HF_HUB_OFFLINE" not in out
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        sample.main([*command, "--dry-run"])
+    assert "HF_HUB_OFFLINE is set, so they will be refused" in capsys.readouterr().out
     monkeypatch.setattr("models.plan._free", lambda disk: 10**9)
     sample.main([*command, "--dry-run"])
     assert "1.0 GB are free" in (out := capsys.readouterr().out) and "too little" in out
