@@ -61,6 +61,7 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 def prepared(row: Row, device: torch.device) -> tuple[Prepared, float]:
     """A row ready to be timed, and seconds of its first run, which picks kernels, gets memory, compiles."""
     gc.collect()  # what is left of the row before
+    torch.cuda.empty_cache()  # other processes need it
     torch.manual_seed(0)
     found = KINDS[row.kind](row, device)
     return found, timed(found.run, device)

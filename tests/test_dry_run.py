@@ -252,6 +252,19 @@ def test_the_state_of_a_run_stands_where_weights_do(folder, capsys):
         assert capsys.readouterr().out.splitlines()[1] == f"weights    {shown}"
 
 
+@pytest.mark.parametrize("given", ["run", "run/state/step-2", "run/state/step-2:ema", "done"])
+def test_a_run_of_another_model_is_refused(given, folder):
+    state = folder / "run/state/step-2"
+    state.mkdir(parents=True)
+    (state / ".metadata").touch()
+    (folder / "done").mkdir()
+    (folder / "done/model.pth").touch()
+    for run in ("run", "done"):
+        (folder / run / "config.json").write_text('{"options": {"model": "var-d16"}}')
+    with pytest.raises(UserError, match=f"--weights: {given} is a run of var-d16, not of var-mini"):
+        sample.main(["--model", "var-mini", "--weights", given, "--output", "s.npz", "--dry-run"])
+
+
 def test_names_that_would_steer_a_terminal(folder, capsys):
     sample.main(["--model", "var-mini", "--output", "two\nlines \033[31m.npz", "--dry-run"])
     assert (

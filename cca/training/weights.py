@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cca.data.classes import class_folders, own_names
+from cca.training.run_folder import read_options
 from cca.training.states import load_run_weights, weights_of_run
 from models import ARImageModel, UserError, find_files, zoo_entry
 from models.files import read_json
@@ -71,7 +72,17 @@ def choose_weights(
     it (see ``weights_of_run``).
     """
     found = weights_of_run(weights, zoo_entry(name).backbone.checkpoint_name)
+    if found is not None:
+        refuse_other_models(found[0], name, weights)
     state = found if found is not None and found[0].is_dir() else None
     file = weights if found is None else None if state else str(found[0])
     files = find_files(name, file, tokenizer_weights, image_size)
     return ChosenWeights((name, weights, tokenizer_weights, image_size), files, state)
+
+
+def refuse_other_models(path: Path, name: str, weights: str) -> None:
+    """Raise UserError where a run's state, or its exported file, is of another model than ``name``."""
+    config = (path.parent.parent if path.is_dir() else path.parent) / "config.json"
+    made = read_options(config).get("model", name) if config.exists() else name
+    if made != name:
+        raise UserError(f"--weights: {weights} is a run of {made}, not of {name}")
