@@ -220,6 +220,10 @@ def test_weights_of_a_run_and_of_its_states(stopped):
     os.remove("plain/model.pth")
     with pytest.raises(UserError, match="holds no average of the weights"):
         images("plain:ema", "none")
+    other = ["--model", "var-mini", "--weights", "plain", "--output", "none.npz"]
+    with pytest.raises(UserError, match="--weights: plain is a run of specimen-var, not of var-mini"):
+        sample.main(other)
+    os.remove("plain/config.json")  # which says so
     with pytest.raises(UserError, match="step-1: does not fit the model: tensors"):
-        sample.main(["--model", "var-mini", "--weights", "plain", "--output", "none.npz"])
+        sample.main(other)
     assert not os.path.exists("none.npz") and not os.path.exists("none.npz.parts")
