@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 from torch._inductor import config
@@ -137,14 +137,14 @@ class Worker:
 
     def ready(self, end: float) -> str | None:
         """Why there will be nothing to measure (then the process has ended), or None; see ``answer``."""
-        return cast(str | None, self.answer(end))
+        return self.answer(end)
 
     def measured(self, end: float) -> list[str] | str:
         """The cells of a row, or why there are none; then the process has ended."""
         self.connection.send(max(end - time.monotonic(), 0))
-        return cast(list[str] | str, self.answer(end + LONGEST_MEASURED)) or "nothing was measured"
+        return self.answer(end + LONGEST_MEASURED)
 
-    def answer(self, end: float) -> list[str] | str | None:
+    def answer(self, end: float) -> Any:
         """What the process sends until then (``time.monotonic``)."""
         try:
             if not self.has_answered(end):

@@ -144,24 +144,33 @@ def split(trainer: Trainer, processes: Processes) -> None:
     trainer.optimizer = make_optimizer(trainer.model, trainer.config)
 
 
+def recipe_config(name: str, batch_size: int, dtype: str, **changes) -> TrainingConfig:
+    """CCA as the model's recipe says, at a constant rate."""
+    recipe = ZOO[name].recipes["cca"]
+    config = TrainingConfig(
+        loss="cca", beta=recipe.beta, lambda_=recipe.lambda_, uncond_ratio=0.1, batch_size=batch_size,
+        lr=recipe.lr, weight_decay=0.05, final_weight_decay=None, grad_clip=recipe.grad_clip, warmup=0.0,
+        final_lr=1.0, schedule_accumulation=1, max_steps=1000, ema=0.0, seed=0, dtype=dtype,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def random_batch(model: ARImageModel, uncond: Tensor) -> Batch:
+    """Random tokens; ``uncond``: which of the images are trained without their class, bool [B]."""
+    tokens = torch.randint(0, model.vocab_size, (len(uncond), model.sequence_length))
+    labels = torch.arange(len(uncond)) % model.num_classes
+    return Batch(tokens, *pair_labels(labels, uncond, model.null_class), uncond)
+
+
 def training(row: Row, device: torch.device) -> Prepared:
     """An optimizer step of CCA on two micro-batches."""
-    model, recipe = random_model(row, device), ZOO[row.model].recipes["cca"]
-    images = 2 * row.images
-    config = TrainingConfig(
-        loss="cca", beta=recipe.beta, lambda_=recipe.lambda_, uncond_ratio=0.1, batch_size=images,
-        lr=recipe.lr, weight_decay=0.05, final_weight_decay=None, grad_clip=recipe.grad_clip, warmup=0.0,
-        final_lr=1.0, schedule_accumulation=1, max_steps=1000, ema=0.0, seed=0,
-        dtype=precision(row, device),
-    )  # fmt: skip
+    model, images = random_model(row, device), 2 * row.images
+    config = recipe_config(row.model, images, precision(row, device))
     processes = Processes()
     trainer = Trainer(model, config, row.images, processes, compile=row.compiled)
     if row.fsdp:
         split(trainer, processes)
-    tokens = torch.randint(0, model.vocab_size, (images, model.sequence_length))
-    uncond = torch.zeros(images, dtype=torch.bool)
-    labels = torch.arange(images) % model.num_classes
-    batch = Batch(tokens, *pair_labels(labels, uncond, model.null_class), uncond)
+    batch = random_batch(model, torch.zeros(images, dtype=torch.bool))
     work = limits.training(model, images, micro_batches=2)
     return Prepared(lambda: trainer.optimizer_step(0, batch), images, work)
 
