@@ -96,12 +96,13 @@ def sampled(name: str, guided: bool) -> list[str]:
     if run < steps:
         uncached = limits.sampling(model, IMAGES, SamplingOptions(**options), cache_bytes=0)
         batch.in_graph += (work.bytes - uncached.bytes) / H100.bandwidth
-    compiled = runs.kernels_of_step(name, run - 1, IMAGES, dtype, **options)
+    compiled, writer = runs.compiled_steps(name, IMAGES, dtype, **options)
     speeds = (IMAGES / seconds for seconds in (batch.one_by_one, batch.in_graph, least(work)))
     return [
         f"{name}, {'guided' if guided else 'free'}",
         f"{last.kernels:,}",
         f"{compiled:,}",
+        f"{len(writer.graphs)}, {len(writer.sources)}",
         f"{batch.kernels:,}",
         *(f"{speed:,.0f}" for speed in speeds),
     ]
@@ -125,13 +126,15 @@ def coded(name: str, tokenizer: str | None, encode: bool) -> list[str]:
     model = build_model(name, tokenizer=tokenizer)
     half = not encode and model.decodes_in_half_precision
     if encode:
-        cost = phase(runs.encoded(name, IMAGES, tokenizer), "encode")
+        cost, compiled = phase(runs.encoded(name, IMAGES, tokenizer), "encode"), ""
     else:
         cost = phase(runs.decoded(name, IMAGES, dtype_of(name), tokenizer=tokenizer), "decode")
+        writer = runs.compiled_decoder(name, IMAGES, dtype_of(name), tokenizer)
+        compiled = f"{writer.kernels().total():,}"
     work = limits.tokenizer(name, tokenizer, encode, IMAGES, 2 if half else 4)
     speeds = (IMAGES / seconds for seconds in (cost.one_by_one, cost.in_graph, least(work)))
     what = f"{'encode' if encode else 'decode'}, {tokenizer or ZOO[name].tokenizer}"
-    return [what, f"{cost.kernels:,}", *(f"{speed:,.0f}" for speed in speeds)]
+    return [what, f"{cost.kernels:,}", compiled, *(f"{speed:,.0f}" for speed in speeds)]
 
 
 SPEEDS = ("images/s, launched one by one", "in a graph", "limit")
@@ -147,7 +150,8 @@ def main() -> None:
         for name in ("llamagen-b", "llamagen-xl", "var-d16", "var-d30")
         for guided in (False, True)
     ]
-    kernels = ("kernels of a token or of the last level", "the same compiled", "of a batch")
+    compiled = ("the same compiled", "graphs, and kernels, to compile")
+    kernels = ("kernels of a token or of the last level", *compiled, "of a batch")
     print(markdown_table(("model", *kernels, *SPEEDS), sampling), flush=True)
     print(f"\nAn optimizer step of CCA, two micro-batches of {MICRO_BATCH} images:\n")
     kernels = ("kernels", "of the likelihood of a chunk of tokens", "the same compiled")
@@ -156,7 +160,7 @@ def main() -> None:
     print(f"\n{IMAGES} images through the tokenizers, to tokens and back:\n")
     tokenizers = (("llamagen-b", None), ("llamagen-b", "vq_ds8_c2i"), ("var-d16", None), ("var-d36", None))
     coding = [coded(*which, encode) for encode in (False, True) for which in tokenizers]
-    print(markdown_table(("what", "kernels", *SPEEDS), coding))
+    print(markdown_table(("what", "kernels", "the same compiled", *SPEEDS), coding))
 
 
 if __name__ == "__main__":

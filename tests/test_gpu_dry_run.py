@@ -28,11 +28,12 @@ pytestmark = [
 WAITS_IN_GENERATE = 0
 WAITS_PER_MICRO_BATCH = {"cca": 0, "dpo": 0, "unlearning": 0, "sft": 0}
 WAITS_PER_OPTIMIZER_STEP = 1  # besides those of its micro-batches
-# Kernels of a compiled decoding step of 64 images, drawing included.
-COMPILED_KERNELS = {
-    "llamagen-b, one token": (160, ("llamagen-b", 4, 64, "bfloat16", {})),
-    "var-d16, the last level": (220, ("var-d16", 9, 64, "float16", {"top_k": 900, "top_p": 0.96})),
+# Of compiled decoding of 64 images: kernels of the last step, drawing included, and graphs that are compiled.
+COMPILED_STEPS = {
+    "llamagen-b, one token": (160, 3, ("llamagen-b", 64, "bfloat16", {})),
+    "var-d16, the last level": (220, 7, ("var-d16", 64, "float16", {"top_k": 900, "top_p": 0.96})),
 }
+DECODER_KERNELS = 175  # of LlamaGen's tokenizer, compiled, for a batch of the decoder's
 # Of the likelihood of a chunk of tokens and of its gradient, compiled with the blocks of a training step.
 LIKELIHOOD_KERNELS = {
     "LlamaGen": (5, "llamagen-b", "bfloat16"),
@@ -148,10 +149,20 @@ def test_evaluation():
     assert len(recorder.waits("features")) == 1 + 3  # images up; features, spatial ones, probabilities down
 
 
-@cases(COMPILED_KERNELS)
-def test_kernels_of_a_compiled_step(case):
-    budget, (*step, options) = case
-    assert runs.kernels_of_step(*step, **options) <= budget
+@cases(COMPILED_STEPS)
+def test_compiled_steps(case):
+    kernels, graphs, (*which, options) = case
+    found, writer = runs.compiled_steps(*which, **options)
+    assert found <= kernels
+    assert len(writer.graphs) <= graphs
+
+
+def test_compiled_decoder():
+    """Two parts, each compiled once for all batches."""
+    writer = runs.compiled_decoder("llamagen-b", 60, "bfloat16")
+    assert writer.calls == [0, 1] * (len(writer.calls) // 2)
+    assert len(writer.graphs) == 2
+    assert sum(graph.total() for graph in writer.graphs) <= DECODER_KERNELS
 
 
 @cases(LIKELIHOOD_KERNELS)

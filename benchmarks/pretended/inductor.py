@@ -5,14 +5,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
+import torch
 import triton
-from torch import Tensor
+from torch import Tensor, fx
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import compile_fx, config, graph
 from torch._inductor.exc import InductorError
-from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.pretended.recorder import KERNELS
@@ -22,6 +23,7 @@ H100 = SimpleNamespace(
     max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32, total_memory=80 * 2**30,
     L2_cache_size=50 * 2**20, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
 )  # fmt: skip
+TRITON = re.compile(r"async_compile\.triton\('\w+', '''(.*?)'''", re.DOTALL)
 EXTERNAL = re.compile(r"(?:extern_kernels|torch\.ops\.\w+|aten)\.(\w+)[\w.]*\(")
 
 
@@ -73,12 +75,8 @@ class _Written(Exception):
     """Stops the compilation where the code would be run."""
 
 
-def compiled_kernels(function: Callable[..., object], inputs: Sequence[Tensor]) -> Counter[str]:
-    """Kernels of one call of a compiled function, by kind: "triton", or the name of a library's.
-
-    Call it inside ``pretended_gpu``; the inputs are tensors of the GPU, and the function, which is traced
-    whole, computes no gradients. Raises what tracing or Inductor raises.
-    """
+def cuda_code(module: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> str:
+    """The code that Inductor writes for a graph; raises what it raises."""
     written: list[str] = []
 
     def stop(lowering: graph.GraphLowering) -> None:
@@ -86,16 +84,60 @@ def compiled_kernels(function: Callable[..., object], inputs: Sequence[Tensor]) 
         raise _Written
 
     with _h100(), mock.patch.object(graph.GraphLowering, "_compile_to_module", stop):
-        with mock.patch("torch.compiler.is_compiling", return_value=True):
-            traced = make_fx(function)(*inputs)
         try:
-            compile_fx.compile_fx(traced, list(inputs))
+            compile_fx.compile_fx(module, list(inputs), config_patches=options)
         except (_Written, InductorError):
             if not written:
                 raise
     (code,) = written
+    return code
+
+
+def kernels_of(code: str) -> Counter[str]:
+    """Of one call, by kind: "triton", or the name of a library's."""
     body = code[code.index("def call") :]
     found = Counter({"triton": len(re.findall(r"\.run\(", body))})
     for name in EXTERNAL.findall(body):
-        found[name] += KERNELS.get(name, 1)
+        # A convolution's bias is added by what follows.
+        found[name] += 1 if name == "convolution" else KERNELS.get(name, 1)
     return found
+
+
+class Writer:
+    """A backend of torch.compile inside ``pretended_gpu``: code is written, and eager operators are run.
+
+    options: of the compiler. graphs: the kernels of each graph that was compiled. calls: which of the
+    graphs were called, in order. sources: the kernels to compile, all different.
+    """
+
+    def __init__(self, options: dict[str, Any] | None = None):
+        self.options = options or {}
+        self.graphs: list[Counter[str]] = []
+        self.calls: list[int] = []
+        self.sources: set[str] = set()
+
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        code, number = cuda_code(module, inputs, self.options), len(self.graphs)
+        self.graphs.append(kernels_of(code))
+        self.sources.update(TRITON.findall(code))
+
+        def run(*arguments: Any) -> Any:
+            self.calls.append(number)
+            return module(*arguments)
+
+        return run
+
+    def kernels(self) -> Counter[str]:
+        """Of the calls so far."""
+        return sum((self.graphs[number] for number in self.calls), Counter())
+
+
+def compiled_kernels(function: Callable[..., object], inputs: Sequence[Tensor]) -> Counter[str]:
+    """Kernels of one call of a compiled function, by kind; raises what compiling raises.
+
+    Call it inside ``pretended_gpu``; the inputs are tensors of the GPU, and no gradients are computed.
+    """
+    writer = Writer()
+    torch._dynamo.reset()
+    torch.compile(function, backend=writer, fullgraph=True, dynamic=False)(*inputs)
+    return writer.kernels()

@@ -4,8 +4,6 @@ Phases: "inputs", "generate", "decode", "encode", "step 0" and "step 1" (of one 
 micro-batches), "features", "metrics".
 """
 
-import copy
-import math
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,18 +15,17 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from benchmarks.blank import Blank
 from benchmarks.pretended.gpu import DEVICE, OneProcess, fake_model, fill, pretended_gpu
-from benchmarks.pretended.inductor import compiled_kernels
+from benchmarks.pretended.inductor import Writer, compiled_kernels
 from benchmarks.pretended.recorder import Recorder
 from cca.evaluation.features import INCEPTION, Extractor
 from cca.evaluation.metrics import kernel_distance, precision_recall
-from cca.sampling.compiled import BLOCKS_AT_ONCE, through
+from cca.sampling.compiled import ROUNDED_AS_EAGER, CompiledGenerate, compiled_decoding
 from cca.sampling.sampler import SampleRequest, decode_tokens, eager_generate, prepare, sample_tokens
 from cca.training.losses import Batch, pair_labels
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
-from models import DTYPES, ZOO, SamplingOptions, autocast
+from models import DTYPES, ZOO, SamplingOptions
 from models.base import ARImageModel
-from models.decoding import draw_step, guided_steps
 from models.devices import LIKELIHOOD_LOGITS
 from models.loading import build_model
 from models.logprob import chunk_error, chunk_logprob
@@ -69,36 +66,29 @@ def sampled(
     return recorder
 
 
-def kernels_of_step(name: str, at: int, images: int, dtype: str, **options) -> int:
-    """Kernels of decoding step ``at`` of the whole model, compiled as ``CompiledGenerate`` does."""
-    wanted, recorder = SamplingOptions(**options), Recorder()
-    with pretended_gpu(), torch.no_grad(), autocast(DEVICE, dtype):
-        model = fake_model(name, layers=BLOCKS_AT_ONCE).requires_grad_(False)
+def compiled_steps(name: str, images: int, dtype: str, **options) -> tuple[int, Writer]:
+    """Compiled decoding of the whole model: kernels of its last step, and all that was compiled."""
+    writer, recorder = Writer(ROUNDED_AS_EAGER), Recorder()
+    torch._dynamo.reset()
+    with pretended_gpu():
+        model = fake_model(name).requires_grad_(False)
         prepare(model, dtype, DEVICE)
-        sizes = model.step_sizes
-        guided = guided_steps(wanted, len(sizes)) > at
-        labels = torch.zeros(2 * images if guided else images, dtype=torch.int64, device=DEVICE)
-        seen = sizes[0] if model.steps_alike else sum(sizes[:at])
-        tokens = torch.zeros(len(labels), seen, dtype=torch.int64, device=DEVICE)
-        noise = torch.zeros(images, sizes[at], dtype=torch.float64, device=DEVICE)
-        where = torch.tensor([0], device=DEVICE) if model.steps_alike else at
-        scale = (torch.ones(1, device=DEVICE) if model.steps_alike else wanted.cfg_scale) if guided else None
-        state = model.begin(labels, static=True) if model.steps_alike else model.begin(labels)
-        for step in () if model.steps_alike else range(at):  # those before it have run
-            model.next_logits(state, step, tokens[:, : sum(sizes[:step])])
-        traced = copy.copy(state)
-        before = compiled_kernels(lambda tokens: model.step_inputs(traced, where, tokens), [tokens])
-        x = model.step_inputs(state, where, tokens)
-        with recorder:
-            arguments = model.block_arguments(state, where)
-        blocks = list(model.transformer.transformer_blocks())
-        part = compiled_kernels(lambda x: through(blocks, x, arguments), [x])
-        after = compiled_kernels(
-            lambda x, noise: draw_step(model.step_logits(state, x), noise, scale, wanted), [x, noise]
-        )
-    parts = math.ceil(len(build_model(name).transformer.transformer_blocks()) / BLOCKS_AT_ONCE)
-    eager = sum(event.kernels for event in recorder.events)
-    return before.total() + eager + parts * part.total() + after.total()
+        eager = model.block_arguments
+
+        def block_arguments(*arguments):  # what runs between the compiled parts
+            with recorder:
+                return eager(*arguments)
+
+        wanted = SamplingOptions(cfg_schedule=model.default_cfg_schedule, **options)
+        generate = CompiledGenerate(model, wanted, dtype, images, DEVICE, writer)
+        with compiled_decoding():
+            *others, (last, _) = generate.stages()
+            for stage, _ in others:
+                stage()
+            writer.calls.clear()
+            with mock.patch.object(model, "block_arguments", block_arguments):
+                last()
+    return sum(event.kernels for event in recorder.events) + writer.kernels().total(), writer
 
 
 def kernels_of_likelihood(name: str, dtype: str) -> tuple[int, int]:
@@ -146,6 +136,24 @@ def decoded(
         assert pixels.shape == (images, size, size, 3) and pixels.dtype == torch.uint8
         assert pixels.device.type == "cpu"
     return recorder
+
+
+def compiled_decoder(name: str, images: int, dtype: str, tokenizer: str | None = None) -> Writer:
+    """What decoding compiles, and calls for one batch."""
+    writer, own = Writer(ROUNDED_AS_EAGER), nn.Module.compile
+    torch._dynamo.reset()
+    with pretended_gpu():
+        model = _tokenizer_alone(name, tokenizer)
+
+        def compile(module: nn.Module, options: dict, **others) -> None:
+            assert options == writer.options
+            own(module, backend=writer, **others)
+
+        with mock.patch.object(nn.Module, "compile", compile):
+            prepare(model, dtype, DEVICE, compile=True)
+        tokens = torch.zeros(images, model.sequence_length, dtype=torch.int64, device=DEVICE)
+        decode_tokens(model, tokens, request(images, dtype))
+    return writer
 
 
 class NoTransformer(nn.Module):

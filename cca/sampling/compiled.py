@@ -5,7 +5,8 @@ A step is compiled in three parts: what comes before the blocks, the blocks, and
 are alike and are compiled once: the whole step as one would take longer than the images of most runs.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -32,6 +33,14 @@ BLOCKS_AT_ONCE = 2  # compiled as one: where one block ends and the next begins 
 # Of the compiler for GPUs: a fused kernel rounds where the kernels that it stands for do, or nearly every
 # image of 16 bits would have other tokens than without compilation.
 ROUNDED_AS_EAGER: dict[str, Any] = {"emulate_precision_casts": True}
+
+
+@contextlib.contextmanager
+def compiled_decoding() -> Iterator[None]:
+    """What the stages of ``CompiledGenerate`` run in."""
+    limits = torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS)
+    with torch.inference_mode(), attention_kernels(), limits:
+        yield
 
 
 def through(blocks: Sequence[nn.Module], x: Tensor, arguments: Sequence[tuple]) -> Tensor:
@@ -71,26 +80,26 @@ class CompiledGenerate:
         self.state: DecodingState
         settings = ROUNDED_AS_EAGER if backend == "inductor" and device.type == "cuda" else None
         compiled = partial(torch.compile, fullgraph=True, backend=backend, options=settings)
-        self.before, self.after = (compiled(part, dynamic=False) for part in (self._before, self._after))
         # Of any number of tokens, where levels differ in it: not for each level anew.
-        self.through = compiled(through, dynamic=False if model.steps_alike else None)
+        varying = False if model.steps_alike else None
+        self.before = compiled(self._before, dynamic=False)
+        self.through, self.after = compiled(through, dynamic=varying), compiled(self._after, dynamic=varying)
         self.replays: list[Callable[[], None]] | None = None
 
     def __call__(self, labels: Tensor, uniforms: Tensor) -> Tensor:
         """Labels [n], uniforms [n, L] -> tokens [n, L], NOT_FINITE in rows whose logits were not finite."""
         rows = len(labels)
-        with torch.inference_mode(), attention_kernels():
+        with compiled_decoding():
             self.labels[:rows].copy_(labels)
             self.uniforms[:rows].copy_(uniforms)
-            with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS):
-                if not self.labels.is_cuda:
-                    for function, times in self._stages():
-                        for _ in range(times):
-                            function()
-                else:
-                    self.replays = self.replays or self._capture()
-                    for replay in self.replays:
-                        replay()
+            if not self.labels.is_cuda:
+                for function, times in self.stages():
+                    for _ in range(times):
+                        function()
+            else:
+                self.replays = self.replays or self._capture()
+                for replay in self.replays:
+                    replay()
             return self.tokens[:rows].masked_fill(~self.finite[:rows, None], NOT_FINITE)
 
     def _begin(self) -> None:
@@ -105,13 +114,15 @@ class CompiledGenerate:
         """One decoding step; None: the one that ``at`` says."""
         model = self.model
         with autocast(self.tokens.device, self.dtype):
-            x = self.before(step, guided)
+            # Of levels, whose resizing differs, the last is by far the largest: the others' is not compiled.
+            before = self.before if step in (None, len(self.starts) - 2) else self._before
+            x = before(step, guided)
             blocks = list(model.transformer.transformer_blocks())
             arguments = model.block_arguments(self.state, self.at if step is None else step)
             for start in range(0, len(blocks), BLOCKS_AT_ONCE):
                 part = slice(start, start + BLOCKS_AT_ONCE)
                 x = self.through(blocks[part], x, arguments[part])
-            self.after(x, step, guided)
+            self.after(x, step, None if step is None else self.starts[step], guided)
 
     def _before(self, step: int | None, guided: bool) -> Tensor:
         if step is None:
@@ -121,25 +132,23 @@ class CompiledGenerate:
         tokens = tokens.repeat(2, 1) if guided else tokens
         return self.model.step_inputs(self.state, self.at if step is None else step, tokens)
 
-    def _after(self, x: Tensor, step: int | None, guided: bool) -> None:
+    def _after(self, x: Tensor, step: int | None, start: int | None, guided: bool) -> None:
+        """``start``: the position of the step's first token."""
         logits = self.model.step_logits(self.state, x)
-        scale: float | Tensor | None = None
-        if step is None:
-            if guided:
-                scale = self.scales.index_select(0, self.at)
+        if step is None or start is None:
+            scale = self.scales.index_select(0, self.at) if guided else None
             noise = self.uniforms.index_select(1, self.at)
             drawn, good = draw_step(logits, noise, scale, self.options)
             self.tokens.index_copy_(1, self.at, drawn)
             self.at.add_(1)
         else:
-            if guided:
-                scale = self.options.scale_at(step, len(self.model.step_sizes))
-            part = slice(*self.starts[step : step + 2])
+            scale = self.scales[step] if guided else None
+            part = slice(start, start + x.shape[1])
             drawn, good = draw_step(logits, self.uniforms[:, part], scale, self.options)
             self.tokens[:, part] = drawn
         self.finite.logical_and_(good)
 
-    def _stages(self) -> list[tuple[Callable[[], None], int]]:
+    def stages(self) -> list[tuple[Callable[[], None], int]]:
         """What decodes a batch, and how many times in a row each is called."""
         steps, rows = len(self.model.step_sizes), len(self.labels)
 
@@ -169,11 +178,11 @@ class CompiledGenerate:
         warm_up, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         warm_up.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warm_up):  # compiles, and lets libraries set themselves up
-            for function, _ in self._stages():
+            for function, _ in self.stages():
                 function()
         torch.cuda.current_stream().wait_stream(warm_up)
         replays: list[Callable[[], None]] = []
-        for function, times in self._stages():
+        for function, times in self.stages():
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 function()
