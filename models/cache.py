@@ -27,7 +27,12 @@ varlen_attn = _attention_told_what_counts()
 
 def reads_a_part(keys: Tensor) -> bool:
     """Whether attention can be told how much of a static cache counts, and reads no more than that."""
-    return varlen_attn is not None and keys.is_cuda and keys.dtype in (torch.float16, torch.bfloat16)
+    if varlen_attn is None or not keys.is_cuda or keys.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return torch.cuda.get_device_capability(keys.device) >= (8, 0)  # what the flash kernel needs
+
+
+WIDTH = 8  # fused kernels of GPUs take heads of so many numbers, or of a multiple
 
 
 class LayerCache(NamedTuple):
@@ -94,7 +99,8 @@ class Counted(NamedTuple):
 
 
 class StaticLayer(NamedTuple):
-    """One layer's keys and values [rows, length, heads, head_dim] of a static cache."""
+    """One layer's keys and values [rows, length, heads, width] of a static cache; what is beyond head_dim
+    of ``width`` is zeros."""
 
     keys: Tensor
     values: Tensor
@@ -102,20 +108,24 @@ class StaticLayer(NamedTuple):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """As ``LayerCache.attend``, of one position."""
-        position = self.position
+        position, head_dim = self.position, q.shape[-1]
+        scale = head_dim**-0.5 if scale is None else scale
+        if beyond := self.keys.shape[-1] - head_dim:
+            q, k, v = (F.pad(tensor, (0, beyond)) for tensor in (q, k, v))
         self.keys.index_copy_(1, position.place, k.transpose(1, 2))
         self.values.index_copy_(1, position.place, v.transpose(1, 2))
         if isinstance(position, Masked):
             seen = position.mask.shape[-1]
             keys, values = (t[:, :seen].transpose(1, 2) for t in (self.keys, self.values))
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=position.mask, scale=scale)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=position.mask, scale=scale)
+            return out[..., :head_dim]
         assert varlen_attn is not None
         rows, length = self.keys.shape[:2]
         out = varlen_attn(
             q.transpose(1, 2).flatten(0, 1), self.keys.flatten(0, 1), self.values.flatten(0, 1),
             position.query_offsets, position.key_offsets, 1, length, scale=scale, seqused_k=position.used,
         )  # fmt: skip
-        return out.unflatten(0, (rows, 1)).transpose(1, 2)
+        return out.unflatten(0, (rows, 1)).transpose(1, 2)[..., :head_dim]
 
 
 class StaticCache:
@@ -127,7 +137,7 @@ class StaticCache:
 
     def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
         """As ``KVCache``."""
-        shape = (rows, length, heads, head_dim)
+        shape = (rows, length, heads, head_dim + -head_dim % WIDTH)
         # Zeros: a mask takes weight from what has not been written, but 0 times NaN is NaN.
         self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)]
         self.reach = length

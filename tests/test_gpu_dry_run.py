@@ -31,6 +31,7 @@ WAITS_PER_OPTIMIZER_STEP = 1  # besides those of its micro-batches
 # Of compiled decoding of 64 images: kernels of the last step, drawing included, and graphs that are compiled.
 COMPILED_STEPS = {
     "llamagen-b, one token": (160, 3, ("llamagen-b", 64, "bfloat16", {})),
+    "llamagen-3b, heads of 100": (410, 3, ("llamagen-3b", 8, "bfloat16", {"cfg_scale": 1.65})),
     "var-d16, the last level": (220, 7, ("var-d16", 64, "float16", {"top_k": 900, "top_p": 0.96})),
 }
 DECODER_KERNELS = 175  # of LlamaGen's tokenizer, compiled, for a batch of the decoder's

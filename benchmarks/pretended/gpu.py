@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from models.base import ARImageModel
+from models.cache import varlen_attn
 from models.loading import build_model
 
 DEVICE = torch.device("cuda", 0)
@@ -78,6 +79,16 @@ def attention(
     return aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, keep, dropout_p, is_causal, scale=scale
     )[0]
+
+
+def varlen_attention(query: Tensor, *others: Any, **options: Any) -> Tensor:
+    """varlen_attn; raises RuntimeError for heads that its kernel does not take."""
+    if query.shape[-1] % 8:
+        raise RuntimeError(
+            f"attention: heads of {query.shape[-1]} numbers, which the flash kernel does not take"
+        )
+    assert varlen_attn is not None
+    return varlen_attn(query, *others, **options)
 
 
 def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -167,7 +178,9 @@ def pretended_gpu() -> Iterator[None]:
     answers = (
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+        mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
+        mock.patch("models.cache.varlen_attn", varlen_attn and varlen_attention),
         mock.patch("torch._C._current_graph_task_id", return_value=1),  # asked where blocks run again
         mock.patch.object(nn.Module, "_apply", _apply),
         mock.patch.object(Tensor, "backward", _backward),

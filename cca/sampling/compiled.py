@@ -181,6 +181,8 @@ class CompiledGenerate:
             for function, _ in self.stages():
                 function()
         torch.cuda.current_stream().wait_stream(warm_up)
+        del self.state  # the graphs have a cache of their own
+        torch.cuda.empty_cache()
         replays: list[Callable[[], None]] = []
         for function, times in self.stages():
             graph = torch.cuda.CUDAGraph()

@@ -1,10 +1,12 @@
 """Compiled decoding: the eager tokens, one graph of each shape, and one mode for each file."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import sample
@@ -12,6 +14,7 @@ from cca.sampling.compiled import CompiledGenerate
 from models import SamplingOptions, load_model
 from models.decoding import generate_tokens
 from models.errors import UserError
+from models.llamagen import LlamaGenTransformer
 
 MODELS = ("llamagen-mini", "var-mini")
 CPU = torch.device("cpu")
@@ -73,6 +76,41 @@ def test_mask_of_several_lengths(backend, monkeypatch):
     monkeypatch.setitem(CompiledGenerate.__init__.__globals__["LENGTHS"], "cpu", 4)
     differ, graphs = differing_rows(load_model("llamagen-mini"), OPTIONS["guided"], (BATCH, BATCH), backend)
     assert (differ, graphs) == (0, 2 * [1 + 4 + 1])  # the blocks' part alone depends on it
+
+
+def test_heads_that_no_fused_kernel_takes():
+    """LlamaGen-3B's have 100 numbers: the static cache fills them up to a multiple of 8."""
+    config = replace(load_model("llamagen-mini").transformer.config, dim=60, heads=5)
+    torch.manual_seed(0)
+    model = load_model("llamagen-mini")
+    model.transformer = LlamaGenTransformer(config)
+    for parameter in model.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.eval()
+    assert model.begin(torch.tensor([0]), static=True).cache.layers[0][0].shape[-1] == 16
+    assert differing_rows(model, OPTIONS["guided"], (BATCH,), "eager")[0] == 0
+
+
+def test_attention_is_not_left_to_cudnn(monkeypatch):
+    """It builds a plan for every length of the cache."""
+    model, uniforms, allowed = load_model("var-mini"), torch.rand(1, 130, dtype=torch.float64), []
+    attention = F.scaled_dot_product_attention
+
+    def noting(function):
+        def run(*arguments, **options):
+            allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+            return function(*arguments, **options)
+
+        return run
+
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    generate = CompiledGenerate(
+        model, SamplingOptions(), "float32", 1, CPU, lambda module, _: noting(module.forward)
+    )
+    generate(torch.tensor([1]), uniforms)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting(attention))
+    generate_tokens(model, torch.tensor([1]), uniforms, SamplingOptions())
+    assert len(allowed) > 20 and not any(allowed)
 
 
 def test_logits_that_are_not_finite_mark_their_row():
