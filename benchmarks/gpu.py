@@ -10,7 +10,7 @@ what it has, and a row that is run again replaces the old one. Each row may take
 Times are medians after a warm-up, waits for the GPU included; compiling has a column of its own:
 seconds by which the first run was longer, while --jobs rows did so at once. The
 shares are of what this very card allows (benchmarks/limits.py) with its bandwidth and its bfloat16
-products, which are measured first.
+products, which are measured first. The last column is the run, told above the table.
 """
 
 import datetime
@@ -186,7 +186,7 @@ def machine() -> str:
     return f"{torch.cuda.get_device_name()}, driver {driver()}, torch {torch.__version__}"
 
 
-def notes(card: Card, argv: list[str] | None) -> str:
+def note(card: Card, argv: list[str] | None) -> str:
     command = shlex.join(["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)])
     kind = "bfloat16" if torch.cuda.is_available() else "float32"
     return (
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--small: there is no GPU; without one the mini models alone are measured")
     end, workers = time.monotonic() + 60 * args.minutes, [Worker()]
     card, groups = workers[0].card, in_groups(todo, args.jobs)
-    report = Report(args.output, TITLE, machine(), notes(card, argv), COLUMNS)
+    report = Report(args.output, TITLE, machine(), note(card, argv), COLUMNS)
     for place, group in enumerate(groups):
         left = end - time.monotonic()
         rows_left = sum(map(len, groups[place:]))

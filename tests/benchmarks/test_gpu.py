@@ -35,19 +35,22 @@ def test_all_rows_of_the_mini_models(tmp_path, monkeypatch, capsys):
 
 
 def test_a_row_that_is_run_again_replaces_the_old_one(tmp_path):
+    """With the run that it is of; a run of which no row is left is no longer told."""
     path, columns = tmp_path / "gpu.md", ("row", "a", "b")
-    for machine, name, cells in (
-        ("card 1", "x", ["1", "2"]),
-        ("card 1", "y", ["3", "4"]),
-        ("card 2", "x", ["5", "6"]),
-        ("card 1", "x", ["failed: out of memory"]),
+    for machine, note, table in (
+        ("card 1", "first", {"x": ["1", "2"], "y": ["3", ""]}),
+        ("card 2", "other", {"x": ["5", "6"]}),
+        ("card 1", "second", {"z": ["7", "8"]}),
+        ("card 1", "third", {"x": ["failed: out of memory"], "z": ["9", ""]}),
     ):
-        Report(path, "# Title\n\nText.", machine, f"notes of {machine}", columns).put(name, cells)
-    head = "| row | a | b |\n|---|---|---|\n"
+        report = Report(path, "# Title\n\nText.", machine, note, columns)
+        for name, cells in table.items():
+            report.put(name, cells)
+    head = "| row | a | b | run |\n|---|---|---|---|\n"
     assert path.read_text() == (
-        "# Title\n\nText.\n"
-        f"\n## card 1\n\nnotes of card 1\n\n{head}| x | failed: out of memory |  |\n| y | 3 | 4 |\n"
-        f"\n## card 2\n\nnotes of card 2\n\n{head}| x | 5 | 6 |\n"
+        "# Title\n\nText.\n\n## card 1\n\n- (1) first\n- (3) third\n\n"
+        f"{head}| x | failed: out of memory |  | 3 |\n| y | 3 |  | 1 |\n| z | 9 |  | 3 |\n"
+        f"\n## card 2\n\n- (1) other\n\n{head}| x | 5 | 6 | 1 |\n"
     )
 
 

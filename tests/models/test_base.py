@@ -7,6 +7,7 @@ from golden_models import LLAMAGEN_CASES, VAR_CASES, build, golden
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.autoencoder import nearest_code
 from models.decoding import SamplingOptions
 
 ALL = LLAMAGEN_CASES + VAR_CASES
@@ -134,3 +135,18 @@ def test_the_mask_is_cast_once_for_all_layers(monkeypatch):
         model.sequence_logprob(torch.zeros(2, dtype=torch.int64), tokens)
     assert len(masks) == len(model.transformer.blocks) > 1
     assert masks[0].dtype == torch.bfloat16 and all(mask is masks[0] for mask in masks)
+
+
+def test_the_nearest_code_is_searched_in_float32():
+    """Whatever is allowed or cast around: here codes that 16 bits cannot tell from one another."""
+    codebook = torch.stack([1 + torch.arange(64) / 1000, torch.ones(64)], dim=1)
+    expected, before = torch.arange(64), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch.equal((codebook @ codebook.T - codebook.square().sum(1) / 2).argmax(1), expected)
+            assert torch.equal(nearest_code(codebook, codebook), expected)
+            assert torch.get_float32_matmul_precision() == "medium"
+            assert (codebook @ codebook.T).dtype == torch.bfloat16
+    finally:
+        torch.set_float32_matmul_precision(before)
