@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.autoencoder import nearest_code
 from models.decoding import SamplingOptions
+from models.loading import load_model
 
 ALL = LLAMAGEN_CASES + VAR_CASES
 
@@ -150,3 +151,18 @@ def test_the_nearest_code_is_searched_in_float32():
             assert (codebook @ codebook.T).dtype == torch.bfloat16
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llamagen-mini", "var-mini"])
+def test_the_output_layer_has_the_precision_of_autocast(name, dtype):
+    """As in the published code: logits are numbers of 16 bits, at most one rounding from those of float32."""
+    model, labels = load_model(name), torch.arange(8)
+    tokens = torch.randint(model.vocab_size, (8, model.sequence_length))
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        hidden = model.transformer.hidden(labels, model.inputs(tokens))
+        logits = model.transformer.to_logits(hidden)
+        with torch.autocast("cpu", enabled=False):
+            whole = model.transformer.to_logits(hidden.float())
+    assert torch.equal(logits.to(dtype).float(), logits)
+    assert (logits - whole).abs().max() < torch.finfo(dtype).eps * whole.abs().max()
