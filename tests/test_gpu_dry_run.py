@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.pretended import runs
 from benchmarks.pretended.gpu import DEVICE, pretended_gpu
-from benchmarks.pretended.inductor import compiled_kernels
+from benchmarks.pretended.inductor import binaries, compiled_kernels
 from benchmarks.pretended.recorder import KERNELS, Recorder
 from cca.training.losses import LOSSES, Loss, cca_loss
 from models.base import ARTransformer
@@ -164,6 +164,21 @@ def test_compiled_decoder():
     assert writer.calls == [0, 1] * (len(writer.calls) // 2)
     assert len(writer.graphs) == 2
     assert sum(graph.total() for graph in writer.graphs) <= DECODER_KERNELS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", [*COMPILED_STEPS, "the decoder"])
+def test_kernels_become_programs(of, tmp_path, monkeypatch):
+    """By Triton and NVIDIA's assembler, which need no GPU."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    if of in COMPILED_STEPS:
+        *_, (*which, options) = COMPILED_STEPS[of]
+        _, writer = runs.compiled_steps(*which, **options)
+    else:
+        writer = runs.compiled_decoder("var-d16", 64, "float16")
+    assert binaries(writer.sources) >= len(writer.sources) > 0
+    assert list(tmp_path.rglob("*.cubin"))
 
 
 @cases(LIKELIHOOD_KERNELS)

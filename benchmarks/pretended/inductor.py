@@ -13,6 +13,7 @@ import triton
 from torch import Tensor, fx
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import compile_fx, config, graph
+from torch._inductor.codecache import PyCodeCache
 from torch._inductor.exc import InductorError
 from triton.backends.compiler import GPUTarget
 
@@ -23,7 +24,7 @@ H100 = SimpleNamespace(
     max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32, total_memory=80 * 2**30,
     L2_cache_size=50 * 2**20, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
 )  # fmt: skip
-TRITON = re.compile(r"async_compile\.triton\('\w+', '''(.*?)'''", re.DOTALL)
+TRITON = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)'''", re.DOTALL)
 EXTERNAL = re.compile(r"(?:extern_kernels|torch\.ops\.\w+|aten)\.(\w+)[\w.]*\(")
 
 
@@ -107,19 +108,19 @@ class Writer:
     """A backend of torch.compile inside ``pretended_gpu``: code is written, and eager operators are run.
 
     options: of the compiler. graphs: the kernels of each graph that was compiled. calls: which of the
-    graphs were called, in order. sources: the kernels to compile, all different.
+    graphs were called, in order. sources: of Triton's kernels, all different, and what each is called.
     """
 
     def __init__(self, options: dict[str, Any] | None = None):
         self.options = options or {}
         self.graphs: list[Counter[str]] = []
         self.calls: list[int] = []
-        self.sources: set[str] = set()
+        self.sources: dict[str, str] = {}
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         code, number = cuda_code(module, inputs, self.options), len(self.graphs)
         self.graphs.append(kernels_of(code))
-        self.sources.update(TRITON.findall(code))
+        self.sources.update((source, name) for name, source in TRITON.findall(code))
 
         def run(*arguments: Any) -> Any:
             self.calls.append(number)
@@ -130,6 +131,17 @@ class Writer:
     def kernels(self) -> Counter[str]:
         """Of the calls so far."""
         return sum((self.graphs[number] for number in self.calls), Counter())
+
+
+def binaries(sources: dict[str, str]) -> int:
+    """How many programs Triton makes for an H100 of a ``Writer``'s sources; raises what it raises."""
+    count = 0
+    with _h100(), mock.patch("torch._inductor.runtime.triton_helpers.set_driver_to_gpu"):
+        for source, name in sources.items():
+            kernel = getattr(PyCodeCache.load(source), name)
+            kernel.precompile(warm_cache_only=True)
+            count += len(kernel.compile_results)
+    return count
 
 
 def compiled_kernels(function: Callable[..., object], inputs: Sequence[Tensor]) -> Counter[str]:
