@@ -116,6 +116,9 @@ def main(argv: list[str] | None = None) -> None:
         images = REFERENCE_IMAGES if reference_images is None else len(reference_images)
         needed = (len(samples) + images) * FEATURE_BYTES
         held = f"{args.reference}, " + ("to be downloaded" if awaited else f"{images:,} images")
+        if published and samples.size != (published.side, published.side):
+            width, height = samples.size
+            held += f" of {published.side} x {published.side}, though the samples are {width} x {height}"
         rows = {
             "samples": f"{args.samples}, {len(samples):,} images",
             "reference": held,
