@@ -121,11 +121,12 @@ def out_of_memory(error: BaseException) -> bool:
 def free_memory(device: torch.device) -> int | None:
     """Bytes of a GPU that this process can have: those of nobody, and those that PyTorch keeps unused.
 
-    None on a CPU, whose memory is not counted.
+    None on a CPU, whose memory is not counted. Raises UserError where it does not even hold a CUDA context.
     """
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
+    with memory_named(f"CUDA_VISIBLE_DEVICES: GPU {device.index or 0} has no free memory; {ELSEWHERE}"):
+        free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
