@@ -2,11 +2,15 @@
 
 import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from models.errors import UserError
+from models.plan import size_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,6 +30,11 @@ TRAINED_IMAGES = {"cuda": 2**20, "cpu": 32}
 MOST_LOADERS, LOADERS_MEMORY = 8, 2**30
 # Images per forward pass of a feature extractor, unless the user says otherwise.
 EXTRACTED_IMAGES = 250
+# What errors say where a GPU's memory runs out, of the driver and of libraries that take memory themselves
+# (cuBLAS, cuDNN, Triton, NCCL): PyTorch's own exception is of its allocator alone.
+MEMORY_RAN_OUT = ("out of memory", "alloc_failed")
+# What helps where nothing smaller can be chosen.
+ELSEWHERE = "end what else uses that GPU, or choose another with CUDA_VISIBLE_DEVICES"
 
 
 def default_loaders() -> int:
@@ -91,6 +100,63 @@ def exact_products() -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _causes(error: BaseException | None) -> Iterator[RuntimeError]:
+    """The error and those behind it: a CUDA graph whose capture fails raises one of its own in the end."""
+    while isinstance(error, RuntimeError):
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU's memory ran out, or was caused by one that does."""
+    return any(
+        isinstance(cause, torch.OutOfMemoryError)
+        or any(sign in str(cause).lower() for sign in MEMORY_RAN_OUT)
+        for cause in _causes(error)
+    )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU that this process can have: those of nobody, and those that PyTorch keeps unused.
+
+    None on a CPU, whose memory is not counted. Raises UserError where it does not even hold a CUDA context.
+    """
+    if device.type != "cuda":
+        return None
+    with memory_named(f"CUDA_VISIBLE_DEVICES: GPU {device.index or 0} has no free memory; {ELSEWHERE}"):
+        free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+@contextmanager
+def memory_named(message: str) -> Iterator[None]:
+    """A GPU's memory that runs out inside is a UserError of that message; what the work held is freed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        for cause in _causes(error):
+            traceback.clear_frames(cause.__traceback__)  # of functions that ended: they hold their tensors
+        torch.cuda.empty_cache()
+        raise UserError(message) from None
+
+
+def does_not_fit(what: str, free: int | None, less: str = "") -> str:
+    """The message where a model or a part of it is too large; free: ``free_memory`` before it was there."""
+    of = "" if free is None else f", of which {size_text(free)} were free"
+    return f"--model: {what} does not fit in the GPU's memory{of}; {less}{ELSEWHERE}"
+
+
+def full_parts(rows: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
+    """The rows of a tensor in parts of one size, each with how many of it count: the last is filled up.
+
+    Convolutions round differently from one batch size to another, which a pixel or a token must not.
+    """
+    for part in rows.split(size):
+        yield torch.cat([part, part[:1].expand(size - len(part), *part.shape[1:])]), len(part)
 
 
 def device_name(device: torch.device) -> str:

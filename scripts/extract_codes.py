@@ -30,6 +30,7 @@ from tqdm import tqdm
 from cca.data.classes import add_classes_option, read_classes
 from cca.data.sources import TokenSource, open_labelled_images
 from cca.distributed import Processes, Stopped, StopRequest, children_ignore_signals
+from models.devices import does_not_fit, free_memory, memory_named
 from models.errors import UserError, run_command
 from models.files import read_array, read_json, remove_folder, write_binary, write_json, writing
 from models.image_transforms import TenCrops
@@ -249,8 +250,13 @@ def encode(
     file.finish_chunk(chunk)
 
 
-def fill(source: TokenSource, file: CodeFile, batch_size: int, workers: int, stop: StopRequest) -> bool:
-    """Encode all chunks that are not done and finish the file; False if a signal came first."""
+def fill(
+    source: TokenSource, file: CodeFile, batch_size: int, workers: int, stop: StopRequest, too_large: str
+) -> bool:
+    """Encode all chunks that are not done and finish the file; False if a signal came first.
+
+    too_large: what to say where a GPU's memory runs out.
+    """
     processes, chunks = file.processes, file.open_chunks()
     with tqdm(total=sum(map(len, chunks)), desc="encoding", unit="image", disable=not processes.main) as bar:
 
@@ -258,7 +264,7 @@ def fill(source: TokenSource, file: CodeFile, batch_size: int, workers: int, sto
             if not chunks:
                 return
             chunk = chunks.pop(0)
-            with suppress(Stopped):  # a part of a chunk is not noted
+            with suppress(Stopped), memory_named(too_large):  # a part of a chunk is not noted
                 encode(source, chunk, file, batch_size, workers, stop.check)
                 bar.update(len(chunk))
 
@@ -318,7 +324,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     files = files.fill(model)
     tokenizer = tensors_sha256(model.tokenizer)
-    model.tokenizer.to(processes.device)
+    too_large = does_not_fit(f"the tokenizer of {args.model}", free_memory(processes.device))
+    with memory_named(too_large):
+        model.tokenizer.to(processes.device)
     header = {
         **made_from,
         "tokenizer_sha256": files.describe()["tokenizer_sha256"],
@@ -331,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
             for note in source.notes():
                 print(f"note: {note}", file=sys.stderr)
         if not file.finished:
-            fill(source, file, args.batch_size, args.workers, stop)
+            fill(source, file, args.batch_size, args.workers, stop, too_large)
         elif processes.main:
             print(f"{args.output} holds these codes already; nothing is left to do")
 

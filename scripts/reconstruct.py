@@ -9,18 +9,20 @@ guided-diffusion does. Writes FILE.npz in their order (arr_0 uint8 [N, H, W, 3],
 images' .npz has them), and FILE.json with the tokenizer's hash.
 """
 
+import math
 import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from cca.data.image_sets import ImageSet, open_image_set, to_uint8_tensor
-from cca.data.sources import to_model_input
+from cca.data.sources import encoded_at_once, to_tokens
 from cca.distributed import Processes
+from cca.sampling.sampler import to_pixels
 from models.base import ARImageModel
+from models.devices import does_not_fit, free_memory, memory_named
 from models.errors import UserError, run_command
 from models.files import atomic_write, write_json
 from models.loading import find_files
@@ -38,22 +40,29 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add_model_options(parser, ZOO, None)
     add("--images", required=True, type=Path, metavar="FILE.npz|FOLDER", help="the images")
-    add("--batch-size", type=count(), default=32, help="images per pass of a process (default %(default)s)")
+    add(
+        "--batch-size",
+        type=count(),
+        default=32,
+        help="images read before they are worked on, in parts that fit a GPU (default %(default)s)",
+    )
     add_workers_option(parser)
     add("--output", required=True, type=Path, metavar="FILE.npz", help="file to write")
     add_dry_run_option(parser)
     return parser
 
 
-@torch.inference_mode()
 def reconstruct(
     model: ARImageModel, images: ImageSet, part: slice, batch_size: int, device, file, bar
 ) -> None:
-    """Write the pixels of a range of images, encoded and decoded, to an open file."""
-    for batch in images.batches(part, batch_size):
-        pixels = to_model_input(to_uint8_tensor(batch).to(device))
-        decoded = model.to_uint8(model.decode(model.encode(pixels)))
-        file.write(decoded.permute(0, 2, 3, 1).cpu().numpy().tobytes())
+    """Write the pixels of a range of images, encoded and decoded, to an open file.
+
+    Encoder and decoder work on batches of their own sizes: an image's pixels depend on it alone.
+    """
+    at_once = encoded_at_once(model, device)
+    for batch in images.batches(part, math.ceil(batch_size / at_once) * at_once):
+        tokens = to_tokens(model, to_uint8_tensor(batch), device, alike=True)
+        file.write(to_pixels(model, tokens, "float32").numpy().tobytes())
         bar.update(len(batch))
 
 
@@ -110,20 +119,26 @@ def main(argv: list[str] | None = None) -> None:
         return
     files.fill(model)
     tokenizer = tensors_sha256(model.tokenizer)
-    model.tokenizer.to(processes.device)
+    too_large = does_not_fit(f"the tokenizer of {args.model}", free_memory(processes.device))
+    with memory_named(too_large):
+        model.tokenizer.to(processes.device)
     share = processes.share(len(images))
     parts = [args.output.with_name(f".{args.output.name}.{rank}.part") for rank in range(processes.world)]
     own = parts[processes.rank]
     total = share.stop - share.start
     made_from = {"images": processes.digest(images.fingerprint), "tokenizer_tensors_sha256": tokenizer}
+
+    def work() -> None:
+        with (
+            tqdm(total=total, desc="reconstructing", unit="image", disable=not processes.main) as bar,
+            open(own, "wb") as file,
+            memory_named(too_large),
+        ):
+            reconstruct(model, images, share, args.batch_size, processes.device, file, bar)
+
     with processes.holding(args.output, made_from):
         try:
-            with (
-                tqdm(total=total, desc="reconstructing", unit="image", disable=not processes.main) as bar,
-                open(own, "wb") as file,
-            ):
-                reconstruct(model, images, share, args.batch_size, processes.device, file, bar)
-            processes.barrier()
+            processes.agree(work)
             if processes.main:
                 assemble(args.output, parts, (len(images), size, size, 3), labels)
                 report = {

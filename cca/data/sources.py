@@ -19,13 +19,30 @@ from cca.data.folders import find_images, fingerprint, read_image, shown, subfol
 from cca.data.image_sets import NpzImages, to_uint8_tensor
 from cca.streams import CROPS, stream
 from models import ARImageModel, UserError
-from models.devices import ENCODED_PIXELS, upload
+from models.devices import ENCODED_PIXELS, full_parts, upload
 from models.image_transforms import Transform
 
 
 def to_model_input(pixels: Tensor) -> Tensor:
     """uint8 [..., 3, H, W] -> float32 in [-1, 1], rounded as torchvision's ToTensor and VAR do it."""
     return pixels.float().div_(255).mul_(2).sub_(1)
+
+
+def encoded_at_once(model: ARImageModel, device: torch.device) -> int:
+    """Images that a tokenizer encodes at a time, so that memory does not grow with the batch."""
+    return max(1, ENCODED_PIXELS[device.type] // model.image_size**2)
+
+
+def to_tokens(model: ARImageModel, images: Tensor, device: torch.device, alike: bool = False) -> Tensor:
+    """uint8 images [n, 3, H, W] -> tokens [n, L] on the tokenizer's device, ``encoded_at_once`` at a time.
+
+    alike: all parts are of one size, so that an image's tokens depend on n in no case; see ``full_parts``.
+    """
+    size = encoded_at_once(model, device)
+    parts = full_parts(images, size) if alike else ((part, len(part)) for part in images.split(size))
+    with torch.inference_mode():
+        tokens = [model.encode(to_model_input(upload(part, device)))[:count] for part, count in parts]
+    return torch.cat(tokens)  # out here: what was made in there could not be trained on
 
 
 class TokenSource(Dataset):
@@ -96,12 +113,8 @@ class LabelledImages(TokenSource):
         return self.all_labels[torch.from_numpy(indices)]
 
     def tokens(self, batch: Tensor) -> Tensor:
-        """As above; encoded in parts, so that memory does not grow with the batch."""
         device = next((p.device for p in self.model.tokenizer.parameters()), batch.device)
-        size = max(1, ENCODED_PIXELS[device.type] // self.model.image_size**2)
-        with torch.inference_mode():
-            parts = [self.model.encode(to_model_input(upload(part, device))) for part in batch.split(size)]
-        return torch.cat(parts)  # out here: what was made in there could not be trained on
+        return to_tokens(self.model, batch, device)
 
 
 class ImageArray(LabelledImages):

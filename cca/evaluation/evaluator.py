@@ -32,6 +32,7 @@ from cca.evaluation.metrics import (
 )
 from cca.evaluation.references import cache_folder
 from models import UserError
+from models.devices import ELSEWHERE, memory_named
 from models.files import write_binary, writing
 
 CACHED_IMAGES = 50_000  # features of larger references are not kept
@@ -252,11 +253,15 @@ METRICS: dict[str, Metric] = {
 def evaluate(
     compared: Comparison, asked: tuple[str, ...] | None, stopwatch: Stopwatch
 ) -> tuple[dict[str, float], list[str]]:
-    """The metrics asked for (None: all that can be had), and a note for each that these files do not give."""
+    """The metrics asked for (None: all that can be had), and a note for each that these files do not give.
+
+    Raises UserError for a metric that is not finite, or that the GPU's memory does not suffice for.
+    """
     values: dict[str, float] = {}
     notes: list[str] = []
     for name in asked or METRICS:
-        with stopwatch.measure(name):
+        too_much = f"--metrics: {name} does not fit in the GPU's memory; leave it out, or {ELSEWHERE}"
+        with stopwatch.measure(name), memory_named(too_much):
             value = METRICS[name].measure(compared)
         if value is not None and not math.isfinite(value):
             raise UserError(f"--metrics: {name} is {value}: features or statistics out of all proportion")

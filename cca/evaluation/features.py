@@ -17,7 +17,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from models import UserError
 from models.checkpoints import read_state_dict
-from models.devices import EXTRACTED_IMAGES
+from models.devices import ELSEWHERE, EXTRACTED_IMAGES, memory_named
 from models.hub import ASSETS
 from models.options import add_workers_option, count
 from models.plan import Download
@@ -119,7 +119,9 @@ class Extractor:
         layers = list(dict.fromkeys(filter(None, (self.layer, self.logits_layer))))
         self.module = create_feature_extractor(
             name, layers, cuda=False, verbose=False, feature_extractor_weights_path=weights
-        ).to(device)
+        )
+        with memory_named(f"--features: {name} does not fit in the GPU's memory; {ELSEWHERE}"):
+            self.module.to(device)
         self.is_inception = name == INCEPTION
         if self.is_inception:
             self.module.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
@@ -129,8 +131,11 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
-        """uint8 [B, 3, H, W] -> features on the CPU."""
-        found = self.module.convert_features_tuple_to_dict(self.module(images.to(self.device)))
+        """uint8 [B, 3, H, W] -> features on the CPU. Raises UserError where the memory does not suffice."""
+        with memory_named(
+            f"--batch-size: {len(images)} images at once do not fit in the GPU's memory; take fewer"
+        ):
+            found = self.module.convert_features_tuple_to_dict(self.module(images.to(self.device)))
         probabilities = found[self.logits_layer].softmax(-1).cpu() if self.logits_layer else None
         spatial = self.seen.float().cpu() if self.is_inception else None
         return Features(found[self.layer].float().cpu(), spatial, probabilities)
@@ -214,6 +219,8 @@ def make_extractor(name: str, inception_weights: Path | None, device: torch.devi
             save_published(state, Path(copy))
         try:
             return Extractor(name, copy, device)
+        except UserError:
+            raise
         except Exception as error:  # whatever download and unpickling let through
             reason = " ".join(str(error).split())[:100]
             if inception_weights:

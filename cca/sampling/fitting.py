@@ -1,18 +1,16 @@
 """What fits: the images of a batch in a GPU's memory, and compilation in the time of a run."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from cca.sampling.sampler import SampleRequest
-from models import DTYPES, ARImageModel, UserError
+from models import DTYPES, ARImageModel
 from models.decoding import guided_steps
-from models.plan import numbers
+from models.devices import does_not_fit, free_memory
+from models.plan import numbers, size_text
 
 CPU_BATCH = 64
 LARGEST_BATCH = 256  # on a GPU; above it nothing gets faster
-MEMORY_SHARE = 0.6  # of what is free; the rest is for the weights' copies, decoding and fragments
+MEMORY_SHARE = 0.6  # of what is free beside the weights; the rest is for decoding, casts and fragments
 LOGIT_BYTES = 32  # of each logit of a step: as many copies as guidance, filters and sorting make
 # Images of a run from which on a GPU compilation pays, where all steps are one graph and where each is its
 # own. Of the former an H200 compiled in 14 s what saved 55 ms on every image of LlamaGen-B.
@@ -26,13 +24,20 @@ def row_bytes(model: ARImageModel, request: SampleRequest) -> int:
     return rows * (model.cached_numbers * DTYPES[request.dtype].itemsize + logits)
 
 
-def default_batch_size(model: ARImageModel, request: SampleRequest, device: torch.device) -> int:
-    """Images to decode at once: 64 on a CPU; on a GPU the power of two that MEMORY_SHARE of it holds."""
-    if device.type == "cpu":
-        return CPU_BATCH
-    free, _ = torch.cuda.mem_get_info(device)
-    fitting = int(free * MEMORY_SHARE) // row_bytes(model, request)
+def fitting_batch(model: ARImageModel, request: SampleRequest, free: int) -> int:
+    """The largest power of two of images, 1 to 256, that takes MEMORY_SHARE of so many bytes at most."""
+    fitting = int(max(free, 0) * MEMORY_SHARE) // row_bytes(model, request)
     return min(LARGEST_BATCH, 1 << max(fitting.bit_length() - 1, 0))
+
+
+def default_batch_size(model: ARImageModel, request: SampleRequest, device: torch.device) -> int:
+    """Images to decode at once: 64 on a CPU; on a GPU the largest power of two, 1 to 256, that takes
+    MEMORY_SHARE of what is free and not for the weights. To be asked before these are on the GPU.
+    """
+    free = free_memory(device)
+    if free is None:
+        return CPU_BATCH
+    return fitting_batch(model, request, free - sampling_memory(model, request, 0))
 
 
 def sampling_memory(model: ARImageModel, request: SampleRequest, batch_size: int) -> int:
@@ -41,19 +46,24 @@ def sampling_memory(model: ARImageModel, request: SampleRequest, batch_size: int
     return weights + batch_size * row_bytes(model, request)
 
 
-@contextmanager
-def memory_named(
-    model: ARImageModel, request: SampleRequest, batch_size: int, device: torch.device
-) -> Iterator[None]:
-    """Raises UserError instead of CUDA's error where a batch does not fit in the memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        fits = min(default_batch_size(model, request, device), max(batch_size // 2, 1))
-        raise UserError(
-            f"--batch-size: {batch_size} images at once do not fit in the GPU's memory; {fits} should"
-        ) from None
+def model_too_large(name: str, model: ARImageModel, request: SampleRequest, free: int | None) -> str:
+    """What to say where even the model does not fit; free: ``free_memory`` before it was on the GPU."""
+    less = "" if DTYPES[request.dtype].itemsize == 2 else "--dtype bfloat16 takes less; or "
+    weights = size_text(sampling_memory(model, request, 0))
+    return does_not_fit(f"{name} in {request.dtype}, ~{weights} of weights,", free, less)
+
+
+def batch_too_large(
+    name: str, model: ARImageModel, request: SampleRequest, batch_size: int, free: int | None
+) -> str:
+    """What to say where a batch does not fit, with a size below it that should.
+
+    free: ``free_memory`` before the run's first batch; later the caches of a compiled generator are there.
+    """
+    if batch_size == 1:
+        return model_too_large(f"one image of {name}", model, request, free)
+    fits = batch_size // 2 if free is None else min(fitting_batch(model, request, free), batch_size // 2)
+    return f"--batch-size: {batch_size} images at once do not fit in the GPU's memory; {fits} should"
 
 
 def compiles_by_default(model: ARImageModel, request: SampleRequest, device: torch.device) -> bool:

@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from cca.distributed import Processes, StopRequest
 from cca.sampling.compiled import CompiledGenerate
-from cca.sampling.fitting import memory_named
+from cca.sampling.fitting import batch_too_large, model_too_large
 from cca.sampling.parts import PartStore
 from cca.sampling.sampler import (
+    Generate,
     SampleRequest,
     class_of,
     decode_tokens,
@@ -25,6 +26,7 @@ from cca.sampling.sampler import (
     sample_tokens,
 )
 from models import ARImageModel
+from models.devices import free_memory, memory_named
 
 
 def open_store(
@@ -91,18 +93,29 @@ def _fill(
 ) -> bool:
     """Sample the missing parts of a claimed store, and assemble it; False if a signal came first."""
     started, compile = time.perf_counter(), store.options["compile"]
-    prepare(model, request.dtype, processes.device, compile)
+    device, name = processes.device, store.options["model"]
+    too_large, too_many = model_too_large(name, model, request, free_memory(device)), ""
+    generate: Generate
+
+    def ready() -> None:
+        nonlocal too_many, generate
+        with memory_named(too_large):
+            prepare(model, request.dtype, device, compile)
+        too_many = batch_too_large(name, model, request, batch_size, free_memory(device))
+        with memory_named(too_many):
+            generate = (
+                CompiledGenerate(model, request.sampling, request.dtype, batch_size, device)
+                if compile
+                else eager_generate(model, request)
+            )
+
+    processes.agree(ready)
     # One process looks, before any writes: on other nodes, a file that is there may not be seen yet.
     missing = json.loads(
         processes.from_main(json.dumps([part.start for part in store.parts() if not store.made(part)]))
     )
     mine = [store.part(start) for start in missing[processes.rank :: processes.world]]
     indices, parts = chain.from_iterable(mine), deque(mine)
-    generate = (
-        CompiledGenerate(model, request.sampling, request.dtype, batch_size, processes.device)
-        if compile
-        else eager_generate(model, request)
-    )
     tokens: list[Tensor] = []  # of the parts to come, from the first one's beginning
     made, began = 0, time.perf_counter()
     with tqdm(
@@ -121,8 +134,8 @@ def _fill(
             first, before = compile and not (made or tokens), time.perf_counter()
             if first:
                 bar.set_postfix_str("compiling")
-            with memory_named(model, request, batch_size, processes.device):
-                tokens.append(sample_tokens(model, batch, request, processes.device, generate))
+            with memory_named(too_many):
+                tokens.append(sample_tokens(model, batch, request, device, generate))
             if stop.asked:
                 return  # a part of a part is not kept
             if first:
@@ -130,7 +143,10 @@ def _fill(
             bar.update(len(batch))
             while parts and sum(map(len, tokens)) >= len(parts[0]):
                 part, drawn = parts.popleft(), torch.cat(tokens)
-                store.write(part, decode_tokens(model, drawn[: len(part)], request).numpy())
+                # Beside the decoder lie the caches of a compiled batch, or nothing but the model.
+                with memory_named(too_many if compile else too_large):
+                    images = decode_tokens(model, drawn[: len(part)], request)
+                store.write(part, images.numpy())
                 tokens = [drawn[len(part) :]]
                 made += len(part)
 
@@ -139,9 +155,7 @@ def _fill(
             processes.agree(make_next)
         stopped = processes.any(stop.asked)
     seconds = time.perf_counter() - began
-    totals = processes.sum(
-        torch.tensor([float(made), seconds], dtype=torch.float64, device=processes.device)
-    ).tolist()
+    totals = processes.sum(torch.tensor([float(made), seconds], dtype=torch.float64, device=device)).tolist()
     if stopped:
         if processes.main:
             print(

@@ -14,7 +14,7 @@ from cca.sampling.compiled import ROUNDED_AS_EAGER
 from cca.streams import CLASSES, TOKENS, stream
 from models import DTYPES, ARImageModel, SamplingOptions, autocast
 from models.decoding import generate_tokens, require_finite
-from models.devices import DECODED_PIXELS, allow_tf32
+from models.devices import DECODED_PIXELS, allow_tf32, full_parts
 
 
 @dataclass(frozen=True)
@@ -86,20 +86,24 @@ def prepare(model: ARImageModel, dtype: str, device: torch.device, compile: bool
 
 
 @torch.inference_mode()
-def decode_tokens(model: ARImageModel, tokens: Tensor, request: SampleRequest) -> Tensor:
-    """Tokens [n, L] -> uint8 images [n, H, W, 3] on the CPU.
+def to_pixels(model: ARImageModel, tokens: Tensor, dtype: str, size: int | None = None) -> Tensor:
+    """Tokens [n, L] -> uint8 images [n, H, W, 3] on the CPU, resized to side ``size`` if given.
 
-    Decoding runs in batches of one fixed size, the last one filled up: convolutions round
-    differently from one batch size to another, and a pixel must not.
+    Decoding runs in batches of one fixed size, whatever n is; see ``full_parts``.
     """
-    size = max(1, min(64, DECODED_PIXELS[tokens.device.type] // model.image_size**2))
     images = []
-    for part in tokens.split(size):
-        full = torch.cat([part, part[:1].expand(size - len(part), -1)])
-        with autocast(tokens.device, request.dtype if model.decodes_in_half_precision else "float32"):
-            decoded = model.decode(full, request.eval_size)
-        images.append(model.to_uint8(decoded[: len(part)]).permute(0, 2, 3, 1).cpu())
+    at_once = max(1, min(64, DECODED_PIXELS[tokens.device.type] // model.image_size**2))
+    for part, count in full_parts(tokens, at_once):
+        with autocast(tokens.device, dtype):
+            decoded = model.decode(part, size)
+        images.append(model.to_uint8(decoded[:count]).permute(0, 2, 3, 1).cpu())
     return torch.cat(images)
+
+
+def decode_tokens(model: ARImageModel, tokens: Tensor, request: SampleRequest) -> Tensor:
+    """``to_pixels`` as the request has it, in the precision of the published sampling."""
+    dtype = request.dtype if model.decodes_in_half_precision else "float32"
+    return to_pixels(model, tokens, dtype, request.eval_size)
 
 
 def sample_images(

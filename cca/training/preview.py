@@ -12,6 +12,7 @@ from cca.sampling.grid import write_grid
 from cca.sampling.sampler import SampleRequest, sample_images
 from cca.training.trainer import Trainer
 from models import SamplingOptions, UserError
+from models.devices import memory_named
 
 GRID_ROWS, GRID_COLUMNS = 4, 10
 
@@ -44,11 +45,15 @@ def grid_drawer(
     request = SampleRequest(
         GRID_ROWS * columns, classes, "balanced", 0, None, trainer.config.dtype, SamplingOptions()
     )
+    too_many = (
+        f"{request.num_samples} images do not fit in the GPU's memory beside the training; "
+        "a smaller --micro-batch-size leaves more of it"
+    )
 
     def draw(step: int) -> None:
         if processes.main:
             try:
-                with training_paused(trainer):
+                with memory_named(too_many), training_paused(trainer):
                     images = sample_images(
                         model, range(request.num_samples), request, request.num_samples, processes.device
                     )

@@ -1,11 +1,14 @@
 """What is chosen by the device."""
 
 import shutil
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from models.devices import free_memory, full_parts, memory_named, out_of_memory
+from models.errors import UserError
 from models.options import Parser, add_workers_option
 
 
@@ -32,3 +35,76 @@ def test_workers_by_default(gpus, cores, local, memory, expected, monkeypatch):
     add_workers_option(parser)
     assert parser.parse_args([]).workers == expected
     assert parser.parse_args(["--workers", "3"]).workers == 3
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (torch.OutOfMemoryError("of PyTorch's allocator"), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("DataLoader's workers are out of shared memory"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+        (UserError("--output: out of memory.npz: is there"), False),
+    ],
+)
+def test_what_says_that_memory_ran_out(error, expected):
+    assert out_of_memory(error) == expected
+
+
+def test_memory_that_runs_out_while_a_graph_is_captured():
+    """The end of the capture raises an error of its own."""
+
+    def capture():
+        try:
+            raise torch.OutOfMemoryError("full")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    with pytest.raises(UserError, match="^take fewer$"), memory_named("take fewer"):
+        capture()
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match="^other$"), memory_named("take fewer"):
+        raise RuntimeError("other")
+
+
+def test_what_the_work_held_is_free_where_the_error_is_caught():
+    alive = []
+
+    def work():
+        held = torch.zeros(1)
+        alive.append(weakref.ref(held))
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(UserError, match="^take fewer$") as caught, memory_named("take fewer"):
+        work()
+    assert caught.value.__context__ is not None and alive[0]() is None
+
+
+def test_memory_that_can_be_had(monkeypatch):
+    assert free_memory(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
+    assert free_memory(torch.device("cuda", 0)) == 3 + 40
+
+
+def test_a_gpu_without_memory_for_a_context(monkeypatch):
+    def full(device):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+    with pytest.raises(
+        UserError, match="^CUDA_VISIBLE_DEVICES: GPU 1 has no free memory; end what else uses"
+    ):
+        free_memory(torch.device("cuda", 1))
+
+
+def test_parts_of_one_size():
+    parts = list(full_parts(torch.arange(10).view(5, 2), 3))
+    assert [(part[:, 0].tolist(), count) for part, count in parts] == [([0, 2, 4], 3), ([6, 8, 6], 2)]

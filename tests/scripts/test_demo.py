@@ -118,6 +118,33 @@ def test_other_options_are_refused(three_ways):
         next(three_ways.sample({**OPTIONS, "--output": "x.npz"}))
 
 
+def full(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        ("sample_tokens", "--batch-size: 2 images at once do not fit in the GPU's memory; 1 should"),
+        ("decode_tokens", "--model: llamagen-mini in float32, ~4 MB of weights, does not fit in the GPU's"),
+    ],
+)
+def test_memory_that_runs_out_ends_a_request_and_not_the_page(place, message, three_ways, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, place, full)
+        with pytest.raises(UserError) as caught:
+            list(three_ways.sample(OPTIONS))
+    assert str(caught.value).startswith(message)
+    *_, last = three_ways.sample(OPTIONS)
+    assert len(last.panels) == 3
+
+
+def test_models_that_do_not_fit(monkeypatch):
+    monkeypatch.setattr(demo, "prepare", full)
+    with pytest.raises(UserError, match="^--model: llamagen-mini in bfloat16, ~[34] MB of weights, does not"):
+        made("--dtype", "bfloat16")
+
+
 def test_large_images_are_fewer():
     with_limit = made("--max-images", "3")
     with pytest.raises(UserError, match="5 must be at most 3 here"):

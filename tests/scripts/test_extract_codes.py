@@ -13,6 +13,7 @@ from limits import largest_file
 from made_data import make_image_folder
 from specimens import VERSION_1
 
+from models.base import ARImageModel
 from models.errors import UserError
 from scripts import extract_codes
 
@@ -48,6 +49,25 @@ def extract(output):
     model = ["--model", "specimen-llamagen", "--tokenizer-weights", "specimen-llamagen-tokenizer.safetensors"]
     with torch.no_grad():
         extract_codes.main([*model, "--data", "images.npz", "--output", output])
+
+
+def test_memory_that_runs_out_is_one_line(disk, monkeypatch):
+    """What is encoded before stays, and the same command goes on."""
+    original, calls = ARImageModel.encode, []
+
+    def full(model, images):
+        calls.append(len(images))
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return original(model, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ARImageModel, "encode", full)
+        with pytest.raises(UserError, match=r"^--model: the tokenizer of specimen-llamagen does not fit in"):
+            extract("new")
+    extract("new")
+    extract("whole")
+    assert content(disk / "new") == content(disk / "whole")
 
 
 def content(folder):

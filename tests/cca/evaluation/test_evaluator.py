@@ -77,6 +77,31 @@ def test_agrees_with_torch_fidelity(files):
     assert found["is"] == pytest.approx(expected["inception_score_mean"], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        ("cca.evaluation.features.MiniFeatures.to", "--features: mini does not fit in the GPU's memory; end"),
+        (
+            "cca.evaluation.features.MiniFeatures.forward",
+            "--batch-size: 250 images at once do not fit in the GPU's memory; take fewer",
+        ),
+        (
+            "cca.evaluation.evaluator.precision_recall",
+            "--metrics: precision does not fit in the GPU's memory; leave it out, or end",
+        ),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(place, message, files, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(files / "cache"))  # else the features are taken from there
+    monkeypatch.setattr(place, full)
+    with pytest.raises(UserError) as caught:
+        evaluate(files, *MINI)
+    assert str(caught.value).startswith(message) and not (files / "out.json").exists()
+
+
 def test_identical_sets(files):
     found = evaluate(files, *MINI, reference="samples.npz")["metrics"]
     assert abs(found["fid"]) < 1e-6 and found["precision"] == found["recall"] == 1

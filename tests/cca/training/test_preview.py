@@ -1,0 +1,45 @@
+"""Pictures that a run draws on its way."""
+
+import weakref
+
+import torch
+from specimens import weights
+
+import cca.training.command as command
+import cca.training.preview as preview
+import train_llamagen_cca
+from cca.sampling.sampler import sample_images
+
+
+def train(output, *options):
+    fixed = ["--codes", "codes", "--max-steps", "3", "--batch-size", "8"]
+    train_llamagen_cca.main([*weights("llamagen"), *fixed, "--output", output, *options])
+
+
+def test_memory_that_runs_out_costs_a_picture_and_not_the_run(disk, monkeypatch, capsys):
+    held, alive = [], []
+
+    def full(*arguments):
+        if len(held) == 1:
+            return sample_images(*arguments)
+        cache = torch.zeros(1)
+        held.append(weakref.ref(cache))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    log = command.RunFolder.log
+
+    def noted(*arguments):
+        alive.extend(cache() for cache in held)
+        log(*arguments)
+
+    monkeypatch.setattr(preview, "sample_images", full)
+    monkeypatch.setattr(command.RunFolder, "log", noted)
+    train("run", "--sample-every", "1")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "no sample grid" in line]
+    assert line.strip() == (
+        "no sample grid of step 1: 16 images do not fit in the GPU's memory beside the training; "
+        "a smaller --micro-batch-size leaves more of it"
+    )
+    assert alive == [None, None]  # in the steps that followed
+    pictures = sorted(path.name for path in (disk / "run" / "samples").iterdir())
+    assert pictures == ["step-000002.png", "step-000003.png"]
