@@ -1,4 +1,8 @@
-"""One process or several under torchrun: rank, device, the few collectives that are needed, and signals."""
+"""One process or several under torchrun: rank, device, the few collectives that are needed, and signals.
+
+What the hosts tell each other (numbers, texts, who refuses) are tensors of the CPU, which gloo exchanges: no
+host waits for a GPU because of them. NCCL exchanges tensors of GPUs.
+"""
 
 import atexit
 import json
@@ -108,7 +112,7 @@ class Processes:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
             try:
-                dist.init_process_group("nccl" if gpus else "gloo")
+                dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
             except (RuntimeError, ValueError) as error:
                 place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
                 why = str(error).strip().splitlines()[0][:120]
@@ -145,14 +149,18 @@ class Processes:
         return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up a tensor of equal shape over all processes, in place; returns the same tensor."""
+        """Add up a tensor of equal shape over all processes, in place, on its device; returns that tensor."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def total(self, *values: float) -> list[float]:
-        """Numbers of the host added up over all processes; alone, it does not wait for a GPU."""
-        return self.sum(torch.tensor(values, device=self.device if self.world > 1 else None)).tolist()
+        """Numbers of the host added up over all processes; no GPU takes part."""
+        return self.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def each(self, value: int) -> list[int]:
+        """A number of the host from every process, in the order of their ranks."""
+        return [int(v) for v in self.total(*(value * (rank == self.rank) for rank in range(self.world)))]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in one process at least."""
@@ -221,29 +229,26 @@ class Processes:
         """The main process's text, on all."""
         if self.world == 1:
             return text
-        content = torch.tensor(list(text.encode()), dtype=torch.int64, device=self.device)
+        content = torch.tensor(list(text.encode()), dtype=torch.int64)
         (size,) = self.total(len(content) if self.main else 0)
         return bytes(self.sum(content if self.main else content.new_zeros(int(size))).tolist()).decode()
 
     def gather(self, part: Tensor) -> Tensor | None:
         """The rows of all processes in the order of their ranks, on the main one (None elsewhere).
 
-        Parts may differ by one row, as ``share`` cuts them.
+        They stay on their device. Parts may differ by one row, as ``share`` cuts them.
         """
         if self.world == 1:
             return part
-        rows = torch.zeros(self.world, dtype=torch.int64, device=self.device)
-        rows[self.rank] = len(part)
-        counts = self.sum(rows).tolist()
+        counts = self.each(len(part))
         padded = part.new_zeros(max(counts), *part.shape[1:])
         padded[: len(part)] = part
-        padded = padded.to(self.device)
         if not self.main:
             dist.gather(padded)
             return None
         parts = [torch.empty_like(padded) for _ in counts]
         dist.gather(padded, parts)
-        return torch.cat([p[:n].to(part.device) for p, n in zip(parts, counts)])
+        return torch.cat([p[:n] for p, n in zip(parts, counts)])
 
     def digest(self, take: Callable[[], str | None]) -> str | None:
         """A SHA-256 (or None) of files, taken once on each node; ``same`` compares them."""
@@ -252,5 +257,5 @@ class Processes:
         return own if self.local == 0 else of_main or None
 
     def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+        """Wait until all processes are here; for the hosts alone, whatever is queued on their GPUs."""
+        self.total(0)

@@ -1,7 +1,8 @@
 """Random numbers that belong to a thing (an image, an epoch), not to the process that draws them.
 
 Counter-based streams (Philox, Salmon et al., 2011): the numbers of one image are a function of
-the seed and its index alone, whatever the batch size, the number of processes or the order.
+the seed and its index alone, whatever the batch size, the number of processes or the order. Dropout is
+the exception: its stream belongs to a step and a process, and seeds PyTorch's own generator.
 """
 
 import numpy as np

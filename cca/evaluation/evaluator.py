@@ -125,8 +125,7 @@ def reference_features(
     path = cache_path(images, extractor)
     arrays = read_cache(path)
     # All extract, or none: nodes may not share the cache.
-    cached = processes.sum(torch.tensor([float(arrays is not None)], device=processes.device)).item()
-    if arrays is not None and cached == processes.world:
+    if not processes.any(arrays is None) and arrays is not None:
         return arrays
     found = extract(images, extractor, batch_size, processes)
     if found is None:

@@ -22,7 +22,7 @@ from cca.training.loader import Unreadable, own_items
 from cca.training.losses import LOSSES, Batch, missing_negatives, pair_labels
 from cca.training.options import COMPILED_FROM, chosen_recipe, training_config
 from cca.training.preview import grid_drawer
-from cca.training.run_folder import RunFolder, describe, refuse_others
+from cca.training.run_folder import RunFolder, describe, noted_micro_batch, refuse_others
 from cca.training.schedule import TrainingConfig, global_batches, unconditional_rows
 from cca.training.states import ema_name, saved_steps
 from cca.training.trainer import Trainer
@@ -60,22 +60,27 @@ def run_training(
     published = config.batch_size // (PUBLISHED_GPUS * recipe.published_accumulation)
     if recipe.published_accumulation == 1:
         published = TRAINED_IMAGES[processes.device.type]
-    micro_batch_size = args.micro_batch_size or max(min(published, config.batch_size), 1)
+    # A run that goes on elsewhere keeps its size, which decides the masks of dropout.
+    noted = int(processes.from_main(str(noted_micro_batch(args.output))))
+    asked = args.micro_batch_size or noted
+    micro_batch_size = asked or max(min(published, config.batch_size), 1)
+    most = math.ceil(config.batch_size / processes.world)
     sharded = parallel == "fsdp" and processes.world > 1
-    fitted = args.micro_batch_size is None and not (args.deterministic or sharded)
+    fitted = not (asked or args.deterministic or sharded)
     downloads = files.downloads(model)
     computed = {"deterministic": args.deterministic, "compile": compile}
 
     def show() -> None:
         known = {**files.known(), "images": len(data), **computed}
         refuse_others(args.output, describe(config, known)["options"])
-        largest = min(micro_batch_size, math.ceil(config.batch_size / processes.world))
+        largest = min(micro_batch_size, most)
         micro = f"a micro-batch of {largest} images"
         rows = training_plan(args, config, model, path, data)
         rows["device"] = (
             f"{processes.devices} ({parallel}), {config.dtype}, "
             f"{'compiled' if compile else 'eager'}, {micro}"
             + (" or what fits" if fitted and processes.device.type == "cuda" else "")
+            + (" as before" if noted and not args.micro_batch_size else "")
         )
         shards = processes.world if sharded else 1
         needed = training_memory(model, config, largest, shards, args.checkpointing)
@@ -99,27 +104,28 @@ def run_training(
             without = missing_negatives(config.loss, config.batch_size, data.same_class)
             for note in [*data.notes(), *([without] if without else [])]:
                 print(f"note: {note}", file=sys.stderr)
-        with explaining_memory(args.checkpointing):
+        with explaining_memory(0, args.checkpointing):
             trainer = Trainer(
                 model, config, micro_batch_size, processes, parallel, compile, args.checkpointing
             )
-            if fitted:
-                choose_micro_batch(trainer)
-            draw = (
-                grid_drawer(trainer, folder.path / "samples", data.classes)
-                if args.sample_every
-                else lambda step: None
-            )
+        if fitted:
+            choose_micro_batch(trainer, most)
+        draw = (
+            grid_drawer(trainer, folder.path / "samples", data.classes)
+            if args.sample_every
+            else lambda step: None
+        )
+        with explaining_memory(min(trainer.micro_batch_size, most), args.checkpointing):
             train(
                 trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw
             )
 
 
-def choose_micro_batch(trainer: Trainer) -> None:
-    """On a GPU, as many images as fit into its memory, instead of as many as were published."""
-    processes, share = trainer.processes, trainer.processes.share(trainer.config.batch_size)
+def choose_micro_batch(trainer: Trainer, most: int) -> None:
+    """On GPUs, as many images as fit into the memory of each, instead of as many as were published."""
+    processes = trainer.processes
     if processes.device.type == "cuda":
-        trainer.micro_batch_size = fitting_micro_batch(trainer, share.stop - share.start)
+        trainer.micro_batch_size = min(processes.each(fitting_micro_batch(trainer, most)))
         if processes.main:
             print(f"micro-batch of {trainer.micro_batch_size} images, which the memory holds", flush=True)
 

@@ -59,17 +59,26 @@ def training_memory(
 
 
 @contextmanager
-def explaining_memory(checkpointing: bool) -> Iterator[None]:
-    """A GPU's memory that runs out inside is a UserError, which says what needs less."""
+def explaining_memory(images: int, checkpointing: bool) -> Iterator[None]:
+    """A GPU's memory that runs out inside is a UserError, which says what needs less.
+
+    images: of the micro-batches inside; 0 where there are none.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        less = ["a smaller one (the results stay the same)"]
-        less += [] if checkpointing else ["--checkpointing"]
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        smaller = (
+            f"a smaller one, such as {images // 2} (the same results but for rounding and dropout's masks)"
+        )
+        less = [smaller] if images > 1 else []
+        less += [] if checkpointing or not images else ["--checkpointing"]
         less += ["more GPUs with --parallel fsdp"]
+        option = "--micro-batch-size" if images else "--model"
         why = ". ".join(str(error).split(". ")[:2]).rstrip(".")  # the rest is advice on the allocator
         raise UserError(
-            f"--micro-batch-size: the memory does not suffice ({why}); take {', or '.join(less)}. "
+            f"{option}: the memory does not suffice ({why}); take {', or '.join(less)}. "
             "The same command goes on from the last saved state"
         ) from None
 
@@ -107,7 +116,9 @@ def fitting_micro_batch(trainer: Trainer, most: int) -> int:
     try:
         bytes_of(2)  # from now on there are gradients, as in all micro-batches but a step's first
         fitting = images_that_fit(bytes_of(2), bytes_of(4), memory, moments)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
         fitting = 1
     trainer.optimizer.zero_grad(set_to_none=True)
     return min(fitting, most)

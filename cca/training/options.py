@@ -41,7 +41,7 @@ def training_parser(
     add("--batch-size", type=count(), help=f"global batch in images, over all processes ({recipe})")
     add("--micro-batch-size", type=count(),
         help="images of one forward pass in one process (default: what fits a GPU's memory; "
-        "on CPUs, with --deterministic and fsdp as published on 8 GPUs; mini: 32)")
+        "on CPUs, with --deterministic and fsdp as published on 8 GPUs; mini: 32; resumed: as before)")
     add("--lr", type=number(0), help=f"peak learning rate ({recipe}; VAR: in proportion to --batch-size)")
     add("--warmup", type=number(0, 1), help=f"fraction of the run with rising rate ({recipe})")
     add("--final-lr", type=number(0, 1), help=f"last rate over peak rate; 1 keeps it constant ({recipe})")

@@ -35,6 +35,8 @@ from models.weights import save_published
 
 # Names in config.json where they are not the field's: a key that changed would not be compared on resuming.
 CONFIG_KEYS = {"lambda_": "lam"}
+# Told there beside the options, not compared: a run that goes on takes it unless the user says otherwise.
+MICRO_BATCH = "micro_batch_size"
 # Names in metrics.jsonl of an earlier version, whose rewards were not scaled. Such lines stay as they are.
 EARLIER_NAMES = {
     "accuracy": "rewards/accuracies",
@@ -61,6 +63,20 @@ def read_options(config: Path) -> dict:
     if not isinstance(options, dict):
         raise UserError(f"{config}: holds no options of a run; take another folder")
     return options
+
+
+def noted_micro_batch(folder: Path) -> int:
+    """Images of a micro-batch with which a run that has saved states was trained last; 0: not noted.
+
+    Raises UserError for a note that is no such number.
+    """
+    config = folder / "config.json"
+    if not saved_steps(folder) or not config.exists():
+        return 0
+    noted = read_json(config).get(MICRO_BATCH, 0)
+    if type(noted) is not int or noted < 0:
+        raise UserError(f"{config}: {MICRO_BATCH} is {noted!r}, not a number of images; delete that entry")
+    return noted
 
 
 def refuse_others(folder: Path, options: dict) -> None:
@@ -119,6 +135,8 @@ class RunFolder:
     def resume(self, trainer: Trainer) -> int:
         """Load the last saved state if there is one; returns the number of steps done.
 
+        From now on ``config.json`` has the trainer's micro-batch size.
+
         Raises UserError for a damaged state; it names the folder to delete.
         """
         done = int(self.processes.from_main(str((self.saved_steps() or [0])[-1])))
@@ -127,6 +145,7 @@ class RunFolder:
             self.processes.agree(lambda: self._load(state, done))
             trainer.load_state(state)
         self.processes.agree(lambda: self._cut_back(done, trainer.config.max_steps), main=True)
+        self.processes.agree(lambda: self._note_micro_batch(trainer.micro_batch_size), main=True)
         self.processes.agree(self._drop_old, main=True)
         return done
 
@@ -139,6 +158,12 @@ class RunFolder:
             raise UserError(
                 f"--output: {error}; delete that folder, and the same command goes on from {rest}"
             ) from None
+
+    def _note_micro_batch(self, images: int) -> None:
+        config = self.path / "config.json"
+        description = read_json(config)
+        if description.get(MICRO_BATCH) != images:
+            write_json(config, {**description, MICRO_BATCH: images})
 
     def _lines(self) -> tuple[list[tuple[str, dict]], int]:
         """The last line of each step in metrics.jsonl, in order, with its content; how many are damaged."""

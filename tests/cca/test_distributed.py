@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import torch
+import torch.distributed as dist
 from commands import ROOT, command_line, environment, run
 
 from cca.distributed import Processes, Stopped, StopRequest
@@ -19,6 +20,7 @@ rows = torch.arange(7)[processes.share(7)]
 values = torch.tensor([float(processes.rank), 1.0])
 total = processes.sum(values)
 assert total is values and total.tolist() == [3.0, 3.0]
+assert processes.each(10 + processes.rank) == [10, 11, 12]
 gathered = processes.gather(torch.stack([rows, rows**2], 1))
 assert (gathered is not None) == processes.main
 if processes.main:
@@ -30,6 +32,31 @@ processes.barrier()
 def test_three_processes(tmp_path):
     (tmp_path / "collectives.py").write_text(COLLECTIVES)
     run(tmp_path / "collectives.py", processes=3, PYTHONPATH=".")
+
+
+def test_hosts_tell_each_other_nothing_by_way_of_their_gpus(monkeypatch):
+    """The other of two processes sends zeros; this machine has no GPU that a tensor could be made on."""
+    backends, exchanged = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr("atexit.register", lambda function: None)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", backends.append)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: exchanged.append(tensor.device.type))
+    monkeypatch.setattr(dist, "gather", lambda tensor, parts: [part.copy_(tensor) for part in parts])
+    processes, done = Processes(), []
+    assert processes.device.type == "cuda" and backends == ["cpu:gloo,cuda:nccl"]
+    assert processes.total(1.5, 2**24 + 1) == [1.5, 2**24 + 1]
+    assert processes.any(True) and not processes.any(False)
+    assert processes.agree(lambda: done.append(True), True, 3.0) == [3.0] and done
+    assert processes.from_main("two\nlines, ü") == "two\nlines, ü"
+    assert processes.digest(lambda: "abc") == "abc"
+    processes.same({"seed": 1})
+    processes.barrier()
+    assert processes.gather(torch.ones(3, 2)).tolist() == [[1.0, 1.0]] * 3
+    assert len(exchanged) >= 12 and set(exchanged) == {"cpu"}
 
 
 def test_shares_cover_everything_once():

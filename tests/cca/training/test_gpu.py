@@ -60,22 +60,30 @@ def test_share_of_the_rate(loss, passes, disk, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "place, options, others",
+    "place, options, option, less",
     [
-        ("__init__", (), ", or --checkpointing, or "),
-        ("optimizer_step", ("--checkpointing",), ", or "),
+        ("__init__", (), "model", ""),
+        ("optimizer_step", (), "micro-batch-size", "a smaller one, such as 2 (R), or --checkpointing, or "),
+        (
+            "optimizer_step",
+            ("--checkpointing", "--micro-batch-size", "32"),  # of a batch of 8
+            "micro-batch-size",
+            "a smaller one, such as 4 (R), or ",
+        ),
+        ("optimizer_step", ("--micro-batch-size", "1"), "micro-batch-size", "--checkpointing, or "),
     ],
 )
-def test_memory_that_runs_out_is_one_line(place, options, others, disk, monkeypatch):
+def test_memory_that_runs_out_is_one_line(place, options, option, less, disk, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError(FULL)
 
+    same = "the same results but for rounding and dropout's masks"
     monkeypatch.setattr(Trainer, place, full)
     with pytest.raises(UserError) as caught:
         train("--output", "run", *options)
     assert one_line(caught.value) == (
-        "--micro-batch-size: the memory does not suffice (CUDA out of memory. Tried to allocate 20.00 GiB); "
-        f"take a smaller one (the results stay the same){others}more GPUs with --parallel fsdp. "
+        f"--{option}: the memory does not suffice (CUDA out of memory. Tried to allocate 20.00 GiB); "
+        f"take {less.replace('R', same)}more GPUs with --parallel fsdp. "
         "The same command goes on from the last saved state"
     )
 
@@ -118,7 +126,7 @@ def test_the_chosen_micro_batch(each, chosen, tried, disk, monkeypatch):
     monkeypatch.setattr(
         command,
         "choose_micro_batch",
-        lambda trainer: setattr(trainer, "micro_batch_size", fitting_micro_batch(trainer, 8)),
+        lambda trainer, most: setattr(trainer, "micro_batch_size", fitting_micro_batch(trainer, most)),
     )
     arguments = ["--codes=codes", "--max-steps", "2", "--batch-size", "8", "--output", "measured"]
     train_llamagen_cca.main([*weights("llamagen"), *arguments])

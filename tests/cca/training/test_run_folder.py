@@ -15,9 +15,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 import cca.training.command as command
 import sample
+import train_llamagen_cca
 import train_var_cca
 from cca.training.states import read_weights
+from cca.training.trainer import Trainer
+from models.devices import TRAINED_IMAGES
 from models.errors import UserError
+from models.loading import build_model
 
 
 def train(output, *options, steps=6):
@@ -44,6 +48,46 @@ def stopped(disk, monkeypatch):
         stop_after(patch, 5)
         train("run", "--keep-states", "3")
     return disk / "run"
+
+
+@pytest.mark.parametrize("option", [(), ("--micro-batch-size", "2")])
+def test_a_run_keeps_its_micro_batch_where_the_default_is_another(option, disk, monkeypatch, capsys):
+    """With dropout it decides the masks; the default depends on the device and on this project's version."""
+    sizes, own = [], Trainer.micro_loss
+    monkeypatch.setattr(
+        Trainer, "micro_loss", lambda self, batch: (sizes.append(len(batch)), own(self, batch))[1]
+    )
+
+    def train(name, *options):
+        sizes.clear()
+        fixed = ["--codes", "codes", "--max-steps", "4", "--output", name]
+        train_llamagen_cca.main([*weights("llamagen"), *fixed, *options])
+        return {*sizes}, capsys.readouterr().out
+
+    assert build_model("specimen-llamagen").stochastic
+    monkeypatch.setitem(TRAINED_IMAGES, "cpu", 4)
+    assert train("whole")[0] == {4}
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert train("cut")[0] == {4}
+    noted = json.loads((disk / "cut/config.json").read_text())
+    assert noted["micro_batch_size"] == 4 and "micro_batch_size" not in noted["options"]
+    monkeypatch.setitem(TRAINED_IMAGES, "cpu", 8)
+    used, said = train("cut", *option)
+    assert used == {2 if option else 4}
+    assert ("a micro-batch of 4 images as before\n" in said) is not bool(option)
+    assert json.loads((disk / "cut/config.json").read_text())["micro_batch_size"] == (2 if option else 4)
+    whole, cut = (
+        torch.load(disk / name / "model.pt", weights_only=True)["model"] for name in ("whole", "cut")
+    )
+    assert equal(whole, cut) is not bool(option)
+
+
+def test_a_note_that_is_no_number_is_refused(stopped):
+    config = stopped / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "micro_batch_size": "many"}))
+    with pytest.raises(UserError, match="config.json: micro_batch_size is 'many', not a number of images"):
+        train("run")
 
 
 def exported(folder):

@@ -61,6 +61,14 @@ for name, checkpointing in (("var-mini", True), ("llamagen-mini", False)):
             logprob = trainer.policy(batch.labels, inputs, batch.tokens).detach()
         lines = [trainer.optimizer_step(step, batch) for step in range(2)]
         found[compile, parallel] = logprob, lines, {**trainer.full_weights()}, {**trainer.full_ema()}
+        if parallel == "ddp":  # views of its buckets, in the later steps' first micro-batches too
+            gradients = [p.grad.untyped_storage().data_ptr() for p in trainer.net.parameters()]
+            assert len({*gradients}) < len(gradients) / 4, gradients
+            skipping = Trainer(load_model(name), config, 2, processes)
+            skipping.clip = lambda: torch.tensor(torch.inf)
+            assert skipping.optimizer_step(0, batch)["skipped_steps"] == 1
+            moments = skipping.state()["optimizer"]["state"]  # of a state saved now, all the same
+            assert len(moments) == len(gradients)
         if parallel == "fsdp" and compile:
             block = trainer.net.transformer_blocks()[0]
             layers = [part for part in block.modules() if isinstance(part, torch.nn.Linear)]
