@@ -118,6 +118,11 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def no_context(device: torch.device) -> str:
+    """The message where a GPU's memory does not even hold what CUDA needs by itself."""
+    return f"CUDA_VISIBLE_DEVICES: GPU {device.index or 0} has no free memory; {ELSEWHERE}"
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes of a GPU that this process can have: those of nobody, and those that PyTorch keeps unused.
 
@@ -125,7 +130,7 @@ def free_memory(device: torch.device) -> int | None:
     """
     if device.type != "cuda":
         return None
-    with memory_named(f"CUDA_VISIBLE_DEVICES: GPU {device.index or 0} has no free memory; {ELSEWHERE}"):
+    with memory_named(no_context(device)):
         free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

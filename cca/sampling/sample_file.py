@@ -155,7 +155,7 @@ def _fill(
             processes.agree(make_next)
         stopped = processes.any(stop.asked)
     seconds = time.perf_counter() - began
-    totals = processes.sum(torch.tensor([float(made), seconds], dtype=torch.float64, device=device)).tolist()
+    images, all_seconds = processes.total(made, seconds)
     if stopped:
         if processes.main:
             print(
@@ -170,8 +170,8 @@ def _fill(
         "processes": processes.world,
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
-        "images_made_by_this_run": int(totals[0]),
-        "images_per_second": totals[0] / (totals[1] / processes.world) if totals[0] else None,
+        "images_made_by_this_run": int(images),
+        "images_per_second": images / (all_seconds / processes.world) if images else None,
         "wall_seconds": time.perf_counter() - started,
     }
     labels = (np.array([class_of(i, request) for i in part], np.int64) for part in store.parts())

@@ -1,7 +1,7 @@
 """How well a run uses its GPU, and what to do where its memory does not suffice."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -9,6 +9,7 @@ from cca.training.losses import LOSSES, Batch
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
 from models import DTYPES, ARImageModel, UserError
+from models.devices import memory_named, out_of_memory
 from models.plan import numbers
 
 # Bytes kept for the backward pass per token, channel and block, as counted for both backbones (104 and 93
@@ -67,7 +68,7 @@ def explaining_memory(images: int, checkpointing: bool) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not out_of_memory(error):
             raise
         smaller = (
             f"a smaller one, such as {images // 2} (the same results but for rounding and dropout's masks)"
@@ -113,12 +114,9 @@ def fitting_micro_batch(trainer: Trainer, most: int) -> int:
 
     memory = torch.cuda.get_device_properties(device).total_memory
     moments = 8 * sum(p.numel() for p in trainer.net.parameters() if p.requires_grad)
-    try:
+    fitting = 1  # where two do not fit: the run itself will say if one does not
+    with suppress(UserError), memory_named("not two or four images"):
         bytes_of(2)  # from now on there are gradients, as in all micro-batches but a step's first
         fitting = images_that_fit(bytes_of(2), bytes_of(4), memory, moments)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError):
-            raise
-        fitting = 1
     trainer.optimizer.zero_grad(set_to_none=True)
     return min(fitting, most)
