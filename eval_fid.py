@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         held = f"{args.reference}, " + ("to be downloaded" if awaited else f"{images:,} images")
         if published and samples.size != (published.side, published.side):
             width, height = samples.size
-            held += f" of {published.side} x {published.side}, though the samples are {width} x {height}"
+            held += f" ({published.side} x {published.side}; the samples are {width} x {height})"
         rows = {
             "samples": f"{args.samples}, {len(samples):,} images",
             "reference": held,

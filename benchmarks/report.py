@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from models import UserError
 from models.files import atomic_write
 from models.tables import markdown_header, markdown_row
 
@@ -14,7 +15,8 @@ RUN = re.compile(r"- \((\d+)\) (.*)")  # a run of the command, by number
 class Report:
     """Rows by name; those of other machines in the same file stay, and so do rows that are not run again.
 
-    The last column says by its number which run a row is of; ``note`` is what is told of this one.
+    The last column says by its number which run a row is of; ``note`` is what is told of this one. Raises
+    UserError where the file has a table of other columns.
     """
 
     def __init__(self, path: Path, title: str, machine: str, note: str, columns: Sequence[str]):
@@ -26,8 +28,11 @@ class Report:
         self.runs = {int(found[1]): found[2] for found in map(RUN.fullmatch, lines) if found}
         self.run = max(self.runs, default=0) + 1
         self.runs[self.run] = note
-        cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-        self.rows = {row[0]: row for row in cells if row[0] != columns[0]}
+        table = [line for line in lines if line.startswith("| ")]
+        if table and table[0] != markdown_row(self.columns):
+            raise UserError(f"--output: {path} has a table of other columns for this machine; move it away")
+        rows = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in table[1:]]
+        self.rows = {row[0]: row for row in rows}
 
     def put(self, name: str, cells: Sequence[str]) -> None:
         """Add a row or replace that of the same name, on disk too; missing cells stay empty."""

@@ -9,10 +9,12 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -112,15 +114,27 @@ class Processes:
             with memory_named(no_context(self.device)):
                 torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            try:
-                dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-            except (RuntimeError, ValueError) as error:
-                place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-                why = str(error).strip().splitlines()[0][:120]
+            self._meet("cpu:gloo,cuda:nccl" if gpus else "gloo")
+
+    def _meet(self, backend: str) -> None:
+        """Start the process group. Raises UserError."""
+        given = os.environ.get("NCCL_SOCKET_IFNAME", "")
+        if given in (name for _, name in socket.if_nameindex()):  # what NCCL is told holds for gloo too
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", given)
+        try:
+            dist.init_process_group(backend)
+        except (RuntimeError, ValueError) as error:
+            why = str(error).strip().splitlines()[0]
+            if "gloo" in why:
                 raise UserError(
-                    f"MASTER_ADDR: the {self.world} processes do not meet at {place} ({why})"
+                    f"GLOO_SOCKET_IFNAME: the {self.world} processes find each other, but not over this "
+                    f"network interface ({why.rpartition('] ')[2][:120]}); name one that reaches all nodes"
                 ) from None
-            atexit.register(dist.destroy_process_group)
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(
+                f"MASTER_ADDR: the {self.world} processes do not meet at {place} ({why[:120]})"
+            ) from None
+        atexit.register(dist.destroy_process_group)
 
     @property
     def main(self) -> bool:
@@ -155,9 +169,19 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def _hosts_sum(self, values: Tensor) -> list:
+        """``sum`` of a CPU tensor. Ends this process where another has ended: that one has said why."""
+        try:
+            return self.sum(values).tolist()
+        except RuntimeError as error:
+            time.sleep(QUIET_SECONDS)
+            lost = str(error).strip().splitlines()[0][:120]
+            print(f"process {self.rank}: ends, since it lost another ({lost})", file=sys.stderr)
+            raise SystemExit(2) from None
+
     def total(self, *values: float) -> list[float]:
         """Numbers of the host added up over all processes; no GPU takes part."""
-        return self.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        return self._hosts_sum(torch.tensor(values, dtype=torch.float64))
 
     def each(self, value: int) -> list[int]:
         """A number of the host from every process, in the order of their ranks."""
@@ -232,7 +256,13 @@ class Processes:
             return text
         content = torch.tensor(list(text.encode()), dtype=torch.int64)
         (size,) = self.total(len(content) if self.main else 0)
-        return bytes(self.sum(content if self.main else content.new_zeros(int(size))).tolist()).decode()
+        return bytes(self._hosts_sum(content if self.main else content.new_zeros(int(size)))).decode()
+
+    def look_once(self, look: Callable[[], Any]) -> Any:
+        """What the main process finds (JSON), on all. Raises UserError where ``look`` does."""
+        found: list[str] = []
+        self.agree(lambda: found.append(json.dumps(look())), main=True)
+        return json.loads(self.from_main("".join(found)))
 
     def gather(self, part: Tensor) -> Tensor | None:
         """The rows of all processes in the order of their ranks, on the main one (None elsewhere).

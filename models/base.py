@@ -132,7 +132,7 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
     ]  # whether published sampling decodes in the transformer's precision
     trains_on_codes: ClassVar[bool]  # tokens extracted beforehand; else images, encoded on the fly
     lr_scales_with_batch: ClassVar[bool]  # whether the recipe's rate is in proportion to the global batch
-    # Whether a step may be a tensor, so that all steps are one graph; else each is compiled on its own.
+    # Whether a step may be a tensor, so that all steps are one graph.
     steps_alike: ClassVar[bool] = False
     no_decay: ClassVar[tuple[str, ...]] = ()  # parameters of two or more dimensions without weight decay
 

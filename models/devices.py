@@ -32,7 +32,7 @@ MOST_LOADERS, LOADERS_MEMORY = 8, 2**30
 EXTRACTED_IMAGES = 250
 # What errors say where a GPU's memory runs out, of the driver and of libraries that take memory themselves
 # (cuBLAS, cuDNN, Triton, NCCL): PyTorch's own exception is of its allocator alone.
-MEMORY_RAN_OUT = ("out of memory", "alloc_failed")
+MEMORY_SIGNS = ("out of memory", "alloc_failed")
 # What helps where nothing smaller can be chosen.
 ELSEWHERE = "end what else uses that GPU, or choose another with CUDA_VISIBLE_DEVICES"
 
@@ -109,13 +109,24 @@ def _causes(error: BaseException | None) -> Iterator[RuntimeError]:
         error = error.__cause__ or error.__context__
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a GPU's memory ran out, or was caused by one that does."""
-    return any(
-        isinstance(cause, torch.OutOfMemoryError)
-        or any(sign in str(cause).lower() for sign in MEMORY_RAN_OUT)
-        for cause in _causes(error)
-    )
+def memory_ran_out(error: RuntimeError) -> str | None:
+    """What an error, or one behind it, says of a GPU's memory that ran out, in one line; None: nothing.
+
+    What the work held that ended with it is freed.
+    """
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, torch.OutOfMemoryError) or any(
+            sign in str(cause).lower() for sign in MEMORY_SIGNS
+        ):
+            break
+    else:
+        return None
+    for each in causes:
+        traceback.clear_frames(each.__traceback__)  # of functions that ended: they hold their tensors
+    torch.cuda.empty_cache()
+    # PyTorch's third sentence is advice on the allocator; the driver's second line on how to find an error.
+    return ". ".join(str(cause).strip().split("\n")[0].split(". ")[:2]).rstrip(".")
 
 
 def no_context(device: torch.device) -> str:
@@ -137,16 +148,17 @@ def free_memory(device: torch.device) -> int | None:
 
 @contextmanager
 def memory_named(message: str) -> Iterator[None]:
-    """A GPU's memory that runs out inside is a UserError of that message; what the work held is freed."""
+    """A GPU's memory that runs out inside is a UserError of that message, in which {why} is the error's.
+
+    What the work held is freed.
+    """
     try:
         yield
     except RuntimeError as error:
-        if not out_of_memory(error):
+        why = memory_ran_out(error)
+        if why is None:
             raise
-        for cause in _causes(error):
-            traceback.clear_frames(cause.__traceback__)  # of functions that ended: they hold their tensors
-        torch.cuda.empty_cache()
-        raise UserError(message) from None
+        raise UserError(message.replace("{why}", why)) from None
 
 
 def does_not_fit(what: str, free: int | None, less: str = "") -> str:

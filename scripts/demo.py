@@ -25,7 +25,7 @@ from PIL import Image
 
 import sample
 from cca.distributed import Processes
-from cca.sampling.fitting import batch_too_large, model_too_large
+from cca.sampling.fitting import batch_too_large, decoder_too_large, model_too_large
 from cca.sampling.grid import draw_grid, side_by_side
 from cca.sampling.sampler import (
     SampleRequest,
@@ -185,7 +185,6 @@ class Demo:
             n, tokens, seconds = request.num_samples, [], 0.0
             title = f"{way.title} {request.sampling.cfg_scale:g}" if way.guided else way.title
             generate = eager_generate(way.model, request)
-            too_large = model_too_large(self.model_name, way.model, request, free)
             for start in range(0, n, self.batch_size):
                 yield Progress(len(panels) * n + start, len(plans) * n, title, panels)
                 began, batch = time.perf_counter(), range(start, min(start + self.batch_size, n))
@@ -194,7 +193,7 @@ class Demo:
                     tokens.append(sample_tokens(way.model, batch, request, self.device, generate))
                 seconds += time.perf_counter() - began
             began = time.perf_counter()
-            with memory_named(too_large):
+            with memory_named(decoder_too_large(self.model_name, free)):
                 images = decode_tokens(way.model, torch.cat(tokens), request).numpy()
             whole = seconds + time.perf_counter() - began
             picture = self._picture(images, request)

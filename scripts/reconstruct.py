@@ -20,7 +20,7 @@ from tqdm import tqdm
 from cca.data.image_sets import ImageSet, open_image_set, to_uint8_tensor
 from cca.data.sources import encoded_at_once, to_tokens
 from cca.distributed import Processes
-from cca.sampling.sampler import to_pixels
+from cca.sampling.sampler import decoded_at_once, to_pixels
 from models.base import ARImageModel
 from models.devices import does_not_fit, free_memory, memory_named
 from models.errors import UserError, run_command
@@ -44,7 +44,8 @@ def make_parser() -> Parser:
         "--batch-size",
         type=count(),
         default=32,
-        help="images read before they are worked on, in parts that fit a GPU (default %(default)s)",
+        help="images read at a time, rounded up to what fills the encoder's and the decoder's batches "
+        "(default %(default)s)",
     )
     add_workers_option(parser)
     add("--output", required=True, type=Path, metavar="FILE.npz", help="file to write")
@@ -59,8 +60,7 @@ def reconstruct(
 
     Encoder and decoder work on batches of their own sizes: an image's pixels depend on it alone.
     """
-    at_once = encoded_at_once(model, device)
-    for batch in images.batches(part, math.ceil(batch_size / at_once) * at_once):
+    for batch in images.batches(part, batch_size):
         tokens = to_tokens(model, to_uint8_tensor(batch), device, alike=True)
         file.write(to_pixels(model, tokens, "float32").numpy().tobytes())
         bar.update(len(batch))
@@ -105,11 +105,13 @@ def main(argv: list[str] | None = None) -> None:
     if labels is not None and len(labels) != len(images):
         raise UserError(f"--images: {args.images} has {len(images)} images and {len(labels)} labels")
     processes, downloads = Processes(), files.downloads(model)
+    full = math.lcm(encoded_at_once(model, processes.device), decoded_at_once(model, processes.device))
+    batch_size = math.ceil(args.batch_size / full) * full
 
     def show() -> None:
         rows = {
             "images": f"{args.images}, {len(images):,} images",
-            "device": f"{processes.devices}, batch {args.batch_size}",
+            "device": f"{processes.devices}, batch {batch_size}",
             "writes": f"{args.output} (~{size_text(3 * len(images) * size * size)}), "
             f"{args.output.with_suffix('.json')}",
         }
@@ -134,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
             open(own, "wb") as file,
             memory_named(too_large),
         ):
-            reconstruct(model, images, share, args.batch_size, processes.device, file, bar)
+            reconstruct(model, images, share, batch_size, processes.device, file, bar)
 
     with processes.holding(args.output, made_from):
         try:

@@ -107,18 +107,20 @@ def kernels_of(code: str) -> Counter[str]:
 class Writer:
     """A backend of torch.compile inside ``pretended_gpu``: code is written, and eager operators are run.
 
-    options: of the compiler. graphs: the kernels of each graph that was compiled. calls: which of the
+    graphs: the kernels of each graph that was compiled. calls: which of the
     graphs were called, in order. sources: of Triton's kernels, all different, and what each is called.
     """
 
-    def __init__(self, options: dict[str, Any] | None = None):
-        self.options = options or {}
+    def __init__(self):
         self.graphs: list[Counter[str]] = []
         self.calls: list[int] = []
         self.sources: dict[str, str] = {}
 
-    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        code, number = cuda_code(module, inputs, self.options), len(self.graphs)
+    def __call__(
+        self, module: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any] | None = None
+    ) -> Callable[..., Any]:
+        """``options``: those of torch.compile."""
+        code, number = cuda_code(module, inputs, options or {}), len(self.graphs)
         self.graphs.append(kernels_of(code))
         self.sources.update((source, name) for name, source in TRITON.findall(code))
 

@@ -4,6 +4,7 @@ Phases: "inputs", "generate", "decode", "encode", "step 0" and "step 1" (of one 
 micro-batches), "features", "metrics".
 """
 
+from functools import partialmethod
 from types import SimpleNamespace
 from unittest import mock
 
@@ -19,7 +20,7 @@ from benchmarks.pretended.inductor import Writer, compiled_kernels
 from benchmarks.pretended.recorder import Recorder
 from cca.evaluation.features import INCEPTION, Extractor
 from cca.evaluation.metrics import kernel_distance, precision_recall
-from cca.sampling.compiled import ROUNDED_AS_EAGER, CompiledGenerate, compiled_decoding
+from cca.sampling.compiled import CompiledGenerate, compiled_decoding
 from cca.sampling.sampler import SampleRequest, decode_tokens, eager_generate, prepare, sample_tokens
 from cca.training.losses import Batch, pair_labels
 from cca.training.schedule import TrainingConfig
@@ -68,7 +69,7 @@ def sampled(
 
 def compiled_steps(name: str, images: int, dtype: str, **options) -> tuple[int, Writer]:
     """Compiled decoding of the whole model: kernels of its last step, and all that was compiled."""
-    writer, recorder = Writer(ROUNDED_AS_EAGER), Recorder()
+    writer, recorder = Writer(), Recorder()
     torch._dynamo.reset()
     with pretended_gpu():
         model = fake_model(name).requires_grad_(False)
@@ -140,16 +141,11 @@ def decoded(
 
 def compiled_decoder(name: str, images: int, dtype: str, tokenizer: str | None = None) -> Writer:
     """What decoding compiles, and calls for one batch."""
-    writer, own = Writer(ROUNDED_AS_EAGER), nn.Module.compile
+    writer, own = Writer(), nn.Module.compile
     torch._dynamo.reset()
     with pretended_gpu():
         model = _tokenizer_alone(name, tokenizer)
-
-        def compile(module: nn.Module, options: dict, **others) -> None:
-            assert options == writer.options
-            own(module, backend=writer, **others)
-
-        with mock.patch.object(nn.Module, "compile", compile):
+        with mock.patch.object(nn.Module, "compile", partialmethod(own, backend=writer)):
             prepare(model, dtype, DEVICE, compile=True)
         tokens = torch.zeros(images, model.sequence_length, dtype=torch.int64, device=DEVICE)
         decode_tokens(model, tokens, request(images, dtype))

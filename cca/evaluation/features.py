@@ -132,8 +132,9 @@ class Extractor:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
         """uint8 [B, 3, H, W] -> features on the CPU. Raises UserError where the memory does not suffice."""
+        less = "take fewer" if len(images) > 1 else ELSEWHERE
         with memory_named(
-            f"--batch-size: {len(images)} images at once do not fit in the GPU's memory; take fewer"
+            f"--batch-size: {len(images)} images at once do not fit in the GPU's memory; {less}"
         ):
             found = self.module.convert_features_tuple_to_dict(self.module(images.to(self.device)))
         probabilities = found[self.logits_layer].softmax(-1).cpu() if self.logits_layer else None

@@ -28,7 +28,7 @@ from models.devices import autocast_dtype
 
 # Where attention cannot be told how much of the cache counts, it reads one of so many lengths of it.
 LENGTHS = {"cuda": 4, "cpu": 1}
-GRAPHS = 128  # of one part: levels or lengths, guided and not, are a graph each
+GRAPHS = 128  # of one part at most: lengths of the cache, guided and not, are a graph each
 BLOCKS_AT_ONCE = 2  # compiled as one: where one block ends and the next begins two kernels become one
 # Of the compiler for GPUs: a fused kernel rounds where the kernels that it stands for do, or nearly every
 # image of 16 bits would have other tokens than without compilation.
@@ -63,7 +63,7 @@ class CompiledGenerate:
         dtype: str,
         batch_size: int,
         device: torch.device,
-        backend: str = "inductor",
+        backend: str | Callable[..., Any] = "inductor",
     ):
         self.model, self.options, self.dtype = model, options, dtype
         steps, length = len(model.step_sizes), model.sequence_length
@@ -78,7 +78,7 @@ class CompiledGenerate:
             self.scales = torch.tensor(scales, device=device)
         self.starts = list(accumulate(model.step_sizes, initial=0))
         self.state: DecodingState
-        settings = ROUNDED_AS_EAGER if backend == "inductor" and device.type == "cuda" else None
+        settings = ROUNDED_AS_EAGER if device.type == "cuda" else None
         compiled = partial(torch.compile, fullgraph=True, backend=backend, options=settings)
         # Of any number of tokens, where levels differ in it: not for each level anew.
         varying = False if model.steps_alike else None
@@ -122,7 +122,7 @@ class CompiledGenerate:
             for start in range(0, len(blocks), BLOCKS_AT_ONCE):
                 part = slice(start, start + BLOCKS_AT_ONCE)
                 x = self.through(blocks[part], x, arguments[part])
-            self.after(x, step, None if step is None else self.starts[step], guided)
+            self.after(x, None if step is None else (step, self.starts[step]), guided)
 
     def _before(self, step: int | None, guided: bool) -> Tensor:
         if step is None:
@@ -132,16 +132,17 @@ class CompiledGenerate:
         tokens = tokens.repeat(2, 1) if guided else tokens
         return self.model.step_inputs(self.state, self.at if step is None else step, tokens)
 
-    def _after(self, x: Tensor, step: int | None, start: int | None, guided: bool) -> None:
-        """``start``: the position of the step's first token."""
+    def _after(self, x: Tensor, place: tuple[int, int] | None, guided: bool) -> None:
+        """``place``: the step and the position of its first token; None: what ``at`` says."""
         logits = self.model.step_logits(self.state, x)
-        if step is None or start is None:
+        if place is None:
             scale = self.scales.index_select(0, self.at) if guided else None
             noise = self.uniforms.index_select(1, self.at)
             drawn, good = draw_step(logits, noise, scale, self.options)
             self.tokens.index_copy_(1, self.at, drawn)
             self.at.add_(1)
         else:
+            step, start = place
             scale = self.scales[step] if guided else None
             part = slice(start, start + x.shape[1])
             drawn, good = draw_step(logits, self.uniforms[:, part], scale, self.options)

@@ -12,8 +12,8 @@ CPU_BATCH = 64
 LARGEST_BATCH = 256  # on a GPU; above it nothing gets faster
 MEMORY_SHARE = 0.6  # of what is free beside the weights; the rest is for decoding, casts and fragments
 LOGIT_BYTES = 32  # of each logit of a step: as many copies as guidance, filters and sorting make
-# Images of a run from which on a GPU compilation pays, where all steps are one graph and where each is its
-# own. Of the former an H200 compiled in 14 s what saved 55 ms on every image of LlamaGen-B.
+# Images of a run from which on a GPU compilation pays, where all steps are alike and where they are not. Of
+# the former an H200 compiled in 14 s what saved 55 ms on every image of LlamaGen-B; the other is a guess.
 COMPILED_FROM = {True: 1_000, False: 10_000}
 
 
@@ -61,9 +61,14 @@ def batch_too_large(
     free: ``free_memory`` before the run's first batch; later the caches of a compiled generator are there.
     """
     if batch_size == 1:
-        return model_too_large(f"one image of {name}", model, request, free)
+        return does_not_fit(f"one image of {name}, beside the weights,", free)
     fits = batch_size // 2 if free is None else min(fitting_batch(model, request, free), batch_size // 2)
     return f"--batch-size: {batch_size} images at once do not fit in the GPU's memory; {fits} should"
+
+
+def decoder_too_large(name: str, free: int | None) -> str:
+    """What to say where tokens cannot be decoded; free: as above."""
+    return does_not_fit(f"decoding images of {name}, beside the weights,", free)
 
 
 def compiles_by_default(model: ARImageModel, request: SampleRequest, device: torch.device) -> bool:

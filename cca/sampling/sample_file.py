@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cca.distributed import Processes, StopRequest
 from cca.sampling.compiled import CompiledGenerate
-from cca.sampling.fitting import batch_too_large, model_too_large
+from cca.sampling.fitting import batch_too_large, decoder_too_large, model_too_large
 from cca.sampling.parts import PartStore
 from cca.sampling.sampler import (
     Generate,
@@ -82,6 +82,25 @@ def run_sampling(
                 store.leave()
 
 
+def _prepared(
+    store: PartStore, model: ARImageModel, request: SampleRequest, batch_size: int, device: torch.device
+) -> tuple[Generate, str, str]:
+    """The model is put on the device: how tokens are made, and what to say where these, or the decoder's
+    images, do not fit. Raises UserError where the model does not."""
+    name, compile = store.options["model"], store.options["compile"]
+    with memory_named(model_too_large(name, model, request, free_memory(device))):
+        prepare(model, request.dtype, device, compile)
+    free = free_memory(device)
+    too_many = batch_too_large(name, model, request, batch_size, free)
+    # Beside the decoder lie the caches of a compiled batch, or nothing but the model.
+    too_large = too_many if compile else decoder_too_large(name, free)
+    if not compile:
+        return eager_generate(model, request), too_many, too_large
+    with memory_named(too_many):
+        generate = CompiledGenerate(model, request.sampling, request.dtype, batch_size, device)
+    return generate, too_many, too_large
+
+
 def _fill(
     store: PartStore,
     model: ARImageModel,
@@ -93,27 +112,11 @@ def _fill(
 ) -> bool:
     """Sample the missing parts of a claimed store, and assemble it; False if a signal came first."""
     started, compile = time.perf_counter(), store.options["compile"]
-    device, name = processes.device, store.options["model"]
-    too_large, too_many = model_too_large(name, model, request, free_memory(device)), ""
-    generate: Generate
-
-    def ready() -> None:
-        nonlocal too_many, generate
-        with memory_named(too_large):
-            prepare(model, request.dtype, device, compile)
-        too_many = batch_too_large(name, model, request, batch_size, free_memory(device))
-        with memory_named(too_many):
-            generate = (
-                CompiledGenerate(model, request.sampling, request.dtype, batch_size, device)
-                if compile
-                else eager_generate(model, request)
-            )
-
-    processes.agree(ready)
+    device, ready = processes.device, []
+    processes.agree(lambda: ready.append(_prepared(store, model, request, batch_size, device)))
+    ((generate, too_many, too_large),) = ready
     # One process looks, before any writes: on other nodes, a file that is there may not be seen yet.
-    missing = json.loads(
-        processes.from_main(json.dumps([part.start for part in store.parts() if not store.made(part)]))
-    )
+    missing = processes.look_once(lambda: [part.start for part in store.parts() if not store.made(part)])
     mine = [store.part(start) for start in missing[processes.rank :: processes.world]]
     indices, parts = chain.from_iterable(mine), deque(mine)
     tokens: list[Tensor] = []  # of the parts to come, from the first one's beginning
@@ -143,8 +146,7 @@ def _fill(
             bar.update(len(batch))
             while parts and sum(map(len, tokens)) >= len(parts[0]):
                 part, drawn = parts.popleft(), torch.cat(tokens)
-                # Beside the decoder lie the caches of a compiled batch, or nothing but the model.
-                with memory_named(too_many if compile else too_large):
+                with memory_named(too_large):
                     images = decode_tokens(model, drawn[: len(part)], request)
                 store.write(part, images.numpy())
                 tokens = [drawn[len(part) :]]

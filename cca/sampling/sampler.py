@@ -85,6 +85,11 @@ def prepare(model: ARImageModel, dtype: str, device: torch.device, compile: bool
         child.compile(dynamic=False, options=ROUNDED_AS_EAGER)
 
 
+def decoded_at_once(model: ARImageModel, device: torch.device) -> int:
+    """Images of every batch of the tokenizer's decoder."""
+    return max(1, min(64, DECODED_PIXELS[device.type] // model.image_size**2))
+
+
 @torch.inference_mode()
 def to_pixels(model: ARImageModel, tokens: Tensor, dtype: str, size: int | None = None) -> Tensor:
     """Tokens [n, L] -> uint8 images [n, H, W, 3] on the CPU, resized to side ``size`` if given.
@@ -92,8 +97,7 @@ def to_pixels(model: ARImageModel, tokens: Tensor, dtype: str, size: int | None 
     Decoding runs in batches of one fixed size, whatever n is; see ``full_parts``.
     """
     images = []
-    at_once = max(1, min(64, DECODED_PIXELS[tokens.device.type] // model.image_size**2))
-    for part, count in full_parts(tokens, at_once):
+    for part, count in full_parts(tokens, decoded_at_once(model, tokens.device)):
         with autocast(tokens.device, dtype):
             decoded = model.decode(part, size)
         images.append(model.to_uint8(decoded[:count]).permute(0, 2, 3, 1).cpu())

@@ -61,12 +61,12 @@ def run_training(
     if recipe.published_accumulation == 1:
         published = TRAINED_IMAGES[processes.device.type]
     # A run that goes on elsewhere keeps its size, which decides the masks of dropout.
-    noted = int(processes.from_main(str(noted_micro_batch(args.output))))
+    noted, done = processes.look_once(lambda: (noted_micro_batch(args.output), saved_steps(args.output)))
     asked = args.micro_batch_size or noted
     micro_batch_size = asked or max(min(published, config.batch_size), 1)
     most = math.ceil(config.batch_size / processes.world)
     sharded = parallel == "fsdp" and processes.world > 1
-    fitted = not (asked or args.deterministic or sharded)
+    fitted = not (asked or config.max_steps in done or args.deterministic or sharded)
     downloads = files.downloads(model)
     computed = {"deterministic": args.deterministic, "compile": compile}
 
@@ -86,7 +86,7 @@ def run_training(
         needed = training_memory(model, config, largest, shards, args.checkpointing)
         rows["memory"] = f"~{size_text(needed)} a process with {micro}"
         rows["writes"] = f"{args.output}/: {written(args, config, model)}"
-        if done := saved_steps(args.output):
+        if done:
             rows["resumes"] = f"after step {done[-1]:,} of {config.max_steps:,}"
         show_plan(files.plan(model, args.weights) | rows, downloads)
 

@@ -1,15 +1,14 @@
 """How well a run uses its GPU, and what to do where its memory does not suffice."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 
 import torch
 
 from cca.training.losses import LOSSES, Batch
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
-from models import DTYPES, ARImageModel, UserError
-from models.devices import memory_named, out_of_memory
+from models import DTYPES, ARImageModel
+from models.devices import memory_named, memory_ran_out
 from models.plan import numbers
 
 # Bytes kept for the backward pass per token, channel and block, as counted for both backbones (104 and 93
@@ -59,29 +58,19 @@ def training_memory(
     return int(weights + (2 if paired else 1) * micro_batch_size * row)
 
 
-@contextmanager
-def explaining_memory(images: int, checkpointing: bool) -> Iterator[None]:
+def explaining_memory(images: int, checkpointing: bool) -> AbstractContextManager:
     """A GPU's memory that runs out inside is a UserError, which says what needs less.
 
     images: of the micro-batches inside; 0 where there are none.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        smaller = (
-            f"a smaller one, such as {images // 2} (the same results but for rounding and dropout's masks)"
-        )
-        less = [smaller] if images > 1 else []
-        less += [] if checkpointing or not images else ["--checkpointing"]
-        less += ["more GPUs with --parallel fsdp"]
-        option = "--micro-batch-size" if images else "--model"
-        why = ". ".join(str(error).split(". ")[:2]).rstrip(".")  # the rest is advice on the allocator
-        raise UserError(
-            f"{option}: the memory does not suffice ({why}); take {', or '.join(less)}. "
-            "The same command goes on from the last saved state"
-        ) from None
+    smaller = f"a smaller one, such as {images // 2} (the same results but for rounding and dropout's masks)"
+    less = [smaller] if images > 1 else []
+    less += [] if checkpointing or not images else ["--checkpointing"]
+    less += ["more GPUs with --parallel fsdp"]
+    return memory_named(
+        f"{'--micro-batch-size' if images else '--model'}: the memory does not suffice ({{why}}); "
+        f"take {', or '.join(less)}. The same command goes on from the last saved state"
+    )
 
 
 def images_that_fit(of_two: int, of_four: int, memory: float, later: int) -> int:
@@ -114,9 +103,12 @@ def fitting_micro_batch(trainer: Trainer, most: int) -> int:
 
     memory = torch.cuda.get_device_properties(device).total_memory
     moments = 8 * sum(p.numel() for p in trainer.net.parameters() if p.requires_grad)
-    fitting = 1  # where two do not fit: the run itself will say if one does not
-    with suppress(UserError), memory_named("not two or four images"):
+    try:
         bytes_of(2)  # from now on there are gradients, as in all micro-batches but a step's first
         fitting = images_that_fit(bytes_of(2), bytes_of(4), memory, moments)
+    except RuntimeError as error:
+        if memory_ran_out(error) is None:
+            raise
+        fitting = 1  # the run will say if even one does not fit
     trainer.optimizer.zero_grad(set_to_none=True)
     return min(fitting, most)

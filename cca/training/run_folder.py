@@ -73,8 +73,11 @@ def noted_micro_batch(folder: Path) -> int:
     config = folder / "config.json"
     if not saved_steps(folder) or not config.exists():
         return 0
-    noted = read_json(config).get(MICRO_BATCH, 0)
-    if type(noted) is not int or noted < 0:
+    description = read_json(config)
+    if MICRO_BATCH not in description:
+        return 0
+    noted = description[MICRO_BATCH]
+    if type(noted) is not int or noted < 1:
         raise UserError(f"{config}: {MICRO_BATCH} is {noted!r}, not a number of images; delete that entry")
     return noted
 
@@ -135,8 +138,6 @@ class RunFolder:
     def resume(self, trainer: Trainer) -> int:
         """Load the last saved state if there is one; returns the number of steps done.
 
-        From now on ``config.json`` has the trainer's micro-batch size.
-
         Raises UserError for a damaged state; it names the folder to delete.
         """
         done = int(self.processes.from_main(str((self.saved_steps() or [0])[-1])))
@@ -145,7 +146,6 @@ class RunFolder:
             self.processes.agree(lambda: self._load(state, done))
             trainer.load_state(state)
         self.processes.agree(lambda: self._cut_back(done, trainer.config.max_steps), main=True)
-        self.processes.agree(lambda: self._note_micro_batch(trainer.micro_batch_size), main=True)
         self.processes.agree(self._drop_old, main=True)
         return done
 
@@ -158,12 +158,6 @@ class RunFolder:
             raise UserError(
                 f"--output: {error}; delete that folder, and the same command goes on from {rest}"
             ) from None
-
-    def _note_micro_batch(self, images: int) -> None:
-        config = self.path / "config.json"
-        description = read_json(config)
-        if description.get(MICRO_BATCH) != images:
-            write_json(config, {**description, MICRO_BATCH: images})
 
     def _lines(self) -> tuple[list[tuple[str, dict]], int]:
         """The last line of each step in metrics.jsonl, in order, with its content; how many are damaged."""
@@ -221,11 +215,14 @@ class RunFolder:
             raise self.cannot_write(error) from None
 
     def save(self, trainer: Trainer, done: int) -> None:
-        """Save the state of step ``done``, drop old ones. Raises UserError if it cannot be written."""
+        """Save the state of step ``done``, drop old ones; note what micro-batches it was made with.
+
+        Raises UserError if it cannot be written.
+        """
         temporary = self.states / ".writing"
         self.processes.agree(lambda: remove_folder(temporary), main=True)
         self.processes.agree(lambda: self._save(trainer, temporary))
-        self.processes.agree(lambda: self._keep(temporary, done), main=True)
+        self.processes.agree(lambda: self._keep(temporary, done, trainer.micro_batch_size), main=True)
 
     def _save(self, trainer: Trainer, temporary: Path) -> None:
         try:
@@ -236,12 +233,15 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             raise self.cannot_write(error) from None
 
-    def _keep(self, temporary: Path, done: int) -> None:
-        state = self.states / f"step-{done}"
+    def _keep(self, temporary: Path, done: int, micro_batch: int) -> None:
+        state, config = self.states / f"step-{done}", self.path / "config.json"
         with writing(state):
             os.replace(temporary, state)
             self._drop_old()
             self.writer.flush()
+        description = read_json(config)
+        if description.get(MICRO_BATCH) != micro_batch:
+            write_json(config, {**description, MICRO_BATCH: micro_batch})
 
     def _drop_old(self) -> None:
         for old in self.saved_steps()[: -self.keep_states]:

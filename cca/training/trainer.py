@@ -76,11 +76,8 @@ def shard(net: ARTransformer, processes: Processes, dtype: torch.dtype) -> None:
     would cut its compiled graph.
 
     That group is gathered once in a pass and kept until its gradients are there, the blocks' matrices
-    twice. It holds a few linear layers too. As groups of their own in 16 bits they would be gathered twice,
-    as many bytes in more exchanges (counted of var-mini: 839,488 in 9 instead of 5): ``word_embed``,
-    ``head_nm`` and ``shared_ada_lin`` of VAR are 9 MB of d16 in float32 (its blocks 604 MB in 16 bits) and
-    170 MB of d36 (4.6 GB), LlamaGen has none. The output layer (17 MB of d16; 67 MB of LlamaGen-L, whose
-    blocks are 617 MB) cannot be one: the likelihood takes its weight, and does not call it.
+    twice. It holds a few linear layers too: as groups of their own, in 16 bits, they would be as many bytes
+    in more exchanges. The output layer cannot be one: the likelihood takes its weight, and does not call it.
     """
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     # It warns that a layer's output must not be changed in place, which no block does.

@@ -54,6 +54,15 @@ def test_a_row_that_is_run_again_replaces_the_old_one(tmp_path):
     )
 
 
+def test_a_table_of_other_columns_is_refused(tmp_path):
+    path = tmp_path / "gpu.md"
+    path.write_text("# Title\n\n## card\n\nTold.\n\n| row | a |\n|---|---|\n| x | 1 |\n")
+    before = path.read_text()
+    with pytest.raises(UserError, match="gpu.md has a table of other columns for this machine; move it"):
+        Report(path, "# Title", "card", "note", ("row", "a"))
+    assert path.read_text() == before
+
+
 def test_what_is_asked_for(tmp_path, monkeypatch, capsys):
     gpu.main(["--list", "--only", "decode-var-256", "--only", "train-llamagen-l-fsdp"])
     assert capsys.readouterr().out.split() == ["train-llamagen-l-fsdp", "decode-var-256"]

@@ -59,6 +59,17 @@ def test_hosts_tell_each_other_nothing_by_way_of_their_gpus(monkeypatch):
     assert len(exchanged) >= 12 and set(exchanged) == {"cpu"}
 
 
+def test_a_gpu_without_room_for_a_context(monkeypatch):
+    def full(device):
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", full)
+    with pytest.raises(UserError, match="^CUDA_VISIBLE_DEVICES: GPU 0 has no free memory; end what else"):
+        Processes()
+
+
 def test_shares_cover_everything_once():
     alone = Processes()
     assert alone.main and alone.share(5) == slice(0, 5)
@@ -102,6 +113,26 @@ def test_a_rank_without_a_rendezvous_is_refused(variables, message, monkeypatch)
         Processes()
 
 
+def test_an_interface_that_gloo_does_not_have(tmp_path):
+    """What NCCL is told holds for gloo, which would else choose one itself."""
+    (tmp_path / "meet.py").write_text(
+        "import os\nfrom models.errors import run_command\nfrom cca.distributed import Processes\n"
+        "run_command(lambda: Processes() and print(os.environ['GLOO_SOCKET_IFNAME']))\n"
+    )
+    found = run(tmp_path / "meet.py", processes=2, PYTHONPATH=".", NCCL_SOCKET_IFNAME="lo")
+    assert found.stdout.split() == ["lo", "lo"]
+    result = subprocess.run(
+        command_line([tmp_path / "meet.py"], 2),
+        cwd=ROOT,
+        env=environment(PYTHONPATH=".", GLOO_SOCKET_IFNAME="none0"),
+        capture_output=True,
+        text=True,
+    )
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert line.startswith("error: GLOO_SOCKET_IFNAME: the 2 processes find each other, but not over")
+    assert "none0" in line
+
+
 def test_signals_are_noted_and_those_ignored_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     with StopRequest() as stop:
@@ -122,13 +153,14 @@ processes = Processes()
 def refuse():
     if processes.rank == 1:
         raise UserError("no room")
-run_command(lambda: processes.agree(refuse))
+run_command(lambda: WORK)
 """
 
 
 @pytest.mark.slow
-def test_all_stop_where_one_refuses(tmp_path):
-    (tmp_path / "refusal.py").write_text(REFUSAL)
+@pytest.mark.parametrize("work", ["processes.agree(refuse)", "refuse() or processes.total(1)"])
+def test_all_stop_where_one_refuses(work, tmp_path):
+    (tmp_path / "refusal.py").write_text(REFUSAL.replace("WORK", work))
     result = subprocess.run(
         command_line([tmp_path / "refusal.py"], 2),
         cwd=ROOT,
@@ -137,5 +169,5 @@ def test_all_stop_where_one_refuses(tmp_path):
         text=True,
         timeout=120,
     )
-    assert result.returncode != 0
+    assert result.returncode != 0 and "RuntimeError" not in result.stderr
     assert [line for line in result.stderr.splitlines() if "error: no room" in line] == ["error: no room"]

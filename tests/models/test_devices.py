@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models.devices import free_memory, full_parts, memory_named, out_of_memory
+from models.devices import free_memory, full_parts, memory_named, memory_ran_out
 from models.errors import UserError
 from models.options import Parser, add_workers_option
 
@@ -37,22 +37,32 @@ def test_workers_by_default(gpus, cores, local, memory, expected, monkeypatch):
     assert parser.parse_args(["--workers", "3"]).workers == 3
 
 
+DRIVER = "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported.\nFor debugging\n"
+ALLOCATOR = "CUDA out of memory. Tried to allocate 2 GiB"
+CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+
+
 @pytest.mark.parametrize(
     "error, expected",
     [
-        (torch.OutOfMemoryError("of PyTorch's allocator"), True),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
-        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
-        (RuntimeError("DataLoader's workers are out of shared memory"), False),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-        (ValueError("out of memory"), False),
-        (UserError("--output: out of memory.npz: is there"), False),
+        (torch.OutOfMemoryError(f"{ALLOCATOR}. GPU 0 has 80 GiB. If"), ALLOCATOR),
+        (torch.OutOfMemoryError("full"), "full"),
+        (RuntimeError(DRIVER), "CUDA error: out of memory"),
+        (RuntimeError(CUBLAS), CUBLAS),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "Triton Error [CUDA]: out of memory"),
+        (RuntimeError("DataLoader's workers are out of shared memory"), None),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
     ],
-)
+)  # fmt: skip
 def test_what_says_that_memory_ran_out(error, expected):
-    assert out_of_memory(error) == expected
+    assert memory_ran_out(error) == expected
+
+
+@pytest.mark.parametrize("error", [ValueError("out of memory"), UserError("out of memory.npz: is there")])
+def test_what_is_no_error_of_a_gpu(error):
+    with pytest.raises(type(error), match="out of memory"), memory_named("take fewer"):
+        raise error
 
 
 def test_memory_that_runs_out_while_a_graph_is_captured():
@@ -64,7 +74,7 @@ def test_memory_that_runs_out_while_a_graph_is_captured():
         finally:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
-    with pytest.raises(UserError, match="^take fewer$"), memory_named("take fewer"):
+    with pytest.raises(UserError, match="^full: take fewer$"), memory_named("{why}: take fewer"):
         capture()
 
 

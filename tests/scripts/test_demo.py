@@ -126,7 +126,10 @@ def full(*_, **__):
     "place, message",
     [
         ("sample_tokens", "--batch-size: 2 images at once do not fit in the GPU's memory; 1 should"),
-        ("decode_tokens", "--model: llamagen-mini in float32, ~4 MB of weights, does not fit in the GPU's"),
+        (
+            "decode_tokens",
+            "--model: decoding images of llamagen-mini, beside the weights, does not fit in the",
+        ),
     ],
 )
 def test_memory_that_runs_out_ends_a_request_and_not_the_page(place, message, three_ways, monkeypatch):

@@ -75,7 +75,7 @@ def test_dry_run_tells_of_the_download(server, tmp_path, capsys):
     """Without a question to the server; the sizes follow from the images and the statistics."""
     eval_fid.main([*OPTIONS, "--dry-run"])
     out = capsys.readouterr().out
-    sides = "of 256 x 256, though the samples are 32 x 32"
+    sides = "(256 x 256; the samples are 32 x 32)"
     assert f"reference  {cached(tmp_path)}, to be downloaded {sides}" in out
     assert f"~2.0 GB: {REFERENCES['imagenet256'].address}" in out
     assert not server.requests and not (tmp_path / "cache").exists()

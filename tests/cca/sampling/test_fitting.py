@@ -77,8 +77,10 @@ def test_where_even_one_image_does_not_fit():
         "10.0 GB were free; --dtype bfloat16 takes less; or end what else uses that GPU, or choose another "
         "with CUDA_VISIBLE_DEVICES"
     )
-    said = batch_too_large("llamagen-3b", model, request(), 1, 10**9)
-    assert said.startswith("--model: one image of llamagen-3b in bfloat16, ~") and "--dtype" not in said
+    assert batch_too_large("llamagen-3b", model, request(), 1, 10**9) == (
+        "--model: one image of llamagen-3b, beside the weights, does not fit in the GPU's memory, of which "
+        "1.0 GB were free; end what else uses that GPU, or choose another with CUDA_VISIBLE_DEVICES"
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -122,7 +124,7 @@ def test_a_batch_is_held_against_what_was_free_before_the_first(tmp_path, monkey
     "place, options, message",
     [
         ("prepare", (), "--model: llamagen-mini in float32, ~4 MB of weights, does not fit"),
-        ("decode_tokens", (), "--model: llamagen-mini in float32, ~4 MB of weights, does not fit"),
+        ("decode_tokens", (), "--model: decoding images of llamagen-mini, beside the weights, does not fit"),
         ("decode_tokens", ("--compile",), "--batch-size: 8 images at once do not fit"),
         ("CompiledGenerate", ("--compile",), "--batch-size: 8 images at once do not fit"),
     ],

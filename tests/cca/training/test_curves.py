@@ -91,8 +91,17 @@ def test_a_finished_run_is_left_as_it_is(disk, drawn, capsys):
     train("run")
     before = {path: path.read_bytes() for path in (disk / "run").rglob("*") if path.is_file()}
     os.utime(disk / "run" / "curves.png", (1, 1))
+    for options in ((), ("--micro-batch-size", "2")):
+        train("run", *options)
+        assert {path: path.read_bytes() for path in before} == before
+    # As an earlier version left it, which did not note the size.
+    config = disk / "run" / "config.json"
+    noted = json.loads(config.read_text())
+    del noted["micro_batch_size"]
+    config.write_text(json.dumps(noted))
     train("run")
-    assert {path: path.read_bytes() for path in before} == before
+    assert json.loads(config.read_text()) == noted
+    config.write_bytes(before[config])
     assert (disk / "run" / "curves.png").stat().st_mtime == 1 and len(drawn) == 1
     # Killed between the last state and the model, it was not finished.
     (disk / "run" / "model.pth").unlink()

@@ -88,6 +88,16 @@ def test_memory_that_runs_out_is_one_line(place, options, option, less, disk, mo
     )
 
 
+def test_the_smallest_of_what_fits_the_gpus(monkeypatch, capsys):
+    """Each process measures, at most its share of the batch."""
+    asked, two = [], SimpleNamespace(each=lambda own: [own, 3], device=GPU, main=True)
+    monkeypatch.setattr(command, "fitting_micro_batch", lambda trainer, most: asked.append(most) or most)
+    trainer = SimpleNamespace(processes=two)
+    command.choose_micro_batch(trainer, 8)
+    assert asked == [8] and trainer.micro_batch_size == 3
+    assert "micro-batch of 3 images, which the memory holds" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "each, always, gpu, later, images",
     [(1, 10, 80, 8, 32), (1, 10, 80, 30, 16), (30, 10, 80, 8, 1), (2, 70, 80, 8, 1), (0.5, 0, 80, 0, 128)],

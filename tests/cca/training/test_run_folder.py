@@ -83,10 +83,26 @@ def test_a_run_keeps_its_micro_batch_where_the_default_is_another(option, disk, 
     assert equal(whole, cut) is not bool(option)
 
 
-def test_a_note_that_is_no_number_is_refused(stopped):
+def test_a_size_that_did_not_fit_is_not_kept(stopped, monkeypatch, capsys):
+    noted = json.loads((stopped / "config.json").read_text())["micro_batch_size"]
+
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "micro_loss", full)
+        with pytest.raises(UserError, match="^--micro-batch-size: the memory"):
+            train("run", "--micro-batch-size", "3")
+    capsys.readouterr()
+    train("run", "--dry-run")
+    assert noted != 3 and f"a micro-batch of {noted} images as before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("note", ["many", 0, 1.5, True, None])
+def test_a_note_that_is_no_number_is_refused(note, stopped):
     config = stopped / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "micro_batch_size": "many"}))
-    with pytest.raises(UserError, match="config.json: micro_batch_size is 'many', not a number of images"):
+    config.write_text(json.dumps({**json.loads(config.read_text()), "micro_batch_size": note}))
+    with pytest.raises(UserError, match=f"config.json: micro_batch_size is {note!r}, not a number of images"):
         train("run")
 
 
