@@ -35,7 +35,7 @@ from models.errors import run_command
 from models.files import write_json, writing
 from models.options import Parser, count
 from models.outputs import check_output
-from models.plan import add_dry_run_option, show_plan, size_text
+from models.plan import add_dry_run_option, output_text, show_plan, size_text
 
 
 def make_parser() -> Parser:
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
             "metrics": ", ".join(metrics) if metrics else "all that the files give",
             "device": f"{processes.devices}, batch {args.batch_size}",
             "memory": f"~{size_text(needed)} for the features",
-            "writes": str(args.output or "no file (--output writes the results)"),
+            "writes": output_text(args.output) if args.output else "no file (--output writes the results)",
         }
         show_plan(rows, downloads)
 
@@ -145,6 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     if found is None:  # the main process has the features of all
         return
     values, notes = evaluate(Comparison(found, reference, labels, processes.device), metrics, stopwatch)
+    if not values:
+        raise UserError(f"--metrics: nothing can be computed; {'; '.join(notes)}")
     notes += comparability(samples, labels, found, reference, extractor, reference_images)
     print(
         f"{args.samples.name}: {len(samples):,} samples against {args.reference.name}, "

@@ -92,7 +92,9 @@ def weights_files(path: Path) -> list[Path]:
                 "give a file, or a folder with one index"
             )
         (path,) = found
-    if path.exists() and not path.is_file():
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    if not path.is_file():
         raise UserError(f"{path}: is not a regular file")
     with open(path, "rb") as file:
         head = file.read(9)

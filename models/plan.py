@@ -84,6 +84,11 @@ def show_plan(rows: Mapping[str, str], downloads: Sequence[Download] = ()) -> No
     print(flush=True)
 
 
+def output_text(path: Path) -> str:
+    """How a plan names a file that is written, whatever is there."""
+    return f"{path}, instead of what is there" if path.exists() else str(path)
+
+
 def require_space(downloads: Sequence[Download]) -> None:
     """Raise UserError where what is to be downloaded cannot be put, or does not fit, as far as is known."""
     for file in downloads:

@@ -110,7 +110,12 @@ def load_weights(module: nn.Module, path: str | Path, what: str, guess: Guess = 
 def save_published(state: dict[str, Tensor], path: Path, key: str = "") -> None:
     """Write a state dict as the official code loads it: under ``key``, or bare."""
     state = {k: v.detach().cpu().clone() for k, v in state.items()}
-    atomic_write(path, lambda temporary: torch.save({key: state} if key else state, temporary))
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # of a path PyTorch would put the name into the file
+            torch.save({key: state} if key else state, file)
+
+    atomic_write(path, write)
 
 
 def save_safetensors(state: dict[str, Tensor], path: Path, key: str = "") -> None:

@@ -17,7 +17,7 @@ from models.files import writing
 from models.loading import published_key
 from models.options import Parser
 from models.outputs import check_output
-from models.plan import add_dry_run_option, show_plan, size_text
+from models.plan import add_dry_run_option, output_text, show_plan, size_text
 from models.weights import save_published, save_safetensors
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     check_output("output", args.output, {"input": args.input})
     bytes_read = sum(file.stat().st_size for file in weights_files(args.input))
     state, key = read_weights(args.input)
-    show_plan({"reads": f"{args.input} ({size_text(bytes_read)})", "writes": str(args.output)})
+    show_plan({"reads": f"{args.input} ({size_text(bytes_read)})", "writes": output_text(args.output)})
     if args.dry_run:
         return
     with writing(args.output):

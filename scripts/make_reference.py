@@ -24,7 +24,7 @@ from models.errors import UserError, run_command
 from models.files import write_binary, writing
 from models.options import Parser, count
 from models.outputs import check_output
-from models.plan import add_dry_run_option, show_plan
+from models.plan import add_dry_run_option, output_text, show_plan
 
 
 def total(running: RunningGaussian, processes: Processes) -> Gaussian:
@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
             "images": f"{args.images}, {len(images):,} images",
             "features": features,
             "device": f"{processes.devices}, batch {args.batch_size}",
-            "writes": f"{args.output}, with {min(args.kept_images, len(images)):,} of the images",
+            "writes": f"{output_text(args.output)}, "
+            f"with {min(args.kept_images, len(images)):,} of the images",
         }
         show_plan(rows, downloads)
 

@@ -21,6 +21,7 @@ from models import SamplingOptions, load_model
 from models.errors import run_command
 from models.files import write_json
 from models.options import Parser, count
+from models.outputs import check_output
 from scripts.experiments import (
     BUNDLED_REFERENCE,
     BUNDLED_TRAIN,
@@ -140,6 +141,7 @@ def main() -> None:
     )
     add("--dry-run", action="store_true", help="print every command and stop")
     args = parser.parse_args()
+    check_output("--output", args.output, folder=True)
     processes = Processes()
     job = Pipeline(
         folder=args.output, shared=args.output, launcher=InProcess(processes, args.dry_run),

@@ -28,7 +28,7 @@ from models.files import atomic_write, write_json
 from models.loading import find_files
 from models.options import Parser, add_model_options, add_workers_option, count
 from models.outputs import check_output
-from models.plan import add_dry_run_option, show_plan, size_text
+from models.plan import add_dry_run_option, output_text, show_plan, size_text
 from models.weights import tensors_sha256
 from models.zoo import ZOO
 
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = {
             "images": f"{args.images}, {len(images):,} images",
             "device": f"{processes.devices}, batch {batch_size}",
-            "writes": f"{args.output} (~{size_text(3 * len(images) * size * size)}), "
+            "writes": f"{output_text(args.output)} (~{size_text(3 * len(images) * size * size)}), "
             f"{args.output.with_suffix('.json')}",
         }
         show_plan(files.plan(model, None) | rows, downloads)

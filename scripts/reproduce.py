@@ -118,6 +118,9 @@ def settings(args: argparse.Namespace) -> None:
         zoo_entry(name)
         if e.is_mini(name) != args.mini:
             raise UserError(f"--models: {name} {'needs' if e.is_mini(name) else 'does not go with'} --mini")
+    for loss, _ in args.loss_options:
+        if loss not in LOSSES:
+            raise UserError(f"--loss-options: {loss!r} is not one of {', '.join(LOSSES)}")
     if args.from_released and args.experiment not in MINI_MODELS:
         raise UserError("--from-released: goes with reproduce_var.sh and reproduce_llamagen.sh alone")
     if args.from_released and args.mini:
@@ -128,6 +131,9 @@ def settings(args: argparse.Namespace) -> None:
     args.num_samples = args.num_samples or (MINI_SAMPLES if args.mini else 50_000)
     if args.label is None:
         args.label = 5 if args.mini else 207
+    classes = min(zoo_entry(name).transformer.num_classes for name in args.models)
+    if args.label >= classes:
+        raise UserError(f"--class: {args.label} goes beyond 0 … {classes - 1}")
     needs = {"data": not args.from_released, "reference": args.experiment != "samples"}
     for name, needed in needs.items():
         option, value = f"--{name}", getattr(args, name)

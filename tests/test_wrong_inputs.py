@@ -15,7 +15,7 @@ import sample
 import train_llamagen_cca
 import train_var_cca
 from models.errors import run_command
-from scripts import convert_weights, extract_codes, make_reference, reconstruct
+from scripts import convert_weights, extract_codes, make_reference, reconstruct, reproduce
 
 SAMPLE = ["--model", "var-mini", "--num-samples", "5", "--output", "out/s.npz"]
 VAR = ["--model", "var-mini", "--output", "out", "--data"]
@@ -39,6 +39,7 @@ def folder(tmp_path, monkeypatch):
     with np.load(ROOT / TRAIN) as file:
         whole = {key: file[key][:50] for key in file.files}
     np.savez("good.npz", **whole)
+    np.savez("unlabelled.npz", arr_0=whole["arr_0"])
     (tmp_path / "short.npz").write_bytes(shortened(whole["arr_0"]))
     (tmp_path / "codes-labels").mkdir()
     os.mkfifo("pipe.npz")
@@ -196,6 +197,19 @@ CASES = [
     (train_llamagen_cca, [*LLAMAGEN, "none", "--recipe", "with-guidance", "--loss", "dpo"], "and --loss dpo"),
     (convert_weights, ["good.npz", "out.bin"], "out.bin ends in none of .pth, .pt, .safetensors"),
     (convert_weights, ["junk.npz", "out.pt"], "junk.npz: not a weights file"),
+    (convert_weights, ["none.pt", "out.pt"], "none.pt: no such file"),
+    (
+        train_var_cca,
+        ["--model", "var-mini", "--data", "good.npz", "--output", "photos", "--batch-size", "8"],
+        "something else (cat); take",
+    ),
+    (
+        reproduce,
+        ["ablation", "--mini", "--loss-options", "foo", "--beta 1", "--output", "out"],
+        "'foo' is not",
+    ),
+    (reproduce, ["samples", "--mini", "--class", "11", "--output", "out"], "--class: 11 goes beyond 0 … 9"),
+    (eval_fid, [*EVAL, "unlabelled.npz", "--metrics", "accuracy"], "--metrics: nothing can be computed; acc"),
     (
         extract_codes,
         ["--model", "llamagen-mini", "--output", "out", "--data", "labels.npz"],
@@ -223,6 +237,19 @@ def test_in_a_process_of_its_own(script):
     )
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("options", [("--samples", "-3"), ("--output", "README.md")])
+def test_before_torchrun_starts_the_quickstart(options):
+    result = subprocess.run(
+        ["bash", "scripts/quickstart.sh", *options],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and not result.stdout
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith(f"error: {options[0]}: ")
 
 
 def test_codes_of_another_model_are_refused(folder, capsys):

@@ -63,7 +63,7 @@ def run_training(
     # A run that goes on elsewhere keeps its size, which decides the masks of dropout.
     noted, done = processes.look_once(lambda: (noted_micro_batch(args.output), saved_steps(args.output)))
     asked = args.micro_batch_size or noted
-    micro_batch_size = asked or max(min(published, config.batch_size), 1)
+    micro_batch_size = max(min(asked or published, config.batch_size), 1)
     most = math.ceil(config.batch_size / processes.world)
     sharded = parallel == "fsdp" and processes.world > 1
     fitted = not (asked or config.max_steps in done or args.deterministic or sharded)

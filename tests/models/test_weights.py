@@ -17,6 +17,8 @@ def test_export_is_in_the_published_format(tmp_path, name, wrapper):
     content = content[wrapper] if wrapper else content
     assert content.keys() == model.transformer.state_dict().keys()
     assert [p.name for p in tmp_path.iterdir()] == ["out.pt"]
+    save_published(model.transformer.state_dict(), tmp_path / "again.pt", model.checkpoint_key)
+    assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "out.pt").read_bytes()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

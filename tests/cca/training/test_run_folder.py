@@ -106,6 +106,22 @@ def test_a_note_that_is_no_number_is_refused(note, stopped):
         train("run")
 
 
+def test_states_of_which_nothing_is_known_are_refused(stopped):
+    (stopped / "config.json").unlink()
+    before = sorted(stopped.iterdir())
+    for options in ((), ("--dry-run",)):
+        with pytest.raises(UserError, match="^--output: run holds saved states, but no config.json: take"):
+            train("run", *options)
+    assert sorted(stopped.iterdir()) == before
+
+
+def test_a_log_may_lie_there_before_the_run(disk):
+    (disk / "run").mkdir()
+    (disk / "run" / "log.txt").write_text("begun\n")
+    train("run", steps=1)
+    assert (disk / "run" / "model.pth").exists()
+
+
 def exported(folder):
     return torch.load(folder / "model.pth", weights_only=True)
 
