@@ -244,13 +244,13 @@ class RunFolder:
 
     def _keep(self, temporary: Path, done: int, micro_batch: int) -> None:
         state, config = self.states / f"step-{done}", self.path / "config.json"
+        description = read_json(config)
+        if description.get(MICRO_BATCH) != micro_batch:
+            write_json(config, {**description, MICRO_BATCH: micro_batch})
         with writing(state):
             os.replace(temporary, state)
             self._drop_old()
             self.writer.flush()
-        description = read_json(config)
-        if description.get(MICRO_BATCH) != micro_batch:
-            write_json(config, {**description, MICRO_BATCH: micro_batch})
 
     def _drop_old(self) -> None:
         for old in self.saved_steps()[: -self.keep_states]:
