@@ -83,17 +83,13 @@ def noted_micro_batch(folder: Path) -> int:
 
 
 def refuse_others(folder: Path, options: dict) -> None:
-    """Raise UserError where the folder holds a run with other options than these, or is none of a run.
+    """Raise UserError where the folder holds a run with other options than these, or with none.
 
-    Writes nothing. What a run has besides folders (a log, say) may be there before it begins.
+    Writes nothing. What is no run's may lie there: logs, codes.
     """
     config = folder / "config.json"
-    if not config.exists():
-        if saved_steps(folder):
-            raise UserError(f"--output: {folder} holds saved states, but no config.json: take another folder")
-        found = sorted(path.name for path in folder.glob("[!.]*/") if path.name != "state")
-        if found:
-            raise UserError(f"--output: {folder} holds folders of something else ({found[0]}); take another")
+    if not config.exists() and saved_steps(folder):
+        raise UserError(f"--output: {folder} holds saved states, but no config.json: take another folder")
     if config.exists() and (changed := differing(read_options(config), options)):
         raise UserError(
             f"--output: {folder} holds a run with other options: "

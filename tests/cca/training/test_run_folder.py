@@ -115,13 +115,6 @@ def test_states_of_which_nothing_is_known_are_refused(stopped):
     assert sorted(stopped.iterdir()) == before
 
 
-def test_a_log_may_lie_there_before_the_run(disk):
-    (disk / "run").mkdir()
-    (disk / "run" / "log.txt").write_text("begun\n")
-    train("run", steps=1)
-    assert (disk / "run" / "model.pth").exists()
-
-
 def exported(folder):
     return torch.load(folder / "model.pth", weights_only=True)
 
