@@ -120,7 +120,7 @@ def test_an_interface_that_gloo_does_not_have(tmp_path):
         "run_command(lambda: Processes() and print(os.environ['GLOO_SOCKET_IFNAME']))\n"
     )
     found = run(tmp_path / "meet.py", processes=2, PYTHONPATH=".", NCCL_SOCKET_IFNAME="lo")
-    assert found.stdout.split() == ["lo", "lo"]
+    assert found.stdout.splitlines().count("lo") == 2  # gloo prints lines of its own in older versions
     result = subprocess.run(
         command_line([tmp_path / "meet.py"], 2),
         cwd=ROOT,
