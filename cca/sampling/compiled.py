@@ -115,7 +115,8 @@ class CompiledGenerate:
         model = self.model
         with autocast(self.tokens.device, self.dtype):
             # Of levels, whose resizing differs, the last is by far the largest: the others' is not compiled.
-            before = self.before if step in (None, len(self.starts) - 2) else self._before
+            last = len(model.step_sizes) - 1
+            before = self.before if step in (None, last) else self._before
             x = before(step, guided)
             blocks = list(model.transformer.transformer_blocks())
             arguments = model.block_arguments(self.state, self.at if step is None else step)

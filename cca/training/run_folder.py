@@ -71,9 +71,7 @@ def noted_micro_batch(folder: Path) -> int:
     Raises UserError for a note that is no such number.
     """
     config = folder / "config.json"
-    if not saved_steps(folder) or not config.exists():
-        return 0
-    description = read_json(config)
+    description = read_json(config) if saved_steps(folder) and config.exists() else {}
     if MICRO_BATCH not in description:
         return 0
     noted = description[MICRO_BATCH]
