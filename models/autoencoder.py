@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.devices import exact_products
+from models.devices import autocast_dtype, exact_products
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,19 @@ def _middle(channels: int, keys: KeyNames) -> nn.Sequential:
     return nn.Sequential(OrderedDict(zip(keys.mid, parts)))
 
 
+class PixelConv(nn.Conv2d):
+    """To the three channels of pixels. In half precision fast kernels of GPUs make a multiple of 8: what is
+    missing is made of zeros and dropped."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda or autocast_dtype(x.device, x.dtype) == torch.float32:
+            return super().forward(x)
+        more = -self.out_channels % 8
+        assert self.bias is not None
+        weight, bias = F.pad(self.weight, (0, 0, 0, 0, 0, 0, 0, more)), F.pad(self.bias, (0, more))
+        return self._conv_forward(x, weight, bias)[:, : self.out_channels]
+
+
 class Encoder(nn.Module):
     """Images [B, 3, H, W] in [-1, 1] to latents [B, z_channels, H/f, W/f]."""
 
@@ -203,7 +216,7 @@ class Decoder(nn.Module):
         self.finest_first = keys.decoder_finest_first
         self.add_module(keys.decoder_stages, nn.ModuleList(reversed(stages) if self.finest_first else stages))
         self.norm_out = _norm(width)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.conv_out = PixelConv(width, 3, 3, padding=1)
         self.stages_name = keys.decoder_stages
 
     def forward(self, z: Tensor) -> Tensor:

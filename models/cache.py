@@ -4,35 +4,27 @@
 position, which is a tensor: one compiled graph serves all of them.
 """
 
-import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-
-def _attention_told_what_counts() -> Callable[..., Any] | None:
-    """``varlen_attn``, where this version of PyTorch has it and it takes ``seqused_k``."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if "seqused_k" in inspect.signature(varlen_attn).parameters else None
-
-
-varlen_attn = _attention_told_what_counts()
+# Fused kernels of GPUs take heads of a multiple of so many numbers, and of no fewer than that.
+WIDTH, LEAST_WIDTH = 8, 16
+# Positions that attention reads at once where it is told how much of a static cache counts.
+BLOCK = 64
 
 
 def reads_a_part(keys: Tensor) -> bool:
-    """Whether attention can be told how much of a static cache counts, and reads no more than that."""
-    if varlen_attn is None or not keys.is_cuda or keys.dtype not in (torch.float16, torch.bfloat16):
+    """Whether attention is told how much of a static cache counts, and reads no more than that.
+
+    By flex_attention, compiled, which has a kernel for one query; others work for 64 or 128.
+    """
+    if not keys.is_cuda or keys.dtype not in (torch.float16, torch.bfloat16):
         return False
-    return torch.cuda.get_device_capability(keys.device) >= (8, 0)  # what the flash kernel needs
-
-
-WIDTH = 8  # fused kernels of GPUs take heads of so many numbers, or of a multiple
+    return torch.cuda.get_device_capability(keys.device) >= (8, 0)  # has bfloat16, and was tried
 
 
 class LayerCache(NamedTuple):
@@ -89,13 +81,24 @@ class Masked(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """The same by number: ``used`` [rows] int32 positions count; offsets [rows + 1] int32 say where each
-    row begins, of queries and of keys."""
+    """The same by number: position ``place`` [1] int64 sees all up to itself in the first ``blocks``
+    [1, 1, 1] int32 blocks of the cache; ``order`` [1, 1, 1, n] int32 names all blocks."""
 
     place: Tensor
-    used: Tensor
-    query_offsets: Tensor
-    key_offsets: Tensor
+    blocks: Tensor
+    order: Tensor
+
+    def mask(self, length: int) -> BlockMask:
+        """Of one query, over ``length`` positions."""
+        place = self.place.squeeze(0)
+
+        def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return key <= place
+
+        return BlockMask.from_kv_blocks(
+            self.blocks, self.order, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(1, length),
+            compute_q_blocks=False,
+        )  # fmt: skip
 
 
 class StaticLayer(NamedTuple):
@@ -114,52 +117,42 @@ class StaticLayer(NamedTuple):
             q, k, v = (F.pad(tensor, (0, beyond)) for tensor in (q, k, v))
         self.keys.index_copy_(1, position.place, k.transpose(1, 2))
         self.values.index_copy_(1, position.place, v.transpose(1, 2))
+        keys, values = self.keys.transpose(1, 2), self.values.transpose(1, 2)
         if isinstance(position, Masked):
             seen = position.mask.shape[-1]
-            keys, values = (t[:, :seen].transpose(1, 2) for t in (self.keys, self.values))
+            keys, values = keys[:, :, :seen], values[:, :, :seen]
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=position.mask, scale=scale)
-            return out[..., :head_dim]
-        assert varlen_attn is not None
-        rows, length = self.keys.shape[:2]
-        out = varlen_attn(
-            q.transpose(1, 2).flatten(0, 1), self.keys.flatten(0, 1), self.values.flatten(0, 1),
-            position.query_offsets, position.key_offsets, 1, length, scale=scale, seqused_k=position.used,
-        )  # fmt: skip
-        return out.unflatten(0, (rows, 1)).transpose(1, 2)[..., :head_dim]
+        else:
+            out = flex_attention(q, keys, values, block_mask=position.mask(keys.shape[2]), scale=scale)
+        return out[..., :head_dim]
 
 
 class StaticCache:
     """Keys and values of all layers, whose shapes are the same at every position.
 
     ``reach``: positions that attention may read, the whole length unless it is told otherwise.
-    ``advance`` goes on to the next position.
     """
 
     def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
         """As ``KVCache``."""
-        shape = (rows, length, heads, head_dim + -head_dim % WIDTH)
+        shape = (rows, length, heads, max(LEAST_WIDTH, head_dim + -head_dim % WIDTH))
         # Zeros: a mask takes weight from what has not been written, but 0 times NaN is NaN.
         self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)]
         self.reach = length
         # Kept, and not made of the position: a compiler would make them anew for each layer.
-        self.used = torch.ones(rows, dtype=torch.int32, device=like.device)
-        self.query_offsets = torch.arange(rows + 1, dtype=torch.int32, device=like.device)
-        self.key_offsets = self.query_offsets * length
+        positions = torch.arange(length, dtype=torch.int32, device=like.device)
+        self.blocks = positions.div(BLOCK, rounding_mode="floor") + 1  # that each position sees
+        self.order = self.blocks[::BLOCK][None, None, None] - 1
 
     def at(self, place: Tensor) -> list[StaticLayer]:
-        """The layers at position ``place`` [1] int64, which counts as the calls of ``advance`` do."""
+        """The layers at position ``place`` [1] int64."""
         position: Masked | Counted
         if reads_a_part(self.layers[0][0]):
-            position = Counted(place, self.used, self.query_offsets, self.key_offsets)
+            position = Counted(place, self.blocks.index_select(0, place)[None, None], self.order)
         else:
             mask = torch.arange(self.reach, device=place.device) <= place
             position = Masked(place, mask[None, None, None])
         return [StaticLayer(keys, values, position) for keys, values in self.layers]
 
-    def advance(self, n: int) -> None:
-        self.used.add_(n)
-
     def keep_rows(self, rows: int) -> None:
         self.layers = [(k[:rows], v[:rows]) for k, v in self.layers]
-        self.used, self.query_offsets = self.used[:rows], self.query_offsets[: rows + 1]
-        self.key_offsets = self.key_offsets[: rows + 1]

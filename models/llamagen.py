@@ -290,7 +290,8 @@ class LlamaGen(ARImageModel[LlamaGenState]):
         return [(table, layer) for layer in cache.at()]
 
     def step_logits(self, state: LlamaGenState, x: Tensor) -> Tensor:
-        state.cache.advance(1)
+        if isinstance(state.cache, KVCache):
+            state.cache.advance(1)
         return self.transformer.to_logits(self.transformer.norm(x))
 
     def to_uint8(self, images: Tensor) -> Tensor:

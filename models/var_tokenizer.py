@@ -40,11 +40,31 @@ class ResidualConvs(nn.Module):
         return 0.5 * h + 0.5 * self.qresi_ls[self.chosen[level]](h)
 
 
+def bicubic_taps(source: int, target: int) -> tuple[Tensor, Tensor]:
+    """How ``F.interpolate`` resizes a line: each of ``target`` numbers is a sum of four of the ``source``.
+
+    Their indices [target, 4] int64 and weights [target, 4] float32.
+    """
+    lines = torch.eye(source, dtype=torch.float64, device="cpu")[None, :, :, None]
+    resized = F.interpolate(lines.expand(1, source, source, source), (target, target), mode="bicubic")
+    matrix = F.pad(resized[0, :, :, 0].T, (0, 4))  # short lines have fewer than four numbers
+    taps = matrix.abs().topk(4, dim=1).indices
+    return taps.clamp(max=source - 1), matrix.gather(1, taps).float()
+
+
+def resize_lines(x: Tensor, taps: Tensor, weights: Tensor) -> Tensor:
+    """[..., source] -> [..., target], as ``bicubic_taps`` says."""
+    return (x.index_select(-1, taps.flatten()).unflatten(-1, taps.shape) * weights).sum(-1)
+
+
 class MultiScaleQuantizer(nn.Module):
     """Residual quantiser over levels (VAR, algorithms 1 and 2).
 
     ``ema_vocab_hit_SV`` is a training statistic of the published files.
     """
+
+    taps: Tensor
+    tap_weights: Tensor
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -52,13 +72,26 @@ class MultiScaleQuantizer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.code_dim)
         self.quant_resi = ResidualConvs(config.code_dim, self.levels)
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(self.levels, config.vocab_size, device="cpu"))
+        *coarse, finest = config.patch_nums
+        for name, rows in zip(("taps", "tap_weights"), zip(*(bicubic_taps(p, finest) for p in coarse))):
+            self.register_buffer(name, torch.stack(rows), persistent=False)
+
+    def enlarge(self, h: Tensor, level: int) -> Tensor:
+        """One level's latents [B, C, p, p] resized (bicubic) to the finest side: [B, C, P, P]."""
+        if not h.is_cuda:
+            finest = self.patch_nums[-1]
+            return F.interpolate(h, size=(finest, finest), mode="bicubic")
+        # PyTorch's kernel has a thread for each position of the output, which does all images one after
+        # the other: a sixth of VAR's sampling.
+        line = (self.taps[level], self.tap_weights[level])
+        return resize_lines(resize_lines(h, *line).mT, *line).mT
 
     def expand(self, level: int, tokens: Tensor) -> Tensor:
         """What one level's tokens [B, p * p] add to the latents: [B, code_dim, P, P]."""
-        p, finest = self.patch_nums[level], self.patch_nums[-1]
+        p = self.patch_nums[level]
         h = self.embedding(tokens).transpose(1, 2).unflatten(2, (p, p))
-        if p != finest:
-            h = F.interpolate(h, size=(finest, finest), mode="bicubic")
+        if p != self.patch_nums[-1]:
+            h = self.enlarge(h, level)
         return self.quant_resi(h, level)
 
     def shrink(self, latents: Tensor, level: int) -> Tensor:

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from benchmarks.gpu_rows import Row, random_batch, random_model, recipe_config, 
 from cca.distributed import Processes
 from cca.sampling.compiled import CompiledGenerate
 from cca.sampling.fitting import default_batch_size, sampling_memory
-from cca.sampling.sampler import SampleRequest, eager_generate, prepare, sample_tokens
+from cca.sampling.sampler import SampleRequest, decode_tokens, eager_generate, prepare, sample_tokens
 from cca.training.gpu import fitting_micro_batch, training_memory
 from cca.training.losses import Batch
 from cca.training.trainer import Trainer
@@ -110,6 +111,25 @@ def test_same_images_as_on_a_cpu(name):
     share = differing(gpu, cpu)
     print(f"{name}: on a CPU {share:.2%} of images differ")
     assert share <= BESIDES
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", MINI)
+def test_pixels_as_on_a_cpu(name, dtype):
+    """Decoded as sampling does, and by code that is compiled."""
+    asked, pixels = request(OPTIONS["free"], dtype, 40), {}
+    uniforms = torch.rand(40, load_model(name).sequence_length, generator=torch.Generator().manual_seed(0))
+    for device, compiled in ((CPU, False), (GPU, False), (GPU, True)):
+        model = load_model(name)
+        prepare(model, dtype if device == GPU else "float32", device, compiled)
+        tokens = (uniforms * model.vocab_size).long().to(device)
+        wanted = asked if device == GPU else replace(asked, dtype="float32")
+        pixels[device, compiled] = decode_tokens(model, tokens, wanted).float()
+    expected = pixels.pop((CPU, False))
+    for (_, compiled), found in pixels.items():
+        error = (found - expected).abs()
+        print(f"{name}, {dtype}, compiled {compiled}: {error.mean():.3f} of 255, {error.max():.0f} at most")
+        assert error.mean() < 1
 
 
 @pytest.mark.parametrize(
@@ -258,7 +278,7 @@ def test_from_samples_to_scores(name, tmp_path):
         assert report["options"]["compile"] is (way == "compiled")
         evaluate = ["--samples", str(file), "--reference", REFERENCE, "--features", "mini"]
         eval_fid.main([*evaluate, "--output", str(output)])
-        scores[way] = json.loads(output.read_text())
+        scores[way] = json.loads(output.read_text())["metrics"]
         print(
             f"{name}, {way}: {report['options']['dtype']}, {report['images_per_second']:.0f} images/s, "
             f"{report['wall_seconds']:.0f} s in all, FID {scores[way]['fid']:.4f}"

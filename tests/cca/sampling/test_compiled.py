@@ -78,8 +78,21 @@ def test_mask_of_several_lengths(backend, monkeypatch):
     assert (differ, graphs) == (0, 2 * [1 + 4 + 1])  # the blocks' part alone depends on it
 
 
+@pytest.mark.parametrize("options", ["free", "guided in part"])
+def test_attention_told_what_counts(options, monkeypatch):
+    """As on a GPU in half precision, over several blocks of the cache, the last one not full."""
+    monkeypatch.setattr("models.cache.BLOCK", 24)
+    for module in ("models.cache", "cca.sampling.compiled"):
+        monkeypatch.setattr(f"{module}.reads_a_part", lambda keys: True)
+    model, chosen = load_model("llamagen-mini"), OPTIONS[options]
+    differ, graphs = differing_rows(model, chosen, (BATCH, BATCH), "eager")
+    shapes = 1 if chosen.cfg_interval is None else 2
+    assert graphs == 2 * [3 * shapes]
+    assert differ == 0
+
+
 def test_heads_that_no_fused_kernel_takes():
-    """LlamaGen-3B's have 100 numbers: the static cache fills them up to a multiple of 8."""
+    """LlamaGen-3B's have 100 numbers: the static cache fills them up to a multiple of 8, 16 at least."""
     config = replace(load_model("llamagen-mini").transformer.config, dim=60, heads=5)
     torch.manual_seed(0)
     model = load_model("llamagen-mini")
