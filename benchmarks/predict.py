@@ -2,17 +2,22 @@
 
     python -m benchmarks.predict    # minutes of one CPU core and no GPU, but a CUDA build of PyTorch
 
+It ends with a table of what benchmarks.gpu measured beside it.
+
 Kernels, bytes and FLOPs are those of the real code on a pretended GPU (benchmarks/pretended); kernels of
 compiled steps come from Inductor's code. Times are a model of their cost: each kernel takes as long as its
 bytes or FLOPs do at the rates below, at least IN_GRAPH; launched one by one by the host, at least LAUNCH.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
 from benchmarks import limits
+from benchmarks.gpu_rows import Row
 from benchmarks.limits import Card, Work
+from benchmarks.measured import alike, comparison, of_the_last_machine
 from benchmarks.pretended import runs
 from benchmarks.pretended.recorder import Event, Recorder
 from models import DTYPES, ZOO, SamplingOptions
@@ -138,29 +143,48 @@ def coded(name: str, tokenizer: str | None, encode: bool) -> list[str]:
 
 
 SPEEDS = ("images/s, launched one by one", "in a graph", "limit")
+SAMPLED, TRAINED = ("llamagen-b", "llamagen-xl", "var-d16", "var-d30"), ("llamagen-l", "var-d16")
+CODED = (("llamagen-b", None), ("llamagen-b", "vq_ds8_c2i"), ("var-d16", None), ("var-d36", None))
 
 
-def main() -> None:
-    Parser(__doc__, "benchmarks.predict").parse_args()
+def speed(row: list[str]) -> float:
+    return float(row[-3].replace(",", ""))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__, "benchmarks.predict")
+    parser.add_argument(
+        "--measured", type=Path, default=Path("results/gpu.md"), metavar="FILE",
+        help="a table of benchmarks.gpu (default %(default)s)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    of_the_last_machine(args.measured)  # or an error now
     torch.set_num_threads(1)
+    predicted = {}
     print("Predicted for an H100, not measured.\n")
     print(f"Sampling, {IMAGES} images at once, with the settings of the published samples:\n")
-    sampling = [
-        sampled(name, guided)
-        for name in ("llamagen-b", "llamagen-xl", "var-d16", "var-d30")
-        for guided in (False, True)
-    ]
+    table = []
+    for name in SAMPLED:
+        for guided in (False, True):
+            table.append(sampled(name, guided))
+            predicted[alike(Row("", "sample", name, 0, guided=guided))] = speed(table[-1])
     compiled = ("the same compiled", "graphs, and kernels, to compile")
     kernels = ("kernels of a token or of the last level", *compiled, "of a batch")
-    print(markdown_table(("model", *kernels, *SPEEDS), sampling), flush=True)
+    print(markdown_table(("model", *kernels, *SPEEDS), table), flush=True)
     print(f"\nAn optimizer step of CCA, two micro-batches of {MICRO_BATCH} images:\n")
     kernels = ("kernels", "of the likelihood of a chunk of tokens", "the same compiled")
     waits = ("host waits of a micro-batch", "of a step besides")
-    print(markdown_table(("model", *kernels, *waits, *SPEEDS), map(trained, ("llamagen-l", "var-d16"))))
+    table = [trained(name) for name in TRAINED]
+    predicted |= {alike(Row("", "train", name, 0)): speed(row) for name, row in zip(TRAINED, table)}
+    print(markdown_table(("model", *kernels, *waits, *SPEEDS), table), flush=True)
     print(f"\n{IMAGES} images through the tokenizers, to tokens and back:\n")
-    tokenizers = (("llamagen-b", None), ("llamagen-b", "vq_ds8_c2i"), ("var-d16", None), ("var-d36", None))
-    coding = [coded(*which, encode) for encode in (False, True) for which in tokenizers]
-    print(markdown_table(("what", "kernels", "the same compiled", *SPEEDS), coding))
+    table = []
+    for kind in ("decode", "encode"):
+        for name, tokenizer in CODED:
+            table.append(coded(name, tokenizer, kind == "encode"))
+            predicted[alike(Row("", kind, name, 0, tokenizer))] = speed(table[-1])
+    print(markdown_table(("what", "kernels", "the same compiled", *SPEEDS), table))
+    print(f"\nAnd measured, on one {comparison(args.measured, predicted)}")
 
 
 if __name__ == "__main__":
