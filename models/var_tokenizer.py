@@ -78,11 +78,14 @@ class MultiScaleQuantizer(nn.Module):
 
     def enlarge(self, h: Tensor, level: int) -> Tensor:
         """One level's latents [B, C, p, p] resized (bicubic) to the finest side: [B, C, P, P]."""
-        if not h.is_cuda:
-            finest = self.patch_nums[-1]
-            return F.interpolate(h, size=(finest, finest), mode="bicubic")
-        # PyTorch's kernel has a thread for each position of the output, which does all images one after
-        # the other: a sixth of VAR's sampling.
+        # PyTorch's kernel for GPUs has a thread for each position of the output, which does all images one
+        # after the other.
+        if h.is_cuda:
+            return self.enlarge_by_taps(h, level)
+        finest = self.patch_nums[-1]
+        return F.interpolate(h, size=(finest, finest), mode="bicubic")
+
+    def enlarge_by_taps(self, h: Tensor, level: int) -> Tensor:
         line = (self.taps[level], self.tap_weights[level])
         return resize_lines(resize_lines(h, *line).mT, *line).mT
 

@@ -283,8 +283,9 @@ def test_from_samples_to_scores(name, tmp_path):
             f"{name}, {way}: {report['options']['dtype']}, {report['images_per_second']:.0f} images/s, "
             f"{report['wall_seconds']:.0f} s in all, FID {scores[way]['fid']:.4f}"
         )
-    images = [torch.from_numpy(np.load(tmp_path / f"{way}.npz")["arr_0"]) for way in scores]
-    print(f"{name}: {differing(*images):.2%} of images differ")
+    one, other = (np.load(tmp_path / f"{way}.npz")["arr_0"].astype(np.int16) for way in scores)
+    apart = (abs(one - other) > 16).reshape(len(one), -1).any(1).mean()
+    print(f"{name}: {apart:.2%} of images are more than 16 of 255 apart somewhere")
     assert scores["compiled"]["fid"] == pytest.approx(scores["eager"]["fid"], rel=0.03)
 
 

@@ -12,8 +12,9 @@ CPU_BATCH = 64
 LARGEST_BATCH = 256  # on a GPU; above it nothing gets faster
 MEMORY_SHARE = 0.6  # of what is free beside the weights; the rest is for decoding, casts and fragments
 LOGIT_BYTES = 32  # of each logit of a step: as many copies as guidance, filters and sorting make
-# Images of a run from which on a GPU compilation pays, where all steps are alike and where they are not. Of
-# the former an H200 compiled in 14 s what saved 55 ms on every image of LlamaGen-B; the other is a guess.
+# Images of a run from which on a GPU compilation pays, where all steps are alike and where they are not. On
+# an H100, the decoder's included: 140 to 410 of LlamaGen, 7,200 to 12,500 of VAR (results/benchmarks.md);
+# where the host is faster eager LlamaGen is as well.
 COMPILED_FROM = {True: 1_000, False: 10_000}
 
 

@@ -10,8 +10,8 @@ from models.options import Parser, add_model_options, add_workers_option, count,
 from models.plan import add_dry_run_option
 from models.zoo import ZooEntry
 
-# Optimizer steps of a run from which on compilation pays on a GPU: on an H200 it took LlamaGen-L and VAR-d16
-# 13 and 24 s, and saved 0.2 s of a step of 32 images.
+# Optimizer steps of a run from which on compilation pays on a GPU: on an H100 it took LlamaGen-L and VAR-d16
+# 21 and 33 s, and saved 0.2 s of a step of 32 images.
 COMPILED_FROM = 200
 
 
