@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 import sample
 from cca.sampling.compiled import CompiledGenerate
 from models import SamplingOptions, load_model
+from models.cache import BLOCK, Counted, StaticCache
 from models.decoding import generate_tokens
 from models.errors import UserError
 from models.llamagen import LlamaGenTransformer
@@ -85,6 +86,16 @@ def test_attention_told_what_counts(monkeypatch):
         monkeypatch.setattr(f"{module}.reads_a_part", lambda keys: True)
     differ, graphs = differing_rows(load_model("llamagen-mini"), OPTIONS["guided in part"], (BATCH,), "eager")
     assert (differ, graphs) == (0, [3 * 2])  # with the unconditional rows, and without
+
+
+@pytest.mark.parametrize("place", [0, 63, 64, 127, 128, 143])
+def test_blocks_that_count(place, monkeypatch):
+    """Those that hold a position up to this one: uncompiled, attention looks at positions alone."""
+    monkeypatch.setattr("models.cache.reads_a_part", lambda keys: True)
+    (layer,) = StaticCache(1, 2, 4, 144, 16, torch.zeros(1)).at(torch.tensor([place]))
+    assert isinstance(layer.position, Counted)
+    found = layer.position.mask(144).to_dense().flatten().tolist()
+    assert found == [start <= place for start in range(0, 144, BLOCK)]
 
 
 def test_heads_that_no_fused_kernel_takes():
