@@ -89,6 +89,12 @@ CASES = [
     (train_var_cca, [*VAR, "good.npz", "--beta", "0"], "--beta: 0 must be above 0"),
     (
         train_var_cca,
+        [*VAR, "good.npz", "--loss", "sft", "--beta", "1"],
+        "--beta: plays no part in --loss sft",
+    ),
+    (train_llamagen_cca, [*LLAMAGEN, "none", "--loss", "dpo", "--lambda", "1"], "--lambda: plays no part in"),
+    (
+        train_var_cca,
         [*VAR, "good.npz", "--uncond-ratio", "1.5"],
         "--uncond-ratio: 1.5 must be at least 0 and at most 1",
     ),

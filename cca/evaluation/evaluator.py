@@ -212,10 +212,10 @@ def inception(compared: Comparison) -> float | None:
 def accuracy(compared: Comparison) -> float | None:
     """Share of samples that the extractor's classifier gives the class they were made for.
 
-    It needs a classifier of the samples' own classes, which Inception is not.
+    It needs a classifier of the samples' own classes, which Inception is not, and knows no others.
     """
     labels, probabilities = compared.labels, compared.samples.probabilities
-    if labels is None or probabilities is None or probabilities.shape[1] != 10:
+    if labels is None or probabilities is None or probabilities.shape[1] != 10 or labels.max() >= 10:
         return None
     return float((probabilities.argmax(1).numpy() == labels).mean())
 

@@ -49,6 +49,14 @@ def arrays():
         return file["arr_0"], file["arr_1"]
 
 
+def test_no_accuracy_of_classes_that_the_classifier_does_not_know(files):
+    images, labels = arrays()
+    np.savez("others.npz", arr_0=images, arr_1=np.where(labels == 9, 10, labels))
+    assert "accuracy" in evaluate("samples.npz")[0] and "accuracy" not in evaluate("others.npz")[0]
+    notes = evaluate("others.npz", "--metrics", "fid,accuracy")[1]
+    assert "accuracy is left out: these files or features do not give it" in notes
+
+
 def test_grey_of_16_bits_and_other_formats_give_the_same_figures(files):
     expected = evaluate("samples.npz")[0]["fid"]
     write_folder(files / "deep", arrays()[0], bits=16)

@@ -46,8 +46,7 @@ def test_share_of_the_rate(loss, passes, disk, monkeypatch):
     monkeypatch.setattr(command, "peak_rate", lambda device: 1e12)
     shown, own = [], command.show
     monkeypatch.setattr(command, "show", lambda *given: (shown.append(given[1]), own(*given)))
-    extra = ["--lr", "1e-3", "--beta", "0.1", "--lambda", "1"] if loss == "sft" else []
-    train("--loss", loss, "--output", "run", *extra)
+    train("--loss", loss, "--output", "run", *(["--lr", "1e-3"] if loss == "sft" else []))
     dim, length, matrices = 32, 16, 2 * (4 * 32 * 32 + 3 * 32 * 256) + 32 * 16
     forward = 2 * length * matrices + 2 * 4 * length**2 * dim
     for line in (disk / "run" / "metrics.jsonl").read_text().splitlines():
