@@ -63,10 +63,11 @@ class Compiling:
 
 
 def pays_from(parts: list[Compiling]) -> float | None:
-    """Images from which on compiling all of it pays."""
+    """Images from which on compiling all of it pays; None: not measured, or never."""
     takes = [part.takes for part in parts if part.takes is not None]
     saves = [part.saves for part in parts if part.saves is not None]
-    return sum(takes) / sum(saves) if len(takes) == len(saves) == len(parts) else None
+    whole = len(takes) == len(saves) == len(parts)
+    return sum(takes) / sum(saves) if whole and sum(saves) > 0 else None
 
 
 def shown(value: float | None, form: str) -> str:

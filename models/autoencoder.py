@@ -164,8 +164,11 @@ class PixelConv(nn.Conv2d):
     missing is made of zeros and dropped."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cuda or autocast_dtype(x.device, x.dtype) == torch.float32:
-            return super().forward(x)
+        if x.is_cuda and autocast_dtype(x.device, x.dtype) != torch.float32:
+            return self.by_eight(x)
+        return super().forward(x)
+
+    def by_eight(self, x: Tensor) -> Tensor:
         more = -self.out_channels % 8
         assert self.bias is not None
         weight, bias = F.pad(self.weight, (0, 0, 0, 0, 0, 0, 0, more)), F.pad(self.bias, (0, more))

@@ -24,7 +24,7 @@ def reads_a_part(keys: Tensor) -> bool:
     """
     if not keys.is_cuda or keys.dtype not in (torch.float16, torch.bfloat16):
         return False
-    return torch.cuda.get_device_capability(keys.device) >= (8, 0)  # has bfloat16, and was tried
+    return torch.cuda.get_device_capability(keys.device) >= (8, 0)  # tried on 9.0
 
 
 class LayerCache(NamedTuple):

@@ -209,12 +209,14 @@ class Experiment:
         options = {loss: tuple(shlex.split(text)) for loss, text in self.args.loss_options}
         for model in self.args.models:
             left_out = [loss for loss in LOSSES if loss not in options and loss not in ZOO[model].recipes]
-            remark = (
-                f"Left out: {', '.join(left_out)}, whose beta, lambda and learning rate were not published "
-                f"for {model}; give them, as in --loss-options {left_out[0]} '--beta 0.02 --lr 1e-6'."
-                if left_out
-                else ""
-            )
+            remark = ""
+            if left_out:
+                needed = (f"--{name.rstrip('_')} 0.02" for name in LOSSES[left_out[0]].hyperparameters)
+                example = f"{left_out[0]} '{' '.join(needed)} --lr 1e-6'"
+                remark = (
+                    f"Left out: {', '.join(left_out)}, whose beta, lambda and learning rate were not "
+                    f"published for {model}; give them, as in --loss-options {example}."
+                )
             if remark and self.launcher.main:
                 print(remark, flush=True)
             rows = e.ablation_rows(model, options)

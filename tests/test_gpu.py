@@ -26,6 +26,7 @@ from cca.training.gpu import fitting_micro_batch, training_memory
 from cca.training.losses import Batch
 from cca.training.trainer import Trainer
 from models import ZOO, ARImageModel, SamplingOptions, UserError, load_model
+from models.cache import Counted, KVCache, StaticCache, StaticLayer
 from models.devices import allow_tf32
 from scripts import extract_codes
 
@@ -41,12 +42,9 @@ OPTIONS = {
 # Beyond what rounding to a precision does by itself, as a share of images.
 BESIDES = 0.02
 CASES = list(itertools.product(MINI, ("float32", "bfloat16", "float16"), OPTIONS))
-# Seen on an H200 with PyTorch 2.11.
+# Seen on an H200 with PyTorch 2.11, when VAR's levels were resized by PyTorch's kernel.
 SEEN_ON = torch.cuda.is_available() and "H200" in torch.cuda.get_device_name()
-BEYOND = {
-    ("llamagen-mini", "float16", "greedy"): "compiled 5.9 %, precision 0 %",
-    ("var-mini", "float32", "guided in part"): "other batch size 12.9 %, precision 8.2 %",
-}
+BEYOND = {("var-mini", "float32", "guided in part"): "other batch size 12.9 %, precision 8.2 %"}
 
 
 @pytest.fixture(autouse=True)
@@ -113,10 +111,13 @@ def test_same_images_as_on_a_cpu(name):
     assert share <= BESIDES
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", MINI)
-def test_pixels_as_on_a_cpu(name, dtype):
-    """Decoded as sampling does, and by code that is compiled."""
+@pytest.mark.parametrize(
+    "name, dtype, most",
+    [("llamagen-mini", "float32", 0.1), ("var-mini", "float32", 0.1), ("var-mini", "float16", 0.1),
+     ("var-mini", "bfloat16", 1)],
+)  # fmt: skip
+def test_pixels_as_on_a_cpu(name, dtype, most):
+    """Decoded as sampling does, eager and compiled: ``most`` of 255 apart on average; LlamaGen in float32."""
     asked, pixels = request(OPTIONS["free"], dtype, 40), {}
     uniforms = torch.rand(40, load_model(name).sequence_length, generator=torch.Generator().manual_seed(0))
     for device, compiled in ((CPU, False), (GPU, False), (GPU, True)):
@@ -129,7 +130,7 @@ def test_pixels_as_on_a_cpu(name, dtype):
     for (_, compiled), found in pixels.items():
         error = (found - expected).abs()
         print(f"{name}, {dtype}, compiled {compiled}: {error.mean():.3f} of 255, {error.max():.0f} at most")
-        assert error.mean() < 1
+        assert error.mean() < most
 
 
 @pytest.mark.parametrize(
@@ -155,6 +156,26 @@ def test_compiled_and_other_batch_sizes(name, dtype, what):
     print(f"{name}, {dtype}, {what}: precision {precision:.2%} of images, {shown}")
     assert torch.equal(once, again)
     assert max(shares.values()) <= precision + BESIDES
+
+
+@pytest.mark.parametrize("head_dim", [64, 100])
+def test_attention_over_a_static_cache(head_dim):
+    """Told how much counts, at every position of nine blocks: as in float32, but for one rounding."""
+    length, rows, heads = 576, 4, 3
+    cache = StaticCache(1, rows, heads, length, head_dim, torch.empty(0, dtype=torch.bfloat16, device=GPU))
+    exact = KVCache(1, rows, heads, length, head_dim, torch.empty(0, device=GPU))
+    attend = torch.compile(StaticLayer.attend, fullgraph=True, dynamic=False)
+    worst = 0.0
+    with torch.inference_mode():
+        for place in range(length):
+            q, k, v = torch.randn(3, rows, heads, 1, head_dim, dtype=torch.bfloat16, device=GPU)
+            (layer,), (other,) = cache.at(torch.tensor([place], device=GPU)), exact.at()
+            assert isinstance(layer.position, Counted)
+            error = attend(layer, q, k, v).float() - other.attend(q.float(), k.float(), v.float())
+            worst = max(worst, error.abs().max().item())
+            exact.advance(1)
+    print(f"heads of {head_dim}: {worst:.1e} at most")
+    assert worst < 2e-2
 
 
 @contextmanager

@@ -12,8 +12,8 @@ CPU_BATCH = 64
 LARGEST_BATCH = 256  # on a GPU; above it nothing gets faster
 MEMORY_SHARE = 0.6  # of what is free beside the weights; the rest is for decoding, casts and fragments
 LOGIT_BYTES = 32  # of each logit of a step: as many copies as guidance, filters and sorting make
-# Images of a run from which on a GPU compilation pays, where all steps are alike and where they are not. On
-# an H100, the decoder's included: 140 to 410 of LlamaGen, 7,200 to 12,500 of VAR (results/benchmarks.md);
+# Images of a process from which on a GPU compilation pays, where all steps are alike and where they are not.
+# On an H100, the decoder's included: 140 to 410 of LlamaGen, 7,200 to 12,500 of VAR (results/benchmarks.md);
 # where the host is faster eager LlamaGen is as well.
 COMPILED_FROM = {True: 1_000, False: 10_000}
 
@@ -72,6 +72,8 @@ def decoder_too_large(name: str, free: int | None) -> str:
     return does_not_fit(f"decoding images of {name}, beside the weights,", free)
 
 
-def compiles_by_default(model: ARImageModel, request: SampleRequest, device: torch.device) -> bool:
-    """On a GPU, for the number of images of the whole run: it is the same for a run that goes on."""
-    return device.type == "cuda" and request.num_samples >= COMPILED_FROM[model.steps_alike]
+def compiles_by_default(
+    model: ARImageModel, request: SampleRequest, device: torch.device, processes: int
+) -> bool:
+    """On a GPU, for the images of the whole run that fall to a process, each of which compiles for itself."""
+    return device.type == "cuda" and request.num_samples >= processes * COMPILED_FROM[model.steps_alike]

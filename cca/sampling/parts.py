@@ -41,6 +41,13 @@ class PartStore:
         self.output, self.options, self.shape = output, options, shape
         self.marker = self.folder / "options.json"
 
+    def noted(self) -> dict | None:
+        """The options of the unfinished run, or else of the samples, that lie there; None: there are none."""
+        found = read_json(self.marker) if self.marker.exists() else None
+        if found is None and self.output.exists():
+            found = _read_report(self.report)
+        return None if found is None else {**BEFORE, **found}
+
     def look(self) -> tuple[bool, int]:
         """Whether the output is finished already, and how many images are stored; writes nothing.
 

@@ -119,6 +119,11 @@ class Loss:
     negatives: Callable[[Tensor], Tensor] = next_label
     hyperparameters: tuple[str, ...] = ("beta", "lambda_")
 
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Those of beta and lambda_ that it does not depend on."""
+        return tuple(name for name in ("beta", "lambda_") if name not in self.hyperparameters)
+
     def reward_scale(self, beta: float) -> float:
         """What a reward is multiplied by where it is reported: ``beta``, or 1 if the loss has none."""
         return beta if "beta" in self.hyperparameters else 1.0

@@ -85,8 +85,8 @@ FROM_RECIPE = (
 def chosen_recipe(args: argparse.Namespace, entry: ZooEntry) -> Recipe:
     """The defaults of a run; raises UserError where there are none and the user gives no values either,
     or gives one that the loss does not have."""
-    for name in ("beta", "lambda_"):
-        if getattr(args, name) is not None and name not in LOSSES[args.loss].hyperparameters:
+    for name in LOSSES[args.loss].absent:
+        if getattr(args, name) is not None:
             raise UserError(f"--{name.rstrip('_')}: plays no part in --loss {args.loss}; leave it out")
     if args.recipe is not None:
         if args.loss != "cca" or args.recipe not in entry.recipes:

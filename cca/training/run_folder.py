@@ -83,12 +83,13 @@ def noted_micro_batch(folder: Path) -> int:
 def refuse_others(folder: Path, options: dict) -> None:
     """Raise UserError where the folder holds a run with other options than these, or with none.
 
-    Writes nothing. What is no run's may lie there: logs, codes.
+    Writes nothing. What is no run's may lie there: logs, codes. What the loss does not depend on may differ.
     """
     config = folder / "config.json"
     if not config.exists() and saved_steps(folder):
         raise UserError(f"--output: {folder} holds saved states, but no config.json: take another folder")
-    if config.exists() and (changed := differing(read_options(config), options)):
+    unused = LOSSES[options["loss"]].absent
+    if config.exists() and (changed := differing(read_options(config), options, unused)):
         raise UserError(
             f"--output: {folder} holds a run with other options: "
             f"{', '.join(changed)}; take these, or another folder"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_rows import Row, rows
-from benchmarks.measured import COLUMNS, alike, comparison
+from benchmarks.measured import COLUMNS, Compiling, alike, comparison, pays_from
 from models import UserError
 
 TABLE = """# On a GPU
@@ -47,6 +47,11 @@ def test_side_by_side(tmp_path):
     assert 2 < float(found["sample-var-d16-free"][5]) < 8
     assert found["sample-llamagen-b-free"][1:5] == ["8", "–", "–", "–"]
     assert set(found["encode-var-256"]) == {"–"}
+
+
+def test_what_never_pays():
+    row = ["64", "100", "4", "", "", "20"]
+    assert pays_from([Compiling(row, row)]) is None
 
 
 def test_no_table(tmp_path):

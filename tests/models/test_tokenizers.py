@@ -1,10 +1,11 @@
-"""What VAR's tokenizer does otherwise on a GPU."""
+"""What the tokenizers do otherwise on a GPU."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from golden_models import VAR_CASES, build, golden
 
+from models.autoencoder import PixelConv
 from models.decoding import SamplingOptions
 from models.var_tokenizer import MultiScaleQuantizer, bicubic_taps, resize_lines
 from models.zoo import TOKENIZERS
@@ -36,6 +37,7 @@ def test_figures_of_the_published_code(name, monkeypatch):
     with torch.no_grad():
         assert torch.equal(model.encode(expected["image"]), tokens)
         for found, key in (
+            (model.logits(expected["labels"], tokens), "logits"),
             (model.decode(tokens), "reconstruction"),
             (tokenizer.teacher_forcing_input(tokens), "teacher_forcing_input"),
         ):
@@ -44,3 +46,9 @@ def test_figures_of_the_published_code(name, monkeypatch):
         options = SamplingOptions(1 + float(key.removeprefix("greedy_tokens_cfg")), "linear", top_k=1)
         drawn = model.generate(torch.arange(4), torch.rand(4, model.sequence_length), options)
         assert torch.equal(drawn, expected[key].long())
+
+
+def test_more_channels_than_pixels_have():
+    torch.manual_seed(0)
+    layer, x = PixelConv(16, 3, 3, padding=1), torch.randn(2, 16, 8, 8)
+    torch.testing.assert_close(layer.by_eight(x), layer(x), rtol=0, atol=1e-6)

@@ -1,6 +1,7 @@
 """Compiled decoding: the eager tokens, one graph of each shape, and one mode for each file."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch._dynamo.utils import counters
 import sample
 from cca.sampling.compiled import CompiledGenerate
 from models import SamplingOptions, load_model
-from models.cache import BLOCK, Counted, StaticCache
+from models.cache import BLOCK, Counted, StaticCache, StaticLayer
 from models.decoding import generate_tokens
 from models.errors import UserError
 from models.llamagen import LlamaGenTransformer
@@ -80,17 +81,32 @@ def test_mask_of_several_lengths(backend, monkeypatch):
 
 
 def test_attention_told_what_counts(monkeypatch):
-    """As on a GPU in half precision, over several blocks of the cache, the last one not full."""
-    monkeypatch.setattr("models.cache.BLOCK", 24)
+    """As on a GPU in half precision."""
     for module in ("models.cache", "cca.sampling.compiled"):
         monkeypatch.setattr(f"{module}.reads_a_part", lambda keys: True)
     differ, graphs = differing_rows(load_model("llamagen-mini"), OPTIONS["guided in part"], (BATCH,), "eager")
     assert (differ, graphs) == (0, [3 * 2])  # with the unconditional rows, and without
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")
+def test_generated_code_reads_what_counts(monkeypatch):
+    """As behind a mask, at every position of three blocks, the last not full."""
+    found, length = [], 144
+    for told in (True, False):
+        torch.manual_seed(0)
+        monkeypatch.setattr("models.cache.reads_a_part", lambda keys, told=told: told)
+        cache, attend = StaticCache(1, 2, 3, length, 16, torch.zeros(1)), StaticLayer.attend
+        attend = torch.compile(attend, fullgraph=True, dynamic=False) if told else attend
+        with torch.inference_mode():
+            inputs = torch.randn(length, 3, 2, 3, 1, 16)
+            outputs = [attend(*cache.at(torch.tensor([i])), *qkv) for i, qkv in enumerate(inputs)]
+        found.append(torch.stack(outputs))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("place", [0, 63, 64, 127, 128, 143])
 def test_blocks_that_count(place, monkeypatch):
-    """Those that hold a position up to this one: uncompiled, attention looks at positions alone."""
+    """Those that hold a position up to this one."""
     monkeypatch.setattr("models.cache.reads_a_part", lambda keys: True)
     (layer,) = StaticCache(1, 2, 4, 144, 16, torch.zeros(1)).at(torch.tensor([place]))
     assert isinstance(layer.position, Counted)
@@ -142,7 +158,7 @@ def test_logits_that_are_not_finite_mark_their_row():
     assert (generate(torch.tensor([0, 2, 0]), uniforms) >= 0).all()
 
 
-def test_one_mode_for_each_file(tmp_path, monkeypatch):
+def test_one_mode_for_each_file(tmp_path, monkeypatch, capsys):
     """The mode is noted, and another is refused; files of before it was noted count as eager."""
     monkeypatch.setattr(
         "cca.sampling.sample_file.CompiledGenerate",
@@ -160,6 +176,8 @@ def test_one_mode_for_each_file(tmp_path, monkeypatch):
     sample.main([*command, "--output", str(tmp_path / "eager.npz")])
     with pytest.raises(UserError, match="holds samples with compile False instead of True"):
         sample.main([*command, "--compile", "--output", str(tmp_path / "eager.npz")])
+    sample.main([*command, "--output", str(tmp_path / "compiled.npz")])  # keeps to its mode
+    assert "compiled.npz is there already, with these options" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,11 @@ def test_runs_that_are_compiled(name):
     model = MODELS[name]
     least = COMPILED_FROM[model.steps_alike]
     assert least == (10_000 if name.startswith("var") else 1_000)
-    assert compiles_by_default(model, request(images=least), GPU)
-    assert not compiles_by_default(model, request(images=least - 1), GPU)
-    assert not compiles_by_default(model, request(images=10**6), CPU)
+    assert compiles_by_default(model, request(images=least), GPU, 1)
+    assert not compiles_by_default(model, request(images=least - 1), GPU, 1)
+    assert compiles_by_default(model, request(images=8 * least), GPU, 8)
+    assert not compiles_by_default(model, request(images=8 * least - 1), GPU, 8)
+    assert not compiles_by_default(model, request(images=10**6), CPU, 1)
 
 
 def refused(path, *options):

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import cca.training.run_folder as run_folder
 import train_var_cca
 from cca.training.curves import draw_curves, moving_mean, values_of
+from cca.training.losses import LOSSES
 from models.errors import UserError
 
 
@@ -109,10 +110,18 @@ def test_a_finished_run_is_left_as_it_is(disk, drawn, capsys):
     assert len(drawn) == 2 and (disk / "run" / "curves.png").read_bytes() == before[disk / "run/curves.png"]
 
 
-@pytest.mark.parametrize("loss, title", [("sft", "sft"), ("unlearning", "unlearning (λ = 2)")])
-def test_title_says_what_the_loss_depends_on(loss, title, disk, drawn):
-    train("run", "--loss", loss, "--beta", "0.1", "--lambda", "2", "--lr", "1e-3", steps=2)
+@pytest.mark.parametrize(
+    "loss, options, title", [("sft", [], "sft"), ("unlearning", ["--lambda", "2"], "unlearning (λ = 2)")]
+)
+def test_title_says_what_the_loss_depends_on(loss, options, title, disk, drawn):
+    train("run", "--loss", loss, *options, "--lr", "1e-3", steps=2)
     assert drawn[0][2] == f"specimen-var, {title}, batch 8"
+    # As an earlier version took it, which did not refuse what the loss does not have.
+    config = disk / "run" / "config.json"
+    noted = json.loads(config.read_text())
+    noted["options"] |= dict.fromkeys(LOSSES[loss].absent, 123.0)
+    config.write_text(json.dumps(noted))
+    train("run", "--loss", loss, *options, "--lr", "1e-3", steps=2)
 
 
 def test_a_picture_is_not_worth_the_run(disk, monkeypatch, capsys):
