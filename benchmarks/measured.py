@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_rows import Row, precision, recipe_config, request_of, rows
-from benchmarks.report import SECTION
+from benchmarks.report import read, table_of
 from cca.sampling.fitting import sampling_memory
 from cca.training.gpu import training_memory
 from models import ZOO, UserError
@@ -22,11 +22,11 @@ COLUMNS = (
 
 def of_the_last_machine(path: Path) -> tuple[str, dict[str, list[str]]]:
     """Its name, and the cells of its rows. Raises UserError where the file has none."""
-    if not path.is_file() or SECTION not in (text := path.read_text()):
+    sections = read(path)[1] if path.is_file() else {}
+    if not sections:
         raise UserError(f"--measured: {path} has no table of benchmarks.gpu")
-    machine, *lines = text.split(SECTION)[-1].splitlines()
-    found = (line.strip("| ").split(" | ") for line in lines if line.startswith("| "))
-    return machine, {name: cells for name, *cells in found}
+    machine, section = list(sections.items())[-1]
+    return machine, {name: cells for name, *cells in table_of(section)}
 
 
 def alike(row: Row) -> Row:
@@ -74,7 +74,7 @@ def shown(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def comparison(path: Path, predicted: Mapping[Row, float]) -> str:
+def comparison(path: Path, predicted: Mapping[Row, str]) -> str:
     """A table; ``predicted``: images/s, eager, by ``alike`` rows. Raises UserError as above."""
     machine, cells = of_the_last_machine(path)
     known = rows(small=False)
@@ -95,7 +95,7 @@ def comparison(path: Path, predicted: Mapping[Row, float]) -> str:
         memory = expected_memory(row)
         table.append([
             row.name.replace("-eager", ""),
-            shown(predicted.get(alike(row)), ",.0f"),
+            predicted.get(alike(row), "–"),
             *(shown(speed, ".4g") for speed in speeds),
             shown(speeds[1] / speeds[0] if speeds[0] and speeds[1] else None, ".1f"),
             shown(pays_from(parts), ",.0f"),

@@ -12,6 +12,18 @@ SECTION = "\n## "
 RUN = re.compile(r"- \((\d+)\) (.*)")  # a run of the command, by number
 
 
+def read(path: Path) -> tuple[str, dict[str, str]]:
+    """The text before the tables, and that of each machine's section."""
+    title, *sections = path.read_text().rstrip("\n").split(SECTION)
+    return title, {section.split("\n")[0]: section for section in sections}
+
+
+def table_of(section: str) -> list[list[str]]:
+    """The cells of its lines, the head first."""
+    lines = (line for line in section.split("\n") if line.startswith("| "))
+    return [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in lines]
+
+
 class Report:
     """Rows by name; those of other machines in the same file stay, and so do rows that are not run again.
 
@@ -21,17 +33,14 @@ class Report:
 
     def __init__(self, path: Path, title: str, machine: str, note: str, columns: Sequence[str]):
         self.path, self.machine, self.columns = path, machine, (*columns, "run")
-        text = path.read_text() if path.exists() else f"{title}\n"
-        self.title, *sections = text.rstrip("\n").split(SECTION)
-        self.sections = {section.split("\n")[0]: section for section in sections}
-        lines = self.sections.get(machine, "").split("\n")
-        self.runs = {int(found[1]): found[2] for found in map(RUN.fullmatch, lines) if found}
+        self.title, self.sections = read(path) if path.exists() else (title, {})
+        section = self.sections.get(machine, "")
+        self.runs = {int(found[1]): found[2] for found in map(RUN.fullmatch, section.split("\n")) if found}
         self.run = max(self.runs, default=0) + 1
         self.runs[self.run] = note
-        table = [line for line in lines if line.startswith("| ")]
-        if table and table[0] != markdown_row(self.columns):
+        head, *rows = table_of(section) or [list(self.columns)]
+        if tuple(head) != self.columns:
             raise UserError(f"--output: {path} has a table of other columns for this machine; move it away")
-        rows = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in table[1:]]
         self.rows = {row[0]: row for row in rows}
 
     def put(self, name: str, cells: Sequence[str]) -> None:

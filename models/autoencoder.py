@@ -172,7 +172,7 @@ class PixelConv(nn.Conv2d):
         more = -self.out_channels % 8
         assert self.bias is not None
         weight, bias = F.pad(self.weight, (0, 0, 0, 0, 0, 0, 0, more)), F.pad(self.bias, (0, more))
-        return self._conv_forward(x, weight, bias)[:, : self.out_channels]
+        return F.conv2d(x, weight, bias, self.stride, self.padding)[:, : self.out_channels]
 
 
 class Encoder(nn.Module):

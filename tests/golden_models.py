@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models import llamagen, var
 from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
 from models.base import ARImageModel
+from models.decoding import SamplingOptions
 from models.weights import is_constant
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -80,3 +81,21 @@ def build(name: str) -> ARImageModel:
     fill_by_name(model.tokenizer)
     model.tokenizer.requires_grad_(False)
     return model.eval()
+
+
+def logits_error(name: str, device: torch.device) -> float:
+    """How far the logits are from the published code's; its tokens and likelihoods must be found, too."""
+    model, expected = build(name).to(device), golden(name)
+    labels, tokens = expected["labels"].to(device), expected["tokens"].to(device)
+    with torch.no_grad():
+        assert torch.equal(model.encode(expected["image"].to(device)), tokens.long())
+        error = (model.logits(labels, tokens).cpu() - expected["logits"]).abs().max().item()
+        logprob = model.sequence_logprob(labels, tokens).cpu()
+    torch.testing.assert_close(logprob, expected["sequence_logprob"], rtol=0, atol=1e-3)
+    for key in (key for key in expected if key.startswith("greedy_tokens_cfg") and "interval" not in key):
+        scale = float(key.removeprefix("greedy_tokens_cfg")) + (name in VAR_CASES)  # VAR counts from 0
+        options = SamplingOptions(scale, model.default_cfg_schedule, top_k=1)
+        noise = torch.rand(4, model.sequence_length, device=device)
+        drawn = model.generate(torch.arange(4, device=device), noise, options)
+        assert torch.equal(drawn.cpu(), expected[key].long())
+    return error

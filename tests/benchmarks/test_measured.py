@@ -35,7 +35,7 @@ def test_side_by_side(tmp_path):
     """Of the last machine; what failed or was not run is a dash."""
     path = tmp_path / "gpu.md"
     path.write_text(TABLE)
-    predicted = {alike(Row("", "sample", "var-d16", 0)): 1234.5}
+    predicted = {alike(Row("", "sample", "var-d16", 0)): "1,234"}
     machine, _, head, _, *lines = comparison(path, predicted).splitlines()
     found = {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in lines)}
     assert machine == "card 2:" and head.strip("| ").split(" | ") == list(COLUMNS)

@@ -85,7 +85,7 @@ def test_where_even_one_image_does_not_fit():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_runs_that_are_compiled(name):
-    """By the images of the whole run; a CPU's never are."""
+    """By the images of the whole run that fall to a process; a CPU's never are."""
     model = MODELS[name]
     least = COMPILED_FROM[model.steps_alike]
     assert least == (10_000 if name.startswith("var") else 1_000)
