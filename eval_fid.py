@@ -14,6 +14,8 @@ Prints a table, writes JSON, and says what makes a figure not comparable with pu
 import os
 from pathlib import Path
 
+from models.outputs import check_output
+
 from cca.data.classes import add_classes_option, read_classes
 from cca.data.image_sets import open_image_set
 from cca.data.sampling_report import report_path
@@ -34,7 +36,6 @@ from models import UserError
 from models.errors import run_command
 from models.files import write_json, writing
 from models.options import Parser, count
-from models.outputs import check_output
 from models.plan import add_dry_run_option, output_text, show_plan, size_text
 
 

@@ -10,8 +10,8 @@ tensorboard/ and state/.
 """
 
 from cca.data.codes import Codes
-from cca.training.command import run_training
 from cca.training.options import training_parser
+from cca.training.setup import run_training
 from models.errors import run_command
 from models.llamagen import LlamaGen
 from models.options import Parser

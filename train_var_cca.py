@@ -12,8 +12,8 @@ from functools import partial
 
 from cca.data.classes import add_classes_option, read_classes
 from cca.data.sources import open_labelled_images
-from cca.training.command import run_training
 from cca.training.options import training_parser
+from cca.training.setup import run_training
 from models.errors import run_command
 from models.options import Parser
 from models.var import VAR

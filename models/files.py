@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 
 from models.errors import UserError
 
+FORMAT = 1  # of every marker and description on disk; nothing of another format is resumed
+
 
 def causes(error: BaseException | None) -> list[BaseException]:
     """An error and what it came from; a CheckpointException holds the errors of all processes."""
@@ -145,6 +147,16 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__} instead of an object")
     return content
+
+
+def read_own_json(path: Path) -> dict | None:
+    """Return the JSON object of a file that this project wrote; None for any other file, or none."""
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_own = isinstance(content, dict) and content.get("format") == FORMAT
+    return content if is_own and isinstance(content.get("options"), dict) else None
 
 
 def read_array(path: Path, mapped: str | None = None) -> np.ndarray:

@@ -11,12 +11,13 @@ is published.
 
 from pathlib import Path
 
+from models.outputs import check_output
+
 from models.checkpoints import read_weights, weights_files
 from models.errors import UserError, run_command
 from models.files import writing
 from models.loading import published_key
 from models.options import Parser
-from models.outputs import check_output
 from models.plan import add_dry_run_option, output_text, show_plan, size_text
 from models.weights import save_published, save_safetensors
 

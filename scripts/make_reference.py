@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from models.outputs import check_output
 from tqdm import tqdm
 
 from cca.data.image_sets import open_image_set, to_uint8_tensor
@@ -23,7 +24,6 @@ from cca.streams import DATA_ORDER, stream
 from models.errors import UserError, run_command
 from models.files import write_binary, writing
 from models.options import Parser, count
-from models.outputs import check_output
 from models.plan import add_dry_run_option, output_text, show_plan
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from models.outputs import check_output
 
 from cca.distributed import Processes
 from cca.sampling.sampler import SampleRequest, sample_images
@@ -21,7 +22,6 @@ from models import SamplingOptions, load_model
 from models.errors import run_command
 from models.files import write_json
 from models.options import Parser, count
-from models.outputs import check_output
 from scripts.experiments import (
     BUNDLED_REFERENCE,
     BUNDLED_TRAIN,

@@ -16,9 +16,9 @@ import eval_fid
 import sample
 from cca.data.sources import TokenSource, open_labelled_images
 from cca.evaluation.evaluator import METRICS, Metric
-from cca.training.command import run_training
 from cca.training.losses import LOSSES, Loss
 from cca.training.options import training_parser
+from cca.training.setup import run_training
 from models import ZOO, load_model
 from models.base import ARImageModel, ARTransformer, ImageTokenizer
 from models.decoding import DecodingState, SamplingOptions

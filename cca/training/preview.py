@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from cca.sampling.grid import write_grid
-from cca.sampling.sampler import SampleRequest, sample_images
+from cca.sampling.sampler import Sampler, SampleRequest
 from cca.training.trainer import Trainer
 from models import SamplingOptions, UserError
 from models.devices import memory_named
@@ -45,6 +46,7 @@ def grid_drawer(
     request = SampleRequest(
         GRID_ROWS * columns, classes, "balanced", 0, None, trainer.config.dtype, SamplingOptions()
     )
+    sampler = Sampler(model, request, request.num_samples, processes.device)
     too_many = (
         f"{request.num_samples} images do not fit in the GPU's memory beside the training; "
         "a smaller --micro-batch-size leaves more of it"
@@ -54,11 +56,10 @@ def grid_drawer(
         if processes.main:
             try:
                 with memory_named(too_many), training_paused(trainer):
-                    images = sample_images(
-                        model, range(request.num_samples), request, request.num_samples, processes.device
-                    )
+                    pieces = list(sampler.samples([range(request.num_samples)]))
                 folder.mkdir(exist_ok=True)
-                write_grid(images.numpy(), folder / f"step-{step:06d}.png", columns)
+                images = np.concatenate([piece.images for piece in pieces])
+                write_grid(images, folder / f"step-{step:06d}.png", columns)
             except UserError as error:  # a picture is not worth the run
                 tqdm.write(f"no sample grid of step {step}: {error}", file=sys.stderr)
         processes.barrier()

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT
+from models.outputs import check_output, check_space, claimed, differing
 
 from models.errors import UserError
-from models.outputs import check_output, check_space, claimed, differing
 
 HOLD = """
 import os, sys, time

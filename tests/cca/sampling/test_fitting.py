@@ -2,10 +2,10 @@
 
 import os
 
+import cca.sampling.sample_file as sample_file
 import pytest
 import torch
 
-import cca.sampling.sample_file as sample_file
 import sample
 from cca.sampling.fitting import (
     COMPILED_FROM,

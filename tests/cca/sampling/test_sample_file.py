@@ -5,12 +5,12 @@ import os
 import shutil
 import signal
 
+import cca.sampling.sample_file as sample_file
 import numpy as np
 import pytest
 from commands import after_plan
 from limits import largest_file
 
-import cca.sampling.sample_file as sample_file
 import sample
 from models.checkpoints import read_state_dict
 from models.errors import UserError

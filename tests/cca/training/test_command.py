@@ -15,10 +15,10 @@ import pytest
 import torch
 from commands import ROOT, TRAIN, after_plan, command_line, environment, expect_error, run
 from made_data import make_codes, make_image_folder
+from models.outputs import claimed
 
 import train_var_cca
 from models import UserError, load_model
-from models.outputs import claimed
 
 
 @pytest.fixture(scope="module")
