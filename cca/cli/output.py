@@ -22,6 +22,7 @@ from models.errors import UserError
 from models.files import FORMAT, read_json, read_own_json, reason, remove_folder, write_json, writing
 
 LONGEST_SUFFIX = 24  # bytes that names of temporary files and folders have more than the output's
+NOT_COMPARED = ("weights",)  # how the path was spelled; the hash of the weights counts
 HELD = (errno.EACCES, errno.EAGAIN)
 # Seconds within which another machine sees a new file: NFS keeps what it knows of a folder for 60.
 SEEN_SECONDS = 90
@@ -169,15 +170,14 @@ class Output:
             )
         return content
 
-    def check(self, found: Found, options: Mapping, ignored: tuple[str, ...] = ()) -> None:
+    def check(self, found: Found, options: Mapping) -> None:
         """Raise UserError where the output is of a run with other options than these."""
-        changed = differing(found.options or {}, options, ignored)
+        changed = differing(found.options or {}, options, NOT_COMPARED)
         if changed:
-            what = self.noun if found.is_finished else "an unfinished run"
-            raise UserError(
-                f"{self.option}: {self.path} holds {what} with {', '.join(changed)}; "
-                "repeat its command, take another name, or remove it"
-            )
+            what, remedy = self.noun, "take another name, or remove it"
+            if not found.is_finished:
+                what, remedy = "an unfinished run", "repeat its command, or take another name"
+            raise UserError(f"{self.option}: {self.path} holds {what} with {', '.join(changed)}; {remedy}")
 
     @property
     def parts_folder(self) -> Path:

@@ -55,7 +55,8 @@ class Parts:
         return [part for part in self.all() if not self.is_stored(part)]
 
     def rows_stored(self) -> int:
-        return self.shape[0] - sum(map(len, self.missing()))
+        starts = [int(path.stem) for path in self.folder.glob("*.npy") if path.stem.isdecimal()]
+        return sum(len(self.part(start)) for start in starts if self.is_stored(self.part(start)))
 
     def space_needed(self) -> int:
         """Return the bytes that are still to be written: the missing parts, then the file of all."""
