@@ -26,20 +26,12 @@ from PIL import Image
 
 import sample
 from cca.distributed import Processes
-from cca.sampling.fitting import batch_too_large, decoder_too_large, model_too_large
 from cca.sampling.grid import draw_grid, side_by_side
-from cca.sampling.sampler import (
-    SampleRequest,
-    class_of,
-    decode_tokens,
-    eager_generate,
-    prepare,
-    sample_tokens,
-)
+from cca.sampling.sampler import Sampler, SampleRequest, class_of, prepare
 from cca.training.states import weights_of_run
 from cca.training.weights import ChosenWeights, choose_weights
 from models import DTYPES, ZOO, ARImageModel, UserError, zoo_entry
-from models.devices import device_name, free_memory, memory_named
+from models.devices import device_name
 from models.errors import one_line, run_command
 from models.files import reason
 from models.options import Parser, add_model_options, count, number
@@ -77,7 +69,9 @@ def make_parser() -> Parser:
     add_model_options(parser, ZOO, "cca|PATH|RUN[/state/step-N][:ema]")
     add("--dtype", choices=DTYPES, help="precision (default float32; on a GPU the model's published one)")
     add("--max-images", type=count(), help="most images of a request (default 64, fewer of large ones)")
-    add("--batch-size", type=count(), default=16, help="images per batch, and report of progress (default 16)")
+    add(
+        "--batch-size", type=count(), default=16, help="images per batch, and report of progress (default 16)"
+    )
     add("--host", default="127.0.0.1", help="address to serve, without a password (default 127.0.0.1)")
     add("--port", type=number(0, 65535, int), default=7860, help="0 takes a free one (default 7860)")
     add_dry_run_option(parser)
@@ -146,9 +140,7 @@ class Demo:
     def _load(self, chosen: ChosenWeights) -> ARImageModel:
         model = chosen.files.build()
         chosen.load(model)
-        request, free = self._request(model, self.common), free_memory(self.device)
-        with memory_named(model_too_large(self.model_name, model, request, free)):
-            prepare(model, self.dtype, self.device)
+        prepare(model, self.dtype, self.device)
         return model
 
     def _request(self, model: ARImageModel, options: Mapping[str, str]) -> SampleRequest:
@@ -185,15 +177,12 @@ class Demo:
 
         Raises UserError where logits are not finite or the memory does not suffice.
         """
-        model, request, free = panel.model, panel.request, free_memory(self.device)
-        generate, images = eager_generate(model, request), []
-        for start in range(0, request.num_samples, self.batch_size):
-            batch = range(start, min(start + self.batch_size, request.num_samples))
-            with memory_named(batch_too_large(self.model_name, model, request, len(batch), free)):
-                tokens = sample_tokens(model, batch, request, self.device, generate)
-            with memory_named(decoder_too_large(self.model_name, free)):
-                images.extend(decode_tokens(model, tokens, request).numpy())
-            yield images
+        count, size, images = panel.request.num_samples, self.batch_size, []
+        batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        for piece in Sampler(panel.model, panel.request, size, self.device).samples(batches):
+            images.extend(piece.images)
+            if len(piece.images):
+                yield images
 
     def picture(self, images: list[np.ndarray], request: SampleRequest) -> Image.Image:
         captions = [self.class_names[class_of(i, request)] for i in range(len(images))]

@@ -21,7 +21,7 @@ from benchmarks.gpu_rows import Row, random_batch, random_model, recipe_config, 
 from cca.distributed import Processes
 from cca.sampling.compiled import CompiledGenerate
 from cca.sampling.fitting import default_batch_size, sampling_memory
-from cca.sampling.sampler import SampleRequest, decode_tokens, eager_generate, prepare, sample_tokens
+from cca.sampling.sampler import Sampler, SampleRequest, prepare
 from cca.training.gpu import fitting_micro_batch, training_memory
 from cca.training.losses import Batch
 from cca.training.trainer import Trainer
@@ -67,11 +67,9 @@ def tokens_of(name, options, dtype="float32", device=GPU, images=256, batch=256,
     prepare(model, dtype, device)
     if exact:
         torch.set_float32_matmul_precision("highest")
-    generate = (
-        CompiledGenerate(model, options, dtype, batch, device) if compiled else eager_generate(model, asked)
-    )
+    sampler = Sampler(model, asked, batch, device, compiled)
     batches = [range(images)[start : start + batch] for start in range(0, images, batch)]
-    return torch.cat([sample_tokens(model, part, asked, device, generate).cpu() for part in batches])
+    return torch.cat([sampler.tokens(part).cpu() for part in batches])
 
 
 def differing(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -112,7 +110,8 @@ def test_pixels_as_on_a_cpu(name, dtype, most):
         prepare(model, dtype if device == GPU else "float32", device, compiled)
         tokens = (uniforms * model.vocab_size).long().to(device)
         wanted = asked if device == GPU else replace(asked, dtype="float32")
-        pixels[device, compiled] = decode_tokens(model, tokens, wanted).float()
+        decoded = Sampler(model, wanted, 40, device).decode(tokens)
+        pixels[device, compiled] = torch.from_numpy(decoded).float()
     expected = pixels.pop((CPU, False))
     for (_, compiled), found in pixels.items():
         error = (found - expected).abs()

@@ -85,8 +85,8 @@ def make(ranks: Processes, output: Output, content: Mapping, job: Job) -> bool:
         if ranks.main:
             print(f"{output.path} is finished already, with these options; nothing is left to do")
         return True
-    ranks.agree(lambda: output.begin(content), main=True)
     try:
+        ranks.agree(lambda: output.begin(content), main=True)
         return job.work()
     finally:
         if ranks.main:

@@ -15,6 +15,7 @@ from commands import ROOT, command_line, environment
 from PIL import Image
 
 import sample
+from cca.sampling import sampler
 from cca.sampling.grid import draw_grid
 from models import ZOO, UserError, load_model, zoo_entry
 from models.errors import run_command
@@ -118,28 +119,19 @@ def full(*_, **__):
 @pytest.mark.parametrize(
     "place, message",
     [
-        ("sample_tokens", "--batch-size: 2 images at once do not fit in the GPU's memory; 1 should"),
-        (
-            "decode_tokens",
-            "--model: decoding images of llamagen-mini, beside the weights, does not fit in the",
-        ),
+        ("generate_tokens", "--batch-size: 2 images at once do not fit in the GPU's memory"),
+        ("to_pixels", "--model: decoding its images does not fit in the GPU's memory"),
     ],
 )
 def test_memory_that_runs_out_ends_a_request_and_not_the_page(place, message, three_ways, monkeypatch):
     panel = three_ways.plan(OPTIONS)[2]
     with monkeypatch.context() as patch:
-        patch.setattr(demo, place, full)
+        patch.setattr(sampler, place, full)
         with pytest.raises(UserError) as caught:
             list(three_ways.sample(panel))
     assert str(caught.value).startswith(message)
     *_, images = three_ways.sample(panel)
     assert len(images) == 5
-
-
-def test_models_that_do_not_fit(monkeypatch):
-    monkeypatch.setattr(demo, "prepare", full)
-    with pytest.raises(UserError, match="^--model: llamagen-mini in bfloat16, ~[34] MB of weights, does not"):
-        made("--dtype", "bfloat16")
 
 
 @pytest.mark.parametrize("model", sorted(ZOO))

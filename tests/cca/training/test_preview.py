@@ -11,8 +11,8 @@ from cca.sampling.sampler import Sampler
 
 
 def train(output, *options):
-    fied = ["--codes", "codes", "--ma-steps", "3", "--batch-size", "8"]
-    train_llamagen_cca.main([*weights("llamagen"), *fied, "--output", output, *options])
+    fixed = ["--codes", "codes", "--max-steps", "3", "--batch-size", "8"]
+    train_llamagen_cca.main([*weights("llamagen"), *fixed, "--output", output, *options])
 
 
 def test_memory_that_runs_out_costs_a_picture_and_not_the_run(disk, monkeypatch, capsys):
@@ -28,7 +28,7 @@ def test_memory_that_runs_out_costs_a_picture_and_not_the_run(disk, monkeypatch,
     log = command.RunFolder.log
 
     def noted(*arguments):
-        alive.etend(cache() for cache in held)
+        alive.extend(cache() for cache in held)
         log(*arguments)
 
     monkeypatch.setattr(Sampler, "tokens", full)
