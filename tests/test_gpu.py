@@ -19,7 +19,6 @@ import train_llamagen_cca
 import train_var_cca
 from benchmarks.gpu_rows import Row, random_batch, random_model, recipe_config, split
 from cca.distributed import Processes
-from cca.sampling.compiled import CompiledGenerate
 from cca.sampling.fitting import default_batch_size, sampling_memory
 from cca.sampling.sampler import Sampler, SampleRequest, prepare
 from cca.training.gpu import fitting_micro_batch, training_memory
@@ -179,11 +178,7 @@ def no_waits():
 def test_the_host_does_not_wait_while_tokens_are_drawn(name, compiled):
     model, options = load_model(name), OPTIONS["guided in part"]
     prepare(model, "bfloat16", GPU)
-    generate = (
-        CompiledGenerate(model, options, "bfloat16", 16, GPU)
-        if compiled
-        else eager_generate(model, request(options, "bfloat16", 16))
-    )
+    generate = Sampler(model, request(options, "bfloat16", 16), 16, GPU, compiled).generate
     labels = torch.arange(16, device=GPU) % 10
     uniforms = torch.rand(16, model.sequence_length, dtype=torch.float64, device=GPU)
     generate(labels, uniforms)
@@ -331,9 +326,7 @@ def test_the_batch_chosen_for_sampling_fits(name, compiled):
     torch.cuda.reset_peak_memory_stats()
     if not compiled:
         model.step_sizes = model.step_sizes[:12]
-    generate = (
-        CompiledGenerate(model, options, dtype, images, GPU) if compiled else eager_generate(model, asked)
-    )
+    generate = Sampler(model, asked, images, GPU, compiled).generate
     labels = torch.zeros(images, dtype=torch.int64, device=GPU)
     generate(labels, torch.rand(images, model.sequence_length, dtype=torch.float64, device=GPU))
     peak, expected = torch.cuda.max_memory_allocated(), sampling_memory(model, asked, images)
