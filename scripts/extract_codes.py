@@ -28,8 +28,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cca.data.classes import add_classes_option, read_classes
-from cca.data.sources import TokenSource, open_labelled_images
+from cca.data.sources import LabelledDataset, open_labelled_images
 from cca.distributed import Processes, Stopped, StopRequest, children_ignore_signals
+from cca.training.encoding import to_tokens
+from models.base import ARImageModel
 from models.devices import does_not_fit, free_memory, memory_named
 from models.errors import UserError, run_command
 from models.files import read_array, read_json, remove_folder, write_binary, write_json, writing
@@ -217,7 +219,8 @@ class CodeFile:
 
 
 def encode(
-    source: TokenSource,
+    model: ARImageModel,
+    source: LabelledDataset,
     chunk: range,
     file: CodeFile,
     batch_size: int,
@@ -237,13 +240,14 @@ def encode(
     with children_ignore_signals():
         items = iter(loader)
     for index, (images, unreadable) in zip(chunk, items):
-        if int(unreadable) >= 0:
+        if unreadable:
             tqdm.write(
                 f"unreadable, replaced by another image of its class: {source.name(index)}", file=sys.stderr
             )
         waiting.append(images.view(crops, *images.shape[-3:]))
         if len(waiting) * crops >= batch_size or index == chunk[-1]:
-            tokens = torch.cat([source.tokens(part) for part in torch.cat(waiting).split(batch_size)])
+            parts = torch.cat(waiting).split(batch_size)
+            tokens = torch.cat([to_tokens(model, part, file.processes.device) for part in parts])
             file.write(done, tokens.view(len(waiting), crops, -1).cpu().numpy())
             done, waiting = done + len(waiting), []
             check()
@@ -251,7 +255,13 @@ def encode(
 
 
 def fill(
-    source: TokenSource, file: CodeFile, batch_size: int, workers: int, stop: StopRequest, too_large: str
+    model: ARImageModel,
+    source: LabelledDataset,
+    file: CodeFile,
+    batch_size: int,
+    workers: int,
+    stop: StopRequest,
+    too_large: str,
 ) -> bool:
     """Encode all chunks that are not done and finish the file; False if a signal came first.
 
@@ -265,7 +275,7 @@ def fill(
                 return
             chunk = chunks.pop(0)
             with suppress(Stopped), memory_named(too_large):  # a part of a chunk is not noted
-                encode(source, chunk, file, batch_size, workers, stop.check)
+                encode(model, source, chunk, file, batch_size, workers, stop.check)
                 bar.update(len(chunk))
 
         # Signals reach the processes at different moments, and one may have a chunk more than another.
@@ -339,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
             for note in source.notes():
                 print(f"note: {note}", file=sys.stderr)
         if not file.finished:
-            fill(source, file, args.batch_size, args.workers, stop, too_large)
+            fill(model, source, file, args.batch_size, args.workers, stop, too_large)
         elif processes.main:
             print(f"{args.output} holds these codes already; nothing is left to do")
 

@@ -18,9 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from cca.data.image_sets import ImageSet, open_image_set, to_uint8_tensor
-from cca.data.sources import encoded_at_once, to_tokens
 from cca.distributed import Processes
 from cca.sampling.sampler import decoded_at_once, to_pixels
+from cca.training.encoding import encoded_at_once, to_tokens
 from models.base import ARImageModel
 from models.devices import does_not_fit, free_memory, memory_named
 from models.errors import UserError, run_command

@@ -22,8 +22,8 @@ from cca.distributed import Processes
 from cca.sampling.compiled import CompiledGenerate
 from cca.sampling.fitting import default_batch_size, sampling_memory
 from cca.sampling.sampler import SampleRequest, decode_tokens, eager_generate, prepare, sample_tokens
+from cca.training.batch import Batch
 from cca.training.gpu import fitting_micro_batch, training_memory
-from cca.training.losses import Batch
 from cca.training.trainer import Trainer
 from models import ZOO, ARImageModel, SamplingOptions, UserError, load_model
 from models.cache import Counted, KVCache, StaticCache, StaticLayer

@@ -1,7 +1,7 @@
 """A training run, from the command line to the exported model: what the training commands share.
 
-``run_training`` loads and checks, ``train`` is the loop: data in, optimizer steps (``trainer.py``, whose
-loss is in ``losses.py``), metrics out, saving, stopping.
+``run_training`` loads and checks, ``train`` is the loop: batches in (``loader.py``), optimizer steps
+(``trainer.py``, whose loss is in ``losses.py``), metrics out, saving, stopping.
 """
 
 import argparse
@@ -14,16 +14,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cca.data.sources import TokenSource
+from cca.data.sources import LabelledDataset
 from cca.distributed import Processes, StopRequest
-from cca.training.data_record import data_record, refuse_renumbered
-from cca.training.gpu import explaining_memory, fitting_micro_batch, peak_rate, training_memory
-from cca.training.loader import Unreadable, own_items
-from cca.training.losses import LOSSES, Batch, missing_negatives, pair_labels
+from cca.training.gpu import explaining_memory, fitting_micro_batch, peak_rate, step_flops, training_memory
+from cca.training.loader import Loader
+from cca.training.losses import LOSSES, missing_negatives
 from cca.training.options import COMPILED_FROM, chosen_recipe, training_config
 from cca.training.preview import grid_drawer
 from cca.training.run_folder import RunFolder, describe, noted_micro_batch, refuse_others
-from cca.training.schedule import TrainingConfig, global_batches, unconditional_rows
+from cca.training.schedule import TrainingConfig
 from cca.training.states import ema_name, saved_steps
 from cca.training.trainer import Trainer
 from models import ARImageModel, UserError, find_files, zoo_entry
@@ -38,7 +37,7 @@ def run_training(
     args: argparse.Namespace,
     backbone: type[ARImageModel],
     path: Path,
-    open_data: Callable[[Path, ARImageModel, int], TokenSource],
+    open_data: Callable[[Path, ARImageModel, int], LabelledDataset],
 ) -> None:
     """Load model and data, then train; ``open_data`` takes path, model and seed. Raises UserError."""
     recipe = chosen_recipe(args, zoo_entry(args.model, backbone))
@@ -93,32 +92,26 @@ def run_training(
     if not processes.planned(show, downloads, args.dry_run):
         return
     files = files.fill(model)
-    data.check_tokenizer()
-    compared, told = data_record(path, data, processes)
+    data.check_tokenizer(model)
+    compared = {"images": len(data), "data_sha256": processes.digest(data.fingerprint)}
     options = {**files.describe(), **compared, **computed}
-    description = {**describe(config, options, processes.command(args.command)), "data": told}
+    description = describe(config, options, processes.command(args.command))
+    description["data"] = {"path": str(path), "classes": data.classes}  # told alone: a folder may move
     with processes.holding(args.output, description["options"], folder=True):
         folder = RunFolder(args.output, processes, description, args.keep_states)
-        refuse_renumbered(folder.path, data.classes)
         if processes.main:
             without = missing_negatives(config.loss, config.batch_size, data.same_class)
             for note in [*data.notes(), *([without] if without else [])]:
                 print(f"note: {note}", file=sys.stderr)
         with explaining_memory(0, args.checkpointing):
-            trainer = Trainer(
-                model, config, micro_batch_size, processes, parallel, compile, args.checkpointing
-            )
+            model.transformer.checkpointing = args.checkpointing
+            trainer = Trainer(model, config, micro_batch_size, processes, parallel, compile)
         if fitted:
             choose_micro_batch(trainer, most)
-        draw = (
-            grid_drawer(trainer, folder.path / "samples", data.classes)
-            if args.sample_every
-            else lambda step: None
-        )
+        draw = grid_drawer(trainer, folder.path / "samples", args.sample_every, data.classes)
+        loader = Loader(data, config, processes, model.null_class, args.workers)
         with explaining_memory(min(trainer.micro_batch_size, most), args.checkpointing):
-            train(
-                trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw
-            )
+            train(trainer, loader, folder, args.save_every, args.log_every, draw)
 
 
 def choose_micro_batch(trainer: Trainer, most: int) -> None:
@@ -155,7 +148,7 @@ def training_plan(
     config: TrainingConfig,
     model: ARImageModel,
     path: Path,
-    data: TokenSource,
+    data: LabelledDataset,
 ) -> dict[str, str]:
     """What is shown before the work, of the training itself."""
     kind = LOSSES[config.loss]
@@ -185,54 +178,42 @@ def written(args: argparse.Namespace, config: TrainingConfig, model: ARImageMode
 
 def train(
     trainer: Trainer,
-    data: TokenSource,
+    loader: Loader,
     folder: RunFolder,
     save_every: int,
     log_every: int,
-    workers: int = 0,
-    sample_every: int = 0,
     draw_samples: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Run or resume training up to ``max_steps``, then leave model and state in ``folder``."""
+    """Run or resume training up to ``max_steps``, then leave model and checkpoint in ``folder``.
+
+    draw_samples: called after each step with the number of steps done.
+    """
     config, processes = trainer.config, trainer.processes
     peak = peak_rate(processes.device)
     with StopRequest() as request:
         done = folder.resume(trainer)
-        share, negatives_of = processes.share(config.batch_size), LOSSES[config.loss].negatives
-        items, unreadable = own_items(data, config, done, share, workers), Unreadable(data, processes)
-        with tqdm(
-            total=config.max_steps,
-            initial=done,
-            desc=f"{config.loss} {folder.path.name}",
-            disable=not processes.main,
-        ) as bar:
-            for epoch, indices in global_batches(len(data), config, done):
-                began = time.perf_counter()
-                uncond = unconditional_rows(indices, epoch, config)
-                labels, negatives = pair_labels(
-                    data.labels(indices), uncond, trainer.model.null_class, negatives_of
-                )
-                views, flags = next(items)
-                batch = Batch(data.tokens(views), labels[share], negatives[share], uncond[share])
+        title = f"{config.loss} {folder.path.name}"
+        with tqdm(total=config.max_steps, initial=done, desc=title, disable=not processes.main) as bar:
+            began = time.perf_counter()
+            for batch in loader.batches(done):
                 metrics = trainer.optimizer_step(done, batch)
                 seconds = time.perf_counter() - began
                 metrics["images_per_second"] = config.batch_size / seconds
                 if peak:
-                    metrics["mfu"] = trainer.flops / seconds / peak
+                    metrics["mfu"] = step_flops(trainer, batch) / seconds / peak
                 done += 1
                 if processes.main:
                     show(bar, metrics, done % log_every == 0)
-                # A signal reaches the processes at different moments; they agree on the step to stop at.
-                flagged = float(request.asked), float(unreadable.report(flags))
-                asked, missing = processes.agree(partial(folder.log, done, metrics), True, *flagged)
-                stop = bool(asked)
-                unreadable.add(int(missing))
+                # A signal reaches the ranks at different moments; they agree on the step to stop at.
+                own = float(request.asked), float(len(loader.unreadable))
+                stop, unreadable = processes.agree(partial(folder.log, done, metrics), True, *own)
+                loader.check_unreadable(int(unreadable))
                 if stop or done % save_every == 0 or done == config.max_steps:
                     folder.save(trainer, done)
-                if sample_every and done % sample_every == 0:
-                    draw_samples(done)
-                if stop and done < config.max_steps:
+                draw_samples(done)
+                if stop:
                     break
+                began = time.perf_counter()
         if done == config.max_steps:
             folder.export(trainer)
         elif processes.main:
@@ -240,14 +221,9 @@ def train(
 
 
 def show(bar: tqdm, metrics: dict[str, float], refresh: bool) -> None:
+    """Move the progress bar on by a step; ``refresh``: show the step's metrics beside it."""
     bar.update()
     if refresh:
-        shown = (
-            "loss",
-            "rewards/accuracies",
-            "rewards/margins",
-            "images_per_second",
-            "mfu",
-            *(["skipped_steps"] if metrics["skipped_steps"] else []),
-        )
-        bar.set_postfix({k: f"{metrics[k]:.4g}" for k in shown if k in metrics})
+        shown = ["loss", "rewards/accuracies", "rewards/margins", "images_per_second", "mfu"]
+        shown += ["skipped_steps"] if metrics["skipped_steps"] else []
+        bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown if name in metrics})
