@@ -1,20 +1,17 @@
 """Images that are all black, for what does not depend on them."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from cca.data.sources import LabelledImages
+from cca.data.sources import LabelledDataset
 from models import ARImageModel
 
 
-class Blank(LabelledImages):
+class Blank(LabelledDataset):
     """In so many crops as extraction makes of a photograph."""
 
     def __init__(self, model: ARImageModel, images: int, crops: int = 1):
-        super().__init__(model, np.arange(images), "blank")
-        self.crops = crops
+        self.all_labels, self.size, self.crops = torch.arange(images), model.image_size, crops
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        size = self.model.image_size
-        return torch.zeros(self.crops, 3, size, size, dtype=torch.uint8), -1
+    def item(self, epoch: int, index: int) -> Tensor:
+        return torch.zeros(self.crops, 3, self.size, self.size, dtype=torch.uint8)

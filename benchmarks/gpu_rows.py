@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import limits
-from benchmarks.blank import Blank
 from benchmarks.limits import Work
 from cca.distributed import Processes
 from cca.sampling.compiled import CompiledGenerate
@@ -20,7 +19,9 @@ from cca.sampling.sampler import (
     prepare,
     sample_tokens,
 )
-from cca.training.losses import Batch, pair_labels
+from cca.training.batch import Batch
+from cca.training.encoding import to_tokens
+from cca.training.losses import pair_labels
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer, make_optimizer, shard
 from models import DTYPES, ZOO, ARImageModel, SamplingOptions
@@ -190,7 +191,7 @@ def encoding(row: Row, device: torch.device) -> Prepared:
     shape = (row.images, 3, model.image_size, model.image_size)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
     work = limits.tokenizer(row.model, row.tokenizer, True, row.images, torch.float32.itemsize)
-    return Prepared(lambda: Blank(model, row.images).tokens(pixels), row.images, work)
+    return Prepared(lambda: to_tokens(model, pixels, device), row.images, work)
 
 
 KINDS = {"sample": sampling, "train": training, "decode": decoding, "encode": encoding}

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from benchmarks.load_memory import memory
 from cca.distributed import Processes
-from cca.training.losses import Batch, pair_labels
+from cca.training.batch import Batch
+from cca.training.losses import pair_labels
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
 from models.base import ARTransformer

@@ -2,7 +2,8 @@
 
 from cca.distributed import Processes
 from cca.sampling.sampler import Sampler, SampleRequest
-from cca.training.losses import LOSSES, Batch, Loss, cca_loss, dpo_loss, unlearning_loss
+from cca.training.batch import Batch
+from cca.training.losses import LOSSES, Loss, cca_loss, dpo_loss, unlearning_loss
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
 from models.logprob import linear_sequence_logprob, sequence_logprob

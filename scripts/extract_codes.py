@@ -28,8 +28,9 @@ from cca.cli.main import play
 from cca.cli.output import Found, Output, check_space
 from cca.cli.parts import Parts, fill, write_npy
 from cca.data.classes import add_classes_option, read_classes
-from cca.data.sources import TokenSource, open_labelled_images
+from cca.data.sources import LabelledDataset, open_labelled_images
 from cca.distributed import Processes, children_ignore_signals
+from cca.training.encoding import to_tokens
 from models.base import ARImageModel
 from models.devices import does_not_fit, memory_named
 from models.errors import run_command
@@ -81,10 +82,12 @@ def make_parser() -> Parser:
     return parser
 
 
-def encoded(source: TokenSource, ranges: list[range], batch_size: int, workers: int) -> Iterator[np.ndarray]:
-    """Yield the codes [n, crops, L] of these ranges of images, in order; n ends where a range ends.
+def read_crops(
+    source: LabelledDataset, ranges: list[range], workers: int, at_once: int
+) -> Iterator[torch.Tensor]:
+    """Yield the pixels [n, crops, 3, H, W] uint8 of these ranges of images, in order.
 
-    batch_size: crops that are read before they are encoded.
+    n images have at least ``at_once`` crops, or end where a range ends.
     """
     loader = DataLoader(
         source,
@@ -98,13 +101,12 @@ def encoded(source: TokenSource, ranges: list[range], batch_size: int, workers: 
         waiting: list[torch.Tensor] = []
         for index in part:
             images, unreadable = next(items)
-            if int(unreadable) >= 0:
+            if unreadable:
                 line = f"unreadable, replaced by another image of its class: {source.name(index)}"
                 tqdm.write(line, file=sys.stderr)
-            waiting.append(images.view(source.crops, *images.shape[-3:]))
-            if len(waiting) * source.crops >= batch_size or index == part[-1]:
-                tokens = torch.cat([source.tokens(some) for some in torch.cat(waiting).split(batch_size)])
-                yield tokens.view(len(waiting), source.crops, -1).cpu().numpy()
+            waiting.append(images.view(1, source.crops, *images.shape[-3:]))
+            if len(waiting) * source.crops >= at_once or index == part[-1]:
+                yield torch.cat(waiting)
                 waiting = []
 
 
@@ -117,7 +119,7 @@ class Extraction:
     found: Found
     files: ModelFiles
     model: ARImageModel
-    source: TokenSource
+    source: LabelledDataset
 
     def __post_init__(self) -> None:
         self.output = Output.codes(self.args.output)
@@ -162,19 +164,23 @@ class Extraction:
         }
         return self.header
 
+    def make(self, ranges: list[range]) -> Iterator[np.ndarray]:
+        """Yield the codes [n, crops, L] of these ranges of images, in order."""
+        args, device = self.args, self.ranks.device
+        with memory_named(does_not_fit(f"the tokenizer of {args.model}", None)):
+            self.model.tokenizer.to(device)
+            for pixels in read_crops(self.source, ranges, args.workers, args.batch_size):
+                batches = pixels.flatten(0, 1).split(args.batch_size)
+                tokens = torch.cat([to_tokens(self.model, batch, device) for batch in batches])
+                yield tokens.unflatten(0, pixels.shape[:2]).cpu().numpy()
+
     def work(self) -> bool:
-        ranks, args = self.ranks, self.args
+        ranks = self.ranks
         if ranks.main:
             for note in self.source.notes():
                 print(f"note: {note}", file=sys.stderr)
 
-        def make(ranges: list[range]) -> Iterator[np.ndarray]:
-            too_large = does_not_fit(f"the tokenizer of {args.model}", None)
-            with memory_named(too_large), torch.no_grad():
-                self.model.tokenizer.to(ranks.device)
-                yield from encoded(self.source, ranges, args.batch_size, args.workers)
-
-        if not fill(ranks, self.parts, make, "encoding"):
+        if not fill(ranks, self.parts, self.make, "encoding"):
             return False
         ranks.agree(self.finish, main=True)
         return True

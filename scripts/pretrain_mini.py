@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cca.data.image_sets import to_uint8_tensor
-from cca.data.sources import TokenSource, to_model_input
+from cca.data.sources import LabelledDataset
 from cca.distributed import Processes
 from cca.evaluation.features import MINI_WEIGHTS, FeatureNetwork
 from cca.training.command import train
+from cca.training.encoding import to_model_input
+from cca.training.loader import Loader
 from cca.training.run_folder import RunFolder, describe
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
@@ -318,24 +320,15 @@ def train_decoder(
     fit(parts.parameters(), loss, steps, 32, 7e-4, name)
 
 
-class TokenArray(TokenSource):
+class TokenArray(LabelledDataset):
     """Tokens of all training images, held in memory."""
 
     def __init__(self, model: ARImageModel, images: Tensor, labels: Tensor):
         self.all_labels = labels
         self.all = encode_all(model, images)
 
-    def __len__(self) -> int:
-        return len(self.all)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        return self.all[key[1]], -1
-
-    def labels(self, indices: np.ndarray) -> Tensor:
-        return self.all_labels[torch.from_numpy(indices)]
-
-    def tokens(self, batch: Tensor) -> Tensor:
-        return batch
+    def item(self, epoch: int, index: int) -> Tensor:
+        return self.all[index]
 
 
 def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, seed: int) -> ARImageModel:
@@ -344,7 +337,6 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
     load_weights(model.tokenizer, ASSETS / f"{name}-tokenizer.safetensors", f"the tokenizer of {name}")
     model.tokenizer.requires_grad_(False)
     model.transformer.init_weights()
-    data = TokenArray(model, images, labels)
     config = TrainingConfig(
         loss="sft", beta=0.0, lambda_=0.0, uncond_ratio=0.1, batch_size=64, lr=TRANSFORMER_LR, warmup=0.02,
         final_lr=0.01, weight_decay=0.05, final_weight_decay=None, grad_clip=1.0, schedule_accumulation=1,
@@ -353,7 +345,8 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
     processes = Processes()
     folder = RunFolder(Path(f"runs/pretrain-{name}"), processes, describe(config, {"model": name}))
     trainer = Trainer(model, config, config.batch_size, processes, compile=True)
-    train(trainer, data, folder, save_every=500, log_every=20)
+    loader = Loader(TokenArray(model, images, labels), config, processes, model.null_class)
+    train(trainer, loader, folder, save_every=500, log_every=20)
     if not (folder.path / model.checkpoint_name).exists():  # a signal came first
         raise UserError("pretraining was stopped; the same command goes on from there")
     return model

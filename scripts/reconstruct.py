@@ -22,9 +22,9 @@ from cca.cli.main import play
 from cca.cli.output import Found, Output, check_space
 from cca.cli.parts import Parts, fill, write_npz
 from cca.data.image_sets import ImageSet, open_image_set, to_uint8_tensor
-from cca.data.sources import encoded_at_once, to_tokens
 from cca.distributed import Processes
 from cca.sampling.sampler import decoded_at_once, to_pixels
+from cca.training.encoding import encoded_at_once, to_tokens
 from models.base import ARImageModel
 from models.devices import does_not_fit, memory_named
 from models.errors import UserError, run_command

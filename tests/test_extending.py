@@ -14,7 +14,7 @@ from torch import nn
 
 import eval_fid
 import sample
-from cca.data.sources import TokenSource, open_labelled_images
+from cca.data.sources import LabelledDataset, open_labelled_images
 from cca.evaluation.evaluator import METRICS, Metric
 from cca.training.losses import LOSSES, Loss
 from cca.training.options import training_parser
@@ -209,24 +209,15 @@ def test_metric(toy, monkeypatch):
     assert any(note.startswith("brightness is left out") for note in report["notes"])
 
 
-class TextFile(TokenSource):
+class TextFile(LabelledDataset):
     """One image a line: its class, then its grey levels."""
 
     def __init__(self, path, model, seed):
         rows = torch.from_numpy(np.loadtxt(path, dtype=np.int64))
         self.all_labels, self.all_tokens = rows[:, 0], rows[:, 1:]
 
-    def __len__(self):
-        return len(self.all_labels)
-
-    def __getitem__(self, key):
-        return self.all_tokens[key[1]], -1
-
-    def labels(self, indices):
-        return self.all_labels[torch.from_numpy(indices)]
-
-    def tokens(self, batch):
-        return batch
+    def item(self, epoch, index):
+        return self.all_tokens[index]
 
 
 def test_data_format(toy):

@@ -21,8 +21,8 @@ from benchmarks.gpu_rows import Row, random_batch, random_model, recipe_config, 
 from cca.distributed import Processes
 from cca.sampling.fitting import default_batch_size, sampling_memory
 from cca.sampling.sampler import Sampler, SampleRequest, prepare
+from cca.training.batch import Batch
 from cca.training.gpu import fitting_micro_batch, training_memory
-from cca.training.losses import Batch
 from cca.training.trainer import Trainer
 from models import ZOO, ARImageModel, SamplingOptions, UserError, load_model
 from models.cache import Counted, KVCache, StaticCache, StaticLayer

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import ARImageModel, UserError
+from models import UserError
 from models.files import parse_json
 from models.hub import ASSETS
 
@@ -35,23 +35,20 @@ def read_classes(path: Path | None) -> dict[str, int] | None:
     if path is None:
         return None
 
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        name, times = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 0)
-        if times > 1:
-            raise UserError(f"--classes-from: {path} names {name!r} twice")
-        return dict(pairs)
-
     try:
-        content = parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        pairs = parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=tuple)
     except FileNotFoundError:
         raise UserError(f"--classes-from: {path}: no such file") from None
     except (OSError, ValueError):
         raise UserError(f"--classes-from: {path} is not a readable JSON file") from None
-    if not isinstance(content, dict) or not content or not all(type(v) is int for v in content.values()):
+    if not isinstance(pairs, tuple) or not pairs or not all(type(label) is int for _, label in pairs):
         raise UserError(
             f'--classes-from: {path} is not an object of folder and class, such as {{"cat": 281}}'
         )
-    return content
+    name, times = Counter(name for name, _ in pairs).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"--classes-from: {path} names {name!r} twice")
+    return dict(pairs)
 
 
 @functools.cache
@@ -135,11 +132,11 @@ def whole_numbers(labels: np.ndarray, path: str | Path) -> np.ndarray:
     return np.ascontiguousarray(labels, np.int64)
 
 
-def check_labels(labels: np.ndarray, model: ARImageModel, path: str | Path) -> Tensor:
-    """Classes [N] as int64. Raises UserError for another shape or kind, and for classes the model has not."""
+def check_labels(labels: np.ndarray, num_classes: int, path: str | Path) -> Tensor:
+    """Return labels [N] as int64. Raises UserError for another shape or kind, and for other classes."""
     values = whole_numbers(labels, path)
-    if len(values) == 0 or not 0 <= int(values.min()) <= int(values.max()) < model.num_classes:
-        raise UserError(f"{path}: labels must lie in 0 … {model.num_classes - 1}")
+    if len(values) == 0 or not 0 <= int(values.min()) <= int(values.max()) < num_classes:
+        raise UserError(f"{path}: labels must lie in 0 … {num_classes - 1}")
     return torch.from_numpy(values)
 
 

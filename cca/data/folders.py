@@ -2,9 +2,9 @@
 
 import hashlib
 import heapq
+import itertools
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,54 +51,40 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def find_images(root: Path) -> tuple[list[str], str | None]:
-    """Images below a folder, in no order, as paths relative to it with ``/``; and what was left out.
+    """Return the images below a folder, in no order, as paths relative to it with ``/``; and a note.
 
-    Hidden entries are skipped. Links are followed, and each folder counts once: at its own place, if that
-    is below ``root``, else at the first link to it. Raises UserError for a folder that cannot be listed.
+    Hidden entries are skipped. The note says how much else was left out: files of other kinds, and what is
+    named like an image and is no file. Links are followed, and each folder counts once: at its own place, if
+    that is below ``root``, else at the first link to it. Raises UserError for a folder that cannot be listed.
     """
-    files: list[str] = []
-    hidden, broken, others = 0, [], Counter[str]()
+    files, left_out = list[str](), list[str]()
     seen: set[tuple[int, int]] = set()
-    folders, again = [""], 0
-    links: list[str] = []  # these wait until all folders that need none have their place
+    folders, links = [""], list[str]()  # links wait until all folders that need none have their place
     while folders or links:
         place = folders.pop() if folders else heapq.heappop(links)
         try:
             status = os.stat(root / place)
             if (status.st_dev, status.st_ino) in seen:
-                again += 1
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(root / place) as listing:
-                entries = list(listing)
+                entries = [entry for entry in listing if not entry.name.startswith(".")]
         except OSError as error:
             raise UserError(f"{shown(root / place)}: cannot be listed ({error.strerror})") from None
         for entry in entries:
             name = f"{place}/{entry.name}" if place else entry.name
-            suffix = os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith("."):
-                hidden += 1
-            elif _is(entry.is_dir):
+            if _is(entry.is_dir):
                 heapq.heappush(links, name) if entry.is_symlink() else folders.append(name)
-            elif suffix not in IMAGE_SUFFIXES:
-                others[suffix or "no suffix"] += 1
-            elif _is(entry.is_file):
+            elif name.lower().endswith(IMAGE_SUFFIXES) and _is(entry.is_file):
                 files.append(name)
             else:  # a pipe would be waited for, a broken link cannot be read
-                broken.append(name)
-    kinds = ", ".join(suffix for suffix, _ in others.most_common(3))
-    left_out = [
-        _counted(hidden, "hidden entr", "ies", "y"),
-        _counted(again, "linked folder", "s", "") + " that is read at another place" if again else "",
-        _counted(others.total(), "file", "s", "") + f" of other kinds ({shown(kinds)})" if others else "",
-        f"{len(broken)} named like images that are no files ({shown(min(broken))})" if broken else "",
-    ]
-    said = ", ".join(part for part in left_out if part)
-    return files, f"{shown(root)}: left out: {said}" if said else None
-
-
-def _counted(count: int, what: str, many: str, one: str) -> str:
-    return f"{count:,} {what}{one if count == 1 else many}" if count else ""
+                left_out.append(name)
+    if not left_out:
+        return files, None
+    return (
+        files,
+        f"{shown(root)}: left out, no image files: {len(left_out):,} (such as {shown(min(left_out))})",
+    )
 
 
 def _is(question) -> bool:
@@ -117,12 +103,12 @@ def subfolders(root: Path) -> list[str]:
         raise UserError(f"{shown(root)}: cannot be listed ({error.strerror})") from None
 
 
-def fingerprint(root: Path, files: Iterable[str], labels: Iterable[int] | None = None) -> str:
+def fingerprint(root: Path, files: Iterable[str], labels: Iterable[object] = itertools.repeat("")) -> str:
     """SHA-256 of names, sizes and, if given, classes of files: what tells one data set from another
     without reading it. Where the folder lies does not count. Raises UserError for a missing file."""
     digest = hashlib.sha256()
     try:
-        for file, label in zip(files, labels) if labels is not None else ((file, "") for file in files):
+        for file, label in zip(files, labels):
             digest.update(
                 b"%s\0%d\0%s\n" % (os.fsencode(file), os.stat(root / file).st_size, str(label).encode())
             )

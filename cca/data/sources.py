@@ -1,7 +1,7 @@
-"""What the trainer reads: the interface of all training data, and labelled images.
+"""Labelled images as training and extraction read them: the interface of all data sets, and pixels.
 
 An item belongs to (epoch, image index): its crop is drawn from that image's own random stream, so
-neither the number of processes nor of loader workers changes what is trained.
+neither the number of ranks nor of data-loading workers changes what is trained.
 """
 
 import os
@@ -19,58 +19,40 @@ from cca.data.folders import find_images, fingerprint, read_image, shown, subfol
 from cca.data.image_sets import NpzImages, to_uint8_tensor
 from cca.streams import CROPS, stream
 from models import ARImageModel, UserError
-from models.devices import ENCODED_PIXELS, full_parts, upload
 from models.image_transforms import Transform
 
 
-def to_model_input(pixels: Tensor) -> Tensor:
-    """uint8 [..., 3, H, W] -> float32 in [-1, 1], rounded as torchvision's ToTensor and VAR do it."""
-    return pixels.float().div_(255).mul_(2).sub_(1)
+class LabelledDataset(Dataset):
+    """Images with their classes, as pixels or as codes; a data format gives ``all_labels`` and ``item``."""
 
-
-def encoded_at_once(model: ARImageModel, device: torch.device) -> int:
-    """Images that a tokenizer encodes at a time, so that memory does not grow with the batch."""
-    return max(1, ENCODED_PIXELS[device.type] // model.image_size**2)
-
-
-def to_tokens(model: ARImageModel, images: Tensor, device: torch.device, alike: bool = False) -> Tensor:
-    """uint8 images [n, 3, H, W] -> tokens [n, L] on the tokenizer's device, ``encoded_at_once`` at a time.
-
-    alike: all parts are of one size, so that an image's tokens depend on n in no case; see ``full_parts``.
-    """
-    size = encoded_at_once(model, device)
-    parts = full_parts(images, size) if alike else ((part, len(part)) for part in images.split(size))
-    with torch.inference_mode():
-        tokens = [model.encode(to_model_input(upload(part, device)))[:count] for part, count in parts]
-    return torch.cat(tokens)  # out here: what was made in there could not be trained on
-
-
-class TokenSource(Dataset):
-    """What the trainer knows of a data set: labels by index, items by (epoch, index), tokens of items."""
-
-    crops: int = 1  # views that an item holds; the trainer takes sources of one
+    all_labels: Tensor  # classes [N] int64, on the CPU
+    crops: int = 1  # views that an item holds; the trainer takes data sets of one
     classes: dict[str, int] | None = None  # class of each class folder, where there are such
+    unreadable: set[int] | frozenset[int] = frozenset()  # images that this process could not read so far
 
     @abstractmethod
-    def __len__(self) -> int:
-        """Images."""
+    def item(self, epoch: int, index: int) -> Tensor:
+        """Return pixels uint8 [3, H, W] ([crops, 3, H, W] if ``crops`` is above 1), or codes int64 [L].
 
-    @abstractmethod
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        """The item of (epoch, index): a tensor that ``tokens`` takes a batch of, and an index.
-
-        Images are uint8 [3, H, W], or [crops, 3, H, W] where ``crops`` is above 1; codes are int64
-        [L]. The index is that of an image that could not be read and was replaced, or -1. Runs in
-        the loader's processes: no device, and no random numbers but those of (seed, epoch, index).
+        Runs in data-loading workers: no device, and no random numbers except those of (seed, epoch, index).
         """
 
-    @abstractmethod
-    def labels(self, indices: np.ndarray) -> Tensor:
-        """Classes [n] int64 of these images, on the CPU."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, bool]:
+        """Return the item of (epoch, index), and whether it stands in for an image that cannot be read."""
+        return self.item(*key), key[1] in self.unreadable
 
-    @abstractmethod
-    def tokens(self, batch: Tensor) -> Tensor:
-        """Tokens [n, L] int64 of n stacked views; images are encoded on the model's device."""
+    def __len__(self) -> int:
+        return len(self.all_labels)
+
+    def labels(self, indices: np.ndarray) -> Tensor:
+        """Return the classes [n] int64 of these images, on the CPU."""
+        return self.all_labels[torch.from_numpy(indices)]
+
+    def same_class(self) -> bool:
+        """Whether all images are of one class; looks at no more labels than it has to."""
+        first = self.labels(np.arange(1))
+        parts = (np.arange(i, min(i + 1024, len(self))) for i in range(0, len(self), 1024))
+        return all(bool((self.labels(part) == first).all()) for part in parts)
 
     def name(self, index: int) -> str:
         """What to call image ``index`` in a message."""
@@ -80,10 +62,10 @@ class TokenSource(Dataset):
         """What to tell the user of the data: what was left out, what could not be checked."""
         return []
 
-    def check_tokenizer(self) -> None:
-        """Raise UserError where the items were made by another tokenizer than the model's.
+    def check_tokenizer(self, model: ARImageModel) -> None:
+        """Raise UserError where the items are codes of another tokenizer than the model's.
 
-        Called when the model has its weights, which it may not have before.
+        Called when the model has its weights.
         """
 
     def fingerprint(self) -> str | None:
@@ -93,31 +75,8 @@ class TokenSource(Dataset):
         """
         return None
 
-    def same_class(self) -> bool:
-        """Whether all images are of one class; looks at no more labels than it has to."""
-        first = self.labels(np.arange(1))
-        parts = (np.arange(i, min(i + 1024, len(self))) for i in range(0, len(self), 1024))
-        return all(bool((self.labels(part) == first).all()) for part in parts)
 
-
-class LabelledImages(TokenSource):
-    """Images that the model's frozen tokenizer encodes as they are needed."""
-
-    def __init__(self, model: ARImageModel, labels: np.ndarray, path: str | Path):
-        self.model, self.all_labels = model, check_labels(labels, model, path)
-
-    def __len__(self) -> int:
-        return len(self.all_labels)
-
-    def labels(self, indices: np.ndarray) -> Tensor:
-        return self.all_labels[torch.from_numpy(indices)]
-
-    def tokens(self, batch: Tensor) -> Tensor:
-        device = next((p.device for p in self.model.tokenizer.parameters()), batch.device)
-        return to_tokens(self.model, batch, device)
-
-
-class ImageArray(LabelledImages):
+class ImageArray(LabelledDataset):
     """An ``.npz`` of labelled images at the model's size, held in memory."""
 
     def __init__(self, path: Path, model: ARImageModel):
@@ -131,21 +90,21 @@ class ImageArray(LabelledImages):
                 f"--data: {path} has images of {file.size[0]} x {file.size[1]}, "
                 f"the model takes {model.image_size} x {model.image_size}"
             )
-        super().__init__(model, labels, path)
+        self.all_labels = check_labels(labels, model.num_classes, path)
         (self.images,) = file.batches(slice(0, len(file)), len(file))
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        return to_uint8_tensor(self.images[key[1] : key[1] + 1])[0], -1
+    def item(self, epoch: int, index: int) -> Tensor:
+        return to_uint8_tensor(self.images[index : index + 1])[0]
 
     def fingerprint(self) -> str:
         return self.file.content_hash()
 
 
-class FolderImages(LabelledImages):
+class FolderImages(LabelledDataset):
     """An ImageNet-style folder, one subfolder per class (``number_classes`` has the rules).
 
     The class folders may lie in ``train/`` below it. An unreadable image is replaced by the next
-    readable one of its class and reported. ``given``: the user's own class of each folder.
+    readable one of its class and noted. ``given``: the user's own class of each folder.
     """
 
     def __init__(
@@ -167,19 +126,21 @@ class FolderImages(LabelledImages):
         )
         if not self.files:
             raise UserError(f"--data: {shown(root)} is not a folder of class folders with images")
-        self.classes = number_classes(root, subfolders(root), model.num_classes, given)
-        super().__init__(model, np.array([self.classes[file.split("/")[0]] for file in self.files]), root)
+        self.classes = classes = number_classes(root, subfolders(root), model.num_classes, given)
+        labels = np.array([classes[file.split("/")[0]] for file in self.files])
+        self.all_labels = check_labels(labels, model.num_classes, root)
         self.transform, self.seed, self.crops = transform, seed, transform.crops
+        self.unreadable: set[int] = set()
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
-        candidate, bad = index, -1
+    def item(self, epoch: int, index: int) -> Tensor:
+        candidate = index
         for _ in range(100):
             try:
                 image = read_image(self.name(candidate))
-                return self.transform(image, stream(self.seed, CROPS, epoch, index)), bad
+                return self.transform(image, stream(self.seed, CROPS, epoch, index))
             except (UserError, ValueError):
-                bad, candidate = index, (candidate + 1) % len(self)
+                self.unreadable.add(index)
+                candidate = (candidate + 1) % len(self)
                 if self.all_labels[candidate] != self.all_labels[index]:
                     candidate = int((self.all_labels == self.all_labels[index]).nonzero()[0])
         raise UserError(f"--data: {shown(self.name(index))} and the 99 images after it cannot be read")
@@ -188,22 +149,10 @@ class FolderImages(LabelledImages):
         return f"{self.root}/{self.files[index]}"
 
     def notes(self) -> list[str]:
-        assert self.classes is not None
-        present = {file.split("/")[0] for file in self.files}
-        empty = [name for name in self.classes if name not in present]
-        return [
-            *([self.left_out] if self.left_out else []),
-            *(
-                [f"{self.root}: {self.outside:,} images in no class folder are left out"]
-                if self.outside
-                else []
-            ),
-            *(
-                [f"{self.root}: {len(empty)} class folders hold no images ({shown(empty[0])})"]
-                if empty
-                else []
-            ),
-        ]
+        notes = [self.left_out] if self.left_out else []
+        if self.outside:
+            notes.append(f"{self.root}: {self.outside:,} images in no class folder are left out")
+        return notes
 
     def fingerprint(self) -> str:
         return fingerprint(self.root, self.files, self.all_labels.tolist())
@@ -215,7 +164,7 @@ def open_labelled_images(
     seed: int = 0,
     transform: Transform | None = None,
     classes: Mapping[str, int] | None = None,
-) -> TokenSource:
+) -> LabelledDataset:
     """``--data``: an ``.npz`` of images at the model's size, or a folder of class folders.
 
     Photographs of a folder go through ``transform``, by default the model's own of training;

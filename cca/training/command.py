@@ -1,4 +1,4 @@
-"""The training loop of both backbones: data in, optimizer steps, metrics out, saving, stopping."""
+"""The training loop of both backbones: batches in, optimizer steps, metrics out, saving, stopping."""
 
 import time
 from collections.abc import Callable
@@ -6,69 +6,55 @@ from functools import partial
 
 from tqdm import tqdm
 
-from cca.data.sources import TokenSource
 from cca.distributed import StopRequest
-from cca.training.gpu import peak_rate
-from cca.training.loader import Unreadable, own_items
-from cca.training.losses import LOSSES, Batch, pair_labels
+from cca.training.gpu import peak_rate, step_flops
+from cca.training.loader import Loader
 from cca.training.run_folder import RunFolder
-from cca.training.schedule import global_batches, unconditional_rows
 from cca.training.trainer import Trainer
 
 
 def train(
     trainer: Trainer,
-    data: TokenSource,
+    loader: Loader,
     folder: RunFolder,
     save_every: int,
     log_every: int,
-    workers: int = 0,
-    sample_every: int = 0,
     draw_samples: Callable[[int], None] = lambda step: None,
 ) -> bool:
-    """Run or resume training up to ``max_steps``, then leave model and state in ``folder``.
+    """Run or resume training up to ``max_steps``, then leave model and checkpoint in ``folder``.
 
-    Returns False where a signal came first.
+    Args:
+        draw_samples: called after each step with the number of steps done.
+
+    Returns:
+        False where a signal came first.
     """
     config, processes = trainer.config, trainer.processes
     peak = peak_rate(processes.device)
     with StopRequest() as request:
         done = folder.resume(trainer)
-        share, negatives_of = processes.share(config.batch_size), LOSSES[config.loss].negatives
-        items, unreadable = own_items(data, config, done, share, workers), Unreadable(data, processes)
-        with tqdm(
-            total=config.max_steps,
-            initial=done,
-            desc=f"{config.loss} {folder.path.name}",
-            disable=not processes.main,
-        ) as bar:
-            for epoch, indices in global_batches(len(data), config, done):
-                began = time.perf_counter()
-                uncond = unconditional_rows(indices, epoch, config)
-                labels, negatives = pair_labels(
-                    data.labels(indices), uncond, trainer.model.null_class, negatives_of
-                )
-                views, flags = next(items)
-                batch = Batch(data.tokens(views), labels[share], negatives[share], uncond[share])
+        title = f"{config.loss} {folder.path.name}"
+        with tqdm(total=config.max_steps, initial=done, desc=title, disable=not processes.main) as bar:
+            began = time.perf_counter()
+            for batch in loader.batches(done):
                 metrics = trainer.optimizer_step(done, batch)
                 seconds = time.perf_counter() - began
                 metrics["images_per_second"] = config.batch_size / seconds
                 if peak:
-                    metrics["mfu"] = trainer.flops / seconds / peak
+                    metrics["mfu"] = step_flops(trainer, batch) / seconds / peak
                 done += 1
                 if processes.main:
                     show(bar, metrics, done % log_every == 0)
-                # A signal reaches the processes at different moments; they agree on the step to stop at.
-                flagged = float(request.asked), float(unreadable.report(flags))
-                asked, missing = processes.agree(partial(folder.log, done, metrics), True, *flagged)
-                stop = bool(asked)
-                unreadable.add(int(missing))
+                # A signal reaches the ranks at different moments; they agree on the step to stop at.
+                own = float(request.asked), float(len(loader.unreadable))
+                stop, unreadable = processes.agree(partial(folder.log, done, metrics), True, *own)
+                loader.check_unreadable(int(unreadable))
                 if stop or done % save_every == 0 or done == config.max_steps:
                     folder.save(trainer, done)
-                if sample_every and done % sample_every == 0:
-                    draw_samples(done)
-                if stop and done < config.max_steps:
+                draw_samples(done)
+                if stop:
                     break
+                began = time.perf_counter()
         if done == config.max_steps:
             folder.export(trainer)
         elif processes.main:
@@ -77,14 +63,9 @@ def train(
 
 
 def show(bar: tqdm, metrics: dict[str, float], refresh: bool) -> None:
+    """Move the progress bar on by a step; ``refresh``: show the step's metrics beside it."""
     bar.update()
     if refresh:
-        shown = (
-            "loss",
-            "rewards/accuracies",
-            "rewards/margins",
-            "images_per_second",
-            "mfu",
-            *(["skipped_steps"] if metrics["skipped_steps"] else []),
-        )
-        bar.set_postfix({k: f"{metrics[k]:.4g}" for k in shown if k in metrics})
+        shown = ["loss", "rewards/accuracies", "rewards/margins", "images_per_second", "mfu"]
+        shown += ["skipped_steps"] if metrics["skipped_steps"] else []
+        bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown if name in metrics})

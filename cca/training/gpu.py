@@ -4,7 +4,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from cca.training.losses import LOSSES, Batch
+from cca.training.batch import Batch
+from cca.training.losses import LOSSES
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
 from models import DTYPES, ARImageModel
@@ -37,6 +38,18 @@ def peak_rate(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return None if "MIG" in name else next((rate for part, rate in PEAKS if part in name), None)
+
+
+def step_flops(trainer: Trainer, batch: Batch) -> int:
+    """Return the floating-point operations of this rank's part of a step; see ``forward_flops``.
+
+    Forward and backward pass of the policy are three forward passes, the reference's is a fourth.
+    """
+    if trainer.objective is None:
+        passes = 3 * len(batch)
+    else:
+        passes = 4 * (len(batch) + len(trainer.paired_rows(batch)))
+    return passes * trainer.model.forward_flops()
 
 
 def training_memory(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from cca.cli.main import play
 from cca.cli.output import Found, Output
-from cca.data.sources import TokenSource
+from cca.data.sources import LabelledDataset
 from cca.distributed import Processes
 from cca.training.command import train
 from cca.training.gpu import explaining_memory, fitting_micro_batch
+from cca.training.loader import Loader
 from cca.training.losses import LOSSES, missing_negatives
 from cca.training.options import COMPILED_FROM, chosen_recipe, training_config
 from cca.training.preview import grid_drawer
@@ -27,7 +28,7 @@ from models.plan import numbers, size_text
 
 PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
 # Path, model, seed -> what is trained on.
-OpenData = Callable[[Path, ARImageModel, int], TokenSource]
+OpenData = Callable[[Path, ARImageModel, int], LabelledDataset]
 
 
 def run_training(
@@ -118,7 +119,7 @@ class Training:
     files: ModelFiles
     model: ARImageModel
     path: Path
-    data: TokenSource
+    data: LabelledDataset
     config: TrainingConfig
     way: Way
 
@@ -169,7 +170,7 @@ class Training:
 
     def prepare(self) -> dict:
         files = self.files.fill(self.model)
-        self.data.check_tokenizer()
+        self.data.check_tokenizer(self.model)
         data = {"images": len(self.data), "data_sha256": self.ranks.digest(self.data.fingerprint)}
         self.all_options = self.options(files, data)
         return {
@@ -187,19 +188,16 @@ class Training:
             for note in [*self.data.notes(), *([without] if without else [])]:
                 print(f"note: {note}", file=sys.stderr)
         with explaining_memory(0, args.checkpointing):
-            trainer = Trainer(
-                self.model, config, way.micro_batch_size, ranks, way.parallel, way.compile, args.checkpointing
-            )
+            self.model.transformer.checkpointing = args.checkpointing
+            trainer = Trainer(self.model, config, way.micro_batch_size, ranks, way.parallel, way.compile)
         if way.is_micro_batch_fitted:
             trainer.micro_batch_size = min(ranks.each(fitting_micro_batch(trainer, way.most)))
             if ranks.main:
                 print(f"micro-batch of {trainer.micro_batch_size} images, which the memory holds", flush=True)
-        draw = grid_drawer(trainer, folder.path / "samples", self.data.classes)
+        draw = grid_drawer(trainer, folder.path / "samples", args.sample_every, self.data.classes)
+        loader = Loader(self.data, config, ranks, self.model.null_class, args.workers)
         with explaining_memory(min(trainer.micro_batch_size, way.most), args.checkpointing):
-            return train(
-                trainer, self.data, folder, args.save_every, args.log_every, args.workers,
-                args.sample_every, draw,
-            )  # fmt: skip
+            return train(trainer, loader, folder, args.save_every, args.log_every, draw)
 
 
 def check_parallel(args: argparse.Namespace, config: TrainingConfig, parallel: str, ranks: Processes) -> None:

@@ -24,16 +24,16 @@ def picture(path, grey=0, size=(32, 32)):
     Image.new("L", size, grey).save(path)
 
 
-def labels_of(source):
-    return source.labels(np.arange(len(source))).tolist()
+def labels_of(data):
+    return data.labels(np.arange(len(data))).tolist()
 
 
 def test_some_of_the_classes_train_as_themselves(tmp_path, model):
-    for name in ("2", "5", "7", ".ipynb_checkpoints"):
-        picture(tmp_path / name / "a.png")
-    source = open_labelled_images(tmp_path, model)
-    assert labels_of(source) == [2, 5, 7] and source.classes == {"2": 2, "5": 5, "7": 7}
-    assert source.notes() == [f"{tmp_path}: left out: 1 hidden entry"]
+    for name in ("2/a", "5/a", "7/a", ".ipynb_checkpoints/a", "outside"):
+        picture(tmp_path / f"{name}.png")
+    data = open_labelled_images(tmp_path, model)
+    assert labels_of(data) == [2, 5, 7] and data.classes == {"2": 2, "5": 5, "7": 7}
+    assert data.notes() == [f"{tmp_path}: 1 images in no class folder are left out"]
 
 
 def test_classes_of_an_option(tmp_path, model):
@@ -41,7 +41,10 @@ def test_classes_of_an_option(tmp_path, model):
         picture(tmp_path / name / "a.png")
     with pytest.raises(UserError, match="--classes-from FILE.json"):
         open_labelled_images(tmp_path, model)
-    assert labels_of(open_labelled_images(tmp_path, model, classes={"cat": 9, "dog": 4})) == [9, 4]
+    data = open_labelled_images(tmp_path, model, classes={"cat": 9, "dog": 4})
+    assert labels_of(data) == [9, 4]
+    other = open_labelled_images(tmp_path, model, classes={"cat": 4, "dog": 9})
+    assert other.fingerprint() != data.fingerprint()
 
 
 def test_numbered_folders_in_the_order_of_their_names(tmp_path, model):
@@ -51,28 +54,39 @@ def test_numbered_folders_in_the_order_of_their_names(tmp_path, model):
     with pytest.raises(UserError, match="class 10 .* outside 0 … 9"):
         open_labelled_images(tmp_path, model)
     (tmp_path / "train" / "10").rename(tmp_path / "train" / "08")
-    source = open_labelled_images(tmp_path, model)
-    assert source.files == ["0/a.png", "08/a.png", "1/a.png", "9/a.png"] and labels_of(source) == [0, 8, 1, 9]
+    data = open_labelled_images(tmp_path, model)
+    assert data.files == ["0/a.png", "08/a.png", "1/a.png", "9/a.png"] and labels_of(data) == [0, 8, 1, 9]
 
 
 def test_one_list_of_suffixes_and_links_followed_once(tmp_path, model):
     data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     suffixes = ("png", "JPG", "jpeg", "webp", "bmp", "tif", "tiff", "ppm", "pgm")
-    for suffix in suffixes:
-        picture(data / "0" / f"a.{suffix}")
-    picture(elsewhere / "b.png")
-    (data / "1").symlink_to(elsewhere)
-    (data / "0" / "loop").symlink_to(data)
-    (data / "0" / "self").symlink_to("self")
+    for name in (*(f"0/a.{suffix}" for suffix in suffixes), "0/.hidden.png", "../elsewhere/b.png"):
+        picture(data / name)
+    for link, target in (("1", elsewhere), ("0/loop", data), ("0/self", "self"), ("0/gone.png", "none")):
+        (data / link).symlink_to(target)
     (data / "0" / "list.txt").write_text("")
-    picture(data / "0" / ".hidden.png")
     os.mkfifo(data / "0" / "pipe.png")
     files, left_out = find_images(data)
     assert sorted(files) == sorted([*(f"0/a.{suffix}" for suffix in suffixes), "1/b.png"])
-    for part in ("1 hidden entry", "1 linked folder", ".txt", "1 named like images that are no files"):
-        assert part in left_out
+    assert left_out == f"{data}: left out, no image files: 4 (such as 0/gone.png)"
     assert len(FolderOfImages(data)) == len(open_labelled_images(data, model)) == 10
-    assert left_out in FolderOfImages(data).notes()
+    assert left_out in FolderOfImages(data).notes() and left_out in open_labelled_images(data, model).notes()
+
+
+def test_unreadable_images_are_replaced_by_others_of_their_class(tmp_path, model):
+    for name in ("0/a", "1/a", "1/b", "1/c"):
+        picture(tmp_path / f"{name}.png", grey=40 * len(name) + ord(name[-1]))
+    (tmp_path / "1" / "c.png").write_bytes(b"no picture")
+    data = open_labelled_images(tmp_path, model, transform=TenCrops(16, 2))
+    for index, stands_in in ((0, 0), (1, 1), (3, 1)):
+        pixels, replaced = data[0, index]
+        assert replaced == (index != stands_in) and bool((pixels == data[0, stands_in][0]).all())
+    assert data.unreadable == {3}
+    for name in ("a", "b"):
+        (tmp_path / "1" / f"{name}.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"1/c.png and the 99 images after it cannot be read"):
+        data.item(0, 3)
 
 
 def test_grey_of_16_bits_is_scaled(tmp_path, model):
@@ -84,8 +98,8 @@ def test_grey_of_16_bits_is_scaled(tmp_path, model):
     Image.fromarray(levels.astype(np.int32)).save(tmp_path / "0" / "b.tif")
     images = np.concatenate(list(FolderOfImages(tmp_path).batches(slice(0, 4), 2)))
     assert (images == expected[..., None]).all()
-    view, unreadable = open_labelled_images(tmp_path, model, transform=TenCrops(16, 2))[0, 2]
-    assert unreadable == -1 and np.array_equal(view[0, 0], expected[:16, :16])
+    crops = open_labelled_images(tmp_path, model, transform=TenCrops(16, 2)).item(0, 2)
+    assert np.array_equal(crops[0, 0], expected[:16, :16])
 
 
 @pytest.mark.parametrize(
@@ -114,15 +128,12 @@ def test_a_message_stays_one_line(tmp_path):
     assert len(str(caught.value).splitlines()) == 1 and "not a readable image" in str(caught.value)
 
 
-def test_fingerprint_is_of_the_data_not_of_its_place(tmp_path, model):
+def test_fingerprint_is_of_names_and_sizes(tmp_path):
     for name in ("0", "1"):
         picture(tmp_path / "here" / name / "a.png")
-    first = open_labelled_images(tmp_path / "here", model).fingerprint()
-    (tmp_path / "here").rename(tmp_path / "there")
-    there = open_labelled_images(tmp_path / "there", model)
-    assert there.fingerprint() == first
-    other = open_labelled_images(tmp_path / "there", model, classes={"0": 1, "1": 0})
-    assert other.fingerprint() != first
-    (tmp_path / "there" / "1" / "a.png").write_bytes(b"longer" * 1000)
-    assert there.fingerprint() != first
-    assert fingerprint(tmp_path / "there", ["0/a.png"]) != fingerprint(tmp_path / "there", [])
+    files = ["0/a.png", "1/a.png"]
+    first = fingerprint(tmp_path / "here", files)
+    there = (tmp_path / "here").rename(tmp_path / "there")
+    assert fingerprint(there, files) == first and fingerprint(there, files[:1]) != first
+    (there / "1" / "a.png").write_bytes(b"longer" * 1000)
+    assert fingerprint(there, files) != first

@@ -12,6 +12,7 @@ from specimens import weights
 
 import train_llamagen_cca
 import train_var_cca
+from models.base import ARImageModel
 from models.errors import UserError
 from scripts import extract_codes
 
@@ -23,32 +24,40 @@ def train(family, data, *options, output="run"):
     return json.loads(Path(output, "config.json").read_text())
 
 
+def extract(data):
+    tokenizer = ["--tokenizer-weights", "specimen-llamagen-tokenizer.safetensors"]
+    with torch.no_grad():
+        extract_codes.main(["--model", "specimen-llamagen", *tokenizer, "--data", data, "--output", "new"])
+
+
 def make_folder(path, names):
     for i, name in enumerate(names):
+        (path / name).mkdir(parents=True)
         for j in range(4):
-            (path / name).mkdir(parents=True, exist_ok=True)
             Image.new("L", (8, 8), 30 * i + j).save(path / name / f"{j}.png")
 
 
 def reverse(path):
-    with np.load(path) as file:
-        arrays = {name: file[name][::-1] for name in file.files}
-    np.savez(path, **arrays)
+    if path.is_dir():
+        np.save(path / "codes.npy", np.load(path / "codes.npy")[::-1])
+    else:
+        with np.load(path) as file:
+            np.savez(path, **{name: file[name][::-1] for name in file.files})
 
 
-def test_npz_may_move_but_not_change(disk):
-    train("var", "few.npz")
-    (disk / "few.npz").rename(disk / "moved.npz")
-    train("var", "moved.npz")
-    reverse(disk / "moved.npz")
+@pytest.mark.parametrize("family, data", [("var", "few.npz"), ("llamagen", "codes")])
+def test_data_may_move_but_not_change(disk, family, data):
+    train(family, data)
+    (disk / data).rename(disk / f"moved-{data}")
+    train(family, f"moved-{data}")
+    reverse(disk / f"moved-{data}")
     with pytest.raises(UserError, match="data_sha256"):
-        train("var", "moved.npz")
+        train(family, f"moved-{data}")
 
 
 def test_folder_may_move_but_not_change(disk):
     make_folder(disk / "data", ("3", "1"))
-    config = train("var", "data")
-    assert config["data"] == {"path": "data", "classes": {"1": 1, "3": 3}}
+    assert train("var", "data")["data"] == {"path": "data", "classes": {"1": 1, "3": 3}}
     (disk / "data").rename(disk / "moved")
     train("var", "moved")
     (disk / "classes.json").write_text('{"1": 2, "3": 3}')
@@ -59,28 +68,14 @@ def test_folder_may_move_but_not_change(disk):
         train("var", "moved")
 
 
-def test_codes_may_move_but_not_change(disk):
-    train("llamagen", "codes")
-    (disk / "codes").rename(disk / "moved")
-    train("llamagen", "moved")
-    codes = np.load(disk / "moved" / "codes.npy")
-    np.save(disk / "moved" / "codes.npy", codes[::-1])
-    with pytest.raises(UserError, match="data_sha256"):
-        train("llamagen", "moved")
-
-
-def extract(data, *options):
-    tokenizer = ["--tokenizer-weights", "specimen-llamagen-tokenizer.safetensors"]
-    with torch.no_grad():
-        extract_codes.main(
-            ["--model", "specimen-llamagen", *tokenizer, "--data", data, "--output", "new", *options]
-        )
-
-
 def test_extraction_does_not_go_on_with_other_images(disk, monkeypatch):
+    def interrupt(model, images):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(extract_codes.Extraction, "finish", lambda self: None)
-        extract("few.npz")
+        patch.setattr(ARImageModel, "encode", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            extract("few.npz")
     shutil.copy("few.npz", "other.npz")
     reverse(disk / "other.npz")
     with pytest.raises(UserError, match="unfinished run with data_sha256"):
@@ -103,10 +98,8 @@ def test_classes_of_extracted_codes_are_told(disk):
 def test_missing_negatives_are_said(disk, capsys, options):
     with np.load("few.npz") as file:
         np.savez("one.npz", arr_0=file["arr_0"], arr_1=np.zeros(len(file["arr_0"]), np.int64))
-    data = "few.npz" if options else "one.npz"
-    train("var", data, *options)
+    train("var", "few.npz" if options else "one.npz", *options)
     said = capsys.readouterr().err
     assert said.count("without negatives") == 1 and "note: " in said
-    capsys.readouterr()
     train("var", "few.npz", output="usual")
     assert "without negatives" not in capsys.readouterr().err

@@ -74,7 +74,7 @@ def test_linked_class_folders_count(files):
     (files / "near" / "list.txt").write_text("")
     _, notes, report = evaluate("near")
     assert report["samples"]["count"] == 60
-    assert "left out: 1 linked folder that is read at another place, 1 file of other kinds (.txt)" in notes
+    assert "left out, no image files: 1 (such as list.txt)" in notes
     options = ["--features", "mini", "--images", "near", "--output", "made.npz"]
     make_reference.main(options)
     assert len(NpzImages(files / "made.npz")) == 60
