@@ -18,12 +18,7 @@ import torch
 
 from cca.data.image_sets import NpzImages
 from cca.distributed import Processes
-from cca.sampling.fitting import (
-    COMPILED_FROM,
-    compiles_by_default,
-    default_batch_size,
-    sampling_memory,
-)
+from cca.sampling.fitting import COMPILED_FROM, compiles_by_default, default_batch_size
 from cca.sampling.grid import write_grid
 from cca.sampling.sample_file import open_store, run_sampling
 from cca.sampling.sampler import SampleRequest
@@ -194,8 +189,6 @@ def plan(
         "drawing": f"{guidance}, {drawn}",
         "device": f"{processes.devices}, {request.dtype}, "
         f"batch {batch_size}, {'compiled' if compile else 'eager'}",
-        "memory": f"~{size_text(sampling_memory(model, request, min(batch_size, request.num_samples)))} "
-        "a process, for weights and a batch",
         "writes": ", ".join([written, *others]),
         **before,
     }

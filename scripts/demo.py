@@ -25,7 +25,6 @@ from PIL import Image
 
 import sample
 from cca.distributed import Processes
-from cca.sampling.fitting import batch_too_large, decoder_too_large, model_too_large
 from cca.sampling.grid import draw_grid, side_by_side
 from cca.sampling.sampler import (
     SampleRequest,
@@ -38,7 +37,7 @@ from cca.sampling.sampler import (
 from cca.training.states import weights_of_run
 from cca.training.weights import ChosenWeights, choose_weights
 from models import DTYPES, ZOO, ARImageModel, UserError, zoo_entry
-from models.devices import device_name, free_memory, memory_named
+from models.devices import DOES_NOT_FIT, TOO_MANY_IMAGES, device_name, memory_named
 from models.errors import run_command
 from models.files import reason
 from models.options import Parser, add_model_options, count, number
@@ -164,8 +163,7 @@ class Demo:
         chosen = chosen_weights(args, weights)
         model = chosen.files.build()
         described = chosen.load(model)
-        request, free = sample.make_request(args, model, self.device), free_memory(self.device)
-        with memory_named(model_too_large(self.model_name, model, request, free)):
+        with memory_named(f"--model: {self.model_name} {DOES_NOT_FIT}"):
             prepare(model, self.dtype, self.device)
         return Way(name, title, weights, described["weights_sha256"], model)
 
@@ -180,7 +178,6 @@ class Demo:
         """
         plans = [(way, *self._plan(way, options)) for way in self.ways]
         panels: tuple[Panel, ...] = ()
-        free = free_memory(self.device)
         for way, request, command in plans:
             n, tokens, seconds = request.num_samples, [], 0.0
             title = f"{way.title} {request.sampling.cfg_scale:g}" if way.guided else way.title
@@ -188,12 +185,11 @@ class Demo:
             for start in range(0, n, self.batch_size):
                 yield Progress(len(panels) * n + start, len(plans) * n, title, panels)
                 began, batch = time.perf_counter(), range(start, min(start + self.batch_size, n))
-                too_many = batch_too_large(self.model_name, way.model, request, len(batch), free)
-                with memory_named(too_many):
+                with memory_named(f"--batch-size: {len(batch)} {TOO_MANY_IMAGES}"):
                     tokens.append(sample_tokens(way.model, batch, request, self.device, generate))
                 seconds += time.perf_counter() - began
             began = time.perf_counter()
-            with memory_named(decoder_too_large(self.model_name, free)):
+            with memory_named(f"--model: decoding images of {self.model_name} {DOES_NOT_FIT}"):
                 images = decode_tokens(way.model, torch.cat(tokens), request).numpy()
             whole = seconds + time.perf_counter() - began
             picture = self._picture(images, request)

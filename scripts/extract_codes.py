@@ -30,7 +30,7 @@ from tqdm import tqdm
 from cca.data.classes import add_classes_option, read_classes
 from cca.data.sources import TokenSource, open_labelled_images
 from cca.distributed import Processes, Stopped, StopRequest, children_ignore_signals
-from models.devices import does_not_fit, free_memory, memory_named
+from models.devices import DOES_NOT_FIT, memory_named
 from models.errors import UserError, run_command
 from models.files import read_array, read_json, remove_folder, write_binary, write_json, writing
 from models.image_transforms import TenCrops
@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     files = files.fill(model)
     tokenizer = tensors_sha256(model.tokenizer)
-    too_large = does_not_fit(f"the tokenizer of {args.model}", free_memory(processes.device))
+    too_large = f"--model: the tokenizer of {args.model} {DOES_NOT_FIT}"
     with memory_named(too_large):
         model.tokenizer.to(processes.device)
     header = {

@@ -22,7 +22,7 @@ from cca.data.sources import encoded_at_once, to_tokens
 from cca.distributed import Processes
 from cca.sampling.sampler import decoded_at_once, to_pixels
 from models.base import ARImageModel
-from models.devices import does_not_fit, free_memory, memory_named
+from models.devices import DOES_NOT_FIT, memory_named
 from models.errors import UserError, run_command
 from models.files import atomic_write, write_json
 from models.loading import find_files
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     files.fill(model)
     tokenizer = tensors_sha256(model.tokenizer)
-    too_large = does_not_fit(f"the tokenizer of {args.model}", free_memory(processes.device))
+    too_large = f"--model: the tokenizer of {args.model} {DOES_NOT_FIT}"
     with memory_named(too_large):
         model.tokenizer.to(processes.device)
     share = processes.share(len(images))

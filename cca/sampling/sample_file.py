@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from cca.distributed import Processes, StopRequest
 from cca.sampling.compiled import CompiledGenerate
-from cca.sampling.fitting import batch_too_large, decoder_too_large, model_too_large
 from cca.sampling.parts import PartStore
 from cca.sampling.sampler import (
     Generate,
@@ -26,7 +25,7 @@ from cca.sampling.sampler import (
     sample_tokens,
 )
 from models import ARImageModel
-from models.devices import free_memory, memory_named
+from models.devices import DOES_NOT_FIT, TOO_MANY_IMAGES, memory_named
 
 
 def open_store(
@@ -88,12 +87,11 @@ def _prepared(
     """The model is put on the device: how tokens are made, and what to say where these, or the decoder's
     images, do not fit. Raises UserError where the model does not."""
     name, compile = store.options["model"], store.options["compile"]
-    with memory_named(model_too_large(name, model, request, free_memory(device))):
+    with memory_named(f"--model: {name} {DOES_NOT_FIT}"):
         prepare(model, request.dtype, device, compile)
-    free = free_memory(device)
-    too_many = batch_too_large(name, model, request, batch_size, free)
+    too_many = f"--batch-size: {batch_size} {TOO_MANY_IMAGES}"
     # Beside the decoder lie the caches of a compiled batch, or nothing but the model.
-    too_large = too_many if compile else decoder_too_large(name, free)
+    too_large = too_many if compile else f"--model: decoding images of {name} {DOES_NOT_FIT}"
     if not compile:
         return eager_generate(model, request), too_many, too_large
     with memory_named(too_many):

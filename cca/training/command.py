@@ -17,7 +17,7 @@ from tqdm import tqdm
 from cca.data.sources import TokenSource
 from cca.distributed import Processes, StopRequest
 from cca.training.data_record import data_record, refuse_renumbered
-from cca.training.gpu import explaining_memory, fitting_micro_batch, peak_rate, training_memory
+from cca.training.gpu import MICRO_BATCH_TOO_LARGE, MODEL_TOO_LARGE, fitting_micro_batch, peak_rate
 from cca.training.loader import Unreadable, own_items
 from cca.training.losses import LOSSES, Batch, missing_negatives, pair_labels
 from cca.training.options import COMPILED_FROM, chosen_recipe, training_config
@@ -27,7 +27,7 @@ from cca.training.schedule import TrainingConfig, global_batches, unconditional_
 from cca.training.states import ema_name, saved_steps
 from cca.training.trainer import Trainer
 from models import ARImageModel, UserError, find_files, zoo_entry
-from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically
+from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically, memory_named
 from models.outputs import check_output
 from models.plan import numbers, show_plan, size_text
 
@@ -73,8 +73,7 @@ def run_training(
     def show() -> None:
         known = {**files.known(), "images": len(data), **computed}
         refuse_others(args.output, describe(config, known)["options"])
-        largest = min(micro_batch_size, most)
-        micro = f"a micro-batch of {largest} images"
+        micro = f"a micro-batch of {min(micro_batch_size, most)} images"
         rows = training_plan(args, config, model, path, data)
         rows["device"] = (
             f"{processes.devices} ({parallel}), {config.dtype}, "
@@ -82,9 +81,6 @@ def run_training(
             + (" or what fits" if fitted and processes.device.type == "cuda" else "")
             + (" as before" if noted and not args.micro_batch_size else "")
         )
-        shards = processes.world if sharded else 1
-        needed = training_memory(model, config, largest, shards, args.checkpointing)
-        rows["memory"] = f"~{size_text(needed)} a process with {micro}"
         rows["writes"] = f"{args.output}/: {written(args, config, model)}"
         if done:
             rows["resumes"] = f"after step {done[-1]:,} of {config.max_steps:,}"
@@ -104,7 +100,7 @@ def run_training(
             without = missing_negatives(config.loss, config.batch_size, data.same_class)
             for note in [*data.notes(), *([without] if without else [])]:
                 print(f"note: {note}", file=sys.stderr)
-        with explaining_memory(0, args.checkpointing):
+        with memory_named(MODEL_TOO_LARGE):
             trainer = Trainer(
                 model, config, micro_batch_size, processes, parallel, compile, args.checkpointing
             )
@@ -115,7 +111,7 @@ def run_training(
             if args.sample_every
             else lambda step: None
         )
-        with explaining_memory(min(trainer.micro_batch_size, most), args.checkpointing):
+        with memory_named(MICRO_BATCH_TOO_LARGE):
             train(
                 trainer, data, folder, args.save_every, args.log_every, args.workers, args.sample_every, draw
             )

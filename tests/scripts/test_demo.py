@@ -125,11 +125,8 @@ def full(*_, **__):
 @pytest.mark.parametrize(
     "place, message",
     [
-        ("sample_tokens", "--batch-size: 2 images at once do not fit in the GPU's memory; 1 should"),
-        (
-            "decode_tokens",
-            "--model: decoding images of llamagen-mini, beside the weights, does not fit in the",
-        ),
+        ("sample_tokens", "--batch-size: 2 images at once do not fit in the GPU's memory ("),
+        ("decode_tokens", "--model: decoding images of llamagen-mini does not fit in the GPU's memory ("),
     ],
 )
 def test_memory_that_runs_out_ends_a_request_and_not_the_page(place, message, three_ways, monkeypatch):
@@ -144,7 +141,7 @@ def test_memory_that_runs_out_ends_a_request_and_not_the_page(place, message, th
 
 def test_models_that_do_not_fit(monkeypatch):
     monkeypatch.setattr(demo, "prepare", full)
-    with pytest.raises(UserError, match="^--model: llamagen-mini in bfloat16, ~[34] MB of weights, does not"):
+    with pytest.raises(UserError, match="^--model: llamagen-mini does not fit in the GPU's memory"):
         made("--dtype", "bfloat16")
 
 
