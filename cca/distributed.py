@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.devices import device_name, memory_named, no_context
+from models.devices import ELSEWHERE, device_name, memory_named
 from models.errors import UserError
 from models.plan import Download, require_space
 
@@ -109,7 +109,7 @@ class Processes:
             raise UserError(f"LOCAL_RANK: is {local}, there are {gpus} GPUs; start one process for each")
         self.device = torch.device("cuda", local) if gpus else torch.device("cpu")
         if self.device.type == "cuda":
-            with memory_named(no_context(self.device)):
+            with memory_named(f"CUDA_VISIBLE_DEVICES: GPU {local} has no free memory; {ELSEWHERE}"):
                 torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
             self._meet("cpu:gloo,cuda:nccl" if gpus else "gloo")

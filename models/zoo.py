@@ -1,8 +1,7 @@
 """Every published model by name: sizes, weights, recipe; its figures are in ``models.published``.
 
-These tables are the only place for such facts; what README and docs/models.md say is made of them
-(``models.catalogue``). Sources: the model zoos of VAR (arXiv 2404.02905), LlamaGen (arXiv 2406.06525)
-and CCA (arXiv 2410.09347).
+These tables are the source of such facts; a test holds the tables of README and docs/models.md to them.
+Sources: the model zoos of VAR (arXiv 2404.02905), LlamaGen (arXiv 2406.06525) and CCA (arXiv 2410.09347).
 """
 
 from collections.abc import Mapping

@@ -32,7 +32,7 @@ from cca.data.sources import LabelledDataset, open_labelled_images
 from cca.distributed import Processes, children_ignore_signals
 from cca.training.encoding import to_tokens
 from models.base import ARImageModel
-from models.devices import does_not_fit, memory_named
+from models.devices import DOES_NOT_FIT, memory_named
 from models.errors import run_command
 from models.files import write_binary
 from models.image_transforms import TenCrops
@@ -167,7 +167,7 @@ class Extraction:
     def make(self, ranges: list[range]) -> Iterator[np.ndarray]:
         """Yield the codes [n, crops, L] of these ranges of images, in order."""
         args, device = self.args, self.ranks.device
-        with memory_named(does_not_fit(f"the tokenizer of {args.model}", None)):
+        with memory_named(f"--model: the tokenizer of {self.args.model} {DOES_NOT_FIT}"):
             self.model.tokenizer.to(device)
             for pixels in read_crops(self.source, ranges, args.workers, args.batch_size):
                 batches = pixels.flatten(0, 1).split(args.batch_size)

@@ -26,7 +26,7 @@ from cca.distributed import Processes
 from cca.sampling.sampler import decoded_at_once, to_pixels
 from cca.training.encoding import encoded_at_once, to_tokens
 from models.base import ARImageModel
-from models.devices import does_not_fit, memory_named
+from models.devices import DOES_NOT_FIT, memory_named
 from models.errors import UserError, run_command
 from models.loading import ModelFiles, find_files
 from models.options import Parser, add_model_options, add_workers_option, count
@@ -99,7 +99,7 @@ class Reconstruction:
 
     def make(self, ranges: list[range]) -> Iterator[np.ndarray]:
         device = self.ranks.device
-        with memory_named(does_not_fit(f"the tokenizer of {self.args.model}", None)):
+        with memory_named(f"--model: the tokenizer of {self.args.model} {DOES_NOT_FIT}"):
             self.model.tokenizer.to(device)
             # As one range where they are one: a compressed file is read from its start for each.
             whole = range(ranges[0].start, ranges[-1].stop) if ranges else range(0)

@@ -16,13 +16,14 @@ from cca.sampling.compiled import ROUNDED_AS_EAGER, CompiledGenerate
 from cca.streams import CLASSES, TOKENS, stream, uniform_numbers
 from models import DTYPES, ARImageModel, SamplingOptions, autocast
 from models.decoding import generate_tokens, require_finite
-from models.devices import DECODED_PIXELS, allow_tf32, full_parts, memory_named
-
-BATCH_TOO_LARGE = "--batch-size: {} images at once do not fit in the GPU's memory ({{why}}); take fewer"
-MODEL_TOO_LARGE = (
-    "--model: does not fit in the GPU's memory ({why}); --dtype bfloat16 takes less than float32"
+from models.devices import (
+    DECODED_PIXELS,
+    DOES_NOT_FIT,
+    TOO_MANY_IMAGES,
+    allow_tf32,
+    full_parts,
+    memory_named,
 )
-DECODER_TOO_LARGE = "--model: decoding its images does not fit in the GPU's memory ({why})"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def prepare(model: ARImageModel, dtype: str, device: torch.device, compile: bool
 
     Raises UserError where the GPU's memory does not suffice.
     """
-    with memory_named(MODEL_TOO_LARGE):
+    with memory_named(f"--model: the model {DOES_NOT_FIT}"):
         model.transformer.store_matrices(DTYPES[dtype])
         model.to(device)
         if device.type != "cuda":
@@ -121,9 +122,9 @@ class Sampler:
         compile: bool = False,
     ):
         self.model, self.request, self.batch_size, self.device = model, request, batch_size, device
-        self.batch_too_large = BATCH_TOO_LARGE.format(batch_size)
+        self.batch_too_large = f"--batch-size: {batch_size} {TOO_MANY_IMAGES}"
         # Compiled, the caches of a batch lie beside the decoder.
-        self.decoder_too_large = self.batch_too_large if compile else DECODER_TOO_LARGE
+        self.decoder_too_large = self.batch_too_large if compile else f"--model: decoding {DOES_NOT_FIT}"
         self.decoder_dtype = request.dtype if model.decodes_in_half_precision else "float32"
         self.generate = eager_generate(model, request)
         if compile:

@@ -12,7 +12,7 @@ from cca.cli.output import Found, Output
 from cca.data.sources import LabelledDataset
 from cca.distributed import Processes
 from cca.training.command import train
-from cca.training.gpu import explaining_memory, fitting_micro_batch
+from cca.training.gpu import MICRO_BATCH_TOO_LARGE, MODEL_TOO_LARGE, fitting_micro_batch
 from cca.training.loader import Loader
 from cca.training.losses import LOSSES, missing_negatives
 from cca.training.options import COMPILED_FROM, chosen_recipe, training_config
@@ -22,7 +22,7 @@ from cca.training.schedule import TrainingConfig
 from cca.training.states import ema_name, saved_steps
 from cca.training.trainer import Trainer
 from models import ARImageModel, Recipe, UserError, find_files, zoo_entry
-from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically
+from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically, memory_named
 from models.loading import ModelFiles
 from models.plan import numbers, size_text
 
@@ -187,7 +187,7 @@ class Training:
             without = missing_negatives(config.loss, config.batch_size, self.data.same_class)
             for note in [*self.data.notes(), *([without] if without else [])]:
                 print(f"note: {note}", file=sys.stderr)
-        with explaining_memory(0, args.checkpointing):
+        with memory_named(MODEL_TOO_LARGE):
             self.model.transformer.checkpointing = args.checkpointing
             trainer = Trainer(self.model, config, way.micro_batch_size, ranks, way.parallel, way.compile)
         if way.is_micro_batch_fitted:
@@ -196,7 +196,7 @@ class Training:
                 print(f"micro-batch of {trainer.micro_batch_size} images, which the memory holds", flush=True)
         draw = grid_drawer(trainer, folder.path / "samples", args.sample_every, self.data.classes)
         loader = Loader(self.data, config, ranks, self.model.null_class, args.workers)
-        with explaining_memory(min(trainer.micro_batch_size, way.most), args.checkpointing):
+        with memory_named(MICRO_BATCH_TOO_LARGE):
             return train(trainer, loader, folder, args.save_every, args.log_every, draw)
 
 

@@ -120,7 +120,7 @@ def full(*_, **__):
     "place, message",
     [
         ("generate_tokens", "--batch-size: 2 images at once do not fit in the GPU's memory"),
-        ("to_pixels", "--model: decoding its images does not fit in the GPU's memory"),
+        ("to_pixels", "--model: decoding does not fit in the GPU's memory"),
     ],
 )
 def test_memory_that_runs_out_ends_a_request_and_not_the_page(place, message, three_ways, monkeypatch):

@@ -84,7 +84,7 @@ def test_dry_run_tells_of_the_download(server, tmp_path, capsys):
 def test_what_is_left_of_a_download_has_to_fit(server, tmp_path, monkeypatch, capsys):
     """2.0 GB are 0.5 GB where 1.5 GB lie there, and those fit."""
     cached(tmp_path).parent.mkdir(parents=True)
-    with open(cached(tmp_path).parent / f".{NAME}.0123456789ab.part", "wb") as part:
+    with open(cached(tmp_path).parent / f".{NAME}.part", "wb") as part:
         part.truncate(1_500_000_000)
     monkeypatch.setattr("models.plan._free", lambda _: 10**9)
     eval_fid.main([*OPTIONS, "--dry-run"])
