@@ -43,7 +43,7 @@ from models.errors import run_command
 from models.files import reason
 from models.options import Parser, add_model_options, count, number
 from models.plan import add_dry_run_option, require_space, show_plan
-from scripts.experiments import sweeps
+from scripts.recipes import sweep
 
 # Options of sample.py that the page asks for; the scale is the guided base's alone.
 OPTIONS = (
@@ -128,7 +128,7 @@ def chosen_weights(args: argparse.Namespace, weights: str) -> ChosenWeights:
 def defaults(model: str, classes: int, most_images: int) -> dict[str, str]:
     """What the page of a model starts with: the published settings, where there are some."""
     published = zoo_entry(model).published
-    scale = published.cfg_scale if published else sweeps(model).usual
+    scale = published.cfg_scale if published else sweep(model).usual
     top_k, top_p = (published.top_k, published.top_p) if published else (0, 1.0)
     chosen, images = ("207", 9) if classes == 1000 else ("all", 20)  # golden retriever
     values = (chosen, min(images, most_images), 0, scale, 1.0, top_k, top_p)

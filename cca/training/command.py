@@ -36,12 +36,11 @@ PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
 
 def run_training(
     args: argparse.Namespace,
-    backbone: type[ARImageModel],
     path: Path,
     open_data: Callable[[Path, ARImageModel, int], TokenSource],
 ) -> None:
     """Load model and data, then train; ``open_data`` takes path, model and seed. Raises UserError."""
-    recipe = chosen_recipe(args, zoo_entry(args.model, backbone))
+    recipe = chosen_recipe(args, zoo_entry(args.model))
     if args.weights == "cca":
         raise UserError("--weights: training starts from base or from a path")
     check_output("--output", args.output, {"the data": path}, folder=True)
@@ -52,7 +51,7 @@ def run_training(
     files = find_files(args.model, args.weights, args.tokenizer_weights, args.image_size)
     model = files.build()
     data = open_data(path, model, args.seed)
-    config = training_config(args, recipe, len(data), backbone.lr_scales_with_batch)
+    config = training_config(args, recipe, len(data), model.lr_scales_with_batch)
     parallel = args.parallel or recipe.parallel
     check_parallel(args, config, parallel, processes)
     long = processes.device.type == "cuda" and config.max_steps >= COMPILED_FROM
