@@ -36,7 +36,7 @@ from models.errors import one_line, run_command
 from models.files import reason
 from models.options import Parser, add_model_options, count, number
 from models.plan import add_dry_run_option, show_plan
-from scripts.experiments import sweeps
+from scripts.recipes import sweep
 
 WAYS = {"base": "Base, no guidance", "guided": "Base, guidance {}", "cca": "CCA, no guidance"}
 # Options of sample.py that the page asks for, with the page's names of them; the scale is the guided base's.
@@ -108,7 +108,7 @@ def chosen_weights(args: argparse.Namespace) -> dict[str, ChosenWeights]:
 def defaults(model: str, classes: int, most_images: int) -> dict[str, str]:
     """Return what the page of a model starts with: the published settings, where there are some."""
     published = zoo_entry(model).published
-    scale = published.cfg_scale if published else sweeps(model).usual
+    scale = published.cfg_scale if published else sweep(model).usual
     top_k, top_p = (published.top_k, published.top_p) if published else (0, 1.0)
     chosen, images = ("207", 9) if classes == 1000 else ("all", 20)  # golden retriever
     values = (chosen, 0, min(images, most_images), scale, 1.0, top_k, top_p)

@@ -134,7 +134,7 @@ class Output:
         """
         if self.marker is None or self.parts is None or self.last is None or self.description is None:
             return Found()
-        begun = _read_marker(self.marker) if self.marker.exists() else None
+        begun = read_marker(self.marker) if self.marker.exists() else None
         if begun is None and (names := _names(self.parts)):
             raise UserError(
                 f"{self.option}: {self.parts} is in the way, it holds {min(names)} "
@@ -161,7 +161,7 @@ class Output:
         if not self.description.exists():
             return None
         if self.is_folder:
-            return _read_marker(self.description)
+            return read_marker(self.description)
         content = read_own_json(self.description)
         if content is None:
             raise UserError(
@@ -301,7 +301,7 @@ class Output:
         )
 
 
-def _read_marker(path: Path) -> dict:
+def read_marker(path: Path) -> dict:
     """Return the content of a marker. Raises UserError for another format, or none."""
     content = read_json(path)
     found = content.get("format")

@@ -31,11 +31,10 @@ PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
 OpenData = Callable[[Path, ARImageModel, int], LabelledDataset]
 
 
-def run_training(
-    args: argparse.Namespace, backbone: type[ARImageModel], path: Path, open_data: OpenData
-) -> None:
+def run_training(args: argparse.Namespace, path: Path, open_data: OpenData) -> None:
     """Train as the options say; ``path``: of the data. Raises UserError."""
-    recipe = chosen_recipe(args, zoo_entry(args.model, backbone))
+    entry = zoo_entry(args.model)
+    recipe, backbone = chosen_recipe(args, entry), entry.backbone
     if args.weights == "cca":
         raise UserError("--weights: training starts from base or from a path")
     output = Output.run(args.output, backbone.checkpoint_name)
