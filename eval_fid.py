@@ -138,11 +138,11 @@ def plan(
 ) -> tuple[dict[str, str], list[Download]]:
     """What is shown before the work, by name, and what will be downloaded. Raises UserError."""
     features, downloads = features_plan(args.features, args.inception_weights)
-    if isinstance(reference, PublishedReference):
+    if isinstance(reference, ImageSet):
+        held, size = f"{len(reference):,} images", reference.size
+    else:
         held, size = "to be downloaded", (reference.side, reference.side)
         downloads = [*reference.downloads(), *downloads]
-    else:
-        held, size = f"{len(reference):,} images", reference.size
     if size not in (samples.size, (0, 0)):
         own, other = (f"{width} x {height}" for height, width in (size, samples.size))
         held += f" ({own}; the samples are {other})"

@@ -45,12 +45,6 @@ def resolve(args: argparse.Namespace) -> tuple[dict[str, Tensor], str]:
     return state, published_key(state) if key is None else key
 
 
-def plan(args: argparse.Namespace) -> dict[str, str]:
-    """What is shown before the work, by name."""
-    bytes_read = sum(file.stat().st_size for file in weights_files(args.input))
-    return {"reads": f"{args.input} ({size_text(bytes_read)})", "writes": output_text(args.output)}
-
-
 def work(args: argparse.Namespace, state: dict[str, Tensor], key: str) -> None:
     """Write the weights. Raises UserError."""
     with writing(args.output):
@@ -63,7 +57,8 @@ def work(args: argparse.Namespace, state: dict[str, Tensor], key: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     state, key = resolve(args)
-    show_plan(plan(args))
+    bytes_read = sum(file.stat().st_size for file in weights_files(args.input))
+    show_plan({"reads": f"{args.input} ({size_text(bytes_read)})", "writes": output_text(args.output)})
     if not args.dry_run:
         work(args, state, key)
 

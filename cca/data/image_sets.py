@@ -55,7 +55,7 @@ class NpzImages:
         elif not set(STATISTICS[:2]) <= set(self.names):
             held = shown(", ".join(self.names[:4])) or "nothing"
             raise UserError(f"{path}: holds {held}; expected arr_0 (images) or mu and sigma")
-        self.size = (self.shape[1], self.shape[2])  # height and width in pixels
+        self.size = self.shape[1:3]  # height and width in pixels
 
     @contextmanager
     def _opened(self, name: str, problem: str) -> Iterator[IO[bytes]]:
@@ -179,8 +179,7 @@ class FolderOfImages(Dataset):
         if not self.files:
             left_out = f"; {self.left_out}" if self.left_out else ""
             raise UserError(f"{shown(path)}: holds no images ({', '.join(IMAGE_SUFFIXES)}){left_out}")
-        height, width = self._read(0).shape[:2]
-        self.size = (height, width)
+        self.size = self._read(0).shape[:2]  # height and width in pixels
         self.statistics: dict[str, np.ndarray] = {}  # which a folder does not hold
         self.classes, self.why_unlabelled = self._number_classes(given)
 

@@ -12,20 +12,17 @@ import eval_fid
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch, request):
-    """samples.npz and reference.npz in the current folder, with the module's number of images."""
+def evaluate(tmp_path, monkeypatch, request):
+    """Run the command; returns the results that it wrote.
+
+    The current folder holds samples.npz and reference.npz, with the module's number of images.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     for name, source in (("samples", TRAIN), ("reference", REFERENCE)):
         with np.load(ROOT / source) as file:
             some = {key: file[key][: request.module.IMAGES] for key in ("arr_0", "arr_1")}
         np.savez(f"{name}.npz", **some)
-    return tmp_path
-
-
-@pytest.fixture
-def evaluate(files):
-    """Run the command; returns the results that it wrote."""
 
     def run(
         samples="samples.npz",
@@ -42,7 +39,7 @@ def evaluate(files):
 
 
 @pytest.fixture
-def write_folder(files):
+def write_folder(evaluate):
     """Write images to a folder, each to a class folder where labels are given."""
 
     def write(path, images, labels=None, suffix=".png"):

@@ -79,11 +79,8 @@ def test_layouts_give_the_same_figures(evaluate, write_folder):
     np.savez_compressed("compressed.npz", arr_0=images)
     np.savez("colour.npz", arr_0=np.repeat(images[..., None], 3, axis=3))
     write_folder("folder", images)
-    write_folder("tif", images, suffix=".tif")
-    write_folder("16 bits", images.astype(np.uint16) * 257)
-    for samples in ("compressed.npz", "folder", "tif", "16 bits"):
-        assert evaluate(samples)["metrics"] == expected
-    assert evaluate("colour.npz")["metrics"] == pytest.approx(expected, rel=1e-6)
+    for samples in ("compressed.npz", "colour.npz", "folder"):
+        assert evaluate(samples)["metrics"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_made_reference_is_taken_at_its_word(evaluate):
@@ -127,24 +124,22 @@ def inception_weights(tmp_path_factory):
 
 
 def test_inception_path(evaluate, inception_weights):
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (2, 12, 256, 256, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (2, 6, 256, 256, 3), np.uint8)
     for name, some in zip(("a.npz", "b.npz"), images):
         np.savez(name, arr_0=some)
-    found, again = (
-        evaluate("a.npz", reference="b.npz", features=(option, str(inception_weights)))["metrics"]
-        for option in ("--inception-weights", "--features")
-    )
-    assert set(found) == {"fid", "sfid", "is", "precision", "recall", "kid"} and again == found
-    assert all(np.isfinite(value) for value in found.values())
     save_file(torch.load(inception_weights, weights_only=True), "inception.safetensors")
-    extractor, same = (
-        Extractor("inception", path, torch.device("cpu"))
-        for path in (inception_weights, Path("inception.safetensors"))
+    found, again = (
+        evaluate("a.npz", reference="b.npz", features=features)
+        for features in (
+            ("--inception-weights", str(inception_weights)),
+            ("--features", "inception.safetensors"),
+        )
     )
-    assert same.weights_sha256 == extractor.weights_sha256
+    assert set(found["metrics"]) == {"fid", "sfid", "is", "precision", "recall", "kid"}
+    assert all(np.isfinite(value) for value in found["metrics"].values())
+    assert again["metrics"] == found["metrics"] and again["features"] == found["features"]
     # Channels last, as TensorFlow flattens: mu_s and sigma_s of a reference file are in that order.
-    branch = []
+    extractor, branch = Extractor("inception", inception_weights, torch.device("cpu")), []
     extractor.module.Mixed_6d.branch1x1.register_forward_hook(lambda *seen: branch.append(seen[-1]))
     features = extractor(torch.from_numpy(images[0, :2]).permute(0, 3, 1, 2))
     assert features.pooled.shape == (2, 2048) and features.probabilities.shape == (2, 1008)
