@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from models.devices import ELSEWHERE, device_name, memory_named
 from models.errors import UserError
-from models.plan import Download, require_space
 
 QUIET_SECONDS = 4  # torchrun ends all with the first: who has something to say comes first
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -208,17 +207,6 @@ class Processes:
                 raise SystemExit(2)
             raise refusal
         return totals
-
-    def planned(self, show: Callable[[], object], downloads: Sequence[Download], dry_run: bool) -> bool:
-        """Show the plan, in the main process; whether the work is to follow.
-
-        Raises UserError where ``show`` does, or where one process has no room for the downloads: all have
-        looked before the first one downloads.
-        """
-        self.agree(show, main=True)
-        if not dry_run:
-            self.agree(lambda: require_space(downloads))
-        return not dry_run
 
     def same(self, options: Mapping) -> None:
         """Raise UserError unless all processes have the options, hashes and so on (JSON) of the main one."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
 from cca.cli.output import Found, Output, options_of
@@ -33,6 +33,31 @@ class Job(Protocol):
     def work(self) -> bool:
         """Make the output, whose lock is held; False where a signal came first."""
         ...
+
+
+@dataclass
+class OnePart:
+    """The job of a command that writes one file at once, whatever is there.
+
+    rows: the plan. make: writes the file, on rank 0.
+    """
+
+    rows: dict[str, str]
+    make: Callable[[], None]
+    downloads: Sequence[Download] = ()
+
+    def known(self) -> dict:
+        return {}
+
+    def plan(self) -> dict[str, str]:
+        return self.rows
+
+    def prepare(self) -> dict:
+        return {}
+
+    def work(self) -> bool:
+        self.make()
+        return True
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)
