@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cca.cli.output import Output
 from cca.data.image_sets import ImageSet, to_uint8_tensor
 from cca.distributed import Processes
 from cca.evaluation.features import Extractor, Features
@@ -33,7 +34,7 @@ from cca.evaluation.metrics import (
 from cca.evaluation.references import cache_folder
 from models import UserError
 from models.devices import ELSEWHERE, memory_named
-from models.files import write_binary, writing
+from models.files import write_binary
 
 CACHED_IMAGES = 50_000  # features of larger references are not kept
 PIXELS_VERSION = "2"  # changes when a file gives other pixels than before: 2 scales 16-bit grey
@@ -110,9 +111,8 @@ def read_cache(path: Path) -> dict[str, Any] | None:
 def write_cache(path: Path, arrays: dict[str, Any]) -> None:
     """Keep features; where that fails a warning says so, since the evaluation can do without."""
     try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_binary(path, lambda file: np.savez(file, **arrays))
+        with Output(path, option="cache").locked():
+            write_binary(path, lambda file: np.savez(file, **arrays))
     except UserError as error:
         print(f"warning: the reference's features are not kept: {error}", file=sys.stderr)
 
