@@ -9,7 +9,10 @@ a training checkpoint (nested, or with the prefixes of DDP and torch.compile) be
 is published.
 """
 
+import argparse
 from pathlib import Path
+
+from torch import Tensor
 
 from models.checkpoints import read_weights, weights_files
 from models.errors import UserError, run_command
@@ -33,21 +36,31 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+def resolve(args: argparse.Namespace) -> tuple[dict[str, Tensor], str]:
+    """Read the weights, and find the key under which they are published ("": none). Raises UserError."""
     if args.output.suffix not in SUFFIXES:
         raise UserError(f"output: {args.output} ends in none of {', '.join(SUFFIXES)}")
     check_output("output", args.output, {"input": args.input})
-    bytes_read = sum(file.stat().st_size for file in weights_files(args.input))
     state, key = read_weights(args.input)
-    show_plan({"reads": f"{args.input} ({size_text(bytes_read)})", "writes": output_text(args.output)})
-    if args.dry_run:
-        return
+    return state, published_key(state) if key is None else key
+
+
+def work(args: argparse.Namespace, state: dict[str, Tensor], key: str) -> None:
+    """Write the weights. Raises UserError."""
     with writing(args.output):
         args.output.parent.mkdir(parents=True, exist_ok=True)
     save = save_safetensors if args.output.suffix == ".safetensors" else save_published
-    save(state, args.output, published_key(state) if key is None else key)
+    save(state, args.output, key)
     print(f"{args.output}: {len(state)} tensors, {sum(v.nbytes for v in state.values()) / 1e6:,.1f} MB")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    state, key = resolve(args)
+    bytes_read = sum(file.stat().st_size for file in weights_files(args.input))
+    show_plan({"reads": f"{args.input} ({size_text(bytes_read)})", "writes": output_text(args.output)})
+    if not args.dry_run:
+        work(args, state, key)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,9 @@ def template(tmp_path_factory):
         arrays = {key: file[key][:16] for key in file.files}
     np.savez(folder / "good.npz", **arrays)
     np.savez_compressed(folder / "deflated.npz", **arrays)
-    (folder / "good.json").write_text(json.dumps({"options": {"model": "var-mini", "cfg_scale": 1.0}}))
+    (folder / "good.json").write_text(
+        json.dumps({"format": 1, "options": {"num_samples": 16, "model": "var-mini", "cfg_scale": 1.0}})
+    )
     make_codes(folder, images=16)
     with np.load(VERSION_1 / "few.npz") as file:
         np.savez(folder / "small.npz", **{key: file[key][:16] for key in file.files})

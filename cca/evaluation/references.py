@@ -35,8 +35,8 @@ class PublishedReference:
         if not self.path.exists():
             statistics = sum(8 * (width**2 + width) for width in (2048, 2023))
             size = REFERENCE_IMAGES * 3 * self.side**2 + statistics
-            size = max(size - begun(self.path), 0)  # what is left of it
-            return [Download(self.address, size, self.path.parent, "--reference")]
+            left = max(size - begun(self.path), 0)
+            return [Download(self.address, left, self.path.parent, "--reference")]
         if not is_batch(self.path):
             raise UserError(f"--reference: {self.path} is damaged; delete it to have it downloaded again")
         return []
