@@ -26,10 +26,6 @@ QUIET_SECONDS = 4  # torchrun ends all with the first: who has something to say 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-class Stopped(Exception):
-    """Work was given up because the run is asked to stop."""
-
-
 class StopRequest:
     """While it is entered, signals that would end the process are noted, so that a run can save first.
 
@@ -51,11 +47,6 @@ class StopRequest:
     def __exit__(self, *_) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-
-    def check(self) -> None:
-        """Raise Stopped if this process was asked to stop."""
-        if self.asked:
-            raise Stopped
 
 
 @contextmanager

@@ -1,38 +1,14 @@
 """The order in which every command runs: look at the output, show the plan, lock, work, finish."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from cca.cli.output import Found, Output, options_of
 from cca.distributed import Processes
 from models.plan import Download, require_space, show_plan
-
-
-class Job(Protocol):
-    """What a command has resolved its options to. Commands need not subclass it."""
-
-    @property
-    def downloads(self) -> Sequence[Download]:
-        """Files that are fetched where they are not here yet."""
-        ...
-
-    def known(self) -> Mapping:
-        """Return the options that the output is known by, as far as they are known without network."""
-        ...
-
-    def plan(self) -> dict[str, str]:
-        """Return what is shown before the work, and raise UserError for what cannot be done."""
-        ...
-
-    def prepare(self) -> dict:
-        """Get what the work needs, by download where it must; return the content of the marker."""
-        ...
-
-    def work(self) -> bool:
-        """Make the output, whose lock is held; False where a signal came first."""
-        ...
 
 
 @dataclass
@@ -60,18 +36,19 @@ class OnePart:
         return True
 
 
-AnyJob = TypeVar("AnyJob", bound=Job)
-
-
 def play(
-    args: Any, output: Output | None, resolve: Callable[[Any, Processes, Found], AnyJob]
-) -> AnyJob | None:
+    args: Namespace, output: Output | None, resolve: Callable[[Namespace, Processes, Found], Any]
+) -> Any:
     """Run a command.
 
     Args:
         args: parsed options, ``dry_run`` among them.
         output: what the command writes; None: nothing.
-        resolve: makes the job from the options and from what was found at the output.
+        resolve: makes the job from the options and from what was found at the output. A job has
+            ``known()``, the options that its output is known by, as far as they are known without network;
+            ``plan()``, what is shown before the work, which refuses what cannot be done; ``downloads``;
+            ``prepare()``, which gets what the work needs and returns the content of the marker; and
+            ``work()``, which makes the output, and returns False where a signal came first.
 
     Returns:
         the job, when its output is finished; None after a dry run, or where a signal came first.
@@ -101,7 +78,7 @@ def play(
         return job if make(ranks, output, content, job) else None
 
 
-def make(ranks: Processes, output: Output, content: Mapping, job: Job) -> bool:
+def make(ranks: Processes, output: Output, content: Mapping, job: Any) -> bool:
     """Make an output that is locked, unless it is finished; ``content``: of its marker."""
     found = look(ranks, output)
     ranks.agree(lambda: output.check(found, options_of(content)), main=True)
