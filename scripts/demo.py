@@ -77,7 +77,7 @@ def make_parser() -> Parser:
     add_model_options(parser, ZOO, "cca|PATH|RUN[/state/step-N][:ema]")
     add("--dtype", choices=DTYPES, help="precision (default float32; on a GPU the model's published one)")
     add("--max-images", type=count(), help="most images of a request (default 64, fewer of large ones)")
-    add("--batch-size", type=count(), default=16, help="images per batch, and report of progress (default 16)")
+    add("--batch-size", type=count(), default=16, help="images per batch and progress report (default 16)")
     add("--host", default="127.0.0.1", help="address to serve, without a password (default 127.0.0.1)")
     add("--port", type=number(0, 65535, int), default=7860, help="0 takes a free one (default 7860)")
     add_dry_run_option(parser)
