@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 
 import numpy as np
@@ -25,6 +26,8 @@ import torch
 from PIL import Image
 
 import sample
+from cca.cli.main import OnePart, play
+from cca.cli.output import Found
 from cca.distributed import Processes
 from cca.sampling.grid import draw_grid, side_by_side
 from cca.sampling.sampler import Sampler, SampleRequest, class_of, prepare
@@ -35,7 +38,7 @@ from models.devices import device_name
 from models.errors import one_line, run_command
 from models.files import reason
 from models.options import Parser, add_model_options, count, number
-from models.plan import add_dry_run_option, show_plan
+from models.plan import add_dry_run_option
 from scripts.recipes import sweep
 
 WAYS = {"base": "Base, no guidance", "guided": "Base, guidance {}", "cca": "CCA, no guidance"}
@@ -69,9 +72,7 @@ def make_parser() -> Parser:
     add_model_options(parser, ZOO, "cca|PATH|RUN[/state/step-N][:ema]")
     add("--dtype", choices=DTYPES, help="precision (default float32; on a GPU the model's published one)")
     add("--max-images", type=count(), help="most images of a request (default 64, fewer of large ones)")
-    add(
-        "--batch-size", type=count(), default=16, help="images per batch, and report of progress (default 16)"
-    )
+    add("--batch-size", type=count(), default=16, help="images per batch and progress report (default 16)")
     add("--host", default="127.0.0.1", help="address to serve, without a password (default 127.0.0.1)")
     add("--port", type=number(0, 65535, int), default=7860, help="0 takes a free one (default 7860)")
     add_dry_run_option(parser)
@@ -339,40 +340,38 @@ def free_port(host: str, port: int) -> int:
         raise UserError(f"--host, --port: {host}:{port} cannot be served ({reason(error)})") from None
 
 
-def planned(args: argparse.Namespace, processes: Processes) -> bool:
-    """Print what will be loaded and served; return whether it is to be done.
-
-    Raises UserError where there is no room for downloads.
-    """
+def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> OnePart:
+    """Find the weights, and plan what is loaded and served. Raises UserError."""
+    if ranks.world > 1:
+        raise UserError("WORLD_SIZE: the page is served by one process; start it without torchrun")
     base, *tuned = chosen_weights(args).values()
     model = base.files.build()
-    dtype = args.dtype or sample.default_dtype(args.model, processes.device)
+    dtype = args.dtype or sample.default_dtype(args.model, ranks.device)
     rows = base.plan(model)
     for chosen in tuned:
         rows["CCA"] = chosen.plan(model)["weights"]
-    rows["device"] = f"{device_name(processes.device)}, {dtype}, batch {args.batch_size}"
+    rows["device"] = f"{device_name(ranks.device)}, {dtype}, batch {args.batch_size}"
     rows["serves"] = f"http://{args.host}:{args.port}"
     downloads = list(dict.fromkeys(file for each in (base, *tuned) for file in each.files.downloads(model)))
-    return processes.planned(lambda: show_plan(rows, downloads), downloads, args.dry_run)
+    return OnePart(rows, partial(load_and_serve, args, ranks.device), downloads)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    processes = Processes()
-    if processes.world > 1:
-        raise UserError("WORLD_SIZE: the page is served by one process; start it without torchrun")
-    if not planned(args, processes):
-        return
+def load_and_serve(args: argparse.Namespace, device: torch.device) -> None:
+    """Serve the page until SIGINT or SIGTERM. Raises UserError."""
     with tempfile.TemporaryDirectory(prefix="cca-demo-") as folder:
         # Read when Gradio is imported: where its files lie, and that it reports to nobody.
         os.environ |= {"GRADIO_TEMP_DIR": f"{folder}/served", "GRADIO_ANALYTICS_ENABLED": "False"}
         gr = import_gradio()
         port = free_port(args.host, args.port)
-        demo = Demo(args, processes.device)
+        demo = Demo(args, device)
         for panel in demo.plan({**demo.defaults, "--num-samples": "1"}):
             list(demo.sample(panel))  # a model's first images take longer than others
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         serve(make_page(gr, demo, folder), theme, args.host, port)
+
+
+def main(argv: list[str] | None = None) -> None:
+    play(make_parser().parse_args(argv), None, resolve)
 
 
 if __name__ == "__main__":
