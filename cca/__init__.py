@@ -1,7 +1,7 @@
 """Condition Contrastive Alignment (arXiv 2410.09347): losses, trainer, sampler, evaluator."""
 
 from cca.distributed import Processes
-from cca.sampling.sampler import SampleRequest, sample_images
+from cca.sampling.sampler import Sampler, SampleRequest
 from cca.training.batch import Batch
 from cca.training.losses import LOSSES, Loss, cca_loss, dpo_loss, unlearning_loss
 from cca.training.schedule import TrainingConfig
@@ -14,12 +14,12 @@ __all__ = [
     "Loss",
     "Processes",
     "SampleRequest",
+    "Sampler",
     "Trainer",
     "TrainingConfig",
     "cca_loss",
     "dpo_loss",
     "linear_sequence_logprob",
-    "sample_images",
     "sequence_logprob",
     "unlearning_loss",
 ]

@@ -11,19 +11,16 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.devices import device_name, memory_named, no_context
+from models.devices import ELSEWHERE, device_name, memory_named
 from models.errors import UserError
-from models.outputs import check_seen, claimed, differing
-from models.plan import Download, require_space
 
 QUIET_SECONDS = 4  # torchrun ends all with the first: who has something to say comes first
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -111,7 +108,7 @@ class Processes:
             raise UserError(f"LOCAL_RANK: is {local}, there are {gpus} GPUs; start one process for each")
         self.device = torch.device("cuda", local) if gpus else torch.device("cpu")
         if self.device.type == "cuda":
-            with memory_named(no_context(self.device)):
+            with memory_named(f"CUDA_VISIBLE_DEVICES: GPU {local} has no free memory; {ELSEWHERE}"):
                 torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
             self._meet("cpu:gloo,cuda:nccl" if gpus else "gloo")
@@ -211,36 +208,10 @@ class Processes:
             raise refusal
         return totals
 
-    def planned(self, show: Callable[[], object], downloads: Sequence[Download], dry_run: bool) -> bool:
-        """Show the plan, in the main process; whether the work is to follow.
-
-        Raises UserError where ``show`` does, or where one process has no room for the downloads: all have
-        looked before the first one downloads.
-        """
-        self.agree(show, main=True)
-        if not dry_run:
-            self.agree(lambda: require_space(downloads))
-        return not dry_run
-
-    @contextmanager
-    def holding(self, path: Path, made_from: Mapping, folder: bool = False) -> Iterator[None]:
-        """The main process holds an output against other runs; see ``models.outputs.claimed``.
-
-        Raises UserError where the processes do not make it from the same (``same``), or, on another
-        machine, a process finds another folder at that path.
-        """
-        self.same(made_from)
-        notes: list[str] = []
-        with ExitStack() as stack:
-            self.agree(lambda: notes.append(stack.enter_context(claimed(path, folder))), main=True)
-            note = self.from_main("".join(notes))
-            self.agree(lambda: None if self.main else check_seen(path, folder, note))
-            yield
-
     def same(self, options: Mapping) -> None:
         """Raise UserError unless all processes have the options, hashes and so on (JSON) of the main one."""
-        own = json.loads(json.dumps(options))  # as it reads back: tuples become lists
-        of_main = json.loads(self.from_main(json.dumps(own)))
+        own = json.loads(json.dumps(options))
+        of_main = json.loads(self.from_main(json.dumps(options)))
         self.agree(lambda: self._refuse_others(differing(own, of_main)))
 
     def _refuse_others(self, differences: list[str]) -> None:
@@ -290,3 +261,11 @@ class Processes:
     def barrier(self) -> None:
         """Wait until all processes are here; for the hosts alone, whatever is queued on their GPUs."""
         self.total(0)
+
+
+def differing(before: Mapping, now: Mapping, ignored: tuple[str, ...] = ()) -> list[str]:
+    """Return the options that differ, each as "NAME BEFORE instead of NOW"; one side may know fewer."""
+    now = json.loads(json.dumps(now))  # as it reads back: tuples become lists
+    both = [name for name in now if name in before and name not in ignored]
+    changed = [name for name in both if before[name] != now[name]]
+    return [f"{name} {before[name]} instead of {now[name]}" for name in changed]

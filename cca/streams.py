@@ -5,6 +5,8 @@ the seed and its index alone, whatever the batch size, the number of processes o
 the exception: its stream belongs to a step and a process, and seeds PyTorch's own generator.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 # Streams of one seed; none may ever share a key with another.
@@ -16,3 +18,8 @@ def stream(seed: int, purpose: int, *counters: int) -> np.random.Generator:
     # Word 0 counts the numbers drawn. As lists, large integers would be rounded to floats.
     counter = np.array([0, *counters, *[0] * (3 - len(counters))], np.uint64)
     return np.random.Generator(np.random.Philox(key=np.array([seed, purpose], np.uint64), counter=counter))
+
+
+def uniform_numbers(seed: int, purpose: int, indices: Sequence[int], count: int) -> np.ndarray:
+    """Return ``count`` uniform numbers in [0, 1) of each index, [len(indices), count] float64."""
+    return np.stack([stream(seed, purpose, index).random(count) for index in indices])

@@ -130,6 +130,7 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
     decodes_in_half_precision: ClassVar[
         bool
     ]  # whether published sampling decodes in the transformer's precision
+    training_command: ClassVar[str]  # the module of the command that trains it, such as "train_var_cca"
     trains_on_codes: ClassVar[bool]  # tokens extracted beforehand; else images, encoded on the fly
     lr_scales_with_batch: ClassVar[bool]  # whether the recipe's rate is in proportion to the global batch
     # Whether a step may be a tensor, so that all steps are one graph.

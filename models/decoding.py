@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.devices import DRAWN_LOGITS, row_chunks
 from models.errors import UserError
-
-if TYPE_CHECKING:
-    from models.base import ARImageModel
 
 # Below it every draw is the likeliest token already, and the division would overflow.
 LOWEST_TEMPERATURE = 1e-6
@@ -158,10 +155,8 @@ def draw_step(
 
 
 @torch.inference_mode()
-def generate_tokens(
-    model: "ARImageModel", labels: Tensor, uniforms: Tensor, options: SamplingOptions
-) -> Tensor:
-    """Tokens [B, L] of classes [B], from uniforms [B, L]; see ``ARImageModel.generate``.
+def generate_tokens(model: Any, labels: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
+    """Tokens [B, L] of classes [B], from uniforms [B, L] and an ``ARImageModel``; see its ``generate``.
 
     Where the logits of a decoding step were not finite, all tokens of that row are NOT_FINITE:
     ``require_finite`` tells the user, once per batch, so that no step waits for the device.

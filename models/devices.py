@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.errors import UserError
-from models.plan import size_text
+from models.files import causes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,6 +35,11 @@ EXTRACTED_IMAGES = 250
 MEMORY_SIGNS = ("out of memory", "alloc_failed")
 # What helps where nothing smaller can be chosen.
 ELSEWHERE = "end what else uses that GPU, or choose another with CUDA_VISIBLE_DEVICES"
+# Ends of messages for ``memory_named``, after the option and what does not fit; {why} is the error's text.
+DOES_NOT_FIT = f"does not fit in the GPU's memory ({{why}}); {ELSEWHERE}"
+TOO_MANY_IMAGES = (
+    f"images at once do not fit in the GPU's memory ({{why}}); take a smaller one, or {ELSEWHERE}"
+)
 
 
 def default_loaders() -> int:
@@ -102,55 +107,42 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _causes(error: BaseException | None) -> Iterator[RuntimeError]:
-    """The error and those behind it: a CUDA graph whose capture fails raises one of its own in the end."""
-    while isinstance(error, RuntimeError):
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def memory_ran_out(error: RuntimeError) -> str | None:
     """What an error, or one behind it, says of a GPU's memory that ran out, in one line; None: nothing.
 
-    What the work held that ended with it is freed.
+    A CUDA graph whose capture fails raises an error of its own in the end. What the work held is freed.
     """
-    causes = list(_causes(error))
-    for cause in causes:
-        if isinstance(cause, torch.OutOfMemoryError) or any(
-            sign in str(cause).lower() for sign in MEMORY_SIGNS
-        ):
-            break
-    else:
+    errors = [cause for cause in causes(error) if isinstance(cause, RuntimeError)]
+    texts = [
+        str(cause).strip()
+        for cause in errors
+        if isinstance(cause, torch.OutOfMemoryError) or any(s in str(cause).lower() for s in MEMORY_SIGNS)
+    ]
+    if not texts:
         return None
-    for each in causes:
+    for each in errors:
         traceback.clear_frames(each.__traceback__)  # of functions that ended: they hold their tensors
     torch.cuda.empty_cache()
     # PyTorch's third sentence is advice on the allocator; the driver's second line on how to find an error.
-    return ". ".join(str(cause).strip().split("\n")[0].split(". ")[:2]).rstrip(".")
-
-
-def no_context(device: torch.device) -> str:
-    """The message where a GPU's memory does not even hold what CUDA needs by itself."""
-    return f"CUDA_VISIBLE_DEVICES: GPU {device.index or 0} has no free memory; {ELSEWHERE}"
+    return ". ".join(texts[0].split("\n")[0].split(". ")[:2]).rstrip(".")
 
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes of a GPU that this process can have: those of nobody, and those that PyTorch keeps unused.
 
-    None on a CPU, whose memory is not counted. Raises UserError where it does not even hold a CUDA context.
+    None on a CPU, whose memory is not counted.
     """
     if device.type != "cuda":
         return None
-    with memory_named(no_context(device)):
-        free, _ = torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @contextmanager
 def memory_named(message: str) -> Iterator[None]:
-    """A GPU's memory that runs out inside is a UserError of that message, in which {why} is the error's.
+    """Turn a GPU's out-of-memory error raised inside the block into UserError(message).
 
-    What the work held is freed.
+    {why} in the message is replaced by the text of the error. What the work held is freed.
     """
     try:
         yield
@@ -159,12 +151,6 @@ def memory_named(message: str) -> Iterator[None]:
         if why is None:
             raise
         raise UserError(message.replace("{why}", why)) from None
-
-
-def does_not_fit(what: str, free: int | None, less: str = "") -> str:
-    """The message where a model or a part of it is too large; free: ``free_memory`` before it was there."""
-    of = "" if free is None else f", of which {size_text(free)} were free"
-    return f"--model: {what} does not fit in the GPU's memory{of}; {less}{ELSEWHERE}"
 
 
 def full_parts(rows: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:

@@ -29,8 +29,9 @@ def run_command(main: Callable[[], None]) -> None:
         main()
         if sys.stdout is not None:
             sys.stdout.flush()
-        if lost := next((outlet.lost for outlet in outlets if outlet and outlet.lost), None):
-            raise UserError(f"standard output cannot be written ({lost.strerror})")
+        for outlet in outlets:
+            if outlet and outlet.lost and outlet.lost.errno != errno.EPIPE:  # else its reader left
+                raise UserError(f"standard output cannot be written ({outlet.lost.strerror})")
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and (error.errno not in OF_THE_MACHINE or error.filename is None):
             raise
@@ -58,28 +59,25 @@ def printable(text: str) -> str:
 class _Outlet(io.FileIO):
     """Where printed text goes; what can no longer be written is dropped, so that the work goes on."""
 
-    lost: OSError | None = None  # why text was dropped, but where its reader left
+    lost: OSError | None = None  # why text was dropped
 
     def write(self, data) -> int:
         try:
             return super().write(data) or 0
         except OSError as error:
-            if error.errno != errno.EPIPE:
-                self.lost = error
+            self.lost = error
             return memoryview(data).nbytes
 
 
 def _replace_stream(name: str) -> _Outlet | None:
     """Give sys.stdout or sys.stderr an _Outlet, and escapes for what its encoding lacks."""
     stream = getattr(sys, name)
-    if stream is not getattr(sys, f"__{name}__") or not isinstance(stream, io.TextIOWrapper):
+    if stream is None or stream is not getattr(sys, f"__{name}__"):
         return None  # closed, or not the process's own
-    stream.flush()
     outlet = _Outlet(stream.fileno(), "wb", closefd=False)
-    lines = stream.line_buffering or name == "stderr"
     text = io.TextIOWrapper(
-        io.BufferedWriter(outlet), stream.encoding, "backslashreplace", line_buffering=lines,
-        write_through=stream.write_through,
+        io.BufferedWriter(outlet), stream.encoding, "backslashreplace",
+        line_buffering=stream.line_buffering, write_through=stream.write_through,
     )  # fmt: skip
     setattr(sys, name, text)
     return outlet

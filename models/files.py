@@ -1,6 +1,5 @@
 """Files of any kind: atomic writes, JSON, hashes."""
 
-import fcntl
 import hashlib
 import json
 import math
@@ -8,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +15,8 @@ import numpy as np
 from safetensors import SafetensorError
 
 from models.errors import UserError
+
+FORMAT = 1  # of every marker and description on disk; nothing of another format is resumed
 
 
 def causes(error: BaseException | None) -> list[BaseException]:
@@ -50,36 +51,16 @@ def writing(path: Path) -> Iterator[None]:
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with a temporary path beside ``path``, then rename: never a half-written file.
 
-    What writers that were killed left of the same file is removed. Raises UserError.
+    The temporary file has one fixed name, so that the next write replaces what a killed one left. Two
+    processes must not write the same path at once: see the locks of outputs. Raises UserError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
-        sweep(path)
         try:
-            with open(temporary, "wb") as held:
-                _try_lock(held)
-                write(temporary)
-                os.replace(temporary, path)
+            write(temporary)
+            os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def sweep(path: Path) -> None:
-    """Remove temporary files of ``path`` whose writers are dead: a living one holds a lock on its own."""
-    for entry in list(os.scandir(path.parent)):
-        if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp"):
-            with suppress(OSError), open(entry.path, "r+b") as file:
-                if _try_lock(file):
-                    os.unlink(entry.path)
-
-
-def _try_lock(file: BinaryIO) -> bool:
-    """Lock an open file for as long as it is open; False where another holds it or locks do not work."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def remove_folder(folder: Path) -> None:
@@ -145,6 +126,16 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__} instead of an object")
     return content
+
+
+def read_own_json(path: Path) -> dict | None:
+    """Return the JSON object of a file that this project wrote; None for any other file, or none."""
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_own = isinstance(content, dict) and content.get("format") == FORMAT
+    return content if is_own and isinstance(content.get("options"), dict) else None
 
 
 def read_array(path: Path, mapped: str | None = None) -> np.ndarray:

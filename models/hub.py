@@ -1,5 +1,7 @@
-"""Weights files: bundled in ``assets/``, or on the Hugging Face hub behind its ordinary cache."""
+"""Files from the network: weights from the Hugging Face hub, behind its cache, and files of any address."""
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,21 +12,14 @@ from huggingface_hub import (
     hf_hub_url,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import WeakFileLock
 
 from models.errors import UserError
+from models.files import reason, writing
 
 ASSETS = Path(__file__).parent.parent / "assets"
-
-
-def hub_page(repository: str, file: str, kind: str = "blob") -> str:
-    """Address of the hub's page of a file ("blob") or folder ("tree"), or of a file itself ("resolve")."""
-    return f"https://huggingface.co/{repository}/{kind}/main/{file}"
 
 
 def downloaded(path: Path) -> bool:
@@ -42,16 +37,6 @@ class WeightsFile:
     def __str__(self) -> str:
         return f"{self.repository}/{self.file}" if self.repository else f"assets/{self.file}"
 
-    @property
-    def page(self) -> str | None:
-        """Address of the hub's page of the file; None where it is bundled."""
-        return hub_page(self.repository, self.file) if self.repository else None
-
-    @property
-    def address(self) -> str | None:
-        """Address of the file itself; None where it is bundled."""
-        return hub_page(self.repository, self.file, "resolve") if self.repository else None
-
     def cached(self) -> Path | None:
         """The file if it is on this machine already."""
         found = (
@@ -66,27 +51,75 @@ class WeightsFile:
         """
         if self.repository is None:
             return ASSETS / self.file
+        if path := self.cached():
+            return path
+        reached = False
         try:
-            if not constants.HF_HUB_OFFLINE and not self.cached():
-                self._reach(self.repository)
+            # Without a network this ends at once, where the download would try for half a minute.
+            get_hf_file_metadata(hf_hub_url(self.repository, self.file))
+            reached = True
             return Path(hf_hub_download(self.repository, self.file))
-        except LocalEntryNotFoundError:
-            reason = "it is not in the cache and the hub is out of reach"
         except (EntryNotFoundError, RepositoryNotFoundError):
-            reason = "the hub has no such file"
-        except (
-            Exception
-        ) as error:  # the hub's client lets many kinds through: HTTP, file system, consistency checks
-            reason = f"the download failed: {' '.join(str(error).split())[:120]}"
+            problem = "the hub has no such file"
+        except Exception as error:  # the hub's client lets many kinds through
+            out_of_reach = "it is not in the cache and the hub is out of reach"
+            problem = f"the download failed: {reason(error)}" if reached else out_of_reach
         raise UserError(
-            f"{option}: {self}: {reason}; fetch that file by hand and give its path with {option} PATH"
+            f"{option}: {self}: {problem}; fetch that file by hand and give its path with {option} PATH"
         )
 
-    def _reach(self, repository: str) -> None:
-        """Raise LocalEntryNotFoundError at once without a network: the download tries for half a minute."""
+
+def download(address: str, path: Path, is_whole: Callable[[Path], bool], option: str) -> Path:
+    """Return ``path``, downloaded from ``address`` if nothing is there.
+
+    A download that was cut off leaves its part beside ``path``, and the next one resumes from it. Of several
+    processes one downloads, the others wait for it. HF_HUB_OFFLINE and the time-outs of huggingface_hub,
+    whose client does the work, hold here too.
+
+    Args:
+        is_whole: looks into what was downloaded.
+        option: named in errors.
+
+    Raises:
+        UserError: the address is out of reach, what it gives is not whole, or nothing can be written.
+    """
+    if path.exists():
+        return path
+    try:
+        size = get_hf_file_metadata(address, token=False).size
+    except Exception as error:  # the client lets many kinds through
+        raise UserError(
+            f"{option}: {address} is out of reach ({reason(error)}); fetch it by hand and put it at {path}"
+        ) from None
+    part = part_of(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(path.with_name(f".{path.name}.lock")):
+            if not path.exists():  # no other process has downloaded it meanwhile
+                _download(address, size, part, option)
+                if not is_whole(part):
+                    part.unlink()
+                    raise UserError(
+                        f"{option}: {address}: what was downloaded is damaged; it was removed, try again"
+                    )
+                os.replace(part, path)
+    return path
+
+
+def part_of(path: Path) -> Path:
+    """Where a download of ``path`` lies until it is whole."""
+    return path.with_name(f".{path.name}.part")
+
+
+def _download(address: str, size: int | None, part: Path, option: str) -> None:
+    """Append to ``part`` what it lacks of the ``size`` bytes at ``address``."""
+    if size is not None and part.exists() and part.stat().st_size > size:
+        part.unlink()  # of another file, which was there before
+    with open(part, "ab") as file:
         try:
-            get_hf_file_metadata(hf_hub_url(repository, self.file), timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        except HfHubHTTPError:
-            pass  # an answer: the download deals with it
-        except Exception as error:
-            raise LocalEntryNotFoundError(str(error)) from None
+            http_get(address, file, resume_size=file.tell(), expected_size=size)
+        except Exception as error:  # the client lets many kinds through
+            raise UserError(
+                f"{option}: {address}: the download was cut off after {file.tell():,} bytes "
+                f"({reason(error)}); the same command resumes it"
+            ) from None

@@ -234,6 +234,7 @@ class LlamaGen(ARImageModel[LlamaGenState]):
     default_cfg_schedule = "constant"
     checkpoint_name, checkpoint_key = "model.pt", "model"
     decodes_in_half_precision = False
+    training_command = "train_llamagen_cca"
     trains_on_codes = True
     lr_scales_with_batch = False
     steps_alike = True

@@ -1,6 +1,7 @@
 """Finding and loading models of the zoo: by name, from the hub, from files."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
 
-from models.base import ARImageModel
+from models.base import ARImageModel, ImageTokenizer
 from models.checkpoints import weights_files, weights_sha256
 from models.errors import UserError
 from models.hub import WeightsFile
@@ -24,11 +25,10 @@ def model_names(backbone: type[ARImageModel] | None = None) -> list[str]:
     return [name for name, entry in ZOO.items() if backbone in (None, entry.backbone)]
 
 
-def zoo_entry(name: str, backbone: type[ARImageModel] | None = None) -> ZooEntry:
-    """The zoo's row of that name; raises UserError for another name or another backbone."""
-    names = model_names(backbone)
-    if name not in names:
-        raise UserError(f"--model: {name!r} is not one of {', '.join(names)}")
+def zoo_entry(name: str) -> ZooEntry:
+    """Return the zoo's row of that name. Raises UserError where there is none."""
+    if name not in ZOO:
+        raise UserError(f"--model: {name!r} is not one of {', '.join(ZOO)}")
     return ZOO[name]
 
 
@@ -112,12 +112,9 @@ class ModelFiles:
         ]
 
 
-def _here(file: Path | WeightsFile | None) -> Path | None:
-    return file.cached() if isinstance(file, WeightsFile) else file
-
-
 def _sha256(file: Path | WeightsFile | None) -> str | None:
-    path = _here(file)
+    """Hash of a file that is on this machine; None for others."""
+    path = file.cached() if isinstance(file, WeightsFile) else file
     if path is None:
         return None
     about = [part.stat() for part in weights_files(path)]
@@ -159,30 +156,30 @@ def find_files(
         raise UserError(
             f"--image-size: {name} makes images of {', '.join(map(str, entry.base))} pixels, not {size}"
         )
-    file: WeightsFile | Path | None
-    if weights == "base":
-        file = entry.base[size]
-    elif weights == "cca":
-        file = entry.cca.get(size)
-    else:
-        file = Path(weights) if weights else None
-    if weights and file is None:
+    published = {"base": entry.base[size], "cca": entry.cca.get(size)}
+    if weights in published and published[weights] is None:
         raise UserError(
             f"--weights: no {weights} weights are published for {name} at {size} pixels; give a path"
         )
-    own = tokenizer_weights or entry.tokenizer
-    tokenizer = own if own in TOKENIZERS else entry.tokenizer
+    given = tokenizer_weights or entry.tokenizer
+    tokenizer = given if given in TOKENIZERS else entry.tokenizer
     if TOKENIZERS[tokenizer].backbone is not entry.backbone:
         raise UserError(f"--tokenizer-weights: {tokenizer} is no tokenizer of {name}")
-    tokenizer_file = TOKENIZERS[own].weights if own in TOKENIZERS else Path(own)
-    tokenizers = [n for n, row in TOKENIZERS.items() if row.backbone is entry.backbone]
-    for path, option, names in (
-        (file, "--weights", ("base", "cca")),
-        (tokenizer_file, "--tokenizer-weights", tokenizers),
-    ):
-        if isinstance(path, Path) and not path.exists():
-            raise UserError(f"{option}: {path}: no such file, nor one of {', '.join(names)}")
+    tokenizers = {n: row.weights for n, row in TOKENIZERS.items() if row.backbone is entry.backbone}
+    file = _published_or_path("--weights", weights, published) if weights else None
+    tokenizer_file = _published_or_path("--tokenizer-weights", given, tokenizers)
     return ModelFiles(name, size, tokenizer, file, tokenizer_file)
+
+
+def _published_or_path(
+    option: str, text: str, published: Mapping[str, WeightsFile | None]
+) -> Path | WeightsFile | None:
+    """The published file of that name, else the path; raises UserError where nothing is there."""
+    if text in published:
+        return published[text]
+    if not Path(text).exists():
+        raise UserError(f"{option}: {text}: no such file, nor one of {', '.join(published)}")
+    return Path(text)
 
 
 def build_model(
@@ -205,19 +202,19 @@ def load_model(
     return model
 
 
+def build_tokenizer(name: str) -> ImageTokenizer:
+    """A tokenizer of the zoo without weights."""
+    return build_model(model_names(TOKENIZERS[name].backbone)[0], tokenizer=name).tokenizer
+
+
 @functools.cache
 def _all_modules() -> dict[str, tuple[type[ARImageModel], nn.Module]]:
     """Transformers and tokenizers of the zoo without weights, and whose they are."""
-    modules: dict[str, tuple[type[ARImageModel], nn.Module]] = {}
-    for name, entry in ZOO.items():
-        modules[name] = (entry.backbone, build_model(name).transformer)
-    for tokenizer, row in TOKENIZERS.items():
-        user = model_names(row.backbone)[0]
-        modules[f"the tokenizer {tokenizer}"] = (
-            row.backbone,
-            build_model(user, tokenizer=tokenizer).tokenizer,
-        )
-    return modules
+    transformers = {name: (entry.backbone, build_model(name).transformer) for name, entry in ZOO.items()}
+    tokenizers = {
+        f"the tokenizer {name}": (row.backbone, build_tokenizer(name)) for name, row in TOKENIZERS.items()
+    }
+    return {**transformers, **tokenizers}
 
 
 def recognise(state: dict[str, Tensor]) -> str | None:

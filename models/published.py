@@ -7,8 +7,6 @@ the bases' own model zoos, VAR (arXiv 2404.02905) and LlamaGen (arXiv 2406.06525
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from models.hub import hub_page
-
 Figures = Mapping[str, float]  # by metric, named as eval_fid.py does
 
 
@@ -63,7 +61,7 @@ def _var(*notes: str, **figures: Figures) -> Published:
 
 
 def _llamagen(cfg_scale: float, *notes: str, **figures: Figures) -> Published:
-    folder = hub_page("ChenDRAG/CCA_LlamaGen", "CCA_LlamaGen_w_CFG", "tree")
+    folder = "https://huggingface.co/ChenDRAG/CCA_LlamaGen/tree/main/CCA_LlamaGen_w_CFG"
     return Published(figures, cfg_scale, notes, folder)
 
 

@@ -303,6 +303,7 @@ class VAR(ARImageModel[VARState]):
     default_cfg_schedule = "linear"
     checkpoint_name, checkpoint_key = "model.pth", ""
     decodes_in_half_precision = True
+    training_command = "train_var_cca"
     trains_on_codes = False
     lr_scales_with_batch = True
     no_decay = ("pos_start", "pos_1LC", "lvl_embed", "scale_mul", "ada_gss")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.checkpoints import read_state_dict
 from models.errors import UserError
-from models.files import atomic_write
+from models.files import atomic_write, write_binary
 
 # Constant buffers and statistics: a file may hold them or not, and in other shapes.
 CONSTANTS = (
@@ -110,12 +110,8 @@ def load_weights(module: nn.Module, path: str | Path, what: str, guess: Guess = 
 def save_published(state: dict[str, Tensor], path: Path, key: str = "") -> None:
     """Write a state dict as the official code loads it: under ``key``, or bare."""
     state = {k: v.detach().cpu().clone() for k, v in state.items()}
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # of a path PyTorch would put the name into the file
-            torch.save({key: state} if key else state, file)
-
-    atomic_write(path, write)
+    # Given a path, PyTorch would put its name into the file.
+    write_binary(path, lambda file: torch.save({key: state} if key else state, file))
 
 
 def save_safetensors(state: dict[str, Tensor], path: Path, key: str = "") -> None:

@@ -1,8 +1,7 @@
 """Every published model by name: sizes, weights, recipe; its figures are in ``models.published``.
 
-These tables are the only place for such facts; what README and docs/models.md say is made of them
-(``models.catalogue``). Sources: the model zoos of VAR (arXiv 2404.02905), LlamaGen (arXiv 2406.06525)
-and CCA (arXiv 2410.09347).
+These tables are the source of such facts; a test holds the tables of README and docs/models.md to them.
+Sources: the model zoos of VAR (arXiv 2404.02905), LlamaGen (arXiv 2406.06525) and CCA (arXiv 2410.09347).
 """
 
 from collections.abc import Mapping
@@ -73,6 +72,12 @@ class ZooEntry:
     cca: Mapping[int, WeightsFile] = field(default_factory=dict)
     published: Published | None = None
     default_image_size: int = 256
+
+    @property
+    def bundled(self) -> bool:
+        """Whether the weights of the base ship with the project."""
+        base = self.base[self.default_image_size]
+        return base is not None and base.repository is None
 
 
 VAR_256, VAR_512 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -184,7 +189,7 @@ def _llamagen(
 
 
 def _mini(beta: float, lambda_: float, lr: float, batch_size: int, grad_clip: float) -> Recipe:
-    """A recipe of a bundled model, found with scripts/tune_mini.py; the control takes CCA's."""
+    """A recipe of a bundled model, found by comparison (results/mini-notes.md); the control takes CCA's."""
     return Recipe(
         beta, lambda_, lr, batch_size, grad_clip, dtype="float32", warmup=0.02, final_lr=0.1, epochs=2
     )  # fmt: skip

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cca.cli.output import Output
 from cca.data.image_sets import to_uint8_tensor
 from cca.data.sources import LabelledDataset
 from cca.distributed import Processes
@@ -32,23 +33,22 @@ from cca.evaluation.features import MINI_WEIGHTS, FeatureNetwork
 from cca.training.command import train
 from cca.training.encoding import to_model_input
 from cca.training.loader import Loader
-from cca.training.run_folder import RunFolder, describe
+from cca.training.run_folder import RunFolder, options_of_config
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
 from models.base import ARImageModel
 from models.decoding import draw_tokens
 from models.errors import UserError, run_command
-from models.llamagen import LlamaGen, LlamaGenTokenizer
+from models.llamagen import LlamaGenTokenizer
 from models.loading import build_model, load_model
-from models.var import VAR
 from models.var_tokenizer import VARTokenizer
 from models.weights import is_constant, load_weights, save_safetensors
 
 ASSETS = Path("assets")
 RAW = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package has them
-TRAINING, TUNING = slice(0, 50_000), slice(50_000, 60_000)
-BUNDLED_TRAINING = slice(0, 10_000)
-DEFAULT_STEPS = {"llamagen-mini": 4_000, "var-mini": 4_000}
+TRAINING, BUNDLED_TRAINING = slice(0, 50_000), slice(0, 10_000)
+PERCEPTUAL_WEIGHTS = Path("runs/perceptual.safetensors")
+STEPS = {"tokenizer": 3600, "transformer": 4000, "decoder": 1500}  # of the optimizer, where no option says
 TRANSFORMER_LR = 3e-3
 REDRAWN = 2  # levels of VAR that the decoder sees drawn, at most
 
@@ -221,23 +221,24 @@ class MultiScale:
         return source * (1 + 0.1 * torch.randn_like(source))
 
 
-TOKENIZER_PRETRAINING = {VAR: MultiScale, LlamaGen: SingleScale}
+TOKENIZER_PRETRAINING = {"llamagen-mini": SingleScale, "var-mini": MultiScale}
+Pretraining = type[SingleScale] | type[MultiScale]
 
 
 @torch.no_grad()
-def start_codebook(model: ARImageModel, images: Tensor) -> None:
+def start_codebook(model: ARImageModel, pretraining: Pretraining, images: Tensor) -> None:
     """Codes start at latents of real images, so that none is dead from the first step."""
     latents = model.tokenizer.latents(images).permute(0, 2, 3, 1).flatten(0, 2)
     chosen = latents[torch.randperm(len(latents))[: model.vocab_size]]
-    model.tokenizer.quantize.embedding.weight.copy_(TOKENIZER_PRETRAINING[type(model)].first_codes(chosen))
+    model.tokenizer.quantize.embedding.weight.copy_(pretraining.first_codes(chosen))
 
 
 @torch.no_grad()
-def revive_codes(model: ARImageModel, used: Tensor, images: Tensor) -> int:
+def revive_codes(model: ARImageModel, pretraining: Pretraining, used: Tensor, images: Tensor) -> int:
     """Replace the codes that no recent image used; returns how many."""
     weight = model.tokenizer.quantize.embedding.weight
     dead = (used == 0).nonzero().flatten()
-    source = TOKENIZER_PRETRAINING[type(model)].fresh_codes(model.tokenizer, images, used, len(dead))
+    source = pretraining.fresh_codes(model.tokenizer, images, used, len(dead))
     weight[dead] = source[torch.randperm(len(source))[: len(dead)]]
     return len(dead)
 
@@ -254,11 +255,11 @@ def encode_all(model: ARImageModel, images: Tensor) -> Tensor:
 def train_tokenizer(
     model: ARImageModel, perceptual: PerceptualNetwork, images: Tensor, steps: int, name: str
 ) -> None:
-    tokenizer, pretraining = model.tokenizer.train(), TOKENIZER_PRETRAINING[type(model)]
+    tokenizer, pretraining = model.tokenizer.train(), TOKENIZER_PRETRAINING[name]
     for module in tokenizer.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-    start_codebook(model, images[:256])
+    start_codebook(model, pretraining, images[:256])
     used, done = torch.zeros(model.vocab_size), 0
 
     def loss(index: Tensor) -> Tensor:
@@ -268,7 +269,7 @@ def train_tokenizer(
         if done % 20 == 0:
             used += torch.bincount(model.encode(batch).flatten(), minlength=model.vocab_size)
         if done % 100 == 0 and done < 0.7 * steps:
-            dead = revive_codes(model, used, batch)
+            dead = revive_codes(model, pretraining, used, batch)
             tqdm.write(f"{name}: step {done}, {dead} unused codes moved")
             used.zero_()
         with torch.autocast("cpu", torch.bfloat16):
@@ -276,7 +277,7 @@ def train_tokenizer(
             perceived = perceptual.distance(reconstruction, batch).float()
         return pixel_distance(reconstruction, batch) + perceived + quantisation
 
-    fit(tokenizer.parameters(), loss, steps, 32, 1.5e-3, name)
+    fit(tokenizer.parameters(), loss, steps, 32, 1.5e-3, f"{name} tokenizer")
     tokenizer.eval()
 
 
@@ -343,7 +344,11 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
         max_steps=steps, ema=0.0, seed=seed, dtype="bfloat16",
     )  # fmt: skip
     processes = Processes()
-    folder = RunFolder(Path(f"runs/pretrain-{name}"), processes, describe(config, {"model": name}))
+    output = Output.run(Path(f"runs/pretrain-{name}"), model.checkpoint_name)
+    options = {**options_of_config(config), "model": name}
+    output.check(output.look(), options)
+    output.begin({"options": options})
+    folder = RunFolder(output.path, processes, options)
     trainer = Trainer(model, config, config.batch_size, processes, compile=True)
     loader = Loader(TokenArray(model, images, labels), config, processes, model.null_class)
     train(trainer, loader, folder, save_every=500, log_every=20)
@@ -369,26 +374,41 @@ def save_tokenizer(model: ARImageModel, path: Path) -> None:
     save(path, model.tokenizer, model.checkpoint_key)
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=("data", "networks", "tokenizer", "transformer", "decoder"))
-    parser.add_argument("--model", choices=sorted(DEFAULT_STEPS), help="for the last three stages")
+    parser.add_argument("stage", choices=("data", "networks", *STEPS))
+    parser.add_argument("--model", choices=TOKENIZER_PRETRAINING, help="for the last three stages")
     parser.add_argument(
-        "--raw",
-        type=Path,
-        default=RAW,
-        help="folder of the four files (default %(default)s)",
+        "--raw", type=Path, default=RAW, help="folder of the four files (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="optimizer steps (tokenizer 3,600, decoder 1,500)")
+    parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {STEPS})")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default %(default)s)"
     )
-    args = parser.parse_args()
-    if args.stage in ("tokenizer", "transformer", "decoder") and not args.model:
-        raise UserError(f"--model: the stage {args.stage} needs one of {', '.join(sorted(DEFAULT_STEPS))}")
+    return parser
+
+
+def train_networks(raw: Path, images: Tensor, labels: Tensor, seed: int) -> None:
+    """Train and save the two classifiers, and print their accuracies on the test images."""
+    test_images, test_labels = read_raw(raw, "t10k")
+    PERCEPTUAL_WEIGHTS.parent.mkdir(exist_ok=True)
+    for build, path in ((PerceptualNetwork, PERCEPTUAL_WEIGHTS), (FeatureNetwork, MINI_WEIGHTS)):
+        torch.manual_seed(seed)
+        network = build()
+        train_classifier(network, images, labels, 8, path.stem)
+        save(path, network)
+        pixels = to_model_input(to_uint8_tensor(test_images))
+        share = accuracy(network, pixels, torch.from_numpy(test_labels))
+        print(f"{path.stem}: accuracy {share:.4f} on the test images")
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    if args.stage in STEPS and not args.model:
+        raise UserError(f"--model: the stage {args.stage} needs one of {', '.join(TOKENIZER_PRETRAINING)}")
     if args.stage == "decoder" and max(build_model(args.model).step_sizes) == 1:
         raise UserError(
             f"--model: the stage decoder is not for {args.model}, which draws its tokens one by one"
@@ -396,7 +416,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     raw_images, raw_labels = read_raw(args.raw, "train")
-    perceptual_path = Path("runs/perceptual.safetensors")
     if args.stage == "data":
         write_images(
             ASSETS / "fashion-mnist-train-10k.npz", raw_images[BUNDLED_TRAINING], raw_labels[BUNDLED_TRAINING]
@@ -406,35 +425,23 @@ def main() -> None:
     images = to_model_input(to_uint8_tensor(raw_images[TRAINING]))
     labels = torch.from_numpy(raw_labels[TRAINING])
     if args.stage == "networks":
-        test_images, test_labels = read_raw(args.raw, "t10k")
-        perceptual_path.parent.mkdir(exist_ok=True)
-        for build, path, epochs in (
-            (PerceptualNetwork, perceptual_path, 8),
-            (FeatureNetwork, MINI_WEIGHTS, 8),
-        ):
-            torch.manual_seed(args.seed)
-            network = build()
-            train_classifier(network, images, labels, epochs, path.stem)
-            save(path, network)
-            pixels = to_model_input(to_uint8_tensor(test_images))
-            share = accuracy(network, pixels, torch.from_numpy(test_labels))
-            print(f"{path.stem}: accuracy {share:.4f} on the test images")
-    elif args.stage in ("tokenizer", "decoder"):
-        perceptual = PerceptualNetwork()
-        perceptual.load_state_dict(load_file(perceptual_path))
-        perceptual.eval().requires_grad_(False)
-        if args.stage == "tokenizer":
-            model = build_model(args.model, device="cpu")
-            train_tokenizer(model, perceptual, images, args.steps or 3600, f"{args.model} tokenizer")
-        else:
-            model = load_model(args.model)
-            train_decoder(model, perceptual, images, labels, args.steps or 1500, f"{args.model} decoder")
-        save_tokenizer(model, ASSETS / f"{args.model}-tokenizer.safetensors")
-    else:
-        model = train_transformer(
-            args.model, images, labels, args.steps or DEFAULT_STEPS[args.model], args.seed
-        )
+        train_networks(args.raw, images, labels, args.seed)
+        return
+    steps = args.steps or STEPS[args.stage]
+    if args.stage == "transformer":
+        model = train_transformer(args.model, images, labels, steps, args.seed)
         save(ASSETS / f"{args.model}.safetensors", model.transformer, model.checkpoint_key)
+        return
+    perceptual = PerceptualNetwork()
+    perceptual.load_state_dict(load_file(PERCEPTUAL_WEIGHTS))
+    perceptual.eval().requires_grad_(False)
+    if args.stage == "tokenizer":
+        model = build_model(args.model, device="cpu")
+        train_tokenizer(model, perceptual, images, steps, args.model)
+    else:
+        model = load_model(args.model)
+        train_decoder(model, perceptual, images, labels, steps, f"{args.model} decoder")
+    save_tokenizer(model, ASSETS / f"{args.model}-tokenizer.safetensors")
 
 
 if __name__ == "__main__":

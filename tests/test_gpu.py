@@ -19,15 +19,15 @@ import train_llamagen_cca
 import train_var_cca
 from benchmarks.gpu_rows import Row, random_batch, random_model, recipe_config, split
 from cca.distributed import Processes
-from cca.sampling.compiled import CompiledGenerate
-from cca.sampling.fitting import default_batch_size, sampling_memory
-from cca.sampling.sampler import SampleRequest, decode_tokens, eager_generate, prepare, sample_tokens
+from cca.sampling.fitting import default_batch_size, row_bytes
+from cca.sampling.sampler import Sampler, SampleRequest, prepare
 from cca.training.batch import Batch
-from cca.training.gpu import fitting_micro_batch, training_memory
+from cca.training.gpu import fitting_micro_batch
 from cca.training.trainer import Trainer
 from models import ZOO, ARImageModel, SamplingOptions, UserError, load_model
 from models.cache import Counted, KVCache, StaticCache, StaticLayer
 from models.devices import allow_tf32
+from models.plan import numbers
 from scripts import extract_codes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -67,11 +67,9 @@ def tokens_of(name, options, dtype="float32", device=GPU, images=256, batch=256,
     prepare(model, dtype, device)
     if exact:
         torch.set_float32_matmul_precision("highest")
-    generate = (
-        CompiledGenerate(model, options, dtype, batch, device) if compiled else eager_generate(model, asked)
-    )
+    sampler = Sampler(model, asked, batch, device, compiled)
     batches = [range(images)[start : start + batch] for start in range(0, images, batch)]
-    return torch.cat([sample_tokens(model, part, asked, device, generate).cpu() for part in batches])
+    return torch.cat([sampler.tokens(part).cpu() for part in batches])
 
 
 def differing(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -112,7 +110,8 @@ def test_pixels_as_on_a_cpu(name, dtype, most):
         prepare(model, dtype if device == GPU else "float32", device, compiled)
         tokens = (uniforms * model.vocab_size).long().to(device)
         wanted = asked if device == GPU else replace(asked, dtype="float32")
-        pixels[device, compiled] = decode_tokens(model, tokens, wanted).float()
+        decoded = Sampler(model, wanted, 40, device).decode(tokens)
+        pixels[device, compiled] = torch.from_numpy(decoded).float()
     expected = pixels.pop((CPU, False))
     for (_, compiled), found in pixels.items():
         error = (found - expected).abs()
@@ -180,11 +179,7 @@ def no_waits():
 def test_the_host_does_not_wait_while_tokens_are_drawn(name, compiled):
     model, options = load_model(name), OPTIONS["guided in part"]
     prepare(model, "bfloat16", GPU)
-    generate = (
-        CompiledGenerate(model, options, "bfloat16", 16, GPU)
-        if compiled
-        else eager_generate(model, request(options, "bfloat16", 16))
-    )
+    generate = Sampler(model, request(options, "bfloat16", 16), 16, GPU, compiled).generate
     labels = torch.arange(16, device=GPU) % 10
     uniforms = torch.rand(16, model.sequence_length, dtype=torch.float64, device=GPU)
     generate(labels, uniforms)
@@ -332,12 +327,11 @@ def test_the_batch_chosen_for_sampling_fits(name, compiled):
     torch.cuda.reset_peak_memory_stats()
     if not compiled:
         model.step_sizes = model.step_sizes[:12]
-    generate = (
-        CompiledGenerate(model, options, dtype, images, GPU) if compiled else eager_generate(model, asked)
-    )
+    generate = Sampler(model, asked, images, GPU, compiled).generate
     labels = torch.zeros(images, dtype=torch.int64, device=GPU)
     generate(labels, torch.rand(images, model.sequence_length, dtype=torch.float64, device=GPU))
-    peak, expected = torch.cuda.max_memory_allocated(), sampling_memory(model, asked, images)
+    weights = 2 * numbers(model.transformer) + 4 * numbers(model.tokenizer)
+    peak, expected = torch.cuda.max_memory_allocated(), weights + images * row_bytes(model, asked)
     print(
         f"{name}, compiled {compiled}: {images} images, {peak / 1e9:.1f} GB, expected {expected / 1e9:.1f} GB"
     )
@@ -355,10 +349,6 @@ def test_the_micro_batch_chosen_for_training_fits(name):
     torch.cuda.reset_peak_memory_stats()
     trainer.optimizer_step(0, batch_of(model, 2 * trainer.micro_batch_size))
     peak = torch.cuda.max_memory_allocated()
-    expected = training_memory(model, config, trainer.micro_batch_size, 1, False)
-    print(
-        f"{name}: micro-batch of {trainer.micro_batch_size}, peak {peak / 1e9:.1f} GB, "
-        f"expected {expected / 1e9:.1f} GB"
-    )
-    assert peak < 0.95 * torch.cuda.get_device_properties(GPU).total_memory
-    assert peak == pytest.approx(expected, rel=0.25)
+    total = torch.cuda.get_device_properties(GPU).total_memory
+    print(f"{name}: micro-batch of {trainer.micro_batch_size}, peak {peak / 1e9:.1f} GB")
+    assert 0.35 * total < peak < 0.95 * total

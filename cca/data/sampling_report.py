@@ -13,18 +13,18 @@ def report_path(samples: Path) -> Path:
     return path.with_name(f"{path.name.removesuffix('.npz')}.json")
 
 
-def read_sampling_report(path: Path) -> dict:
-    """The JSON that ``sample.py`` wrote beside samples (an .npz or what was unpacked of it); else empty."""
+def read_sampling_options(samples: Path) -> dict:
+    """The options that samples were made with, as ``sample.py`` wrote them beside an .npz (or what was
+    unpacked of it); empty where there is no such file, or another JSON."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(constant)  # NaN and infinity, which are no JSON
 
     try:
-        content = parse_json(report_path(path).read_text(encoding="utf-8"), parse_constant=refuse)
-    except (OSError, ValueError):
+        content = parse_json(report_path(samples).read_text(encoding="utf-8"), parse_constant=refuse)
+        options = content["options"]
+        ours = content["format"] == 1 and "num_samples" in options
+        fits = isinstance(options.get("model", ""), str) and type(options.get("cfg_scale", 1)) in (int, float)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    options = content.get("options") if isinstance(content, dict) else None
-    if not isinstance(options, dict) or not isinstance(options.get("model", ""), str):
-        return {}
-    scale = options.get("cfg_scale", 1.0)
-    return content if isinstance(scale, (int, float)) and not isinstance(scale, bool) else {}
+    return options if ours and fits else {}

@@ -5,8 +5,8 @@ import torch
 from cca.sampling.sampler import SampleRequest
 from models import DTYPES, ARImageModel
 from models.decoding import guided_steps
-from models.devices import does_not_fit, free_memory
-from models.plan import numbers, size_text
+from models.devices import free_memory
+from models.plan import numbers
 
 CPU_BATCH = 64
 LARGEST_BATCH = 256  # on a GPU; above it nothing gets faster
@@ -25,12 +25,6 @@ def row_bytes(model: ARImageModel, request: SampleRequest) -> int:
     return rows * (model.cached_numbers * DTYPES[request.dtype].itemsize + logits)
 
 
-def fitting_batch(model: ARImageModel, request: SampleRequest, free: int) -> int:
-    """The largest power of two of images, 1 to 256, that takes MEMORY_SHARE of so many bytes at most."""
-    fitting = int(max(free, 0) * MEMORY_SHARE) // row_bytes(model, request)
-    return min(LARGEST_BATCH, 1 << max(fitting.bit_length() - 1, 0))
-
-
 def default_batch_size(model: ARImageModel, request: SampleRequest, device: torch.device) -> int:
     """Images to decode at once: 64 on a CPU; on a GPU the largest power of two, 1 to 256, that takes
     MEMORY_SHARE of what is free and not for the weights. To be asked before these are on the GPU.
@@ -38,38 +32,9 @@ def default_batch_size(model: ARImageModel, request: SampleRequest, device: torc
     free = free_memory(device)
     if free is None:
         return CPU_BATCH
-    return fitting_batch(model, request, free - sampling_memory(model, request, 0))
-
-
-def sampling_memory(model: ARImageModel, request: SampleRequest, batch_size: int) -> int:
-    """What a process holds while it samples, about (bytes): the weights, and the rows of a batch."""
     weights = numbers(model.transformer) * DTYPES[request.dtype].itemsize + 4 * numbers(model.tokenizer)
-    return weights + batch_size * row_bytes(model, request)
-
-
-def model_too_large(name: str, model: ARImageModel, request: SampleRequest, free: int | None) -> str:
-    """What to say where even the model does not fit; free: ``free_memory`` before it was on the GPU."""
-    less = "" if DTYPES[request.dtype].itemsize == 2 else "--dtype bfloat16 takes less; or "
-    weights = size_text(sampling_memory(model, request, 0))
-    return does_not_fit(f"{name} in {request.dtype}, ~{weights} of weights,", free, less)
-
-
-def batch_too_large(
-    name: str, model: ARImageModel, request: SampleRequest, batch_size: int, free: int | None
-) -> str:
-    """What to say where a batch does not fit, with a size below it that should.
-
-    free: ``free_memory`` before the run's first batch; later the caches of a compiled generator are there.
-    """
-    if batch_size == 1:
-        return does_not_fit(f"one image of {name}, beside the weights,", free)
-    fits = batch_size // 2 if free is None else min(fitting_batch(model, request, free), batch_size // 2)
-    return f"--batch-size: {batch_size} images at once do not fit in the GPU's memory; {fits} should"
-
-
-def decoder_too_large(name: str, free: int | None) -> str:
-    """What to say where tokens cannot be decoded; free: as above."""
-    return does_not_fit(f"decoding images of {name}, beside the weights,", free)
+    fitting = int(max(free - weights, 0) * MEMORY_SHARE) // row_bytes(model, request)
+    return min(LARGEST_BATCH, 1 << max(fitting.bit_length() - 1, 0))
 
 
 def compiles_by_default(

@@ -1,21 +1,21 @@
 """How well a run uses its GPU, and what to do where its memory does not suffice."""
 
-from contextlib import AbstractContextManager
-
 import torch
 
 from cca.training.batch import Batch
-from cca.training.losses import LOSSES
-from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
-from models import DTYPES, ARImageModel
-from models.devices import memory_named, memory_ran_out
-from models.plan import numbers
+from models.devices import memory_ran_out
 
-# Bytes kept for the backward pass per token, channel and block, as counted for both backbones (104 and 93
-# in float32, 63 and 65 in 16 bits), by bytes of the precision; and where blocks are computed again.
-KEPT_BYTES, CHECKPOINTED_BYTES = {4: 104, 2: 65}, 5
 USED_MEMORY = 0.8  # of a GPU's, by a micro-batch that is chosen; the rest is for what lies between tensors
+# What to say where the memory does not suffice; {why} is the text of the error.
+MODEL_TOO_LARGE = (
+    "--model: the memory does not suffice ({why}); take more GPUs with --parallel fsdp. "
+    "The same command resumes from the last checkpoint"
+)
+MICRO_BATCH_TOO_LARGE = (
+    "--micro-batch-size: the memory does not suffice ({why}); take a smaller one, --checkpointing, or more "
+    "GPUs with --parallel fsdp. The same command resumes from the last checkpoint"
+)
 
 # Dense bfloat16 operations per second, from NVIDIA's data sheets (which give twice as many, "with sparsity");
 # the first name that is part of the GPU's.
@@ -48,40 +48,6 @@ def step_flops(trainer: Trainer, batch: Batch) -> int:
     if trainer.objective is None:
         return 3 * len(batch) * trainer.model.forward_flops()
     return 4 * (len(batch) + len(trainer.paired_rows(batch))) * trainer.model.forward_flops()
-
-
-def training_memory(
-    model: ARImageModel, config: TrainingConfig, micro_batch_size: int, shards: int, checkpointing: bool
-) -> int:
-    """What a process holds while it trains, about (bytes): weights, gradients, moments, activations.
-
-    shards: processes over which the weights and all that belongs to them are split.
-    """
-    net, own = model.transformer, DTYPES[config.dtype].itemsize
-    paired = LOSSES[config.loss].objective is not None
-    each = 4 + 4 + 8 + (4 if config.ema else 0) + (own if paired else 0)  # AdamW's two moments; the reference
-    cast = own if config.dtype != "float32" else 0  # autocast's copy of the weights
-    blocks = len(net.transformer_blocks())
-    channels = model.sequence_length * net.output_layer().in_features * blocks
-    kept = KEPT_BYTES[own]
-    row = channels * (CHECKPOINTED_BYTES + kept / blocks if checkpointing else kept)
-    weights = numbers(net) * (each / shards + cast) + 4 * numbers(model.tokenizer)
-    return int(weights + (2 if paired else 1) * micro_batch_size * row)
-
-
-def explaining_memory(images: int, checkpointing: bool) -> AbstractContextManager:
-    """A GPU's memory that runs out inside is a UserError, which says what needs less.
-
-    images: of the micro-batches inside; 0 where there are none.
-    """
-    smaller = f"a smaller one, such as {images // 2} (the same results but for rounding and dropout's masks)"
-    less = [smaller] if images > 1 else []
-    less += [] if checkpointing or not images else ["--checkpointing"]
-    less += ["more GPUs with --parallel fsdp"]
-    return memory_named(
-        f"{'--micro-batch-size' if images else '--model'}: the memory does not suffice ({{why}}); "
-        f"take {', or '.join(less)}. The same command goes on from the last saved state"
-    )
 
 
 def images_that_fit(of_two: int, of_four: int, memory: float, later: int) -> int:

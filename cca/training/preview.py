@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from cca.sampling.grid import write_grid
-from cca.sampling.sampler import SampleRequest, sample_images
+from cca.sampling.sampler import Sampler, SampleRequest
 from cca.training.trainer import Trainer
 from models import SamplingOptions, UserError
 from models.devices import memory_named
@@ -52,9 +53,9 @@ def grid_drawer(
 
     def sample_grid(path: Path) -> None:
         with memory_named(too_many), training_paused(trainer):
-            pixels = sample_images(model, range(images), request, images, processes.device)
+            pieces = list(Sampler(model, request, images, processes.device).samples([range(images)]))
         folder.mkdir(exist_ok=True)
-        write_grid(pixels.numpy(), path, columns)
+        write_grid(np.concatenate([piece.images for piece in pieces]), path, columns)
 
     def draw(step: int) -> None:
         if not every or step % every:

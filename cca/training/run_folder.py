@@ -30,70 +30,21 @@ from models.files import (
     write_json,
     writing,
 )
-from models.outputs import differing
 from models.weights import save_published
 
 # Names in config.json where they are not the field's: a key that changed would not be compared on resuming.
 CONFIG_KEYS = {"lambda_": "lam"}
 # Told there beside the options, not compared: a run that goes on takes it unless the user says otherwise.
 MICRO_BATCH = "micro_batch_size"
-# Names in metrics.jsonl of an earlier version, whose rewards were not scaled. Such lines stay as they are.
-EARLIER_NAMES = {
-    "accuracy": "rewards/accuracies",
-    "margin": "rewards/margins",
-    "chosen_reward": "rewards/chosen",
-    "rejected_reward": "rewards/rejected",
-    "null_reward": "rewards/null",
-}
 
 
-def describe(config: TrainingConfig, extra: dict, command: str | None = None) -> dict:
-    """Content of ``config.json``: ``options`` must agree on resuming, the rest is provenance."""
-    options = {CONFIG_KEYS.get(name, name): value for name, value in asdict(config).items()}
-    return {
-        "command": command,
-        "options": {**options, **extra},
-        "versions": {"torch": torch.__version__, "numpy": np.__version__},
-    }
+def options_of_config(config: TrainingConfig) -> dict:
+    """Return the options of a run under their names in config.json."""
+    return {CONFIG_KEYS.get(name, name): value for name, value in asdict(config).items()}
 
 
-def read_options(config: Path) -> dict:
-    """The options in a run's ``config.json``. Raises UserError for another file."""
-    options = read_json(config).get("options")
-    if not isinstance(options, dict):
-        raise UserError(f"{config}: holds no options of a run; take another folder")
-    return options
-
-
-def noted_micro_batch(folder: Path) -> int:
-    """Images of a micro-batch with which a run that has saved states was trained last; 0: not noted.
-
-    Raises UserError for a note that is no such number.
-    """
-    config = folder / "config.json"
-    description = read_json(config) if saved_steps(folder) and config.exists() else {}
-    if MICRO_BATCH not in description:
-        return 0
-    noted = description[MICRO_BATCH]
-    if type(noted) is not int or noted < 1:
-        raise UserError(f"{config}: {MICRO_BATCH} is {noted!r}, not a number of images; delete that entry")
-    return noted
-
-
-def refuse_others(folder: Path, options: dict) -> None:
-    """Raise UserError where the folder holds a run with other options than these, or with none.
-
-    Writes nothing. What is no run's may lie there: logs, codes. What the loss does not depend on may differ.
-    """
-    config = folder / "config.json"
-    if not config.exists() and saved_steps(folder):
-        raise UserError(f"--output: {folder} holds saved states, but no config.json: take another folder")
-    unused = LOSSES[options["loss"]].absent
-    if config.exists() and (changed := differing(read_options(config), options, unused)):
-        raise UserError(
-            f"--output: {folder} holds a run with other options: "
-            f"{', '.join(changed)}; take these, or another folder"
-        )
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "numpy": np.__version__}
 
 
 def _row(line: str) -> dict:
@@ -104,36 +55,14 @@ def _row(line: str) -> dict:
     return row
 
 
-def renamed(metrics: dict, scale: float) -> dict:
-    """A line of ``metrics.jsonl`` under today's names: rewards of an earlier version times ``scale``."""
-    found = {}
-    for name, value in metrics.items():
-        reward = name in EARLIER_NAMES and name != "accuracy" and isinstance(value, float)
-        found[EARLIER_NAMES.get(name, name)] = scale * value if reward else value
-    return found
-
-
 class RunFolder:
     """Where a run writes; every write is atomic, so a run killed at any moment leaves its last good state."""
 
-    def __init__(self, path: Path, processes: Processes, description: dict, keep_states: int = 1):
-        """Raises UserError for the folder of a run with other options."""
-        self.path, self.processes, self.keep_states = path, processes, keep_states
-        self.options = description["options"]
+    def __init__(self, path: Path, processes: Processes, options: dict, keep_states: int = 1):
+        """``options``: those of config.json."""
+        self.path, self.processes, self.keep_states, self.options = path, processes, keep_states, options
         self.states, self.metrics_path = path / "state", path / "metrics.jsonl"
         self.writer: SummaryWriter  # from ``resume`` on, of the main process
-        processes.agree(lambda: self._claim(description), main=True)
-
-    def _claim(self, description: dict) -> None:
-        """Note the options; the states' folder comes first, so that what has a config.json has both."""
-        config = self.path / "config.json"
-        refuse_others(self.path, description["options"])
-        with writing(self.states):
-            self.states.mkdir(parents=True, exist_ok=True)
-            for left in (*self.states.glob(".*.removed"), self.states / ".writing"):
-                shutil.rmtree(left, ignore_errors=True)
-        if not config.exists():
-            write_json(config, description)
 
     def saved_steps(self) -> list[int]:
         """Numbers of the steps whose state is complete, ascending."""
@@ -149,9 +78,15 @@ class RunFolder:
             state = trainer.state()
             self.processes.agree(lambda: self._load(state, done))
             trainer.load_state(state)
-        self.processes.agree(lambda: self._cut_back(done, trainer.config.max_steps), main=True)
-        self.processes.agree(self._drop_old, main=True)
+        self.processes.agree(lambda: self._begin(done), main=True)
         return done
+
+    def _begin(self, done: int) -> None:
+        """Leave in the folder what belongs to the steps that are done; open TensorBoard."""
+        for left in (*self.states.glob(".*.removed"), self.states / ".writing"):
+            shutil.rmtree(left, ignore_errors=True)
+        self._cut_back(done)
+        self._drop_old()
 
     def _load(self, state: dict, done: int) -> None:
         path, before = self.states / f"step-{done}", self.saved_steps()[:-1]
@@ -178,18 +113,10 @@ class RunFolder:
                 damaged += 1  # cut off where the process was killed or the disk was full
         return [kept[step] for step in sorted(kept)], damaged
 
-    def _cut_back(self, done: int, max_steps: int) -> None:
+    def _cut_back(self, done: int) -> None:
         """Leave in metrics and TensorBoard what belongs to the steps that are done; open the latter."""
         lines, damaged = self._lines()
         lines = [(line, row) for line, row in lines if 0 < row["step"] <= done]
-        earlier = [row["step"] for _, row in lines if EARLIER_NAMES.keys() & row.keys()]
-        if earlier and done < max_steps:
-            print(
-                f"note: {self.metrics_path}: steps up to {earlier[-1]} keep the names of an earlier version "
-                f"({', '.join(EARLIER_NAMES)}), with rewards not multiplied by beta; later steps have "
-                f"{', '.join(EARLIER_NAMES.values())}",
-                file=sys.stderr,
-            )
         text = "".join(f"{line}\n" for line, _ in lines)
         missing = done - text.count("\n")
         if missing:
@@ -254,23 +181,20 @@ class RunFolder:
     def export(self, trainer: Trainer) -> None:
         """Draw the curves, write the average if there is one, then the model: with it the run is finished."""
         name = trainer.model.checkpoint_name
-        self.processes.agree(lambda: self._draw(finished=(self.path / name).exists()), main=True)
+        self.processes.agree(self._draw, main=True)
         for weights, path in ((trainer.full_ema(), ema_name(name)), (trainer.full_weights(), name)):
             # Of a sharded model, the main process alone has the weights.
             self.processes.agree(partial(self._export, weights, self.path / path, trainer), main=True)
 
-    def _draw(self, finished: bool) -> None:
-        """Draw ``curves.png`` of all steps, unless the run was finished before."""
-        if finished:
-            return
+    def _draw(self) -> None:
+        """Draw ``curves.png`` of all steps."""
         loss = LOSSES[self.options["loss"]]
-        scale = loss.reward_scale(self.options["beta"])
         values = {"beta": f"β = {self.options['beta']:g}", "lambda_": f"λ = {self.options['lam']:g}"}
         chosen = ", ".join(values[name] for name in loss.hyperparameters)
         name = f"{self.options['loss']} ({chosen})" if chosen else self.options["loss"]
         title = f"{self.options['model']}, {name}, batch {self.options['batch_size']}"
         try:
-            draw_curves(self.path / "curves.png", [renamed(row, scale) for _, row in self._lines()[0]], title)
+            draw_curves(self.path / "curves.png", [row for _, row in self._lines()[0]], title)
         except (UserError, ImportError) as error:  # a picture is not worth the run
             print(f"no curves.png: {error}", file=sys.stderr)
 

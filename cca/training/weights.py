@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cca.data.classes import class_folders, own_names
-from cca.training.run_folder import read_options
 from cca.training.states import load_run_weights, weights_of_run
 from models import ARImageModel, UserError, find_files, zoo_entry
-from models.files import read_json
+from models.files import read_own_json
 from models.loading import ModelFiles
 from models.zoo import class_name
 
@@ -34,14 +33,11 @@ class ChosenWeights:
         return {**self.files.known(), "weights": self.given[1]}
 
     def class_names(self, model: ARImageModel) -> list[str]:
-        """Name of each class, [num_classes]: of a run's own classes the folders', of others the model's.
-
-        Raises UserError for a run's ``config.json`` that is damaged.
-        """
+        """Name of each class, [num_classes]: of a run's own classes the folders', of others the model's."""
         names = [class_name(label, model.num_classes) for label in range(model.num_classes)]
         weights = self.state[0].parent if self.state else self.files.weights
-        if isinstance(weights, Path) and (config := weights.with_name("config.json")).exists():
-            folders = class_folders(read_json(config).get("data")) or {}
+        if isinstance(weights, Path) and (config := read_own_json(weights.with_name("config.json"))):
+            folders = class_folders(config.get("data")) or {}
             for label, name in own_names(folders, model.num_classes).items():
                 names[label] = name
         return names
@@ -82,7 +78,7 @@ def choose_weights(
 
 def refuse_other_models(path: Path, name: str, weights: str) -> None:
     """Raise UserError where a run's state, or its exported file, is of another model than ``name``."""
-    config = (path.parent.parent if path.is_dir() else path.parent) / "config.json"
-    made = read_options(config).get("model", name) if config.exists() else name
+    config = read_own_json((path.parent.parent if path.is_dir() else path.parent) / "config.json")
+    made = config["options"].get("model", name) if config else name
     if made != name:
         raise UserError(f"--weights: {weights} is a run of {made}, not of {name}")

@@ -9,7 +9,7 @@ import torch
 from golden_models import golden
 from scipy.stats import chi2
 
-from cca.sampling.sampler import SampleRequest, eager_generate, sample_tokens
+from cca.sampling.sampler import Sampler, SampleRequest
 from models import llamagen, var
 from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
 from models.decoding import (
@@ -79,9 +79,7 @@ def test_frequencies(backbone, name):
     counts = torch.zeros(len(expected), dtype=torch.float64)
     place = 4 ** torch.arange(model.sequence_length - 1, -1, -1)
     for start in range(0, SAMPLES, 20_000):
-        tokens = sample_tokens(
-            model, range(start, start + 20_000), request, CPU, eager_generate(model, request)
-        )
+        tokens = Sampler(model, request, 20_000, CPU).tokens(range(start, start + 20_000))
         counts += torch.bincount((tokens * place).sum(1), minlength=len(expected))
     assert counts[expected == 0].sum() == 0
     rare = expected < 5  # too few for the chi-square: taken together

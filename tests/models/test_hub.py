@@ -1,11 +1,17 @@
-"""Published weights through huggingface_hub, against a local server that speaks its protocol."""
+"""Published weights through huggingface_hub, and files of any address, against a local server."""
 
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from commands import ROOT, command_line, environment
 from hub_server import hub_variables, serving
+from huggingface_hub import constants
+
+from models.errors import UserError
+from models.hub import download
 
 FILES = (ROOT / "tests" / "golden" / "published_files.txt").read_text().split()
 EVERYTHING = """
@@ -119,3 +125,106 @@ def test_damaged_file_in_the_cache(hub, tmp_path):
     Path(broken.stderr.rpartition("; delete ")[2].partition(" to have")[0]).unlink()
     sample(tmp_path, hub.endpoint, "--model", "var-d20")
     assert hub.requests.count(f"GET /{url('FoundationVision/var/var_d20.pth')}") == 2
+
+
+CONTENT = bytes(range(256)) * 1000
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """One that serves a file; the client reads it in small pieces and does not wait between its tries."""
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    (tmp_path / "served").write_bytes(CONTENT)
+    with serving({"some/where/FILE.npz": tmp_path / "served"}) as found:
+        found.ranges = True
+        yield found
+
+
+def ask(server, tmp_path):
+    address = f"{server.endpoint}/some/where/resolve/main/FILE.npz"
+    path = tmp_path / "cache" / "FILE.npz"
+    return download(address, path, lambda part: part.read_bytes() == CONTENT, "--file")
+
+
+def refused(server, tmp_path, message):
+    with pytest.raises(UserError, match=f"^--file: {server.endpoint}/some/where/[^\n]*{message}[^\n]*$"):
+        ask(server, tmp_path)
+    assert not (tmp_path / "cache" / "FILE.npz").exists()
+
+
+def left(tmp_path):
+    return [path.stat().st_size for path in (tmp_path / "cache").glob(".*.part")]
+
+
+def test_several_at_once_download_once(server, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: ask(server, tmp_path), range(4)))
+    assert found == 4 * [tmp_path / "cache" / "FILE.npz"] and found[0].read_bytes() == CONTENT
+    assert sum(request.startswith("GET") for request in server.requests) == 1 and not left(tmp_path)
+    server.requests.clear()
+    assert ask(server, tmp_path) == found[0] and not server.requests
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_that_was_cut_off_is_resumed(ranges, server, tmp_path):
+    """The part that came before is not asked for again, of a server that sends parts."""
+    server.cut = True
+    refused(server, tmp_path, "cut off after .* bytes .*; the same command resumes it")
+    (had,) = left(tmp_path)
+    server.cut, server.ranges, server.sent = False, ranges, []
+    assert 0 < had < len(CONTENT)
+    assert ask(server, tmp_path).read_bytes() == CONTENT and not left(tmp_path)
+    assert server.sent == [0, had if ranges else 0]  # the question for its size, then the rest
+
+
+def test_killed_before_the_rename(server, tmp_path, monkeypatch):
+    """All bytes are there: none is asked for again."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ask(server, tmp_path)
+    assert left(tmp_path) == [len(CONTENT)]
+    server.requests.clear()
+    assert ask(server, tmp_path).read_bytes() == CONTENT and not left(tmp_path)
+    assert [request.split()[0] for request in server.requests] == ["HEAD"]
+
+
+def test_fewer_bytes_than_announced(server, tmp_path):
+    server.promised = 100
+    refused(server, tmp_path, "cut off after 256,000 bytes")
+    assert left(tmp_path) == [len(CONTENT)]
+
+
+@pytest.mark.parametrize("other", [CONTENT[::-1], CONTENT[:100]], ids=["other", "shorter"])
+def test_another_content_is_removed(other, server, tmp_path):
+    """Also where the file changed after a part of it had come: that part is not taken for the new one's."""
+    server.cut = True
+    refused(server, tmp_path, "cut off")
+    server.cut = False
+    (tmp_path / "served").write_bytes(other)
+    refused(server, tmp_path, "what was downloaded is damaged; it was removed")
+    assert not left(tmp_path)
+
+
+def test_out_of_reach(server, tmp_path, monkeypatch):
+    """Nothing is made on the disk; the line says what to fetch and where to put it."""
+    by_hand = rf"; fetch it by hand and put it at {tmp_path}/cache/FILE\.npz"
+    server.files.clear()
+    refused(server, tmp_path, rf"is out of reach \(.*404.*\){by_hand}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused(server, tmp_path, rf"is out of reach \(.*offline.*\){by_hand}")
+    monkeypatch.undo()
+    server.server_close()
+    refused(server, tmp_path, rf"is out of reach \(.*\){by_hand}")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_cannot_be_made(server, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match="cannot be written"):
+        ask(server, tmp_path)

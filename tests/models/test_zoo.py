@@ -1,15 +1,16 @@
 """The zoo against the manifests of the published checkpoints, and what README says of models."""
 
 import json
+import re
 
 import pytest
 from commands import ROOT
 from golden_models import GOLDEN
 
 from models import __main__ as listing
-from models.catalogue import figures_notes, figures_table, files_table, models_table
+from models.errors import UserError
 from models.loading import build_model, find_files, model_names, recognise
-from models.plan import size_text
+from models.plan import Download, require_space, show_plan, size_text
 from models.zoo import TOKENIZERS, ZOO
 
 MANIFESTS = {
@@ -66,50 +67,45 @@ def test_llamagen_sizes(size, tokenizer, tokens):
     assert (model.sequence_length, model.image_size) == (tokens, size)
 
 
-@pytest.mark.parametrize(
-    "page, parts",
-    [("README.md", (models_table,)), ("docs/models.md", (figures_table, figures_notes, files_table))],
-)
-def test_tables_of_the_pages_are_the_zoo(page, parts):
-    text = (ROOT / page).read_text()
-    for part in parts:
-        assert f"\n\n{part()}\n\n" in text, f"{page} should say\n{part()}"
+DIGITS = {"fid": 2, "sfid": 2, "is": 1, "precision": 2, "recall": 2}
+HUB = re.compile(r"\(https://huggingface.co/([^)]*)/blob/main/([^)]*)\)")
 
 
-def test_published_figures():
-    """Those of the paper's tables, CCA's and the bases' model zoos, digit by digit."""
-    order = ("fid", "is", "sfid", "precision", "recall")
-    found = {
-        (name, sampled): tuple(figures.get(metric) for metric in order)
+def rows_of_models(page):
+    """Cells of every row about a model, of all tables on a page."""
+    rows = (line.strip("| ").split(" | ") for line in (ROOT / page).read_text().splitlines())
+    return [row for row in rows if row[0] in ZOO]
+
+
+def test_figures_and_links_of_the_pages():
+    """README has the FIDs and the files of the default size; docs/models.md all figures and files."""
+    figures = {
+        (name, sampled): [f"{values[m]:.{DIGITS[m]}f}" if m in values else "–" for m in DIGITS]
         for name, entry in ZOO.items()
-        for sampled, figures in (entry.published.figures if entry.published else {}).items()
+        for sampled, values in (entry.published.figures if entry.published else {}).items()
     }
-    fid_alone = {
-        "guided": {"var-d16": 3.55, "var-d20": 2.95, "var-d24": 2.33, "var-d30": 1.97, "llamagen-b": 6.09,
-                   "llamagen-l": 3.07, "llamagen-xl": 2.62, "llamagen-xxl": 2.34},
-        "cca": {"var-d16": 4.03, "var-d20": 3.02, "llamagen-b": 7.04, "llamagen-xl": 3.10,
-                "llamagen-xxl": 3.12},
-    }  # fmt: skip
-    assert found == {
-        **{
-            (name, sampled): (fid, None, None, None, None)
-            for sampled, fids in fid_alone.items()
-            for name, fid in fids.items()
-        },
-        ("llamagen-3b", "base"): (9.38, 112.9, None, 0.69, 0.67),
-        ("llamagen-3b", "guided"): (2.18, 263.3, None, None, None),
-        ("llamagen-3b", "cca"): (2.69, 276.8, None, 0.80, 0.59),
-        ("var-d30", "base"): (5.25, 175.6, None, 0.75, 0.62),
-        ("var-d30", "cca"): (2.54, 264.2, None, 0.83, 0.56),
-        ("llamagen-l", "base"): (19.00, 64.7, 8.78, 0.61, 0.67),
-        ("llamagen-l", "dpo"): (61.69, 30.8, 44.98, 0.36, 0.40),
-        ("llamagen-l", "unlearning"): (12.22, 111.6, 7.99, 0.66, 0.64),
-        ("llamagen-l", "cca"): (3.43, 288.2, 7.44, 0.81, 0.52),
-        ("var-d24", "base"): (6.20, 154.3, 8.50, 0.74, 0.62),
-        ("var-d24", "dpo"): (7.53, 232.6, 19.10, 0.85, 0.34),
-        ("var-d24", "unlearning"): (5.55, 165.9, 8.41, 0.75, 0.61),
-        ("var-d24", "cca"): (2.63, 298.8, 7.63, 0.84, 0.55),
+    files = {
+        (name, str(size)): [(file.repository, file.file) for file in (base, entry.cca.get(size)) if file]
+        for name, entry in ZOO.items()
+        for size, base in entry.base.items()
     }
+    short = [row for row in rows_of_models("README.md") if len(row) == 7]
+    for name, _, pixels, *fids, links in short:
+        expected = [figures.get((name, sampled), "–")[0] for sampled in ("base", "guided", "cca")]
+        assert [fid.partition(" ")[0] for fid in fids] == expected, name
+        assert HUB.findall(links) == files[name, pixels], name
+    assert {row[0] for row in short} == {name for name in ZOO if not name.endswith("-mini")}
+    whole = rows_of_models("docs/models.md")
+    found = {
+        (name, re.sub(r"base, (guided).*", r"\1", sampled).lower()): cells
+        for name, sampled, *cells in whole
+        if len(cells) == len(DIGITS)
+    }
+    assert found == figures
+    found = {(name, size): HUB.findall(" ".join(rest)) for name, size, *rest in whole if size.isdigit()}
+    assert found == {key: value for key, value in files.items() if value and value[0][0]}
+    linked = {"/".join(file) for file in HUB.findall((ROOT / "docs/models.md").read_text())}
+    assert linked == set((GOLDEN / "published_files.txt").read_text().split())
 
 
 def test_everything_as_json(capsys):
@@ -150,6 +146,16 @@ def test_what_would_be_downloaded(monkeypatch, tmp_path):
         "FoundationVision/var/vae_ch160v4096z32.pth"
     ]
     assert downloads("var-mini") == {}
+
+
+def test_no_place_for_downloads(tmp_path, capsys):
+    """Said in the plan, and before another file is downloaded."""
+    (tmp_path / "cache").write_text("a file")
+    files = [Download("some", 10, tmp_path, "--a"), Download("other", 10, tmp_path / "cache" / "x", "--b")]
+    show_plan({"model": "m"}, files)
+    assert f"{tmp_path / 'cache'} is no folder that may be written to" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--b: other is to be downloaded, .*cache is no folder that may"):
+        require_space(files)
 
 
 def test_recipes():

@@ -17,8 +17,8 @@ from commands import ROOT, TRAIN, after_plan, command_line, environment, expect_
 from made_data import make_codes, make_image_folder
 
 import train_var_cca
+from cca.cli.output import Output
 from models import UserError, load_model
-from models.outputs import claimed
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
     assert process.poll() is None
     process.kill()
     process.wait()
-    with claimed(tmp_path, folder=True):
+    with Output(tmp_path, is_folder=True).locked():
         pass
 
 
@@ -407,7 +407,6 @@ def test_deterministic_runs_are_equal_bit_for_bit(tmp_path):
         del line["images_per_second"], other["images_per_second"]
         assert line == other
     assert json.loads((one / "config.json").read_text())["options"]["deterministic"] is True
-    # A run goes on as it began; folders of before there was the option are taken (tests/test_specimens.py).
     with pytest.raises(UserError, match="deterministic True instead of False"):
         train_var_cca.main([*map(str, common), "--output", str(one)])
 

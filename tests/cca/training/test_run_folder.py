@@ -110,7 +110,9 @@ def test_states_of_which_nothing_is_known_are_refused(stopped):
     (stopped / "config.json").unlink()
     before = sorted(stopped.iterdir())
     for options in ((), ("--dry-run",)):
-        with pytest.raises(UserError, match="^--output: run holds saved states, but no config.json: take"):
+        with pytest.raises(
+            UserError, match="^--output: run/state is in the way, it holds step-2 and no config.json"
+        ):
             train("run", *options)
     assert sorted(stopped.iterdir()) == before
 
@@ -200,11 +202,22 @@ def test_after_the_damaged_state_is_deleted_the_run_goes_on(stopped):
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_first_state_damaged(disk):
-    description = disk / "run-var" / "state" / "step-2" / ".metadata"  # of a version without checksums
-    description.write_bytes(description.read_bytes()[:-100])
+def test_the_first_state_damaged(disk, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        train("run")
+    flip(disk / "run" / "state" / "step-2" / ".metadata")
     with pytest.raises(UserError, match="goes on from the start"):
-        train("run-var", steps=4)
+        train("run")
+
+
+def test_other_options_are_named_as_config_json_does(stopped):
+    for option, message in (
+        (("--lambda", "5"), "lam 10 instead of 5"),
+        (("--beta", "0.2"), "beta 0.1 instead"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train("run", *option)
 
 
 def test_metrics_cut_off_are_mended(stopped, capsys):
@@ -222,6 +235,7 @@ def test_metrics_cut_off_are_mended(stopped, capsys):
 )
 def test_what_is_no_config_is_refused(content, disk):
     """None of them may be taken for a run with these options, or end in a traceback."""
+    (disk / "run-var").mkdir()
     (disk / "run-var" / "config.json").write_text(content)
     before = {path: path.stat().st_mtime_ns for path in disk.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"run-var/config\.json: (is damaged|holds)"):

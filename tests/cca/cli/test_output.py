@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
+from cca.cli.output import Output, check_space
+from cca.distributed import differing
 from models.errors import UserError
-from models.outputs import check_output, check_space, claimed, differing
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from models.outputs import claimed
-with claimed(Path(sys.argv[1])):
+from cca.cli.output import Output
+with Output(Path(sys.argv[1])).locked():
     if os.fork() == 0:  # as a data loader's process
         time.sleep(60)
         os._exit(0)
@@ -26,9 +27,9 @@ with claimed(Path(sys.argv[1])):
 """
 
 
-def check_and_claim(path, folder):
-    check_output("--output", path, folder=folder)
-    with claimed(path, folder):
+def check_and_lock(path, folder):
+    Output(path, folder).check_place()
+    with Output(path, folder).locked():
         pass
 
 
@@ -44,15 +45,15 @@ def test_outputs_that_cannot_be_written(tmp_path):
     ]
     for path, folder, message in cases:
         with pytest.raises(UserError, match=f"^--output: .*{message}"):
-            check_and_claim(path, folder)
+            check_and_lock(path, folder)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
-    check_output("--output", tmp_path / "new" / "s.npz")
+    Output(tmp_path / "new" / "s.npz").check_place()
 
 
 def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # who runs the tests may write anywhere
     with pytest.raises(UserError, match="may not be written to"):
-        check_output("--output", tmp_path / "s.npz")
+        Output(tmp_path / "s.npz").check_place()
 
 
 def test_inputs_are_not_overwritten(tmp_path, monkeypatch):
@@ -61,15 +62,15 @@ def test_inputs_are_not_overwritten(tmp_path, monkeypatch):
     (tmp_path / "link.npz").symlink_to(tmp_path / "a.npz")
     for output in ("a.npz", "./a.npz", "link.npz"):
         with pytest.raises(UserError, match="--output: .* is what --images reads; take another name"):
-            check_output("--output", Path(output), {"--images": tmp_path / "a.npz"})
-    check_output("--output", tmp_path / "b.npz", {"--images": tmp_path / "a.npz", "--other": None})
+            Output(Path(output)).check_place({"--images": tmp_path / "a.npz"})
+    Output(tmp_path / "b.npz").check_place({"--images": tmp_path / "a.npz", "--other": None})
 
 
 def test_space(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9, "total": 10**12}))
-    check_space("--output", tmp_path / "new" / "s.npz", 10**9, "samples")
+    check_space(Output(tmp_path / "new" / "s.npz"), 10**9, "samples")
     with pytest.raises(UserError, match="has 1.0 GB free, the run needs 2.0 GB .samples"):
-        check_space("--output", tmp_path / "new" / "s.npz", 2 * 10**9, "samples")
+        check_space(Output(tmp_path / "new" / "s.npz"), 2 * 10**9, "samples")
 
 
 def test_an_output_belongs_to_one_run_and_not_to_a_dead_one(tmp_path):
@@ -78,12 +79,15 @@ def test_an_output_belongs_to_one_run_and_not_to_a_dead_one(tmp_path):
         [sys.executable, "-c", HOLD, path], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True
     )
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(UserError, match=f"s.npz is being written by process {holder.pid} on "), claimed(path):
+    with (
+        pytest.raises(UserError, match=f"s.npz is being written by process {holder.pid} on "),
+        Output(path).locked(),
+    ):
         pass
     assert os.listdir(tmp_path) == [".s.npz.lock"]
     holder.kill()
     holder.wait()
-    with claimed(path):  # its child lives on, and holds nothing
+    with Output(path).locked():  # its child lives on, and holds nothing
         assert os.listdir(tmp_path) == [".s.npz.lock"]
     os.killpg(holder.pid, 9)
     assert not os.listdir(tmp_path)
@@ -91,10 +95,10 @@ def test_an_output_belongs_to_one_run_and_not_to_a_dead_one(tmp_path):
 
 @pytest.mark.parametrize("folder", [False, True])
 def test_folders_made_for_nothing_are_removed(folder, tmp_path):
-    with pytest.raises(UserError, match="refused"), claimed(tmp_path / "a" / "b", folder):
+    with pytest.raises(UserError, match="refused"), Output(tmp_path / "a" / "b", folder).locked():
         raise UserError("refused")
     assert not os.listdir(tmp_path)
-    with claimed(tmp_path / "a" / "b", folder):
+    with Output(tmp_path / "a" / "b", folder).locked():
         (tmp_path / "a" / "kept").touch()
     assert os.listdir(tmp_path / "a") == ["kept"]
 
@@ -104,7 +108,7 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsy
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with claimed(tmp_path / "s.npz"):
+    with Output(tmp_path / "s.npz").locked():
         pass
     assert "warning: --output: locks do not work" in capsys.readouterr().err
 
@@ -112,3 +116,22 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsy
 def test_differing_options():
     before = {"a": 1, "b": 2, "path": "x"}
     assert differing(before, {"a": 1, "b": 3, "new": 4, "path": "y"}, ("path",)) == ["b 2 instead of 3"]
+
+
+@pytest.mark.parametrize("found", ["", '"format": 2, ', '"format": "1", '])
+@pytest.mark.parametrize("kind", ["samples", "described samples", "codes", "finished codes", "run"])
+def test_nothing_of_another_format_is_resumed(kind, found, tmp_path):
+    output, marker = {
+        "samples": (Output.npz(tmp_path / "s.npz", "samples"), "s.npz.parts/options.json"),
+        "described samples": (Output.npz(tmp_path / "s.npz", "samples"), "s.json"),
+        "codes": (Output.codes(tmp_path), "progress/header.json"),
+        "finished codes": (Output.codes(tmp_path), "header.json"),
+        "run": (Output.run(tmp_path, "model.pt"), "config.json"),
+    }[kind]
+    path = tmp_path / marker
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f'{{{found}"options": {{"seed": 0}}}}')
+    with pytest.raises(UserError, match=f"{path.name}.* (holds format|is a file that this command did not)"):
+        output.look()
+    path.write_text('{"format": 1, "options": {"seed": 0}}')
+    assert output.look().options in (None, {"seed": 0})  # samples that are described, and gone
