@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -75,26 +76,32 @@ def number_classes(
         UserError: a class outside 0 … num_classes - 1, or folders of which these rules do not tell it.
     """
     names = sorted(names)
-    if given is not None:
-        missing = [name for name in names if name not in given]
-        if missing:
-            raise UserError(f"--classes-from: does not name {_some(missing)} of {folder}")
-        return {name: _checked(folder, name, given[name], num_classes, "--classes-from: ") for name in names}
-    if num_classes is None:
-        raise UserError(f"{folder}: of how many classes these are is not known; {HINT}")
-    if all(WHOLE_NUMBER.fullmatch(name) for name in names):
-        return {name: _checked(folder, name, int(name), num_classes) for name in names}
     known = wordnet_classes() if num_classes == len(wordnet_classes()) else {}
-    if all(name in known for name in names):
-        return {name: known[name] for name in names}
-    plain = not any(name in known or WHOLE_NUMBER.fullmatch(name) for name in names)
-    if plain and len(names) == num_classes:
-        return {name: number for number, name in enumerate(names)}
-    rules = f"numbers 0 … {num_classes - 1}" + (", WordNet ids" if known else "")
-    raise UserError(
-        f"{folder}: the {len(names)} class folders ({_some(names)}) are neither {rules} "
-        f"nor {num_classes} other names; {HINT}"
-    )
+    own = [name for name in names if name not in known and not WHOLE_NUMBER.fullmatch(name)]
+    if given is not None:
+        if missing := [name for name in names if name not in given]:
+            raise UserError(f"--classes-from: does not name {_some(missing)} of {folder}")
+        numbers = {name: given[name] for name in names}
+    elif num_classes is None:
+        raise UserError(f"{folder}: of how many classes these are is not known; {HINT}")
+    elif all(WHOLE_NUMBER.fullmatch(name) for name in names):
+        numbers = {name: int(name) for name in names}
+    elif all(name in known for name in names):
+        numbers = {name: known[name] for name in names}
+    elif len(own) == len(names) == num_classes:
+        numbers = {name: number for number, name in enumerate(names)}
+    else:
+        rules = f"numbers 0 … {num_classes - 1}" + (", WordNet ids" if known else "")
+        raise UserError(
+            f"{folder}: the {len(names)} class folders ({_some(names)}) are neither {rules} "
+            f"nor {num_classes} other names; {HINT}"
+        )
+    limits = f"0 … {num_classes - 1}" if num_classes else "0, 1, …"
+    for name, number in numbers.items():
+        if not 0 <= number < (num_classes or math.inf):
+            text = f"class {number} of the folder {_some([name])} of {folder} is outside {limits}"
+            raise UserError(f"--classes-from: {text}" if given else f"{text}; {HINT}")
+    return numbers
 
 
 def class_folders(noted: object) -> dict[str, int] | None:
@@ -138,16 +145,6 @@ def check_labels(labels: np.ndarray, num_classes: int, path: str | Path) -> Tens
     if len(values) == 0 or not 0 <= int(values.min()) <= int(values.max()) < num_classes:
         raise UserError(f"{path}: labels must lie in 0 … {num_classes - 1}")
     return torch.from_numpy(values)
-
-
-def _checked(folder: Path, name: str, number: int, num_classes: int | None, option: str = "") -> int:
-    if number < 0 or (num_classes is not None and number >= num_classes):
-        limits = f"0 … {num_classes - 1}" if num_classes else "0, 1, …"
-        hint = "" if option else f"; {HINT}"
-        raise UserError(
-            f"{option}class {number} of the folder {_some([name])} of {folder} is outside {limits}{hint}"
-        )
-    return number
 
 
 def _some(names: Sequence[str]) -> str:

@@ -91,10 +91,11 @@ class ImageArray(LabelledDataset):
                 f"the model takes {model.image_size} x {model.image_size}"
             )
         self.all_labels = check_labels(labels, model.num_classes, path)
-        (self.images,) = file.batches(slice(0, len(file)), len(file))
+        (images,) = file.batches(slice(0, len(file)), len(file))
+        self.images = to_uint8_tensor(images)
 
     def item(self, epoch: int, index: int) -> Tensor:
-        return to_uint8_tensor(self.images[index : index + 1])[0]
+        return self.images[index]
 
     def fingerprint(self) -> str:
         return self.file.content_hash()

@@ -46,10 +46,8 @@ def step_flops(trainer: Trainer, batch: Batch) -> int:
     Forward and backward pass of the policy are three forward passes, the reference's is a fourth.
     """
     if trainer.objective is None:
-        passes = 3 * len(batch)
-    else:
-        passes = 4 * (len(batch) + len(trainer.paired_rows(batch)))
-    return passes * trainer.model.forward_flops()
+        return 3 * len(batch) * trainer.model.forward_flops()
+    return 4 * (len(batch) + len(trainer.paired_rows(batch))) * trainer.model.forward_flops()
 
 
 def images_that_fit(of_two: int, of_four: int, memory: float, later: int) -> int:
