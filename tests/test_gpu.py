@@ -17,14 +17,14 @@ import eval_fid
 import sample
 import train_llamagen_cca
 import train_var_cca
-from benchmarks.gpu_rows import Row, random_batch, random_model, recipe_config, split
+from benchmarks.workloads import random_batch, random_model, recipe_config
 from cca.distributed import Processes
 from cca.sampling.fitting import default_batch_size, row_bytes
 from cca.sampling.sampler import Sampler, SampleRequest, prepare
 from cca.training.batch import Batch
 from cca.training.gpu import fitting_micro_batch
-from cca.training.trainer import Trainer
-from models import ZOO, ARImageModel, SamplingOptions, UserError, load_model
+from cca.training.trainer import Trainer, make_optimizer, shard
+from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError, load_model
 from models.cache import Counted, KVCache, StaticCache, StaticLayer
 from models.devices import allow_tf32
 from models.plan import numbers
@@ -203,6 +203,16 @@ def test_the_host_does_not_wait_in_a_micro_batch(name, dtype):
     assert torch.isfinite(loss)
 
 
+def split(trainer: Trainer, processes: Processes) -> None:
+    """What the trainer does with --parallel fsdp, which it leaves out where there is one process."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    trainer.sharded = True
+    for net in filter(None, (trainer.net, trainer.reference)):
+        shard(net, processes, DTYPES[trainer.config.dtype])
+    trainer.optimizer = make_optimizer(trainer.model, trainer.config)
+
+
 @pytest.mark.parametrize("name", MINI)
 def test_compiled_and_sharded_training(name):
     """Two steps in bfloat16 against eager ones; FSDP with one process."""
@@ -320,7 +330,7 @@ BIG = {  # images at once chosen by the product, with the guidance of the publis
 def test_the_batch_chosen_for_sampling_fits(name, compiled):
     """All steps, but of LlamaGen, eager, the first ones, at which its whole cache is there."""
     options, dtype = BIG[name], ZOO[name].recipes["cca"].dtype
-    model = random_model(Row(name, "sample", name, 1, guided=True), CPU)
+    model = random_model(name, CPU)
     asked = request(options, dtype, 256, model.num_classes)
     images = default_batch_size(model, asked, GPU)
     prepare(model, dtype, GPU)
@@ -342,7 +352,7 @@ def test_the_batch_chosen_for_sampling_fits(name, compiled):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llamagen-l", "var-d16"])
 def test_the_micro_batch_chosen_for_training_fits(name):
-    model = random_model(Row(name, "train", name, 1), GPU)
+    model = random_model(name, GPU)
     config = recipe_config(name, 1024, ZOO[name].recipes["cca"].dtype, ema=0.9)
     trainer = Trainer(model, config, 1, Processes())
     trainer.micro_batch_size = fitting_micro_batch(trainer, 1024)
