@@ -16,20 +16,21 @@ import os
 from functools import partial
 from pathlib import Path
 
-from cca.cli.main import OnePart, play
+from cca.cli.main import OnePart, play, run_command
 from cca.cli.output import Found, Output
-from cca.data.classes import add_classes_option, read_classes
+from cca.cli.parser import Parser, count
+from cca.cli.plan import add_dry_run_option, output_text
 from cca.data.image_sets import ImageSet, open_image_set
+from cca.data.labels import add_classes_option, read_classes
 from cca.data.sampling_report import read_sampling_options, report_path
 from cca.distributed import Processes
 from cca.evaluation.comparability import comparability, compare
 from cca.evaluation.evaluator import METRICS, Comparison, evaluate, extract, load_reference, timed
 from cca.evaluation.features import Extractor, add_features_options, features_plan
 from cca.evaluation.references import REFERENCES, PublishedReference, find_reference
-from models.errors import UserError, run_command
-from models.files import write_json
-from models.options import Parser, count
-from models.plan import Download, add_dry_run_option, output_text
+from models.utils.errors import UserError
+from models.utils.files import write_json
+from models.zoo.hub import Download
 
 
 def make_parser() -> Parser:

@@ -20,21 +20,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cca.cli.main import play
+from cca.cli.main import play, run_command
 from cca.cli.output import Found, Output, check_space
+from cca.cli.parser import Parser, add_model_options, count, number
 from cca.cli.parts import Parts, fill, write_npz
+from cca.cli.plan import add_dry_run_option
+from cca.config import SampleRequest
 from cca.data.image_sets import NpzImages
 from cca.distributed import Processes
-from cca.sampling.fitting import COMPILED_FROM, compiles_by_default, default_batch_size
+from cca.sampling.batch_size import COMPILED_FROM, compiles_by_default, default_batch_size
 from cca.sampling.grid import write_grid
-from cca.sampling.sampler import Sampler, SampleRequest, class_of, prepare
-from cca.training.weights import ChosenWeights, choose_weights
+from cca.sampling.sampler import Sampler, class_of, prepare
+from cca.training.run_weights import ChosenWeights, choose_weights
 from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError, zoo_entry
-from models.decoding import LOWEST_TEMPERATURE
-from models.errors import run_command
-from models.files import writing
-from models.options import Parser, add_model_options, count, number
-from models.plan import add_dry_run_option, size_text
+from models.sampling import LOWEST_TEMPERATURE
+from models.utils.files import size_text, writing
 
 PART_IMAGES = 256  # images of a part
 # Where neither an option nor a preset says otherwise.

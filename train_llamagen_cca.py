@@ -9,11 +9,11 @@ Writes DIR/model.pt in the published format, config.json, metrics.jsonl, curves.
 tensorboard/ and state/.
 """
 
+from cca.cli.main import run_command
+from cca.cli.parser import Parser
 from cca.data.codes import Codes
 from cca.training.options import training_parser
 from cca.training.setup import run_training
-from models.errors import run_command
-from models.options import Parser
 
 CODES = (
     "folder that scripts/extract_codes.py wrote, "

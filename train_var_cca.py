@@ -10,12 +10,12 @@ tensorboard/ and state/.
 
 from functools import partial
 
-from cca.data.classes import add_classes_option, read_classes
-from cca.data.sources import open_labelled_images
+from cca.cli.main import run_command
+from cca.cli.parser import Parser
+from cca.data.datasets import open_labelled_images
+from cca.data.labels import add_classes_option, read_classes
 from cca.training.options import training_parser
 from cca.training.setup import run_training
-from models.errors import run_command
-from models.options import Parser
 
 DATA = (
     "ImageNet-style folder, one subfolder per class; "

@@ -44,16 +44,16 @@ from torch import Tensor
 import eval_fid
 from benchmarks.table import Report, make_parser, select
 from benchmarks.workloads import random_batch, random_model, recipe_config, timed
+from cca.cli.main import run_command
+from cca.cli.parser import count
 from cca.distributed import Processes
 from cca.training.trainer import Trainer
 from models import DTYPES, ARImageModel, ARTransformer, SamplingOptions, autocast, load_model
-from models.cache import LayerCache
-from models.decoding import draw_tokens, filter_logits
-from models.errors import run_command
+from models.kv_cache import LayerCache
 from models.llamagen import Attention, LlamaGen, rotate
-from models.options import count
+from models.sampling import draw_tokens, filter_logits
 from models.var import VAR
-from models.weights import save_published, save_safetensors
+from models.zoo.checkpoint_formats import save_published, save_safetensors
 
 OUTPUT = Path("results/cpu.md")
 CPU = torch.device("cpu")

@@ -44,14 +44,15 @@ from benchmarks.workloads import (
     tokenizer_work,
     training_work,
 )
+from cca.cli.main import run_command
+from cca.cli.parser import count, number
+from cca.config import SampleRequest
 from cca.distributed import Processes
-from cca.sampling.sampler import Sampler, SampleRequest, prepare
+from cca.sampling.sampler import Sampler, prepare
 from cca.training.encoding import to_tokens
 from cca.training.trainer import Trainer
 from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError
-from models.devices import allow_tf32
-from models.errors import run_command
-from models.options import count, number
+from models.utils.precision import allow_tf32
 
 OUTPUT = Path("results/gpu.md")
 SAMPLED, TRAINED = ("llamagen-b", "llamagen-xl", "var-d16", "var-d30"), ("llamagen-l", "var-d16")

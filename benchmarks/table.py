@@ -10,9 +10,9 @@ from typing import TypeVar
 
 import torch
 
+from cca.cli.parser import Parser
 from models import UserError
-from models.files import atomic_write
-from models.options import Parser
+from models.utils.files import atomic_write
 
 Row = TypeVar("Row")
 

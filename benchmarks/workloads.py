@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cca.config import TrainingConfig
+from cca.losses import pair_labels
 from cca.training.batch import Batch
-from cca.training.losses import pair_labels
-from cca.training.schedule import TrainingConfig
 from models import ZOO, ARImageModel, SamplingOptions
-from models.devices import allow_tf32
-from models.loading import build_model
+from models.utils.precision import allow_tf32
+from models.zoo.loading import build_model
 
 # Of a parameter in an optimizer step, float32: it and two moments read and written, the gradient too.
 OPTIMIZER_BYTES = 4 * (3 * 2 + 2)

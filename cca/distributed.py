@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.devices import ELSEWHERE, device_name, memory_named
-from models.errors import UserError
+from models.utils.errors import UserError
+from models.utils.precision import ELSEWHERE, device_name, memory_named
 
 QUIET_SECONDS = 4  # torchrun ends all with the first: who has something to say comes first
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -20,13 +20,13 @@ from typing import Any
 
 from torch import nn
 
-from models.errors import run_command
-from models.hub import WeightsFile
-from models.loading import build_model, build_tokenizer
-from models.options import Parser
-from models.plan import numbers, size_text
-from models.weights import approximate_size
-from models.zoo import TOKENIZERS, ZOO, TokenizerEntry, ZooEntry
+from cca.cli.main import run_command
+from cca.cli.parser import Parser
+from models.utils.files import size_text
+from models.zoo.checkpoint_formats import approximate_size
+from models.zoo.hub import WeightsFile
+from models.zoo.loading import build_model, build_tokenizer, numbers
+from models.zoo.registry import TOKENIZERS, ZOO, TokenizerEntry, ZooEntry
 
 
 def facts() -> dict[str, dict[str, dict[str, Any]]]:

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.decoding import DecodingState, SamplingOptions, generate_tokens, require_finite
-from models.devices import autocast_dtype
-from models.image_transforms import Transform
-from models.logprob import linear_sequence_logprob
+from models.log_likelihood import linear_sequence_logprob
+from models.sampling import DecodingState, SamplingOptions, generate_tokens, require_finite
+from models.transforms import Transform
+from models.utils.precision import autocast_dtype
 
 
 class ARTransformer(nn.Module, ABC):

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import ARImageModel, ARTransformer
-from models.cache import KVCache, LayerCache
-from models.decoding import DecodingState
-from models.devices import autocast_dtype
-from models.image_transforms import RandomCrop
+from models.kv_cache import KVCache, LayerCache
+from models.sampling import DecodingState
+from models.transforms import RandomCrop
+from models.utils.precision import autocast_dtype
 from models.var_tokenizer import TokenizerConfig, VARTokenizer
 
 

@@ -15,15 +15,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cca.cli.main import OnePart, play
+from cca.cli.main import OnePart, play, run_command
 from cca.cli.output import Found, Output
+from cca.cli.parser import Parser
+from cca.cli.plan import add_dry_run_option, output_text
 from cca.distributed import Processes
-from models.checkpoints import read_weights, weights_files
-from models.errors import UserError, run_command
-from models.loading import published_key
-from models.options import Parser
-from models.plan import add_dry_run_option, output_text, size_text
-from models.weights import save_published, save_safetensors
+from models.utils.errors import UserError
+from models.utils.files import size_text
+from models.zoo.checkpoint_formats import read_weights, save_published, save_safetensors, weights_files
+from models.zoo.loading import published_key
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 

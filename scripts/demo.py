@@ -26,19 +26,20 @@ import torch
 from PIL import Image
 
 import sample
-from cca.cli.main import OnePart, play
+from cca.cli.main import OnePart, play, run_command
 from cca.cli.output import Found
+from cca.cli.parser import Parser, add_model_options, count, number
+from cca.cli.plan import add_dry_run_option
+from cca.config import SampleRequest
 from cca.distributed import Processes
 from cca.sampling.grid import draw_grid, side_by_side
-from cca.sampling.sampler import Sampler, SampleRequest, class_of, prepare
-from cca.training.states import weights_of_run
-from cca.training.weights import ChosenWeights, choose_weights
+from cca.sampling.sampler import Sampler, class_of, prepare
+from cca.training.checkpoints import weights_of_run
+from cca.training.run_weights import ChosenWeights, choose_weights
 from models import DTYPES, ZOO, ARImageModel, UserError, zoo_entry
-from models.devices import device_name
-from models.errors import one_line, run_command
-from models.files import reason
-from models.options import Parser, add_model_options, count, number
-from models.plan import add_dry_run_option
+from models.utils.errors import one_line
+from models.utils.files import reason
+from models.utils.precision import device_name
 from scripts.recipes import sweep
 
 WAYS = {"base": "Base, no guidance", "guided": "Base, guidance {}", "cca": "CCA, no guidance"}

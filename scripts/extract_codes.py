@@ -24,23 +24,22 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cca.cli.main import play
+from cca.cli.main import play, run_command
 from cca.cli.output import Found, Output, check_space
+from cca.cli.parser import Parser, add_workers_option, count, number
 from cca.cli.parts import Parts, fill, write_npy
-from cca.data.classes import add_classes_option, read_classes
-from cca.data.sources import LabelledDataset, open_labelled_images
+from cca.cli.plan import add_dry_run_option
+from cca.data.datasets import LabelledDataset, open_labelled_images
+from cca.data.labels import add_classes_option, read_classes
 from cca.distributed import Processes, children_ignore_signals
 from cca.training.encoding import to_tokens
 from models.base import ARImageModel
-from models.devices import DOES_NOT_FIT, memory_named
-from models.errors import run_command
-from models.files import write_binary
-from models.image_transforms import TenCrops
-from models.loading import ModelFiles, find_files
-from models.options import Parser, add_workers_option, count, number
-from models.plan import add_dry_run_option, size_text
-from models.weights import tensors_sha256
-from models.zoo import ZOO
+from models.transforms import TenCrops
+from models.utils.files import size_text, write_binary
+from models.utils.precision import DOES_NOT_FIT, memory_named
+from models.zoo.checkpoint_formats import tensors_sha256
+from models.zoo.loading import ModelFiles, find_files
+from models.zoo.registry import ZOO
 
 CHUNK = 1024  # images of a part
 

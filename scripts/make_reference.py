@@ -15,19 +15,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cca.cli.main import OnePart, play
+from cca.cli.main import OnePart, play, run_command
 from cca.cli.output import Found, Output
+from cca.cli.parser import Parser, count
+from cca.cli.plan import add_dry_run_option, output_text
 from cca.data.image_sets import ImageSet, open_image_set
 from cca.distributed import Processes
 from cca.evaluation.evaluator import extract_batches
 from cca.evaluation.features import Extractor, add_features_options, features_plan
 from cca.evaluation.metrics import RunningGaussian
 from cca.evaluation.references import REFERENCE_IMAGES
-from cca.streams import DATA_ORDER, stream
-from models.errors import UserError, run_command
-from models.files import write_binary
-from models.options import Parser, count
-from models.plan import add_dry_run_option, output_text
+from cca.random_streams import DATA_ORDER, stream
+from models.utils.errors import UserError
+from models.utils.files import write_binary
 
 
 def total(running: RunningGaussian, processes: Processes) -> tuple[np.ndarray, np.ndarray]:

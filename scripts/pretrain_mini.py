@@ -25,24 +25,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cca.cli.main import run_command
 from cca.cli.output import Output
+from cca.config import TrainingConfig
+from cca.data.datasets import LabelledDataset
 from cca.data.image_sets import to_uint8_tensor
-from cca.data.sources import LabelledDataset
 from cca.distributed import Processes
 from cca.evaluation.features import MINI_WEIGHTS, FeatureNetwork
-from cca.training.command import train
 from cca.training.encoding import to_model_input
 from cca.training.loader import Loader
+from cca.training.loop import train
 from cca.training.run_folder import RunFolder, options_of_config
-from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
 from models.base import ARImageModel
-from models.decoding import draw_tokens
-from models.errors import UserError, run_command
 from models.llamagen import LlamaGenTokenizer
-from models.loading import build_model, load_model
+from models.sampling import draw_tokens
+from models.utils.errors import UserError
 from models.var_tokenizer import VARTokenizer
-from models.weights import is_constant, load_weights, save_safetensors
+from models.zoo.checkpoint_formats import is_constant, load_weights, save_safetensors
+from models.zoo.loading import build_model, load_model
 
 ASSETS = Path("assets")
 RAW = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package has them

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from cca.training.losses import LOSSES
+from cca.losses import LOSSES
 from models import ZOO, UserError
 
 

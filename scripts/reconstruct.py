@@ -18,21 +18,22 @@ from pathlib import Path
 
 import numpy as np
 
-from cca.cli.main import play
+from cca.cli.main import play, run_command
 from cca.cli.output import Found, Output, check_space
+from cca.cli.parser import Parser, add_model_options, add_workers_option, count
 from cca.cli.parts import Parts, fill, write_npz
+from cca.cli.plan import add_dry_run_option
 from cca.data.image_sets import ImageSet, open_image_set, to_uint8_tensor
 from cca.distributed import Processes
 from cca.sampling.sampler import decoded_at_once, to_pixels
 from cca.training.encoding import encoded_at_once, to_tokens
 from models.base import ARImageModel
-from models.devices import DOES_NOT_FIT, memory_named
-from models.errors import UserError, run_command
-from models.loading import ModelFiles, find_files
-from models.options import Parser, add_model_options, add_workers_option, count
-from models.plan import add_dry_run_option, size_text
-from models.weights import tensors_sha256
-from models.zoo import ZOO
+from models.utils.errors import UserError
+from models.utils.files import size_text
+from models.utils.precision import DOES_NOT_FIT, memory_named
+from models.zoo.checkpoint_formats import tensors_sha256
+from models.zoo.loading import ModelFiles, find_files
+from models.zoo.registry import ZOO
 
 PART_IMAGES = 256  # images of a part
 

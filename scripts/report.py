@@ -15,12 +15,12 @@ import matplotlib
 import numpy as np
 import torch
 
+from cca.cli.tables import markdown_table
 from cca.data.image_sets import NpzImages
 from models import ZOO
-from models.files import atomic_write
-from models.loading import build_model
-from models.tables import markdown_table
-from models.zoo import class_name
+from models.utils.files import atomic_write
+from models.zoo.loading import build_model
+from models.zoo.registry import class_name
 from scripts.recipes import ABLATED, LOSS_LABELS, SHEET, Row, left_out, published_fid
 
 matplotlib.use("Agg")

@@ -54,27 +54,20 @@ from pathlib import Path
 
 import torch
 
+from cca.cli.main import run_command
 from cca.cli.output import Output, options_of, read_marker
+from cca.cli.parser import Parser, command_line, count, number
+from cca.cli.plan import hidden_plans
+from cca.config import SampleRequest
 from cca.distributed import Processes, differing
 from cca.evaluation.references import find_reference
-from cca.sampling.sampler import Sampler, SampleRequest
-from cca.training.losses import LOSSES
+from cca.losses import LOSSES
+from cca.sampling.sampler import Sampler
 from models import ARImageModel, SamplingOptions, UserError, load_model, zoo_entry
-from models.errors import run_command
-from models.files import FORMAT, parse_json, read_json, write_json
-from models.loading import build_model
-from models.options import Parser, command_line, count, number
-from models.plan import hidden_plans
+from models.utils.files import FORMAT, parse_json, read_json, write_json
+from models.zoo.loading import build_model
 from scripts.recipes import EXPERIMENTS, Row, Run, left_out, table_rows
-from scripts.report import (
-    Figures,
-    Results,
-    best_guided,
-    processor,
-    summary,
-    with_best_guided,
-    write_report,
-)
+from scripts.report import Figures, Results, best_guided, processor, summary, with_best_guided, write_report
 
 # What --mini decides where no option does.
 DEFAULTS = {"data": None, "reference": None, "features": "inception", "num_samples": 50_000}

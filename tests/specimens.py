@@ -6,7 +6,7 @@ from models import llamagen, var
 from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
 from models.llamagen import LlamaGen
 from models.var import VAR
-from models.zoo import TOKENIZERS, ZOO, Recipe, TokenizerEntry, ZooEntry
+from models.zoo.registry import TOKENIZERS, ZOO, Recipe, TokenizerEntry, ZooEntry
 
 SPECIMENS = Path(__file__).parent / "fixtures" / "specimens"
 RECIPE = Recipe(

@@ -19,8 +19,8 @@ from test_documentation import COMMANDS, LINES
 import eval_fid
 import sample
 import train_var_cca
-from models.errors import UserError
-from models.loading import build_model
+from models.utils.errors import UserError
+from models.zoo.loading import build_model
 from scripts import convert_weights, extract_codes, make_reference
 
 
@@ -111,7 +111,7 @@ def test_sizes_and_room(folder, capsys, monkeypatch):
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
         sample.main([*command, "--dry-run"])
     assert "HF_HUB_OFFLINE is set, so they will be refused" in capsys.readouterr().out
-    monkeypatch.setattr("models.plan._free", lambda disk: 10**9)
+    monkeypatch.setattr("cca.cli.plan._free", lambda disk: 10**9)
     sample.main([*command, "--dry-run"])
     assert "1.0 GB are free" in (out := capsys.readouterr().out) and "too little" in out
     with pytest.raises(UserError, match=r"--weights: .*var_d16.pth is to be downloaded \(~1.2 GB\)"):

@@ -13,18 +13,18 @@ import torch
 from torch import nn
 
 import eval_fid
-from cca.data.sources import LabelledDataset, open_labelled_images
+from cca.data.datasets import LabelledDataset, open_labelled_images
 from cca.evaluation.evaluator import METRICS, Metric
-from cca.training.losses import LOSSES, Loss
+from cca.losses import LOSSES, Loss
 from cca.training.options import training_parser
 from cca.training.setup import run_training
 from models import ZOO, load_model
 from models.base import ARImageModel, ARTransformer, ImageTokenizer
-from models.decoding import DecodingState, SamplingOptions
-from models.hub import WeightsFile
-from models.image_transforms import RandomCrop
-from models.weights import save_published
-from models.zoo import TOKENIZERS, Recipe, TokenizerEntry, ZooEntry
+from models.sampling import DecodingState, SamplingOptions
+from models.transforms import RandomCrop
+from models.zoo.checkpoint_formats import save_published
+from models.zoo.hub import WeightsFile
+from models.zoo.registry import TOKENIZERS, Recipe, TokenizerEntry, ZooEntry
 from scripts import reproduce
 
 SIDE, GREYS, CLASSES = 4, 8, 3
@@ -121,7 +121,7 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setitem(TOKENIZERS, "pixels", TokenizerEntry(Toy, None, None))
     base, recipes = {SIDE: WeightsFile("base.pt")}, {"cca": recipe, "hinge": recipe}
     monkeypatch.setitem(ZOO, "toy", ZooEntry(Toy, 16, "pixels", base, recipes, default_image_size=SIDE))
-    monkeypatch.setattr("models.hub.ASSETS", tmp_path)
+    monkeypatch.setattr("models.zoo.hub.ASSETS", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     generator, labels = np.random.default_rng(0), np.arange(96) % CLASSES
     images = generator.integers(0, 40, (96, SIDE, SIDE), np.uint8) + (80 * labels[:, None, None]).astype(

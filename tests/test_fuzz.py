@@ -39,10 +39,10 @@ import eval_fid
 import sample
 import train_llamagen_cca
 import train_var_cca
-from models.checkpoints import read_state_dict
-from models.errors import run_command
-from models.loading import recognise
-from models.options import Parser
+from cca.cli.main import run_command
+from cca.cli.parser import Parser
+from models.zoo.checkpoint_formats import read_state_dict
+from models.zoo.loading import recognise
 from scripts import convert_weights, extract_codes, make_reference
 
 FILES = int(os.environ.get("FUZZ_FILES", 2000))

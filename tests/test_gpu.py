@@ -18,16 +18,17 @@ import sample
 import train_llamagen_cca
 import train_var_cca
 from benchmarks.workloads import random_batch, random_model, recipe_config
+from cca.config import SampleRequest
 from cca.distributed import Processes
-from cca.sampling.fitting import default_batch_size, row_bytes
-from cca.sampling.sampler import Sampler, SampleRequest, prepare
+from cca.sampling.batch_size import default_batch_size, row_bytes
+from cca.sampling.sampler import Sampler, prepare
 from cca.training.batch import Batch
-from cca.training.gpu import fitting_micro_batch
+from cca.training.memory import fitting_micro_batch
 from cca.training.trainer import Trainer, make_optimizer, shard
 from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError, load_model
-from models.cache import Counted, KVCache, StaticCache, StaticLayer
-from models.devices import allow_tf32
-from models.plan import numbers
+from models.kv_cache import Counted, KVCache, StaticCache, StaticLayer
+from models.utils.precision import allow_tf32
+from models.zoo.loading import numbers
 from scripts import extract_codes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from benchmarks.workloads import random_batch, recipe_config
 from cca.distributed import Processes
-from cca.sampling.compiled import CompiledGenerate, compiled_decoding
+from cca.sampling.cuda_graphs import CompiledGenerate, compiled_decoding
 from cca.training.trainer import Trainer
 from models import DTYPES, SamplingOptions, autocast
 from models.base import ARTransformer
-from models.decoding import generate_tokens
+from models.sampling import generate_tokens
 
 pytestmark = pytest.mark.skipif(not torch.version.cuda, reason="the dry run needs a CUDA build of PyTorch")
 

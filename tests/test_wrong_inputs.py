@@ -14,7 +14,7 @@ import eval_fid
 import sample
 import train_llamagen_cca
 import train_var_cca
-from models.errors import run_command
+from cca.cli.main import run_command
 from scripts import convert_weights, extract_codes, make_reference, reconstruct, reproduce
 
 SAMPLE = ["--model", "var-mini", "--num-samples", "5", "--output", "out/s.npz"]

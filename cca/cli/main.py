@@ -1,5 +1,10 @@
 """The order in which every command runs: look at the output, show the plan, lock, work, finish."""
 
+import errno
+import io
+import os
+import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -7,8 +12,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cca.cli.output import Found, Output, options_of
+from cca.cli.plan import show_plan
 from cca.distributed import Processes
-from models.plan import Download, require_space, show_plan
+from models.utils.errors import UserError, one_line
+from models.zoo.hub import Download, require_space
+
+# What a user's disk or permissions cause wherever a path is used, and no check foresees for certain.
+OF_THE_MACHINE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR,
+    errno.EISDIR, errno.ELOOP, errno.EIO,
+}  # fmt: skip
 
 
 @dataclass
@@ -114,3 +127,56 @@ def locked(ranks: Processes, output: Output, options: Mapping) -> Iterator[None]
         note = ranks.from_main("".join(notes))
         ranks.agree(lambda: None if ranks.main else output.check_seen(note))
         yield
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's ``main`` and turn a UserError into its one line.
+
+    Whatever the terminal's encoding, text is printed; where standard output is closed before the end
+    (``| head -1``) the command does its work without printing.
+    """
+    outlets = [_replace_stream(name) for name in ("stdout", "stderr")]
+    try:
+        main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        for outlet in outlets:
+            if outlet and outlet.lost and outlet.lost.errno != errno.EPIPE:  # else its reader left
+                raise UserError(f"standard output cannot be written ({outlet.lost.strerror})")
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and (error.errno not in OF_THE_MACHINE or error.filename is None):
+            raise
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # all make most mistakes; torchrun ends this one here if the main one said so
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:  # where there is nothing to save
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+class _Outlet(io.FileIO):
+    """Where printed text goes; what can no longer be written is dropped, so that the work goes on."""
+
+    lost: OSError | None = None  # why text was dropped
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            self.lost = error
+            return memoryview(data).nbytes
+
+
+def _replace_stream(name: str) -> _Outlet | None:
+    """Give sys.stdout or sys.stderr an _Outlet, and escapes for what its encoding lacks."""
+    stream = getattr(sys, name)
+    if stream is None or stream is not getattr(sys, f"__{name}__"):
+        return None  # closed, or not the process's own
+    outlet = _Outlet(stream.fileno(), "wb", closefd=False)
+    text = io.TextIOWrapper(
+        io.BufferedWriter(outlet), stream.encoding, "backslashreplace",
+        line_buffering=stream.line_buffering, write_through=stream.write_through,
+    )  # fmt: skip
+    setattr(sys, name, text)
+    return outlet

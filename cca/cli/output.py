@@ -18,8 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cca.distributed import differing
-from models.errors import UserError
-from models.files import FORMAT, read_json, read_own_json, reason, remove_folder, write_json, writing
+from models.utils.errors import UserError
+from models.utils.files import (
+    FORMAT,
+    existing_part,
+    read_json,
+    read_own_json,
+    reason,
+    remove_folder,
+    write_json,
+    writing,
+)
 
 LONGEST_SUFFIX = 24  # bytes that names of temporary files and folders have more than the output's
 NOT_COMPARED = ("weights",)  # how the path was spelled; the hash of the weights counts
@@ -110,7 +119,7 @@ class Output:
 
     def _check_place(self) -> None:
         path = self.path
-        there = existing_parent(path)
+        there = existing_part(path.absolute().parent)
         if not there.is_dir():
             raise self.cannot_write(f"{there} is not a folder")
         longest = os.pathconf(there, "PC_NAME_MAX") - LONGEST_SUFFIX
@@ -317,18 +326,9 @@ def _names(folder: Path) -> set[str]:
     return {name for name in os.listdir(folder) if not name.startswith(".")} if folder.is_dir() else set()
 
 
-def existing_parent(path: Path) -> Path:
-    """Return the nearest folder above a path that exists."""
-    for parent in path.absolute().parents:
-        with suppress(OSError):  # a name that is too long
-            if parent.exists():
-                return parent
-    return Path("/")
-
-
 def check_space(output: Output, needed: int, what: str) -> None:
     """Raise UserError where fewer than ``needed`` bytes are free; ``what`` says what they are for."""
-    usage = shutil.disk_usage(existing_parent(output.path / "file"))
+    usage = shutil.disk_usage(existing_part(output.path))
     if needed > usage.free and usage.total:  # some file systems, /proc among them, have no sizes
         raise UserError(
             f"{output.option}: {output.path} has {usage.free / 1e9:.1f} GB free, "

@@ -11,8 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from cca.distributed import Processes, StopRequest
-from models.errors import UserError
-from models.files import atomic_write, read_array, write_binary
+from models.utils.errors import UserError
+from models.utils.files import atomic_write, read_array, write_binary
 
 HEADER_BYTES = 128  # of a part's file: np.save pads to this
 

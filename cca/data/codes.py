@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cca.data.classes import check_labels, class_folders
-from cca.data.folders import fingerprint
-from cca.data.sources import LabelledDataset
-from cca.streams import CROPS, stream
+from cca.data.datasets import LabelledDataset
+from cca.data.image_folders import fingerprint
+from cca.data.labels import check_labels, class_folders
+from cca.random_streams import CROPS, stream
 from models import ARImageModel, UserError
-from models.files import file_sha256, read_array, read_json
-from models.weights import tensors_sha256
+from models.utils.files import file_sha256, read_array, read_json
+from models.zoo.checkpoint_formats import tensors_sha256
 
 CHECKED_AT_ONCE = 4096  # images
 

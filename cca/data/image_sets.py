@@ -14,13 +14,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cca.data.classes import number_classes, whole_numbers
-from cca.data.folders import IMAGE_SUFFIXES, find_images, fingerprint, read_image, reading, shown, subfolders
+from cca.data.image_folders import (
+    IMAGE_SUFFIXES,
+    find_images,
+    fingerprint,
+    read_image,
+    reading,
+    shown,
+    subfolders,
+)
+from cca.data.labels import number_classes, whole_numbers
 from cca.data.sampling_report import read_sampling_options
 from models import ZOO, UserError
-from models.files import file_sha256
-from models.image_transforms import centre_crop
-from models.loading import build_model
+from models.transforms import centre_crop
+from models.utils.files import file_sha256
+from models.zoo.loading import build_model
 
 LARGEST_STATISTIC = 1e100  # of features in float32, and their squares; beyond, distances overflow
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
-from models.files import parse_json
+from models.utils.files import parse_json
 
 
 def report_path(samples: Path) -> Path:

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
+from cca.cli.tables import markdown_table
 from cca.data.image_sets import ImageSet
 from cca.data.sampling_report import read_sampling_options
 from cca.evaluation.evaluator import METRICS, Comparison
 from cca.evaluation.features import Extractor
 from cca.evaluation.references import REFERENCE_IMAGES
 from models import ZOO, UserError
-from models.files import parse_json
-from models.tables import markdown_table
+from models.utils.files import parse_json
 
 PUBLISHED_SAMPLES = 50_000
 

@@ -33,8 +33,8 @@ from cca.evaluation.metrics import (
 )
 from cca.evaluation.references import cache_folder
 from models import UserError
-from models.devices import ELSEWHERE, memory_named
-from models.files import write_binary
+from models.utils.files import write_binary
+from models.utils.precision import ELSEWHERE, memory_named
 
 CACHED_IMAGES = 50_000  # features of larger references are not kept
 PIXELS_VERSION = "2"  # changes when a file gives other pixels than before: 2 scales 16-bit grey

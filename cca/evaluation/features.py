@@ -16,13 +16,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
+from cca.cli.parser import add_workers_option, count
 from models import UserError
-from models.checkpoints import read_state_dict
-from models.devices import ELSEWHERE, EXTRACTED_IMAGES, memory_named
-from models.hub import ASSETS
-from models.options import add_workers_option, count
-from models.plan import Download
-from models.weights import not_finite, tensors_sha256
+from models.utils.precision import ELSEWHERE, EXTRACTED_IMAGES, memory_named
+from models.zoo.checkpoint_formats import not_finite, read_state_dict, tensors_sha256
+from models.zoo.hub import ASSETS, Download
 
 MINI_WEIGHTS = ASSETS / "features-mini.safetensors"
 INCEPTION = "inception-v3-compat"

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models import UserError
-from models.hub import download, part_of
-from models.plan import Download
+from models.zoo.hub import Download, download, part_of
 
 REFERENCE_IMAGES = 10_000  # of a published reference; as many are kept of others
 BATCHES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"

@@ -4,7 +4,6 @@ Image i is a function of (seed, i, its class, the model, the options) alone.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -12,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cca.sampling.compiled import ROUNDED_AS_EAGER, CompiledGenerate
-from cca.streams import CLASSES, TOKENS, stream, uniform_numbers
-from models import DTYPES, ARImageModel, SamplingOptions, autocast
-from models.decoding import generate_tokens, require_finite
-from models.devices import (
+from cca.config import SampleRequest
+from cca.random_streams import CLASSES, TOKENS, stream, uniform_numbers
+from cca.sampling.cuda_graphs import ROUNDED_AS_EAGER, CompiledGenerate
+from models import DTYPES, ARImageModel, autocast
+from models.sampling import generate_tokens, require_finite
+from models.utils.precision import (
     DECODED_PIXELS,
     DOES_NOT_FIT,
     TOO_MANY_IMAGES,
@@ -24,19 +24,6 @@ from models.devices import (
     full_parts,
     memory_named,
 )
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """What is sampled; ``classes`` lists the classes in use, ``eval_size`` resizes (bicubic)."""
-
-    num_samples: int
-    classes: tuple[int, ...]
-    class_order: str
-    seed: int
-    eval_size: int | None
-    dtype: str
-    sampling: SamplingOptions
 
 
 def class_of(index: int, request: SampleRequest) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from models.devices import upload
+from models.utils.precision import upload
 
 
 @dataclass(frozen=True)

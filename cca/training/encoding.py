@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from models import ARImageModel
-from models.devices import ENCODED_PIXELS, full_parts, upload
+from models.utils.precision import ENCODED_PIXELS, full_parts, upload
 
 
 def to_model_input(pixels: Tensor) -> Tensor:

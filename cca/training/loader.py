@@ -7,11 +7,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cca.data.sources import LabelledDataset
+from cca.config import TrainingConfig
+from cca.data.datasets import LabelledDataset
 from cca.distributed import Processes, children_ignore_signals
+from cca.losses import LOSSES, pair_labels
 from cca.training.batch import Batch
-from cca.training.losses import LOSSES, pair_labels
-from cca.training.schedule import TrainingConfig, global_batch, unconditional_rows
+from cca.training.schedule import global_batch, unconditional_rows
 from models import UserError
 
 UNREADABLE_SHARE = 0.001  # of all images; beyond it the run stops

@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
-from cca.training.losses import LOSSES
-from cca.training.schedule import TrainingConfig
+from cca.cli.parser import Parser, add_model_options, add_workers_option, count, number
+from cca.cli.plan import add_dry_run_option
+from cca.config import TrainingConfig
+from cca.losses import LOSSES
 from models import DTYPES, ZOO, Recipe, UserError
-from models.options import Parser, add_model_options, add_workers_option, count, number
-from models.plan import add_dry_run_option
-from models.zoo import ZooEntry
+from models.zoo.registry import ZooEntry
 
 # Optimizer steps of a run from which on compilation pays on a GPU: on an H100 it took LlamaGen-L and VAR-d16
 # 21 and 33 s, and saved 0.2 s of a step of 32 images.

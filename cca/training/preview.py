@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from cca.config import SampleRequest
 from cca.sampling.grid import write_grid
-from cca.sampling.sampler import Sampler, SampleRequest
+from cca.sampling.sampler import Sampler
 from cca.training.trainer import Trainer
 from models import SamplingOptions, UserError
-from models.devices import memory_named
+from models.utils.precision import memory_named
 
 GRID_ROWS, GRID_COLUMNS = 4, 10
 

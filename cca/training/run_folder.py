@@ -13,14 +13,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.utils.tensorboard import SummaryWriter
 
+from cca.config import TrainingConfig
 from cca.distributed import Processes
+from cca.losses import LOSSES
+from cca.training.checkpoints import ema_name, load_state, quiet, saved_steps, write_checksums
 from cca.training.curves import draw_curves
-from cca.training.losses import LOSSES
-from cca.training.schedule import TrainingConfig
-from cca.training.states import ema_name, load_state, quiet, saved_steps, write_checksums
 from cca.training.trainer import Trainer
 from models import UserError
-from models.files import (
+from models.utils.files import (
     atomic_write,
     finite_or_none,
     parse_json,
@@ -30,7 +30,7 @@ from models.files import (
     write_json,
     writing,
 )
-from models.weights import save_published
+from models.zoo.checkpoint_formats import save_published
 
 # Names in config.json where they are not the field's: a key that changed would not be compared on resuming.
 CONFIG_KEYS = {"lambda_": "lam"}

@@ -6,35 +6,13 @@ processes, plans the same.
 
 import functools
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cca.streams import DATA_ORDER, UNCONDITIONAL, stream
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Every option that decides what is trained; see ``--help`` of the commands."""
-
-    loss: str
-    beta: float
-    lambda_: float
-    uncond_ratio: float
-    batch_size: int
-    lr: float
-    weight_decay: float
-    final_weight_decay: float | None
-    grad_clip: float
-    warmup: float
-    final_lr: float
-    schedule_accumulation: int
-    max_steps: int
-    ema: float
-    seed: int
-    dtype: str
+from cca.config import TrainingConfig
+from cca.random_streams import DATA_ORDER, UNCONDITIONAL, stream
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:

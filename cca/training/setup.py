@@ -9,22 +9,22 @@ from pathlib import Path
 
 from cca.cli.main import play
 from cca.cli.output import Found, Output
-from cca.data.sources import LabelledDataset
+from cca.config import TrainingConfig
+from cca.data.datasets import LabelledDataset
 from cca.distributed import Processes
-from cca.training.command import train
-from cca.training.gpu import MICRO_BATCH_TOO_LARGE, MODEL_TOO_LARGE, fitting_micro_batch
+from cca.losses import LOSSES, missing_negatives
+from cca.training.checkpoints import ema_name, saved_steps
 from cca.training.loader import Loader
-from cca.training.losses import LOSSES, missing_negatives
+from cca.training.loop import train
+from cca.training.memory import MICRO_BATCH_TOO_LARGE, MODEL_TOO_LARGE, fitting_micro_batch
 from cca.training.options import COMPILED_FROM, chosen_recipe, training_config
 from cca.training.preview import grid_drawer
 from cca.training.run_folder import MICRO_BATCH, RunFolder, options_of_config, versions
-from cca.training.schedule import TrainingConfig
-from cca.training.states import ema_name, saved_steps
 from cca.training.trainer import Trainer
 from models import ARImageModel, Recipe, UserError, find_files, zoo_entry
-from models.devices import TRAINED_IMAGES, allow_tf32, compute_deterministically, memory_named
-from models.loading import ModelFiles
-from models.plan import numbers, size_text
+from models.utils.files import size_text
+from models.utils.precision import TRAINED_IMAGES, allow_tf32, compute_deterministically, memory_named
+from models.zoo.loading import ModelFiles, numbers
 
 PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
 # Path, model, seed -> what is trained on.

@@ -1,6 +1,6 @@
 """The training step of both backbones: reward of policy over reference, one loss, one optimizer step.
 
-Crops and null-class draws belong to an image or an epoch (see ``cca.streams``), and negatives are
+Crops and null-class draws belong to an image or an epoch (see ``cca.random_streams``), and negatives are
 rolled over the global batch, so neither the micro-batch size nor the number of processes changes what
 is trained, but for rounding. Of models with dropout or stochastic depth (``ARImageModel.stochastic``)
 both change the masks, not their distribution: a step has a seed for each process, and its micro-batches
@@ -29,15 +29,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from cca.config import TrainingConfig
 from cca.distributed import Processes
-from cca.streams import DROPOUT, stream
+from cca.losses import LOSSES
+from cca.random_streams import DROPOUT, stream
 from cca.training.batch import Batch, Sums, diagnostics, summed
 from cca.training.encoding import to_tokens
-from cca.training.losses import LOSSES
-from cca.training.schedule import TrainingConfig, learning_rate, weight_decay
+from cca.training.schedule import learning_rate, weight_decay
 from models import DTYPES, ARImageModel, ARTransformer, UserError, autocast
-from models.devices import upload
-from models.weights import not_finite
+from models.utils.precision import upload
+from models.zoo.checkpoint_formats import not_finite
 
 # Our buffers are constants. PyTorch 2.14 gave the option its new name, and warns of the old one.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters

@@ -1,10 +1,10 @@
 """``python -m benchmarks.gpu`` on the mini models and a CPU, so that it does not rot."""
 
 import pytest
-
-from benchmarks import gpu
 from benchmarks.gpu_rows import Row, rows
 from benchmarks.report import Report
+
+from benchmarks import gpu
 from models import UserError
 
 

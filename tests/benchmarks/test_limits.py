@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from benchmarks.pretended import runs
 
 from benchmarks import limits
-from benchmarks.pretended import runs
 from models import SamplingOptions
-from models.loading import build_model
+from models.zoo.loading import build_model
 
 pytestmark = pytest.mark.skipif(
     not torch.version.cuda or torch.__version__ < "2.14", reason="what the pretended GPU is made for"

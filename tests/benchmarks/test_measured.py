@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-
 from benchmarks.gpu_rows import Row, rows
 from benchmarks.measured import COLUMNS, Compiling, alike, comparison, pays_from
+
 from models import UserError
 
 TABLE = """# On a GPU

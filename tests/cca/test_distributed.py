@@ -10,7 +10,7 @@ import torch.distributed as dist
 from commands import ROOT, command_line, environment, run
 
 from cca.distributed import Processes, StopRequest
-from models.errors import UserError
+from models.utils.errors import UserError
 
 COLLECTIVES = """
 import torch
@@ -116,7 +116,7 @@ def test_a_rank_without_a_rendezvous_is_refused(variables, message, monkeypatch)
 def test_an_interface_that_gloo_does_not_have(tmp_path):
     """What NCCL is told holds for gloo, which would else choose one itself."""
     (tmp_path / "meet.py").write_text(
-        "import os\nfrom models.errors import run_command\nfrom cca.distributed import Processes\n"
+        "import os\nfrom models.utils.errors import run_command\nfrom cca.distributed import Processes\n"
         "run_command(lambda: Processes() and print(os.environ['GLOO_SOCKET_IFNAME']))\n"
     )
     found = run(tmp_path / "meet.py", processes=2, PYTHONPATH=".", NCCL_SOCKET_IFNAME="lo")
@@ -147,7 +147,7 @@ def test_signals_are_noted_and_those_ignored_stay_ignored():
 
 REFUSAL = """
 from cca.distributed import Processes
-from models.errors import UserError, run_command
+from models.utils.errors import UserError, run_command
 processes = Processes()
 def refuse():
     if processes.rank == 1:

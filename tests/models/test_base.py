@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.autoencoder import nearest_code
-from models.decoding import SamplingOptions
-from models.loading import load_model
+from models.sampling import SamplingOptions
+from models.zoo.loading import load_model
 
 ALL = LLAMAGEN_CASES + VAR_CASES
 

@@ -14,11 +14,11 @@ from commands import run
 from golden_models import GOLDEN, named_tensor
 from hub_server import hub_variables, serving
 
-from cca.sampling.compiled import CompiledGenerate
+from cca.sampling.cuda_graphs import CompiledGenerate
 from models import load_model
-from models.decoding import SamplingOptions
-from models.loading import build_model
-from models.weights import is_constant
+from models.sampling import SamplingOptions
+from models.zoo.checkpoint_formats import is_constant
+from models.zoo.loading import build_model
 
 
 def official_file(path, manifest, constants, llamagen):

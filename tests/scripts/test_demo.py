@@ -15,12 +15,12 @@ from commands import ROOT, command_line, environment
 from PIL import Image
 
 import sample
+from cca.cli.main import run_command
 from cca.sampling import sampler
 from cca.sampling.grid import draw_grid
 from models import ZOO, UserError, load_model, zoo_entry
-from models.errors import run_command
-from models.weights import save_published
-from models.zoo import FASHION_CLASSES
+from models.zoo.checkpoint_formats import save_published
+from models.zoo.registry import FASHION_CLASSES
 from scripts import demo
 
 MODEL = "llamagen-mini"

@@ -13,7 +13,7 @@ from made_data import make_image_folder
 
 from cca.cli.parts import Parts
 from models.base import ARImageModel
-from models.errors import UserError
+from models.utils.errors import UserError
 from scripts import extract_codes
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 import eval_fid
 from models import load_model
 from models.base import ARImageModel
-from models.devices import DECODED_PIXELS, ENCODED_PIXELS
-from models.errors import UserError, one_line
+from models.utils.errors import UserError, one_line
+from models.utils.precision import DECODED_PIXELS, ENCODED_PIXELS
 from scripts import reconstruct
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import scripts.reproduce as reproduce
-from models.errors import UserError
+from models.utils.errors import UserError
 from scripts.recipes import CCA, EXPERIMENTS, Row, base_row
 from scripts.report import distances_to_curve, figures_table
 from scripts.reproduce import Pipeline

@@ -12,7 +12,7 @@ from commands import ROOT
 
 from cca.cli.output import Output, check_space
 from cca.distributed import differing
-from models.errors import UserError
+from models.utils.errors import UserError
 
 HOLD = """
 import os, sys, time

@@ -11,8 +11,8 @@ from made_data import make_codes
 import train_llamagen_cca
 from cca.data.codes import Codes
 from models import load_model
-from models.errors import UserError
-from models.weights import save_published, tensors_sha256
+from models.utils.errors import UserError
+from models.zoo.checkpoint_formats import save_published, tensors_sha256
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from specimens import weights
 import train_llamagen_cca
 import train_var_cca
 from models.base import ARImageModel
-from models.errors import UserError
+from models.utils.errors import UserError
 from scripts import extract_codes
 
 

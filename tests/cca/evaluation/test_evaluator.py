@@ -16,7 +16,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 import eval_fid
 from cca.evaluation.comparability import class_order_notes
 from cca.evaluation.features import Extractor
-from models.errors import UserError
+from models.utils.errors import UserError
 from scripts import make_reference
 
 IMAGES = 600

@@ -12,7 +12,7 @@ from PIL import Image
 import eval_fid
 from cca.data.image_sets import NpzImages
 from cca.evaluation.metrics import Gaussian
-from models.errors import UserError
+from models.utils.errors import UserError
 from scripts import make_reference
 
 IMAGES = 60

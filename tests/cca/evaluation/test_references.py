@@ -10,7 +10,7 @@ from hub_server import serving
 
 import eval_fid
 from cca.evaluation.references import REFERENCES, PublishedReference
-from models.errors import UserError
+from models.utils.errors import UserError
 
 NAME = "VIRTUAL_imagenet256_labeled.npz"
 COMMAND = """
@@ -18,7 +18,7 @@ import sys
 sys.path.insert(0, {root!r})
 import eval_fid
 from cca.evaluation.references import REFERENCES, PublishedReference
-from models.errors import run_command
+from models.utils.errors import run_command
 REFERENCES["imagenet256"] = PublishedReference({address!r}, 256)
 run_command(eval_fid.main)
 """
@@ -78,7 +78,7 @@ def test_dry_run_tells_of_the_download(server, tmp_path, monkeypatch, capsys):
     cached(tmp_path).parent.mkdir(parents=True)
     with open(cached(tmp_path).parent / f".{NAME}.part", "wb") as part:
         part.truncate(1_500_000_000)
-    monkeypatch.setattr("models.plan._free", lambda _: 10**9)
+    monkeypatch.setattr("cca.cli.plan._free", lambda _: 10**9)
     eval_fid.main(OPTIONS)
     out = capsys.readouterr().out
     assert f"~532 MB: {REFERENCES['imagenet256'].address}" in out and "which is enough" in out

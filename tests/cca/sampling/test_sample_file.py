@@ -12,9 +12,8 @@ from limits import largest_file
 
 import sample
 from cca.sampling.sampler import Sampler
-from models.checkpoints import read_state_dict
-from models.errors import UserError
-from models.weights import save_published
+from models.utils.errors import UserError
+from models.zoo.checkpoint_formats import read_state_dict, save_published
 
 PART = 16  # images, instead of 256
 

@@ -12,11 +12,11 @@ import torch
 from commands import REFERENCE, ROOT, command_line, environment, run
 
 import sample
-from cca.sampling.sampler import Sampler, SampleRequest, class_of
+from cca.config import SampleRequest
+from cca.sampling.sampler import Sampler, class_of
 from models import SamplingOptions, load_model
-from models.checkpoints import read_state_dict
-from models.errors import UserError
-from models.weights import save_published
+from models.utils.errors import UserError
+from models.zoo.checkpoint_formats import read_state_dict, save_published
 
 MODELS = ("llamagen-mini", "var-mini")
 

@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cca.training.run_folder as run_folder
 import train_var_cca
+from cca.losses import LOSSES
 from cca.training.curves import draw_curves, moving_mean, values_of
-from cca.training.losses import LOSSES
-from models.errors import UserError
+from models.utils.errors import UserError
 
 
 def train(output, *options, steps=4):

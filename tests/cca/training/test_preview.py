@@ -5,7 +5,7 @@ import weakref
 import torch
 from specimens import weights
 
-import cca.training.command as command
+import cca.training.loop as command
 import train_llamagen_cca
 from cca.sampling.sampler import Sampler
 

@@ -13,15 +13,15 @@ from limits import largest_file
 from specimens import weights
 from torch.distributed.checkpoint.metadata import Metadata
 
-import cca.training.command as command
+import cca.training.loop as command
 import sample
 import train_llamagen_cca
 import train_var_cca
-from cca.training.states import read_weights
+from cca.training.checkpoints import read_weights
 from cca.training.trainer import Trainer
-from models.devices import TRAINED_IMAGES
-from models.errors import UserError
-from models.loading import build_model
+from models.utils.errors import UserError
+from models.utils.precision import TRAINED_IMAGES
+from models.zoo.loading import build_model
 
 
 def train(output, *options, steps=6):

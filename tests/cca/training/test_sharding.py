@@ -13,10 +13,10 @@ from itertools import product
 import torch
 from torch._dynamo import lookup_backend
 
-import models.logprob
+import models.log_likelihood
 from cca.distributed import Processes
 from cca.training.batch import Batch
-from cca.training.losses import pair_labels
+from cca.losses import pair_labels
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
 from models import autocast, load_model
@@ -34,7 +34,7 @@ def backend(graph, inputs):
 
 compile_block = torch.nn.Module.compile
 torch.nn.Module.compile = lambda block: compile_block(block, backend=backend)
-models.logprob.compiled_function = cache(partial(torch.compile, backend=backend, fullgraph=True))
+models.log_likelihood.compiled_function = cache(partial(torch.compile, backend=backend, fullgraph=True))
 config = TrainingConfig(
     loss="cca", beta=0.1, lambda_=10.0, uncond_ratio=0.1, batch_size=8, lr=1e-4, weight_decay=0.05,
     final_weight_decay=None, ema=0.9, grad_clip=1.0, warmup=0.0, final_lr=1.0, schedule_accumulation=1,

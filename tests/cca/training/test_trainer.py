@@ -11,19 +11,20 @@ from commands import TRAIN
 from golden_models import build, golden
 from torch import nn
 
-import models.devices
-import models.logprob
-from cca.data.sources import ImageArray
+import models.log_likelihood
+import models.utils.precision
+from cca.config import TrainingConfig
+from cca.data.datasets import ImageArray
 from cca.distributed import Processes
+from cca.losses import pair_labels
 from cca.training.batch import Batch
-from cca.training.command import train
 from cca.training.loader import Loader
-from cca.training.losses import pair_labels
+from cca.training.loop import train
 from cca.training.run_folder import RunFolder, describe
-from cca.training.schedule import TrainingConfig, lr_factor
+from cca.training.schedule import lr_factor
 from cca.training.trainer import Trainer
 from models import ARImageModel, UserError, load_model
-from models.zoo import TOKENIZERS, ZOO
+from models.zoo.registry import TOKENIZERS, ZOO
 
 
 def config_of(backbone: str, loss: str) -> TrainingConfig:
@@ -104,8 +105,8 @@ def test_one_compilation_serves_all_blocks(family, rate, monkeypatch):
     own = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: own(module, backend=backend, fullgraph=True))
     compiler = partial(torch.compile, backend=backend, fullgraph=True)
-    monkeypatch.setattr(models.logprob, "compiled_function", cache(compiler))
-    monkeypatch.setitem(models.devices.LIKELIHOOD_LOGITS, "cpu", 512 * 5)
+    monkeypatch.setattr(models.log_likelihood, "compiled_function", cache(compiler))
+    monkeypatch.setitem(models.utils.precision.LIKELIHOOD_LOGITS, "cpu", 512 * 5)
 
     def losses(compile: bool) -> list[float]:
         torch._dynamo.reset()

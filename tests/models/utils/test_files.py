@@ -1,0 +1,109 @@
+"""Atomic writes, what killed writers leave behind, and what the file system refuses."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from limits import largest_file
+
+from models.utils.errors import UserError
+from models.utils.files import (
+    atomic_write,
+    finite_or_none,
+    read_array,
+    read_json,
+    remove_folder,
+    write_binary,
+    write_json,
+)
+from models.zoo.checkpoint_formats import save_published, save_safetensors
+
+
+def test_what_a_killed_writer_left_is_replaced(tmp_path):
+    (tmp_path / ".f.json.tmp").write_bytes(b"half")
+    write_json(tmp_path / "f.json", {"a": 1})
+    assert read_json(tmp_path / "f.json") == {"a": 1} and os.listdir(tmp_path) == ["f.json"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "f.json"
+    write_json(path, {"a": 1})
+    with largest_file(1000), pytest.raises(UserError, match="f.json: cannot be written .File too large"):
+        write_json(path, {"a": "x" * 2000})
+    with pytest.raises(ZeroDivisionError):  # our own mistakes are no refusals of the file system
+        atomic_write(path, lambda temporary: 1 // 0)
+    assert read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["f.json"]
+
+
+@pytest.mark.parametrize("save", [save_published, save_safetensors])
+def test_weights_on_a_full_disk(save, tmp_path):
+    with largest_file(10_000), pytest.raises(UserError, match="w.pth: cannot be written"):
+        save({"a": torch.zeros(100_000)}, tmp_path / "w.pth")
+    assert not os.listdir(tmp_path)
+
+
+def test_what_is_in_the_way(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for path, reason in (
+        (tmp_path / "folder", "Is a directory"),
+        (tmp_path / "file" / "f.npy", "Not a directory"),
+        (tmp_path / ("n" * 252), "File name too long"),
+    ):
+        with pytest.raises(UserError, match=f"cannot be written .{reason}"):
+            write_binary(path, lambda file: np.save(file, np.zeros(3)))
+
+
+def test_removed_folders_vanish_at_once(tmp_path, monkeypatch):
+    folder = tmp_path / "f"
+    (folder / "a").mkdir(parents=True)
+    monkeypatch.setattr("shutil.rmtree", lambda path: os._exit(1) if folder.exists() else None)
+    remove_folder(folder)
+    assert os.listdir(tmp_path) == [".f.removed"]
+    monkeypatch.undo()
+    remove_folder(folder)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[1]", b"\xff\xfe", b"[" * 50_000, b'{"a": 1' + b"0" * 400 + b"}"]
+)
+def test_damaged_json(content, tmp_path):
+    (tmp_path / "f.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"f\.json: (is damaged|holds a list)"):
+        read_json(tmp_path / "f.json")
+
+
+@pytest.mark.parametrize("mapped", [None, "r"])
+@pytest.mark.parametrize(
+    "damage",
+    [(b"(3, 2)", b"((((((")]
+    + [
+        (b"\x93NUMPY", b"PK\x03\x04MPY"),
+        (b"'<i8'", b"'|O8'"),
+        (b"(3, 2)", b"(3, 9)"),
+        (b"(3, 2), }           ", b"(3, 222222222222), }"),
+    ],
+    ids=str,
+)
+def test_damaged_arrays(damage, mapped, tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.arange(6).reshape(3, 2))
+    assert read_array(path, mapped).tolist() == [[0, 1], [2, 3], [4, 5]]
+    path.write_bytes(path.read_bytes().replace(*damage))
+    with pytest.raises(UserError, match=r"a\.npy: is missing or damaged \(."):
+        read_array(path, mapped)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_json_never_holds_nan(tmp_path):
+    with pytest.raises(UserError, match="r.json: is not written, metrics would hold NaN or infinity"):
+        write_json(tmp_path / "r.json", {"notes": ["a"], "metrics": {"fid": [1.0, NAN]}})
+    assert list(tmp_path.iterdir()) == []
+    write_json(tmp_path / "r.json", finite_or_none({"loss": NAN, "norms": (1.5, -INF), "n": 3, "x": None}))
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written == {"loss": None, "norms": [1.5, None], "n": 3, "x": None}
