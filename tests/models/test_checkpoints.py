@@ -1,4 +1,4 @@
-"""Weights files: every layout that occurs, and every way a file can be wrong."""
+"""Weights files: every layout that occurs, every way a file can be wrong, and how they are written."""
 
 import argparse
 import collections
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from models.checkpoints import read_state_dict, weights_sha256
 from models.errors import UserError
-from models.weights import is_constant, load_weights
+from models.weights import is_constant, load_weights, save_published
 from scripts import convert_weights
 
 
@@ -66,33 +66,49 @@ class Hostile:
 @pytest.fixture(scope="module")
 def broken(model, tmp_path_factory):
     folder, state = tmp_path_factory.mktemp("broken"), model.transformer.state_dict()
-    torch.save(state, folder / "good.pth")
-    data = (folder / "good.pth").read_bytes()
-    (folder / "truncated.pth").write_bytes(data[: len(data) // 2])
+    head, hostile, number = state["head.weight"], {"model": state, "extra": Hostile()}, torch.zeros(1)
+    itself: dict = {}
+    itself["trainer"] = itself
+    for name, content in {
+        "good.pth": state,
+        "list.pt": [1, 2],
+        "nothing.pt": {"epoch": 3},
+        "numbers.pt": {0: number},
+        "itself.pt": itself,
+        "large.pt": {"a": number.expand(2**20, 2**20)},
+        "large-in-all.pt": {f"{i}": number.expand(2**20, 2) for i in range(200)},
+        "twice.pt": {"a.w": number, "a._orig_mod.w": number},
+        "sparse.pt": {**state, "head.weight": head.to_sparse()},
+        "meta.pt": {**state, "head.weight": head.to("meta")},
+        "integers.pt": {**state, "head.weight": head.to(torch.int8)},
+        "hostile.pt": hostile,
+        "hostile-namespace.pt": {"model": state, "args": argparse.Namespace(lr=Hostile())},
+        "unexpected.pt": {**state, "surprise": torch.zeros(1)},
+        "missing.pt": {k: v for k, v in state.items() if k != "head.bias"},
+        "shape.pt": {**state, "head.bias": torch.zeros(3)},
+    }.items():
+        torch.save(content, folder / name)
+    torch.save(hostile, folder / "hostile-legacy.pt", _use_new_zipfile_serialization=False)
     save_file(state, folder / "good.safetensors")
-    (folder / "truncated.safetensors").write_bytes((folder / "good.safetensors").read_bytes()[:5000])
-    (folder / "empty.pt").write_bytes(b"")
-    (folder / "junk.pt").write_bytes(bytes(range(256)) * 8)
-    (folder / "text.pt").write_text("not weights at all")
-    torch.save([1, 2], folder / "list.pt")
-    torch.save({"epoch": 3}, folder / "nothing.pt")
-    torch.save({0: torch.zeros(1)}, folder / "numbers.pt")
-    torch.save({**state, "head.weight": state["head.weight"].to_sparse()}, folder / "sparse.pt")
-    torch.save({**state, "head.weight": state["head.weight"].to("meta")}, folder / "meta.pt")
-    torch.save({**state, "head.weight": state["head.weight"].to(torch.int8)}, folder / "integers.pt")
     np.savez(folder / "arrays.npz", a=np.zeros(3))
-    torch.save({"model": state, "extra": Hostile()}, folder / "hostile.pt")
-    torch.save({"model": state, "args": argparse.Namespace(lr=Hostile())}, folder / "hostile-namespace.pt")
-    torch.save(
-        {"model": state, "extra": Hostile()},
-        folder / "hostile-legacy.pt",
-        _use_new_zipfile_serialization=False,
-    )
-    (folder / "hostile-pickle2.pt").write_bytes(pickle.dumps(Hostile(), protocol=2))
-    (folder / "hostile-pickle4.pt").write_bytes(pickle.dumps(Hostile(), protocol=4))
-    torch.save({**state, "surprise": torch.zeros(1)}, folder / "unexpected.pt")
-    torch.save({k: v for k, v in state.items() if k != "head.bias"}, folder / "missing.pt")
-    torch.save({**state, "head.bias": torch.zeros(3)}, folder / "shape.pt")
+    whole = (folder / "good.pth").read_bytes()
+    for name, data in {
+        "truncated.pth": whole[: len(whole) // 2],
+        "truncated.safetensors": (folder / "good.safetensors").read_bytes()[:5000],
+        "empty.pt": b"",
+        "junk.pt": bytes(range(256)) * 8,
+        "text.pt": b"not weights at all",
+        "hostile-pickle2.pt": pickle.dumps(Hostile(), protocol=2),
+        "hostile-pickle4.pt": pickle.dumps(Hostile(), protocol=4),
+    }.items():
+        (folder / name).write_bytes(data)
+    os.mkfifo(folder / "pipe.pt")
+    with (
+        zipfile.ZipFile(folder / "good.pth") as file,
+        zipfile.ZipFile(folder / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as out,
+    ):
+        for name in file.namelist():
+            out.writestr(name, file.read(name))
     return folder
 
 
@@ -109,6 +125,13 @@ def broken(model, tmp_path_factory):
         ("list.pt", "holds a list"),
         ("nothing.pt", "no state dict; its entries are epoch"),
         ("numbers.pt", "no state dict; its entries are 0"),
+        ("itself.pt", "no state dict; its entries are trainer"),
+        ("large.pt", "its tensors would take"),
+        ("large-in-all.pt", "its tensors would take"),
+        ("twice.pt", "holds a.w twice, once as a._orig_mod.w"),
+        ("pipe.pt", "not a regular file"),
+        # Mapped into memory its numbers would be those of the compressed bytes.
+        ("deflated.pt", "is compressed inside"),
         ("sparse.pt", "no state dict"),
         ("meta.pt", "no state dict"),
         ("integers.pt", "1 wrongly typed .head.weight torch.int8."),
@@ -146,20 +169,42 @@ def test_conversion_is_lossless(tmp_path, name, layout):
 
 
 def test_conversion_publishes_training_checkpoints(model, tmp_path):
-    torch.save(wrapped(model.transformer.state_dict(), "trainer"), tmp_path / "ar-ckpt-last.pth")
+    state = model.transformer.state_dict()
+    torch.save(wrapped(state, "trainer"), tmp_path / "ar-ckpt-last.pth")
     convert_weights.main([str(tmp_path / "ar-ckpt-last.pth"), str(tmp_path / "model.pth")])
-    assert (
-        torch.load(tmp_path / "model.pth", weights_only=True).keys() == model.transformer.state_dict().keys()
-    )
+    assert torch.load(tmp_path / "model.pth", weights_only=True).keys() == state.keys()
 
 
-OTHER_CONTENT = {
-    "numpy.float64": np.float64(1.5),
-    "numpy.bool": np.bool_(True),
-    "numpy.complex64": np.complex64(1j),
-    "numpy.dtype": np.dtype("f4"),
-    "counter": collections.Counter("aab"),
-}
+@pytest.mark.parametrize("name, wrapper", [("var_tiny_a", None), ("llamagen_tiny_vq8", "model")])
+def test_export_is_in_the_published_format(tmp_path, name, wrapper):
+    """And the same bytes whatever the file is called."""
+    model = build(name)
+    for path in (tmp_path / "out.pt", tmp_path / "again.pt"):
+        save_published(model.transformer.state_dict(), path, model.checkpoint_key)
+    content = torch.load(tmp_path / "out.pt", weights_only=True)
+    content = content[wrapper] if wrapper else content
+    assert content.keys() == model.transformer.state_dict().keys()
+    assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "out.pt").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["again.pt", "out.pt"]
+
+
+NOT_FINITE = [(dtype, value) for dtype in (torch.float32, torch.float16, torch.bfloat16)
+              for value in (float("nan"), float("inf"), -float("inf"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, value", [*NOT_FINITE, (torch.float64, 1e300)])
+def test_weights_that_are_not_finite(model, tmp_path, dtype, value):
+    """In float32, for which 1e300 is too large."""
+    state = {k: v.to(dtype, copy=True) for k, v in model.transformer.state_dict().items()}
+    state["head.weight"][1, 2] = value
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"w.safetensors: holds weights that are not finite .*: head.weight$"):
+        load_weights(build("var_tiny_a").transformer, tmp_path / "w.safetensors", "var-tiny")
+
+
+PLAIN_CONTENT = [
+    np.float64(1.5), np.bool_(True), np.complex64(1j), np.dtype("f4"), collections.Counter("aab"),
+]  # fmt: skip
 REFUSED_CONTENT = {
     "pathlib.PurePosixPath": pathlib.PurePosixPath("a"),
     "collections.defaultdict": collections.defaultdict(int, a=1),
@@ -170,54 +215,23 @@ REFUSED_CONTENT = {
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("name", OTHER_CONTENT)
-def test_plain_content_beside_the_tensors(model, tmp_path, name, zipped):
-    state = model.transformer.state_dict()
-    content = {"model": state, "optimizer": {"best": [OTHER_CONTENT[name]]}}
+@pytest.mark.parametrize("name", [None, *REFUSED_CONTENT])
+def test_other_content_is_plain_or_named(model, tmp_path, name, zipped):
+    """Beside the tensors stand numbers and the like (no name), or what is refused."""
+    other = REFUSED_CONTENT[name] if name else {"best": PLAIN_CONTENT}
+    content = {"model": model.transformer.state_dict(), "extra": other}
     torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
-    assert read_state_dict(tmp_path / "w.pt").keys() == state.keys()
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("name", REFUSED_CONTENT)
-def test_other_content_is_named(model, tmp_path, name, zipped):
-    content = {"model": model.transformer.state_dict(), "extra": REFUSED_CONTENT[name]}
-    torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+    if name is None:
+        assert read_state_dict(tmp_path / "w.pt").keys() == content["model"].keys()
+        return
     with pytest.raises(UserError, match=f"it holds [a-z_.]*{name}.*weights_only=False"):
         read_state_dict(tmp_path / "w.pt")
 
 
-def test_files_that_hold_themselves(tmp_path):
-    for key in ("model", "trainer"):
-        content = {}
-        content[key] = content
-        torch.save(content, tmp_path / "w.pt")
-        with pytest.raises(UserError, match=f"no state dict; its entries are {key}"):
-            read_state_dict(tmp_path / "w.pt")
-
-
-def test_tensors_larger_than_their_file(tmp_path):
+def test_tensors_may_share_their_numbers(tmp_path):
     number = torch.zeros(1)
-    cases = ({"a": number.expand(2**20, 2**20)}, {f"{i}": number.expand(2**20, 2) for i in range(200)})
-    for state in cases:
-        torch.save(state, tmp_path / "w.pt")
-        with pytest.raises(UserError, match="its tensors would take"):
-            read_state_dict(tmp_path / "w.pt")
     torch.save({"mask": number.expand(512, 512), "again": number}, tmp_path / "w.pt")
     assert read_state_dict(tmp_path / "w.pt")["mask"].shape == (512, 512)
-
-
-def test_a_deflated_file_is_refused(model, tmp_path):
-    """Mapped into memory its numbers would be those of the compressed bytes."""
-    torch.save(model.transformer.state_dict(), tmp_path / "w.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "w.pt") as file,
-        zipfile.ZipFile(tmp_path / "d.pt", "w", zipfile.ZIP_DEFLATED) as out,
-    ):
-        for name in file.namelist():
-            out.writestr(name, file.read(name))
-    with pytest.raises(UserError, match="is compressed inside"):
-        read_state_dict(tmp_path / "d.pt")
 
 
 @pytest.mark.parametrize("layout", ["zip", "legacy", "safetensors"])
@@ -252,12 +266,6 @@ def test_prefixes_inside_keys(model, tmp_path, inserted, suffix):
     }
     (torch.save if suffix == "pt" else save_file)(state, tmp_path / f"w.{suffix}")
     assert read_state_dict(tmp_path / f"w.{suffix}").keys() == model.transformer.state_dict().keys()
-
-
-def test_two_tensors_of_one_name(tmp_path):
-    torch.save({"a.w": torch.zeros(1), "a._orig_mod.w": torch.ones(1)}, tmp_path / "w.pt")
-    with pytest.raises(UserError, match="holds a.w twice, once as a._orig_mod.w"):
-        read_state_dict(tmp_path / "w.pt")
 
 
 @pytest.fixture
@@ -306,9 +314,3 @@ def test_broken_indexes(shards, weight_map, message):
     shutil.copy(index, shards / "other.safetensors.index.json")
     with pytest.raises(UserError, match="holds 2 "):
         read_state_dict(shards)
-
-
-def test_a_pipe_is_no_weights_file(tmp_path):
-    os.mkfifo(tmp_path / "w.pt")
-    with pytest.raises(UserError, match="not a regular file"):
-        read_state_dict(tmp_path / "w.pt")
