@@ -6,6 +6,8 @@ import pickle
 import pickletools
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +76,33 @@ class _Planner(dcp.DefaultLoadPlanner):
         super().load_bytes(read_item, again)
 
 
-def quiet():
-    """Without torch.distributed.checkpoint's notices about running in a single process."""
-    return warnings.catch_warnings(action="ignore")
+@contextmanager
+def _careful(folder: Path) -> Iterator[None]:
+    """Context manager that turns whatever a damaged checkpoint raises into a UserError.
+
+    torch.distributed.checkpoint's notices about running in a single process are not shown.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except UserError:
+        raise
+    except (Exception, dcp.api.CheckpointException) as error:  # a damaged file can raise anything
+        raise UserError(f"{folder} is damaged or not a state of this trainer ({reason(error)})") from None
 
 
-def write_checksums(folder: Path, processes: Processes) -> None:
-    """Note the SHA-256 of the files that this process wrote (the main one: the description, too)."""
+def write_checkpoint(state: dict, folder: Path, processes: Processes) -> None:
+    """Write a trainer's state (all ranks take part), and the SHA-256 of each file."""
+    with warnings.catch_warnings(action="ignore"):
+        dcp.save(state, checkpoint_id=folder)
     own = sorted(folder.glob(f"__{processes.rank}_*")) + ([folder / ".metadata"] if processes.main else [])
     write_json(folder / f"sha256-{processes.rank}.json", {path.name: file_sha256(path) for path in own})
 
 
-def check_state(folder: Path, share: slice | None = None) -> None:
-    """Raise UserError unless all files of a state are as they were written; ``share``: only some are read.
+def check_checkpoint(folder: Path, share: slice = slice(None)) -> None:
+    """Raise UserError unless all files are as they were written; ``share``: those of them that are read.
 
-    A state that was saved before there were checksums is taken as it is.
+    A checkpoint without checksums is taken as it is.
     """
     noted: dict[str, str] = {}
     for path in sorted(folder.glob("sha256-*.json")):
@@ -97,61 +111,42 @@ def check_state(folder: Path, share: slice | None = None) -> None:
     if noted and files != set(noted):
         name = min(files ^ set(noted))
         raise UserError(f"{folder} is damaged ({name} is {'missing' if name in noted else 'not of it'})")
-    for name in sorted(noted)[share or slice(None)]:
+    for name in sorted(noted)[share]:
         if file_sha256(folder / name) != noted[name]:
             raise UserError(f"{folder} is damaged ({name} is not what was written)")
 
 
-def load_state(state: dict, folder: Path, processes: Processes) -> None:
-    """Fill ``state`` in place from a saved one (all processes take part). Raises UserError."""
-    share = slice(processes.rank, None, processes.world)
-    processes.agree(lambda: _unharmed(folder, share))
-    try:
-        with quiet():
-            dcp.load(state, storage_reader=_Reader(folder), planner=_Planner())
-    except (Exception, dcp.api.CheckpointException) as error:  # a damaged file can raise anything
-        raise _refused(folder, error) from None
+def load_checkpoint(state: dict, folder: Path, processes: Processes) -> None:
+    """Fill ``state`` in place from a checkpoint (all ranks take part). Raises UserError."""
 
+    def check() -> None:
+        with _careful(folder):
+            check_checkpoint(folder, slice(processes.rank, None, processes.world))
+            _Reader(folder).read_metadata()
 
-def _unharmed(folder: Path, share: slice) -> None:
-    try:
-        check_state(folder, share)
-        _Reader(folder).read_metadata()
-    except UserError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        raise _refused(folder, error) from None
-
-
-def _refused(folder: Path, error: BaseException) -> UserError:
-    return UserError(f"{folder} is damaged or not a state of this trainer ({reason(error)})")
+    processes.agree(check)
+    with _careful(folder):
+        dcp.load(state, storage_reader=_Reader(folder), planner=_Planner())
 
 
 def read_weights(folder: Path, average: bool = False) -> dict[str, torch.Tensor]:
-    """The transformer's weights of a saved state, or their average, whole. Raises UserError."""
-    _unharmed(folder, slice(None))
-    weights = _read_part(folder, "model")
-    return {**weights, **_read_part(folder, "ema")} if average else weights
-
-
-def _read_part(folder: Path, part: str) -> dict[str, torch.Tensor]:
-    prefix = f"{part}."
-    try:
+    """Return the transformer's weights of a checkpoint, or their average, whole. Raises UserError."""
+    with _careful(folder):
+        check_checkpoint(folder)
         metadata = _Reader(folder).read_metadata().state_dict_metadata
-        state = {
-            key.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
-            for key, entry in metadata.items()
-            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-        }
-        if state:
-            with quiet():
-                dcp.load({part: state}, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
-    except (Exception, dcp.api.CheckpointException) as error:  # a damaged file can raise anything
-        raise _refused(folder, error) from None
-    if not state:
-        missing = "average of the weights (the run had no --ema)" if part == "ema" else "weights"
-        raise UserError(f"{folder}: holds no {missing}")
-    return state
+        weights = {}
+        for part in ("model", "ema") if average else ("model",):
+            state = {
+                key.removeprefix(f"{part}."): torch.empty(entry.size, dtype=entry.properties.dtype)
+                for key, entry in metadata.items()
+                if key.startswith(f"{part}.") and isinstance(entry, TensorStorageMetadata)
+            }
+            if not state:
+                missing = "average of the weights (the run had no --ema)" if part == "ema" else "weights"
+                raise UserError(f"{folder}: holds no {missing}")
+            dcp.load({part: state}, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
+            weights |= state
+    return weights
 
 
 def load_run_weights(model: ARImageModel, folder: Path, average: bool) -> str:

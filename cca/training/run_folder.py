@@ -4,19 +4,18 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.tensorboard import SummaryWriter
 
 from cca.config import TrainingConfig
 from cca.distributed import Processes
 from cca.losses import LOSSES
-from cca.training.checkpoints import ema_name, load_state, quiet, saved_steps, write_checksums
+from cca.training.checkpoints import ema_name, load_checkpoint, saved_steps, write_checkpoint
 from cca.training.curves import draw_curves
 from cca.training.trainer import Trainer
 from models import UserError
@@ -43,18 +42,6 @@ def options_of_config(config: TrainingConfig) -> dict:
     return {CONFIG_KEYS.get(name, name): value for name, value in asdict(config).items()}
 
 
-def versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "numpy": np.__version__}
-
-
-def _row(line: str) -> dict:
-    """A line of ``metrics.jsonl``, with the step it is of; raises ValueError, KeyError or TypeError."""
-    row = parse_json(line)
-    if type(row["step"]) is not int:
-        raise TypeError
-    return row
-
-
 class RunFolder:
     """Where a run writes; every write is atomic, so a run killed at any moment leaves its last good state."""
 
@@ -64,16 +51,12 @@ class RunFolder:
         self.states, self.metrics_path = path / "state", path / "metrics.jsonl"
         self.writer: SummaryWriter  # from ``resume`` on, of the main process
 
-    def saved_steps(self) -> list[int]:
-        """Numbers of the steps whose state is complete, ascending."""
-        return saved_steps(self.path)
-
     def resume(self, trainer: Trainer) -> int:
-        """Load the last saved state if there is one; returns the number of steps done.
+        """Load the last checkpoint if there is one; return the number of steps done.
 
-        Raises UserError for a damaged state; it names the folder to delete.
+        Raises UserError for a damaged one; it names the folder to delete.
         """
-        done = int(self.processes.from_main(str((self.saved_steps() or [0])[-1])))
+        done = int(self.processes.from_main(str((saved_steps(self.path) or [0])[-1])))
         if done:
             state = trainer.state()
             self.processes.agree(lambda: self._load(state, done))
@@ -81,53 +64,40 @@ class RunFolder:
         self.processes.agree(lambda: self._begin(done), main=True)
         return done
 
+    def _load(self, state: dict, done: int) -> None:
+        try:
+            load_checkpoint(state, self.states / f"step-{done}", self.processes)
+        except UserError as error:
+            before = [f"step {step}" for step in saved_steps(self.path)[:-1]] or ["the start"]
+            raise UserError(
+                f"--output: {error}; delete that folder, and the same command goes on from {before[-1]}"
+            ) from None
+
     def _begin(self, done: int) -> None:
         """Leave in the folder what belongs to the steps that are done; open TensorBoard."""
         for left in (*self.states.glob(".*.removed"), self.states / ".writing"):
             shutil.rmtree(left, ignore_errors=True)
-        self._cut_back(done)
         self._drop_old()
-
-    def _load(self, state: dict, done: int) -> None:
-        path, before = self.states / f"step-{done}", self.saved_steps()[:-1]
-        try:
-            load_state(state, path, self.processes)
-        except UserError as error:
-            rest = f"step {before[-1]}" if before else "the start"
-            raise UserError(
-                f"--output: {error}; delete that folder, and the same command goes on from {rest}"
-            ) from None
-
-    def _lines(self) -> tuple[list[tuple[str, dict]], int]:
-        """The last line of each step in metrics.jsonl, in order, with its content; how many are damaged."""
-        kept: dict[int, tuple[str, dict]] = {}
-        damaged = 0
-        lines = (
-            self.metrics_path.read_text(errors="replace").splitlines() if self.metrics_path.exists() else []
-        )
-        for line in lines:
-            try:
-                row = _row(line)
-                kept[row["step"]] = line, row
-            except (ValueError, KeyError, TypeError):
-                damaged += 1  # cut off where the process was killed or the disk was full
-        return [kept[step] for step in sorted(kept)], damaged
-
-    def _cut_back(self, done: int) -> None:
-        """Leave in metrics and TensorBoard what belongs to the steps that are done; open the latter."""
-        lines, damaged = self._lines()
-        lines = [(line, row) for line, row in lines if 0 < row["step"] <= done]
-        text = "".join(f"{line}\n" for line, _ in lines)
-        missing = done - text.count("\n")
-        if missing:
-            print(
-                f"warning: {self.metrics_path}: {missing} of {done} steps have no line, "
-                f"{damaged} were cut off",
-                file=sys.stderr,
-            )
+        rows = [row for row in self._rows() if 0 < row["step"] <= done]
+        if len(rows) < done:
+            missing = f"{done - len(rows)} of {done} steps have no line"
+            print(f"warning: {self.metrics_path}: {missing}", file=sys.stderr)
+        text = "".join(f"{json.dumps(row)}\n" for row in rows)
         atomic_write(self.metrics_path, lambda temporary: temporary.write_text(text))
         with writing(self.path / "tensorboard"):
             self.writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=done or None)
+
+    def _rows(self) -> list[dict]:
+        """Return the last line of each step in metrics.jsonl, in order."""
+        rows: dict[int, dict] = {}
+        text = self.metrics_path.read_text(errors="replace") if self.metrics_path.exists() else ""
+        for line in text.splitlines():
+            # A line is cut off where the process was killed or the disk was full.
+            with suppress(ValueError, KeyError, TypeError):
+                row = parse_json(line)
+                if type(row["step"]) is int:
+                    rows[row["step"]] = row
+        return [rows[step] for step in sorted(rows)]
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and one point to each curve of TensorBoard.
@@ -146,23 +116,22 @@ class RunFolder:
             raise self.cannot_write(error) from None
 
     def save(self, trainer: Trainer, done: int) -> None:
-        """Save the state of step ``done``, drop old ones; note what micro-batches it was made with.
+        """Write the checkpoint of step ``done``, drop old ones; note the micro-batch that it was made with.
 
         Raises UserError if it cannot be written.
         """
         temporary = self.states / ".writing"
-        self.processes.agree(lambda: remove_folder(temporary), main=True)
-        self.processes.agree(lambda: self._save(trainer, temporary))
-        self.processes.agree(lambda: self._keep(temporary, done, trainer.micro_batch_size), main=True)
 
-    def _save(self, trainer: Trainer, temporary: Path) -> None:
-        try:
-            with quiet():
-                dcp.save(trainer.state(), checkpoint_id=temporary)
-            write_checksums(temporary, self.processes)
-        except (OSError, RuntimeError, UserError, dcp.api.CheckpointException) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise self.cannot_write(error) from None
+        def write() -> None:
+            try:
+                write_checkpoint(trainer.state(), temporary, self.processes)
+            except (OSError, RuntimeError, UserError, CheckpointException) as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise self.cannot_write(error) from None
+
+        self.processes.agree(lambda: remove_folder(temporary), main=True)
+        self.processes.agree(write)
+        self.processes.agree(lambda: self._keep(temporary, done, trainer.micro_batch_size), main=True)
 
     def _keep(self, temporary: Path, done: int, micro_batch: int) -> None:
         state, config = self.states / f"step-{done}", self.path / "config.json"
@@ -175,16 +144,20 @@ class RunFolder:
             self.writer.flush()
 
     def _drop_old(self) -> None:
-        for old in self.saved_steps()[: -self.keep_states]:
+        for old in saved_steps(self.path)[: -self.keep_states]:
             remove_folder(self.states / f"step-{old}")
 
     def export(self, trainer: Trainer) -> None:
         """Draw the curves, write the average if there is one, then the model: with it the run is finished."""
-        name = trainer.model.checkpoint_name
+        model = trainer.model
         self.processes.agree(self._draw, main=True)
-        for weights, path in ((trainer.full_ema(), ema_name(name)), (trainer.full_weights(), name)):
-            # Of a sharded model, the main process alone has the weights.
-            self.processes.agree(partial(self._export, weights, self.path / path, trainer), main=True)
+        for weights, name in (
+            (trainer.full_ema(), ema_name(model.checkpoint_name)),
+            (trainer.full_weights(), model.checkpoint_name),
+        ):
+            # Of a sharded model, rank 0 alone has the weights.
+            save = partial(save_published, weights, self.path / name, model.checkpoint_key)
+            self.processes.agree(save if weights else lambda: None, main=True)
 
     def _draw(self) -> None:
         """Draw ``curves.png`` of all steps."""
@@ -194,16 +167,12 @@ class RunFolder:
         name = f"{self.options['loss']} ({chosen})" if chosen else self.options["loss"]
         title = f"{self.options['model']}, {name}, batch {self.options['batch_size']}"
         try:
-            draw_curves(self.path / "curves.png", [row for _, row in self._lines()[0]], title)
+            draw_curves(self.path / "curves.png", self._rows(), title)
         except (UserError, ImportError) as error:  # a picture is not worth the run
             print(f"no curves.png: {error}", file=sys.stderr)
 
-    def _export(self, weights: dict, path: Path, trainer: Trainer) -> None:
-        if weights:
-            save_published(weights, path, trainer.model.checkpoint_key)
-
     def cannot_write(self, error: BaseException) -> UserError:
-        last = self.saved_steps()
+        last = saved_steps(self.path)
         kept = f"the state of step {last[-1]} is intact" if last else "no state was saved yet"
         return UserError(
             f"--output: {self.path} cannot be written ({reason(error)}); {kept}, "

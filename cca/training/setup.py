@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from cca.cli.main import play
 from cca.cli.output import Found, Output
 from cca.config import TrainingConfig
@@ -19,7 +22,7 @@ from cca.training.loop import train
 from cca.training.memory import MICRO_BATCH_TOO_LARGE, MODEL_TOO_LARGE, fitting_micro_batch
 from cca.training.options import COMPILED_FROM, chosen_recipe, training_config
 from cca.training.preview import grid_drawer
-from cca.training.run_folder import MICRO_BATCH, RunFolder, options_of_config, versions
+from cca.training.run_folder import MICRO_BATCH, RunFolder, options_of_config
 from cca.training.trainer import Trainer
 from models import ARImageModel, Recipe, UserError, find_files, zoo_entry
 from models.utils.files import size_text
@@ -34,10 +37,10 @@ OpenData = Callable[[Path, ARImageModel, int], LabelledDataset]
 def run_training(args: argparse.Namespace, path: Path, open_data: OpenData) -> None:
     """Train as the options say; ``path``: of the data. Raises UserError."""
     entry = zoo_entry(args.model)
-    recipe, backbone = chosen_recipe(args, entry), entry.backbone
+    recipe = chosen_recipe(args, entry)
     if args.weights == "cca":
         raise UserError("--weights: training starts from base or from a path")
-    output = Output.run(args.output, backbone.checkpoint_name)
+    output = Output.run(args.output, entry.backbone.checkpoint_name)
     output.check_place({"the data": path})
     if args.deterministic:
         compute_deterministically()
@@ -47,66 +50,10 @@ def run_training(args: argparse.Namespace, path: Path, open_data: OpenData) -> N
         files = find_files(args.model, args.weights, args.tokenizer_weights, args.image_size)
         model = files.build()
         data = open_data(path, model, args.seed)
-        config = training_config(args, recipe, len(data), backbone.lr_scales_with_batch)
-        how = Way.resolve(args, recipe, config, ranks, found)
-        return Training(args, ranks, files, model, path, data, config, how)
+        config = training_config(args, recipe, len(data), model.lr_scales_with_batch)
+        return Training(args, ranks, found, files, model, path, data, config, recipe)
 
     play(args, output, resolve)
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a run is computed, which does not change what is trained but for rounding and dropout's masks.
-
-    is_micro_batch_fitted: as many images as fit into a GPU's memory are taken instead.
-    """
-
-    parallel: str
-    compile: bool
-    micro_batch_size: int
-    most: int
-    is_micro_batch_fitted: bool
-    is_micro_batch_kept: bool
-
-    @classmethod
-    def resolve(
-        cls,
-        args: argparse.Namespace,
-        recipe: Recipe,
-        config: TrainingConfig,
-        ranks: Processes,
-        found: Found,
-    ) -> "Way":
-        """Raises UserError for options that do not go together, or with what was found."""
-        parallel = args.parallel or recipe.parallel
-        check_parallel(args, config, parallel, ranks)
-        on_gpu = ranks.device.type == "cuda"
-        compile = on_gpu and config.max_steps >= COMPILED_FROM if args.compile is None else args.compile
-        published = config.batch_size // (PUBLISHED_GPUS * recipe.published_accumulation)
-        if recipe.published_accumulation == 1:
-            published = TRAINED_IMAGES[ranks.device.type]
-        # A run that is resumed elsewhere keeps its size, which decides the masks of dropout.
-        noted = noted_micro_batch(args.output / "config.json", found)
-        asked = args.micro_batch_size or noted
-        most = math.ceil(config.batch_size / ranks.world)
-        is_sharded = parallel == "fsdp" and ranks.world > 1
-        fitted = on_gpu and not (asked or args.deterministic or is_sharded)
-        size = max(min(asked or published, config.batch_size), 1)
-        return cls(parallel, compile, size, most, fitted, bool(noted and not args.micro_batch_size))
-
-
-def noted_micro_batch(config: Path, found: Found) -> int:
-    """Return the images of a micro-batch with which a run was trained last; 0: it has no checkpoint.
-
-    Raises UserError for a note that is no such number.
-    """
-    content = found.content or {}
-    if MICRO_BATCH not in content:
-        return 0
-    noted = content[MICRO_BATCH]
-    if type(noted) is not int or noted < 1:
-        raise UserError(f"{config}: {MICRO_BATCH} is {noted!r}, not a number of images; delete that entry")
-    return noted
 
 
 @dataclass
@@ -115,42 +62,55 @@ class Training:
 
     args: argparse.Namespace
     ranks: Processes
+    found: Found
     files: ModelFiles
     model: ARImageModel
     path: Path
     data: LabelledDataset
     config: TrainingConfig
-    way: Way
+    recipe: Recipe
 
     def __post_init__(self) -> None:
+        args, config, ranks = self.args, self.config, self.ranks
+        on_gpu = ranks.device.type == "cuda"
         self.downloads = self.files.downloads(self.model)
+        self.parallel = args.parallel or self.recipe.parallel
+        check_parallel(args, config, self.parallel, ranks)
+        self.compile = on_gpu and config.max_steps >= COMPILED_FROM if args.compile is None else args.compile
+        self.most = math.ceil(config.batch_size / ranks.world)  # images of a step on this rank
+        # A run that is resumed elsewhere keeps its micro-batch, which decides the masks of dropout.
+        self.kept = 0 if args.micro_batch_size else noted_micro_batch(args.output, self.found)
+        asked = args.micro_batch_size or self.kept
+        published = config.batch_size // (PUBLISHED_GPUS * self.recipe.published_accumulation)
+        if self.recipe.published_accumulation == 1:
+            published = TRAINED_IMAGES[ranks.device.type]
+        self.micro_batch_size = max(min(asked or published, config.batch_size), 1)
+        # Else as many images as fit into the GPU's memory.
+        is_sharded = self.parallel == "fsdp" and ranks.world > 1
+        self.is_fixed = bool(asked or args.deterministic or is_sharded or not on_gpu)
 
     def known(self) -> dict:
-        return self.options(self.files, {"images": len(self.data)})
+        return self.options({"images": len(self.data)})
 
-    def options(self, files: ModelFiles, data: dict) -> dict:
+    def options(self, data: dict) -> dict:
         """Return everything that decides what is trained, under its names in config.json."""
-        computed = {"deterministic": self.args.deterministic, "compile": self.way.compile}
-        return {**options_of_config(self.config), **files.known(), **data, **computed}
+        computed = {"deterministic": self.args.deterministic, "compile": self.compile}
+        return {**options_of_config(self.config), **self.files.known(), **data, **computed}
 
     def plan(self) -> dict[str, str]:
-        """Return what is shown before the work."""
-        config, data, way = self.config, self.data, self.way
-        values = [
-            f"{name.rstrip('_')} {getattr(config, name):g}" for name in LOSSES[config.loss].hyperparameters
-        ]
+        config, data = self.config, self.data
+        values = [f"{name} {getattr(config, name):g}" for name in LOSSES[config.loss].hyperparameters]
         classes = "" if data.classes is None else f" in {len(data.classes)} class folders"
         epochs = config.max_steps * config.batch_size / len(data)
-        micro = f"a micro-batch of {min(way.micro_batch_size, way.most)} images"
-        micro += " or what fits" if way.is_micro_batch_fitted else ""
-        micro += " as before" if way.is_micro_batch_kept else ""
+        micro = f"a micro-batch of {min(self.micro_batch_size, self.most)} images"
+        micro += (" as before" if self.kept else "") + ("" if self.is_fixed else " or what fits")
         rows = {
             "data": f"{self.path}, {len(data):,} images{classes}",
-            "training": ", ".join([config.loss, *values, f"learning rate {config.lr:g}"]),
+            "training": ", ".join([config.loss, *values, f"learning rate {config.lr:g}"]).replace("_ ", " "),
             "steps": f"{config.max_steps:,} of {config.batch_size} images ({epochs:.3g} epochs), "
             f"seed {config.seed}",
-            "device": f"{self.ranks.devices} ({way.parallel}), {config.dtype}, "
-            f"{'compiled' if way.compile else 'eager'}, {micro}",
+            "device": f"{self.ranks.devices} ({self.parallel}), {config.dtype}, "
+            f"{'compiled' if self.compile else 'eager'}, {micro}",
             "writes": f"{self.args.output}/: {self.written()}",
         }
         if done := saved_steps(self.args.output):
@@ -160,43 +120,56 @@ class Training:
     def written(self) -> str:
         """Return what the run leaves in its folder."""
         name, ema = self.model.checkpoint_name, bool(self.config.ema)
-        files = [name, *([ema_name(name)] if ema else []), "config.json", "metrics.jsonl", "curves.png"]
-        samples = ["samples"] if self.args.sample_every else []
+        files = [name, ema_name(name) if ema else "", "config.json", "metrics.jsonl", "curves.png"]
         # AdamW's moments beside the weights; a new checkpoint is whole before an old one goes.
         size = size_text(4 * numbers(self.model.transformer) * (3 + ema))
         state = f"state (~{size} each, up to {self.args.keep_states + 1} at a time)"
-        return ", ".join([*files, "tensorboard", *samples, state])
+        files += ["tensorboard", "samples" if self.args.sample_every else "", state]
+        return ", ".join(filter(None, files))
 
     def prepare(self) -> dict:
-        files = self.files.fill(self.model)
+        self.files = self.files.fill(self.model)
         self.data.check_tokenizer(self.model)
-        data = {"images": len(self.data), "data_sha256": self.ranks.digest(self.data.fingerprint)}
-        self.all_options = self.options(files, data)
+        digest = self.ranks.digest(self.data.fingerprint)
+        self.all_options = self.options({"images": len(self.data), "data_sha256": digest})
         return {
             "command": self.ranks.command(self.args.command),
             "options": self.all_options,
-            "versions": versions(),
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
             "data": {"path": str(self.path), "classes": self.data.classes},
         }
 
     def work(self) -> bool:
-        args, config, way, ranks = self.args, self.config, self.way, self.ranks
+        args, config, ranks = self.args, self.config, self.ranks
         folder = RunFolder(args.output, ranks, self.all_options, args.keep_states)
         if ranks.main:
             without = missing_negatives(config.loss, config.batch_size, self.data.same_class)
-            for note in [*self.data.notes(), *([without] if without else [])]:
+            for note in [*self.data.notes(), *filter(None, [without])]:
                 print(f"note: {note}", file=sys.stderr)
         with memory_named(MODEL_TOO_LARGE):
             self.model.transformer.checkpointing = args.checkpointing
-            trainer = Trainer(self.model, config, way.micro_batch_size, ranks, way.parallel, way.compile)
-        if way.is_micro_batch_fitted:
-            trainer.micro_batch_size = min(ranks.each(fitting_micro_batch(trainer, way.most)))
+            trainer = Trainer(self.model, config, self.micro_batch_size, ranks, self.parallel, self.compile)
+        if not self.is_fixed:
+            trainer.micro_batch_size = min(ranks.each(fitting_micro_batch(trainer, self.most)))
             if ranks.main:
                 print(f"micro-batch of {trainer.micro_batch_size} images, which the memory holds", flush=True)
         draw = grid_drawer(trainer, folder.path / "samples", args.sample_every, self.data.classes)
         loader = Loader(self.data, config, ranks, self.model.null_class, args.workers)
         with memory_named(MICRO_BATCH_TOO_LARGE):
             return train(trainer, loader, folder, args.save_every, args.log_every, draw)
+
+
+def noted_micro_batch(run: Path, found: Found) -> int:
+    """Return the images of a micro-batch with which a run was trained last; 0: it has no checkpoint.
+
+    Raises UserError for a note that is no such number.
+    """
+    noted = (found.content or {}).get(MICRO_BATCH, 0)
+    if type(noted) is not int or (noted < 1 and found.content and MICRO_BATCH in found.content):
+        raise UserError(
+            f"{run}/config.json: {MICRO_BATCH} is {noted!r}, not a number of images; delete that entry"
+        )
+    return noted
 
 
 def check_parallel(args: argparse.Namespace, config: TrainingConfig, parallel: str, ranks: Processes) -> None:
