@@ -134,7 +134,7 @@ def read_weights(folder: Path, average: bool = False) -> dict[str, torch.Tensor]
     with _careful(folder):
         check_checkpoint(folder)
         metadata = _Reader(folder).read_metadata().state_dict_metadata
-        weights = {}
+        weights: dict[str, torch.Tensor] = {}
         for part in ("model", "ema") if average else ("model",):
             state = {
                 key.removeprefix(f"{part}."): torch.empty(entry.size, dtype=entry.properties.dtype)
