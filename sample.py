@@ -183,7 +183,7 @@ class Sampling:
         self.parts = Parts(self.output.parts_folder, shape, np.dtype(np.uint8), PART_IMAGES)
         self.batch_size = args.batch_size or default_batch_size(self.model, request, device)
         self.downloads = self.weights.files.downloads(self.model)
-        before = (self.found.options or {}).get("compile")  # a run that is resumed keeps its way
+        before = self.found.options.get("compile")  # a run that is resumed keeps its way
         default = compiles_by_default(self.model, request, device, self.ranks.world)
         self.compile = next(way for way in (args.compile, before, default) if way is not None)
 

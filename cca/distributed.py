@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -199,19 +199,6 @@ class Processes:
             raise refusal
         return totals
 
-    def same(self, options: Mapping) -> None:
-        """Raise UserError unless all processes have the options, hashes and so on (JSON) of the main one."""
-        own = json.loads(json.dumps(options))
-        of_main = json.loads(self.from_main(json.dumps(options)))
-        self.agree(lambda: self._refuse_others(differing(own, of_main)))
-
-    def _refuse_others(self, differences: list[str]) -> None:
-        if differences:
-            raise UserError(
-                f"process {self.rank} on {socket.gethostname()}: has {differences[0]} of process 0; "
-                "all nodes need the same options and files"
-            )
-
     def from_main(self, text: str) -> str:
         """The main process's text, on all."""
         if self.world == 1:
@@ -252,11 +239,3 @@ class Processes:
     def barrier(self) -> None:
         """Wait until all processes are here; for the hosts alone, whatever is queued on their GPUs."""
         self.total(0)
-
-
-def differing(before: Mapping, now: Mapping, ignored: tuple[str, ...] = ()) -> list[str]:
-    """Return the options that differ, each as "NAME BEFORE instead of NOW"; one side may know fewer."""
-    now = json.loads(json.dumps(now))  # as it reads back: tuples become lists
-    both = [name for name in now if name in before and name not in ignored]
-    changed = [name for name in both if before[name] != now[name]]
-    return [f"{name} {before[name]} instead of {now[name]}" for name in changed]

@@ -55,11 +55,11 @@ from pathlib import Path
 import torch
 
 from cca.cli.main import run_command
-from cca.cli.output import Output, options_of, read_marker
+from cca.cli.output import Output, differing, options_of, read_marker
 from cca.cli.parser import Parser, command_line, count, number
 from cca.cli.plan import hidden_plans
 from cca.config import SampleRequest
-from cca.distributed import Processes, differing
+from cca.distributed import Processes
 from cca.evaluation.references import find_reference
 from cca.losses import LOSSES
 from cca.sampling.sampler import Sampler

@@ -3,15 +3,17 @@
 import errno
 import io
 import os
+import socket
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from cca.cli.output import Found, Output, options_of
+from cca.cli.output import Found, Output, differing, options_of
 from cca.cli.plan import show_plan
 from cca.distributed import Processes
 from models.utils.errors import UserError, one_line
@@ -70,63 +72,69 @@ def play(
         UserError: on the rank that refused; the others end without a word.
     """
     ranks = Processes()
-    found = look(ranks, output) if output else Found()
+    found = Found(*ranks.look_once(output.look)) if output else Found()
     job = resolve(args, ranks, found)
-
-    def show() -> None:
-        finished = {}
-        if output:
-            output.check(found, job.known())
-            finished = {"finished": f"{output.path} is there already, with these options"}
-        show_plan(job.plan() | (finished if found.is_finished else {}), job.downloads)
-
-    ranks.agree(show, main=True)
+    ranks.agree(partial(show, output, found, job), main=True)
     if args.dry_run:
         return None
-    ranks.agree(lambda: require_space(job.downloads))  # all look before the first one downloads
+    ranks.agree(partial(require_space, job.downloads))  # all look before the first one downloads
     content = job.prepare()
     if output is None:
         return job if job.work() else None
-    with locked(ranks, output, options_of(content)):
-        return job if make(ranks, output, content, job) else None
+    refuse_other_options(ranks, options_of(content))
+    with ExitStack() as stack:
+        lock, is_finished = ranks.look_once(partial(claim, output, content, stack))
+        ranks.agree(partial(output.check_seen, lock))
+        if is_finished and ranks.main:
+            print(f"{output.path} is finished already, with these options; nothing is left to do")
+        return job if is_finished or make(ranks, output, content, job) else None
+
+
+def show(output: Output | None, found: Found, job: Any) -> None:
+    """Print what the job does. Raises UserError where it cannot be done, or the output is of another run."""
+    if output:
+        output.check(found, job.known())
+    rows = job.plan()
+    if output and found.is_finished:
+        rows["finished"] = f"{output.path} is there already, with these options"
+    show_plan(rows, job.downloads)
+
+
+def claim(output: Output, content: Mapping, stack: ExitStack) -> tuple[str, bool]:
+    """Lock the output until the stack is closed; return what the lock holds, and whether it is finished.
+
+    Raises UserError where another run holds it, or it is of another run.
+    """
+    lock = stack.enter_context(output.locked())
+    found = output.look()
+    output.check(found, options_of(content))
+    if found.is_finished:
+        output.remove_parts()
+    return lock, found.is_finished
 
 
 def make(ranks: Processes, output: Output, content: Mapping, job: Any) -> bool:
-    """Make an output that is locked, unless it is finished; ``content``: of its marker."""
-    found = look(ranks, output)
-    ranks.agree(lambda: output.check(found, options_of(content)), main=True)
-    if found.is_finished:
-        ranks.agree(output.remove_parts, main=True)
-        if ranks.main:
-            print(f"{output.path} is finished already, with these options; nothing is left to do")
-        return True
+    """Do the work on an output that is locked; ``content``: of its marker."""
     try:
-        ranks.agree(lambda: output.begin(content), main=True)
+        ranks.agree(partial(output.begin, content), main=True)
         return job.work()
     finally:
         if ranks.main:
             output.leave()
 
 
-def look(ranks: Processes, output: Output) -> Found:
-    """Return what rank 0 finds at the output, on every rank."""
-    return Found(**ranks.look_once(lambda: asdict(output.look())))
+def refuse_other_options(ranks: Processes, options: Mapping) -> None:
+    """Raise UserError unless all ranks work with the options, hashes and so on (JSON) of rank 0."""
+    of_rank_0 = ranks.look_once(partial(dict, options))
 
+    def compare() -> None:
+        if changed := differing(options, of_rank_0):
+            raise UserError(
+                f"process {ranks.rank} on {socket.gethostname()}: has {changed[0]} of process 0; "
+                "all nodes need the same options and files"
+            )
 
-@contextmanager
-def locked(ranks: Processes, output: Output, options: Mapping) -> Iterator[None]:
-    """Context manager in which rank 0 holds the output against other runs.
-
-    Raises UserError where the ranks do not make it from the same options and files, or where a rank on
-    another machine finds another folder at that path.
-    """
-    ranks.same(options)
-    notes: list[str] = []
-    with ExitStack() as stack:
-        ranks.agree(lambda: notes.append(stack.enter_context(output.locked())), main=True)
-        note = ranks.from_main("".join(notes))
-        ranks.agree(lambda: None if ranks.main else output.check_seen(note))
-        yield
+    ranks.agree(compare)
 
 
 def run_command(main: Callable[[], None]) -> None:

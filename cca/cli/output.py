@@ -6,6 +6,7 @@ which the output is finished. So whoever finds the output knows whose it is, and
 
 import errno
 import fcntl
+import json
 import os
 import secrets
 import shutil
@@ -16,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from cca.distributed import differing
 from models.utils.errors import UserError
 from models.utils.files import (
     FORMAT,
@@ -37,17 +38,16 @@ HELD = (errno.EACCES, errno.EAGAIN)
 SEEN_SECONDS = 90
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """What lies at an output: the content of its marker or description, and whether it is finished."""
 
     content: dict | None = None
     is_finished: bool = False
 
     @property
-    def options(self) -> dict | None:
-        """The options of the run that began or finished the output; None: there is none."""
-        return None if self.content is None else options_of(self.content)
+    def options(self) -> dict:
+        """The options of the run that began or finished the output; empty where there is none."""
+        return options_of(self.content or {})
 
 
 def options_of(content: Mapping) -> dict:
@@ -181,7 +181,7 @@ class Output:
 
     def check(self, found: Found, options: Mapping) -> None:
         """Raise UserError where the output is of a run with other options than these."""
-        changed = differing(found.options or {}, options, NOT_COMPARED)
+        changed = differing(found.options, options)
         if changed:
             what, remedy = self.noun, "take another name, or remove it"
             if not found.is_finished:
@@ -334,3 +334,11 @@ def check_space(output: Output, needed: int, what: str) -> None:
             f"{output.option}: {output.path} has {usage.free / 1e9:.1f} GB free, "
             f"the run needs {needed / 1e9:.1f} GB ({what})"
         )
+
+
+def differing(before: Mapping, now: Mapping) -> list[str]:
+    """Return the options that differ, each as "NAME BEFORE instead of NOW"; one side may know fewer."""
+    now = json.loads(json.dumps(now))  # as it reads back: tuples become lists
+    both = [name for name in now if name in before and name not in NOT_COMPARED]
+    changed = [name for name in both if before[name] != now[name]]
+    return [f"{name} {before[name]} instead of {now[name]}" for name in changed]

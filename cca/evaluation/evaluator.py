@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cca.cli.main import refuse_other_options
 from cca.cli.output import Output
 from cca.data.image_sets import ImageSet, to_uint8_tensor
 from cca.distributed import Processes
@@ -56,7 +57,7 @@ def extract_batches(
     Raises UserError where a node has other images or weights.
     """
     files = {f"{images.path}": processes.digest(images.fingerprint), "features": extractor.weights_sha256}
-    processes.same(files)
+    refuse_other_options(processes, files)
     share = processes.share(len(images))
     with tqdm(
         total=share.stop - share.start,

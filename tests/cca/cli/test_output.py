@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
-from cca.cli.output import Output, check_space
-from cca.distributed import differing
+from cca.cli.output import Output, check_space, differing
 from models.utils.errors import UserError
 
 HOLD = """
@@ -114,8 +113,8 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsy
 
 
 def test_differing_options():
-    before = {"a": 1, "b": 2, "path": "x"}
-    assert differing(before, {"a": 1, "b": 3, "new": 4, "path": "y"}, ("path",)) == ["b 2 instead of 3"]
+    before = {"a": 1, "b": 2, "weights": "x"}
+    assert differing(before, {"a": 1, "b": 3, "new": 4, "weights": "y"}) == ["b 2 instead of 3"]
 
 
 @pytest.mark.parametrize("found", ["", '"format": 2, ', '"format": "1", '])
