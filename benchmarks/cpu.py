@@ -169,8 +169,7 @@ def evaluate(images: int, reference_images: int, size: int, rounds: int) -> Line
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         os.environ["XDG_CACHE_HOME"] = folder  # else features that are stored there would be taken
         for name, number in (("samples", images), ("reference", reference_images)):
-            noise = generator.integers(0, 256, (number, size, size, 3), np.uint8)
-            np.savez(f"{folder}/{name}.npz", noise)
+            np.savez(f"{folder}/{name}.npz", generator.integers(0, 256, (number, size, size, 3), np.uint8))
         eval_fid.main([
             "--samples", f"{folder}/samples.npz", "--reference", f"{folder}/reference.npz",
             "--features", "mini", "--metrics", "fid,is,precision,recall", "--output", f"{folder}/result.json",

@@ -69,7 +69,6 @@ COLUMNS = (
 LONGEST_MEASURED, MOST_ROUNDS = 2.0, 20  # seconds of timed rounds of a row
 PATIENCE = 2.5  # a group of rows may take so many times its even share of the time that is left
 PREPARING = 0.7  # of that time, before its rows are measured
-COMPILERS = 4  # processes that compile for a row: by default each would start one for every core
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def measure(row: Row, prepared: Prepared, first: float, card: Card) -> list[str]
 
 def work(connection: Connection, row: Row, card: Card) -> None:
     """In a child process: prepare a row, say so (None), and send its cells when told to measure it."""
-    inductor.compile_threads = COMPILERS
+    inductor.compile_threads = 4  # by default each row would start one for every core
     try:
         device = Processes().device
         allow_tf32(device)
@@ -271,8 +270,10 @@ def main(argv: list[str] | None = None) -> None:
     report = Report(args.output or (None if args.only or args.small else OUTPUT), "On a GPU", args.command)
     end, card = time.monotonic() + 60 * args.minutes, measure_card(Processes().device)
     torch.cuda.empty_cache()  # for the child processes
-    rates = f"{card.half / 1e12:.3g} TFLOP/s of bfloat16 and {card.single / 1e12:.3g} of TF32 matmuls"
-    note = f"Measured: {card.bandwidth / 1e12:.3g} TB/s of copying, {rates} (on a CPU float32)."
+    note = (
+        f"Measured: {card.bandwidth / 1e12:.3g} TB/s of copying, {card.half / 1e12:.3g} TFLOP/s of bfloat16 "
+        f"and {card.single / 1e12:.3g} of TF32 matmuls (on a CPU float32)."
+    )
     report.table("Rows", note, COLUMNS)
     groups = in_groups([*todo.values()], args.jobs)
     for place, group in enumerate(groups):

@@ -23,8 +23,7 @@ def make_parser(description: str | None, module: str, output: Path) -> Parser:
     add("--only", action="append", metavar="ROW", help="this row alone; may be given several times")
     add("--list", action="store_true", help="print the names of the rows")
     add("--small", action="store_true", help="rows of the bundled mini models alone")
-    default = f"{output} for all rows; of a part of them the tables are only printed"
-    add("--output", type=Path, metavar="FILE", help=f"Markdown file to replace (default: {default})")
+    add("--output", type=Path, metavar="FILE", help=f"Markdown file (default: {output}, if all rows run)")
     return parser
 
 

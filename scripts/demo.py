@@ -167,8 +167,9 @@ class Demo:
                 )
             words = [word for pair in own.items() for word in pair]
             command = f"python sample.py {shlex.join([*words, '--output', f'{name}.npz'])}"
-            title = WAYS[name].format(options["--cfg-scale"])
-            panels.append(Panel(title, self.models[weights], request, command))
+            panels.append(
+                Panel(WAYS[name].format(options["--cfg-scale"]), self.models[weights], request, command)
+            )
         return panels
 
     def sample(self, panel: Panel) -> Iterator[list[np.ndarray]]:

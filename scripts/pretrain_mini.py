@@ -167,10 +167,8 @@ def train_classifier(network: nn.Module, images: Tensor, labels: Tensor, epochs:
 
 @torch.inference_mode()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    right = sum(
-        (network(x)[1].argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500))
-    )
-    return right / len(labels)
+    batches = zip(images.split(500), labels.split(500))
+    return sum((network(x)[1].argmax(1) == y).sum().item() for x, y in batches) / len(labels)
 
 
 class SingleScale:
@@ -330,11 +328,10 @@ class TokenArray(LabelledDataset):
     """Tokens of all training images, held in memory."""
 
     def __init__(self, model: ARImageModel, images: Tensor, labels: Tensor):
-        self.all_labels = labels
-        self.all = encode_all(model, images)
+        self.all_labels, self.tokens = labels, encode_all(model, images)
 
     def item(self, epoch: int, index: int) -> Tensor:
-        return self.all[index]
+        return self.tokens[index]
 
 
 def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, seed: int) -> ARImageModel:
@@ -405,8 +402,7 @@ def train_networks(raw: Path, images: Tensor, labels: Tensor, seed: int) -> None
         network = build()
         train_classifier(network, images, labels, 8, path.stem)
         save(path, network)
-        pixels = to_model_input(to_uint8_tensor(test_images))
-        share = accuracy(network, pixels, torch.from_numpy(test_labels))
+        share = accuracy(network, to_model_input(to_uint8_tensor(test_images)), torch.from_numpy(test_labels))
         print(f"{path.stem}: accuracy {share:.4f} on the test images")
 
 

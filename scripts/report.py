@@ -107,8 +107,7 @@ def processor() -> str:
 
 def on(rows: list[Row], series: str) -> list[Row]:
     """The rows on a line of the picture, by the value that varies along it."""
-    points = [row for row in rows if series in row.series]
-    return sorted(points, key=lambda row: row.series[series])
+    return sorted((row for row in rows if series in row.series), key=lambda row: row.series[series])
 
 
 def mean(seeds: list[Figures], row: Row, metric: str) -> float:
@@ -159,9 +158,9 @@ def ablation_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
     model = rows[0].model
     names = [row.label.partition(",")[0] for row in sorted(rows, key=lambda row: mean(seeds, row, "fid"))]
     remarks = [f"Order by FID: {' < '.join(names)}."]
+    labels = {"base": "base", **LOSS_LABELS}
     for other in ABLATED:
         if ZOO[other].backbone is ZOO[model].backbone:
-            labels = {"base": "base", **LOSS_LABELS}
             known = [(fid, label) for what, label in labels.items() if (fid := published_fid(other, what))]
             order = " < ".join(f"{label} ({fid:.2f})" for fid, label in sorted(known))
             remarks.append(f"The paper's, {other}: {order}.")

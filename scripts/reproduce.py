@@ -192,8 +192,8 @@ class Launcher:
                 importlib.import_module(module).main(arguments)
             self.own.barrier()
         elif not self.dry:
-            command = ["-m", "torch.distributed.run", *shlex.split(f"{self.options} {line}")]
-            if status := subprocess.call([sys.executable, *command]):
+            torchrun = [sys.executable, "-m", "torch.distributed.run"]
+            if status := subprocess.call([*torchrun, *shlex.split(f"{self.options} {line}")]):
                 raise UserError(f"{module} ended with status {status}; this script goes on from there")
 
 
@@ -256,17 +256,17 @@ class Pipeline:
         return ["--codes", str(codes)]
 
     def sample(self, row: Row) -> Path:
-        path, model = self.folder / "samples" / f"{row.key}.npz", ["--model", row.model]
+        path = self.folder / "samples" / f"{row.key}.npz"
         batch = ["--batch-size", str(MINI_BATCH)] if self.args.mini else []
         number = [] if "--num-samples" in row.sampling else ["--num-samples", str(self.args.num_samples)]
-        fixed = ["--weights", self.weights(row), "--seed", str(self.seed), *batch, *number]
-        self.make(path, path, "sample", *model, *fixed, *row.sampling)
+        fixed = ["--model", row.model, "--weights", self.weights(row), "--seed", str(self.seed)]
+        self.make(path, path, "sample", *fixed, *batch, *number, *row.sampling)
         return path
 
     def evaluate(self, row: Row) -> Path:
-        path, samples = self.folder / "results" / f"{row.key}.json", ["--samples", str(self.sample(row))]
-        reference = ["--reference", self.args.reference, "--features", self.args.features]
-        self.make(path, path, "eval_fid", *samples, *reference)
+        path, reference = self.folder / "results" / f"{row.key}.json", ["--reference", self.args.reference]
+        options = ["--samples", str(self.sample(row)), *reference, "--features", self.args.features]
+        self.make(path, path, "eval_fid", *options)
         return path
 
     def figures(self, row: Row) -> dict:
