@@ -154,12 +154,10 @@ def training_work(model: ARImageModel, images: int, micro_batches: int, dtype: t
 
 def tokenizer_work(name: str, tokenizer: str | None, encode: bool, images: int, dtype: torch.dtype) -> Work:
     """Pixels to tokens or back, of that model of the zoo; every convolution reads and writes once."""
-    moved, weights = 0, 0
+    sizes = []  # of each convolution: inputs and outputs, weights
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal moved, weights
-        moved += inputs[0].numel() + output.numel()
-        weights += layer.weight.numel()
+        sizes.append((inputs[0].numel() + output.numel(), layer.weight.numel()))
 
     model = build_model(name, tokenizer=tokenizer).to("meta")
     for layer in model.tokenizer.modules():
@@ -170,4 +168,5 @@ def tokenizer_work(name: str, tokenizer: str | None, encode: bool, images: int, 
             model.encode(torch.zeros(1, 3, model.image_size, model.image_size, device="meta"))
         else:
             model.decode(torch.zeros(1, model.sequence_length, dtype=torch.int64, device="meta"))
+    moved, weights = map(sum, zip(*sizes))
     return Work(dtype.itemsize * (images * moved + weights), images * counter.get_total_flops(), dtype)

@@ -110,10 +110,10 @@ def chosen_weights(args: argparse.Namespace) -> dict[str, ChosenWeights]:
 def defaults(model: str, classes: int, most_images: int) -> dict[str, str]:
     """Return what the page of a model starts with: the published settings, where there are some."""
     published = zoo_entry(model).published
+    filters = (published.top_k, published.top_p) if published else (0, 1.0)
     scale = published.cfg_scale if published else sweep(model).usual
-    top_k, top_p = (published.top_k, published.top_p) if published else (0, 1.0)
     chosen, images = ("207", 9) if classes == 1000 else ("all", 20)  # golden retriever
-    values = (chosen, 0, min(images, most_images), scale, 1.0, top_k, top_p)
+    values = (chosen, 0, min(images, most_images), scale, 1.0, *filters)
     return dict(zip(LABELS, map(str, values), strict=True))
 
 
@@ -124,26 +124,18 @@ class Demo:
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.model_name, self.batch_size, self.device = args.model, args.batch_size, device
+        self.args, self.device = args, device
         self.dtype = args.dtype or sample.default_dtype(args.model, device)
-        common = {
-            "--model": args.model, "--tokenizer-weights": args.tokenizer_weights,
-            "--image-size": args.image_size, "--dtype": self.dtype,
-        }  # fmt: skip
-        self.common = {name: str(value) for name, value in common.items() if value is not None}
-        *_, tuned = chosen = chosen_weights(args)
-        self.models = {weights: self._load(files) for weights, files in chosen.items()}
+        self.models = {}
+        for weights, chosen in chosen_weights(args).items():
+            self.models[weights] = model = chosen.files.build()
+            chosen.load(model)
+            prepare(model, self.dtype, device)
         self.model = self.models["base"]
+        self.class_names = chosen.class_names(self.model)  # of the fine-tuned weights, which come last
         self.weights = dict(zip(WAYS, ["base", *self.models]))
         self.most_images = args.max_images or min(MOST_IMAGES, MOST_PIXELS // self.model.image_size**2)
-        self.class_names = chosen[tuned].class_names(self.model)
         self.defaults = defaults(args.model, self.model.num_classes, self.most_images)
-
-    def _load(self, chosen: ChosenWeights) -> ARImageModel:
-        model = chosen.files.build()
-        chosen.load(model)
-        prepare(model, self.dtype, self.device)
-        return model
 
     def _request(self, model: ARImageModel, options: Mapping[str, str]) -> SampleRequest:
         """Return what sample.py makes of these options, whatever the values look like."""
@@ -160,18 +152,24 @@ class Demo:
         Raises:
             UserError: a value is wrong, or too many images are asked for.
         """
-        panels = []
+        args, panels = self.args, []
         for name, weights in self.weights.items():
-            own = {**self.common, "--weights": weights, **options}
-            own = {option: own[option] for option in own if option != "--cfg-scale" or name == "guided"}
+            given = {
+                "--model": args.model, "--tokenizer-weights": args.tokenizer_weights,
+                "--image-size": args.image_size, "--dtype": self.dtype, "--weights": weights, **options,
+                "--cfg-scale": options["--cfg-scale"] if name == "guided" else None,
+            }  # fmt: skip
+            own = {option: str(value) for option, value in given.items() if value is not None}
             request = self._request(self.models[weights], own)
             if request.num_samples > self.most_images:
-                most = f"must be at most {self.most_images} here"
-                raise UserError(f"--num-samples: {request.num_samples} {most}")
+                raise UserError(
+                    f"--num-samples: {request.num_samples} must be at most {self.most_images} here"
+                )
             words = [word for pair in own.items() for word in pair]
             command = f"python sample.py {shlex.join([*words, '--output', f'{name}.npz'])}"
-            title = WAYS[name].format(options["--cfg-scale"])
-            panels.append(Panel(title, self.models[weights], request, command))
+            panels.append(
+                Panel(WAYS[name].format(options["--cfg-scale"]), self.models[weights], request, command)
+            )
         return panels
 
     def sample(self, panel: Panel) -> Iterator[list[np.ndarray]]:
@@ -179,7 +177,7 @@ class Demo:
 
         Raises UserError where logits are not finite or the memory does not suffice.
         """
-        count, size, images = panel.request.num_samples, self.batch_size, []
+        count, size, images = panel.request.num_samples, self.args.batch_size, []
         batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
         for piece in Sampler(panel.model, panel.request, size, self.device).samples(batches):
             images.extend(piece.images)
@@ -196,7 +194,7 @@ class Demo:
 def heading(demo: Demo) -> str:
     """Return what is shown, and of which weights, as HTML."""
     facts = [
-        demo.model_name, f"{demo.model.image_size} × {demo.model.image_size} pixels",
+        demo.args.model, f"{demo.model.image_size} × {demo.model.image_size} pixels",
         f"{device_name(demo.device)}, {demo.dtype}", f"weights: {' and '.join(demo.models)}",
     ]  # fmt: skip
     return (
@@ -235,8 +233,6 @@ def import_gradio():
 def option_widgets(gr, demo: Demo) -> list:
     """Return the widgets of the options, in the order of ``LABELS``."""
     start = demo.defaults
-    names = [(f"{name} ({label})", label) for label, name in enumerate(demo.class_names)]
-    chosen = [] if start["--classes"] == "all" else [int(start["--classes"])]
     ranges = {  # lowest, highest, step
         "--num-samples": (1, demo.most_images, 1), "--cfg-scale": (0, 10, 0.05),
         "--temperature": (0.05, 2, 0.05), "--top-k": (0, demo.model.vocab_size, 1),
@@ -244,8 +240,10 @@ def option_widgets(gr, demo: Demo) -> list:
     }  # fmt: skip
     with gr.Row(equal_height=True):
         classes = gr.Dropdown(
-            names, value=chosen, multiselect=True, scale=3, elem_id="classes",
+            [(f"{name} ({label})", label) for label, name in enumerate(demo.class_names)],
+            value=[] if start["--classes"] == "all" else [int(start["--classes"])],
             label=f"{LABELS['--classes']}, in turn: type to search; none: all",
+            multiselect=True, scale=3, elem_id="classes",
         )  # fmt: skip
         seed = gr.Textbox(start["--seed"], label=LABELS["--seed"], elem_id="seed", max_lines=1)
     with gr.Row(equal_height=True):
@@ -264,9 +262,8 @@ def make_handler(gr, demo: Demo, folder: str, outputs: list):
         drawn: list[tuple[str, Image.Image]] = []
         try:
             panels = demo.plan({option: option_text(value) for option, value in zip(LABELS, values)})
-            cleared = [gr.Image(None, label=panel.title) for panel in panels]
-            not_yet = gr.DownloadButton(interactive=False)
-            yield {**dict(zip(pictures, cleared)), status: "", download: not_yet, commands: ""}
+            cleared = {shown: gr.Image(None, label=panel.title) for shown, panel in zip(pictures, panels)}
+            yield {**cleared, status: "", download: gr.DownloadButton(interactive=False), commands: ""}
             for picture, panel in zip(pictures, panels):
                 began = time.perf_counter()
                 for images in demo.sample(panel):
@@ -274,14 +271,15 @@ def make_handler(gr, demo: Demo, folder: str, outputs: list):
                     yield {status: ""}  # a request whose reader has left ends here
                 seconds = (time.perf_counter() - began) / len(images)
                 drawn.append((panel.title, demo.picture(images, panel.request)))
-                label = f"{panel.title} · {seconds:.3g} s per image"
-                yield {picture: gr.Image(drawn[-1][1], label=label)}
+                yield {picture: gr.Image(drawn[-1][1], label=f"{panel.title} · {seconds:.3g} s per image")}
         except UserError as error:
             yield {status: message_for_page(error)}
             return
         side_by_side(drawn).save(f"{folder}/comparison.png")
-        ready = gr.DownloadButton(value=f"{folder}/comparison.png", interactive=True)
-        yield {download: ready, commands: "".join(f"{panel.command}\n" for panel in panels)}
+        yield {
+            download: gr.DownloadButton(value=f"{folder}/comparison.png", interactive=True),
+            commands: "".join(f"{panel.command}\n" for panel in panels),
+        }
 
     return run
 
@@ -289,7 +287,7 @@ def make_handler(gr, demo: Demo, folder: str, outputs: list):
 def make_page(gr, demo: Demo, folder: str):
     """Return the page, a gradio.Blocks; what can be downloaded is written to ``folder``."""
     with gr.Blocks(
-        title=f"CCA · {demo.model_name}", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
+        title=f"CCA · {demo.args.model}", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
     ) as page:
         gr.HTML(heading(demo))
         options = option_widgets(gr, demo)
@@ -303,12 +301,15 @@ def make_page(gr, demo: Demo, folder: str):
                 )
                 for name, panel in zip(demo.weights, demo.plan(demo.defaults))
             ]  # fmt: skip
-        download = gr.DownloadButton("Download the picture", interactive=False, elem_id="download")
-        commands = gr.Code(
-            label="The same images with sample.py, from the project's folder", language="shell", lines=3,
-            interactive=False, max_lines=8, wrap_lines=True, show_line_numbers=False, elem_id="commands",
-        )  # fmt: skip
-        outputs = [status, *pictures, download, commands]
+        outputs = [
+            status,
+            *pictures,
+            gr.DownloadButton("Download the picture", interactive=False, elem_id="download"),
+            gr.Code(
+                label="The same images with sample.py, from the project's folder", language="shell", lines=3,
+                interactive=False, max_lines=8, wrap_lines=True, show_line_numbers=False, elem_id="commands",
+            ),
+        ]  # fmt: skip
         # The parser of sample.py checks the values, not the widgets as well.
         gr.on(
             [button.click, options[1].submit], make_handler(gr, demo, folder, outputs), options, outputs,
@@ -334,8 +335,8 @@ def serve(page, theme, host: str, port: int) -> None:
 def free_port(host: str, port: int) -> int:
     """Return the port, for 0 a free one. Raises UserError where this address cannot be served."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.create_server(address[:2], family=family) as server:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family) as server:
             return server.getsockname()[1]
     except (OSError, UnicodeError) as error:
         raise UserError(f"--host, --port: {host}:{port} cannot be served ({reason(error)})") from None
@@ -348,11 +349,11 @@ def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> OnePart
     base, *tuned = chosen_weights(args).values()
     model = base.files.build()
     dtype = args.dtype or sample.default_dtype(args.model, ranks.device)
-    rows = base.plan(model)
-    for chosen in tuned:
-        rows["CCA"] = chosen.plan(model)["weights"]
-    rows["device"] = f"{device_name(ranks.device)}, {dtype}, batch {args.batch_size}"
-    rows["serves"] = f"http://{args.host}:{args.port}"
+    rows = {
+        **base.plan(model), **({"CCA": tuned[0].plan(model)["weights"]} if tuned else {}),
+        "device": f"{device_name(ranks.device)}, {dtype}, batch {args.batch_size}",
+        "serves": f"http://{args.host}:{args.port}",
+    }  # fmt: skip
     downloads = list(dict.fromkeys(file for each in (base, *tuned) for file in each.files.downloads(model)))
     return OnePart(rows, partial(load_and_serve, args, ranks.device), downloads)
 

@@ -97,12 +97,11 @@ def fit(
         lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(i - warm, 0) / (steps - warm))),
     )
     bar, smooth = tqdm(range(steps), desc=name, mininterval=2), None
-    count = TRAINING.stop
     for step in bar:
-        if step % (count // batch) == 0:
-            order = torch.randperm(count)
-        start = step % (count // batch) * batch
-        value = loss(order[start : start + batch])
+        place = step % (TRAINING.stop // batch)  # of the batch in its epoch
+        if place == 0:
+            order = torch.randperm(TRAINING.stop)
+        value = loss(order[place * batch : (place + 1) * batch])
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -168,10 +167,8 @@ def train_classifier(network: nn.Module, images: Tensor, labels: Tensor, epochs:
 
 @torch.inference_mode()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    right = sum(
-        (network(x)[1].argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500))
-    )
-    return right / len(labels)
+    batches = zip(images.split(500), labels.split(500))
+    return sum((network(x)[1].argmax(1) == y).sum().item() for x, y in batches) / len(labels)
 
 
 class SingleScale:
@@ -244,6 +241,12 @@ def revive_codes(model: ARImageModel, pretraining: Pretraining, used: Tensor, im
     return len(dead)
 
 
+def load_perceptual() -> PerceptualNetwork:
+    network = PerceptualNetwork()
+    network.load_state_dict(load_file(PERCEPTUAL_WEIGHTS))
+    return network.eval().requires_grad_(False)
+
+
 def pixel_distance(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().mean() + (a - b).square().mean()
 
@@ -253,9 +256,9 @@ def encode_all(model: ARImageModel, images: Tensor) -> Tensor:
     return torch.cat([model.encode(part) for part in tqdm(images.split(250), desc="encoding")])
 
 
-def train_tokenizer(
-    model: ARImageModel, perceptual: PerceptualNetwork, images: Tensor, steps: int, name: str
-) -> None:
+def train_tokenizer(name: str, images: Tensor, steps: int) -> ARImageModel:
+    """Train a tokenizer from a random start, and return its model."""
+    perceptual, model = load_perceptual(), build_model(name, device="cpu")
     tokenizer, pretraining = model.tokenizer.train(), TOKENIZER_PRETRAINING[name]
     for module in tokenizer.modules():
         if isinstance(module, nn.Conv2d):
@@ -279,7 +282,7 @@ def train_tokenizer(
         return pixel_distance(reconstruction, batch) + perceived + quantisation
 
     fit(tokenizer.parameters(), loss, steps, 32, 1.5e-3, f"{name} tokenizer")
-    tokenizer.eval()
+    return model.eval()
 
 
 @torch.no_grad()
@@ -294,43 +297,41 @@ def redraw_last_levels(model: ARImageModel, tokens: Tensor, labels: Tensor, leve
     return tokens
 
 
-def train_decoder(
-    model: ARImageModel, perceptual: PerceptualNetwork, images: Tensor, labels: Tensor, steps: int, name: str
-) -> None:
+def train_decoder(name: str, images: Tensor, labels: Tensor, steps: int) -> ARImageModel:
     """Teach VAR's decoder the noise of levels whose tokens are drawn independently of each other.
 
     Up to REDRAWN of the last levels come from the trained transformer, the others from the image
     that the decoder has to give back (in the spirit of RobustTok, arXiv 2503.08354). Encoder and
     codebook, and with them all tokens, stay as they are.
     """
+    perceptual, model = load_perceptual(), load_model(name)
     tokens = encode_all(model, images)
     model.tokenizer.decoder.compile()
     parts = nn.ModuleList([model.tokenizer.decoder, model.tokenizer.post_quant_conv]).requires_grad_(True)
-    quantize = model.tokenizer.quantize
 
     def loss(index: Tensor) -> Tensor:
         batch, levels = images[index], int(torch.randint(REDRAWN + 1, ()))
         with torch.autocast("cpu", torch.bfloat16):
             drawn = redraw_last_levels(model, tokens[index], labels[index], levels)
         with torch.no_grad():
-            latents = quantize.partial_sums(drawn)[-1]
+            latents = model.tokenizer.quantize.partial_sums(drawn)[-1]
         with torch.autocast("cpu", torch.bfloat16):
             reconstruction = model.tokenizer.decode_latents(latents)
             perceived = perceptual.distance(reconstruction, batch).float()
         return pixel_distance(reconstruction.float(), batch) + perceived
 
-    fit(parts.parameters(), loss, steps, 32, 7e-4, name)
+    fit(parts.parameters(), loss, steps, 32, 7e-4, f"{name} decoder")
+    return model
 
 
 class TokenArray(LabelledDataset):
     """Tokens of all training images, held in memory."""
 
     def __init__(self, model: ARImageModel, images: Tensor, labels: Tensor):
-        self.all_labels = labels
-        self.all = encode_all(model, images)
+        self.all_labels, self.tokens = labels, encode_all(model, images)
 
     def item(self, epoch: int, index: int) -> Tensor:
-        return self.all[index]
+        return self.tokens[index]
 
 
 def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, seed: int) -> ARImageModel:
@@ -365,14 +366,14 @@ def save(path: Path, module: nn.Module, key: str = "") -> None:
 
 
 @torch.no_grad()
-def save_tokenizer(model: ARImageModel, path: Path) -> None:
+def save_tokenizer(name: str, model: ARImageModel) -> None:
     """Save with the decoder's three output channels averaged: grey images come out grey.
 
     The targets are grey, so the pixel losses can only fall.
     """
     for parameter in model.tokenizer.decoder.conv_out.parameters():
         parameter.copy_(parameter.mean(0, keepdim=True).expand_as(parameter))
-    save(path, model.tokenizer, model.checkpoint_key)
+    save(ASSETS / f"{name}-tokenizer.safetensors", model.tokenizer, model.checkpoint_key)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -401,8 +402,7 @@ def train_networks(raw: Path, images: Tensor, labels: Tensor, seed: int) -> None
         network = build()
         train_classifier(network, images, labels, 8, path.stem)
         save(path, network)
-        pixels = to_model_input(to_uint8_tensor(test_images))
-        share = accuracy(network, pixels, torch.from_numpy(test_labels))
+        share = accuracy(network, to_model_input(to_uint8_tensor(test_images)), torch.from_numpy(test_labels))
         print(f"{path.stem}: accuracy {share:.4f} on the test images")
 
 
@@ -432,17 +432,10 @@ def main() -> None:
     if args.stage == "transformer":
         model = train_transformer(args.model, images, labels, steps, args.seed)
         save(ASSETS / f"{args.model}.safetensors", model.transformer, model.checkpoint_key)
-        return
-    perceptual = PerceptualNetwork()
-    perceptual.load_state_dict(load_file(PERCEPTUAL_WEIGHTS))
-    perceptual.eval().requires_grad_(False)
-    if args.stage == "tokenizer":
-        model = build_model(args.model, device="cpu")
-        train_tokenizer(model, perceptual, images, steps, args.model)
+    elif args.stage == "tokenizer":
+        save_tokenizer(args.model, train_tokenizer(args.model, images, steps))
     else:
-        model = load_model(args.model)
-        train_decoder(model, perceptual, images, labels, steps, f"{args.model} decoder")
-    save_tokenizer(model, ASSETS / f"{args.model}-tokenizer.safetensors")
+        save_tokenizer(args.model, train_decoder(args.model, images, labels, steps))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,6 @@ SMALLER = {
 }
 LOSS_LABELS = {"cca": "CCA", "dpo": "DPO", "unlearning": "unlearning", "sft": "control: maximum likelihood"}
 CCA, CONTROL = Run("cca"), Run("sft", ("--loss", "sft"))
-TEMPERATURES = (0.8,)  # of the quickstart's controls
 
 
 def sweep(model: str) -> Sweep:
@@ -97,8 +96,10 @@ def base_row(model: str) -> Row:
 
 
 def guided_row(model: str, scale: float) -> Row:
-    label = f"base, guidance {scale:g}"
-    return Row(model, f"base-cfg{scale:g}", label, sampling=sampled(model, scale), series={"guidance": scale})
+    return Row(
+        model, f"base-cfg{scale:g}", f"base, guidance {scale:g}",
+        sampling=sampled(model, scale), series={"guidance": scale},
+    )  # fmt: skip
 
 
 def guided_rows(model: str) -> list[Row]:
@@ -114,14 +115,13 @@ def trained_row(model: str, run: Run, label: str, **other) -> Row:
 def quickstart_rows(model: str, options: Namespace) -> list[Row]:
     """The main job: base, CCA, the base over its guidance scales; with --control the controls."""
     rows = [base_row(model), trained_row(model, CCA, "CCA, no guidance", series={"recipe": 1.0})]
-    cooler = []
-    if options.control:
-        label = "control: maximum likelihood, no guidance"
-        rows.append(trained_row(model, CONTROL, label, series={"control": 1.0}))
-        for value in TEMPERATURES:
-            label, sampling = f"control: base at temperature {value}", ("--temperature", f"{value}")
-            cooler.append(Row(model, f"base-t{value}", label, sampling=(*sampled(model), *sampling)))
-    return [*rows, *guided_rows(model), *cooler]
+    if not options.control:
+        return [*rows, *guided_rows(model)]
+    label = "control: maximum likelihood, no guidance"
+    control = trained_row(model, CONTROL, label, series={"control": 1.0})
+    cooler = (*sampled(model), "--temperature", "0.8")
+    cooler_row = Row(model, "base-t0.8", "control: base at temperature 0.8", sampling=cooler)
+    return [*rows, control, *guided_rows(model), cooler_row]
 
 
 def table_rows(model: str, options: Namespace) -> list[Row]:
@@ -174,8 +174,7 @@ def tradeoff_rows(model: str, options: Namespace) -> list[Row]:
         for value in values:
             run = Run(f"cca-{name}{value:g}", (f"--{name}", f"{value:g}", *more))
             rows.append(trained_row(model, run, f"CCA, {name} {value:g}", series={name: value}))
-    control = trained_row(model, CONTROL, "control: maximum likelihood", series={"control": 1.0})
-    return [*rows, control]
+    return [*rows, trained_row(model, CONTROL, "control: maximum likelihood", series={"control": 1.0})]
 
 
 def with_guidance_rows(model: str, options: Namespace) -> list[Row]:
@@ -184,9 +183,13 @@ def with_guidance_rows(model: str, options: Namespace) -> list[Row]:
         raise UserError(f"--models: {model} has no recipe for CCA with guidance on top")
     run = Run("with-guidance", ("--recipe", "with-guidance"))
     rows = [trained_row(model, run, "CCA, no guidance", series={"on top": 1.0})]
-    for s in sweep(model).scales:
-        name, label = f"with-guidance-cfg{s:g}", f"CCA, guidance {s:g}"
-        rows.append(Row(model, name, label, run, sampled(model, s), series={"on top": s}))
+    rows += [
+        Row(
+            model, f"with-guidance-cfg{scale:g}", f"CCA, guidance {scale:g}", run,
+            sampled(model, scale), series={"on top": scale},
+        )
+        for scale in sweep(model).scales
+    ]  # fmt: skip
     return [base_row(model), *guided_rows(model), *rows]
 
 

@@ -65,10 +65,10 @@ def measured(row: Row, run: Figures) -> dict:
 
 
 def cell(runs: list[dict], name: str, form: str, factor: float) -> str:
-    values = [factor * run[name] for run in runs if name in run]
-    if len(values) < len(runs):
+    if not all(name in run for run in runs):
         return "–"
-    return spread(values[:1] if name == "published" else values, form)
+    one_value = name == "published"  # the same for every seed
+    return spread([factor * run[name] for run in (runs[:1] if one_value else runs)], form)
 
 
 def figures_table(rows: list[Row], seeds: list[Figures]) -> str:
@@ -92,8 +92,8 @@ def provenance(args: Namespace, processes: int, seconds: float) -> str:
     )
     if args.experiment == "samples":
         return text
-    reference = Path(args.reference).name
-    return f"{text}\n\n{args.num_samples:,} samples per row against {reference}; features: {args.features}."
+    compared = f"{args.num_samples:,} samples per row against {Path(args.reference).name}"
+    return f"{text}\n\n{compared}; features: {args.features}."
 
 
 def processor() -> str:
@@ -107,8 +107,7 @@ def processor() -> str:
 
 def on(rows: list[Row], series: str) -> list[Row]:
     """The rows on a line of the picture, by the value that varies along it."""
-    points = [row for row in rows if series in row.series]
-    return sorted(points, key=lambda row: row.series[series])
+    return sorted((row for row in rows if series in row.series), key=lambda row: row.series[series])
 
 
 def mean(seeds: list[Figures], row: Row, metric: str) -> float:
@@ -123,9 +122,8 @@ def best_guided(rows: list[Row], run: Figures) -> Row:
 def with_best_guided(rows: list[Row], seeds: list[Figures]) -> list[Row]:
     """The rows and, second, "guided": the base at each seed's own best scale, whose figures are added."""
     best = [best_guided(rows, run) for run in seeds]
-    guided = Row(best[0].model, "guided", "base, best guidance")
-    if len(set(best)) == 1:
-        guided = Row(guided.model, "guided", f"base, best guidance (scale {best[0].series['guidance']:g})")
+    scale = f" (scale {best[0].series['guidance']:g})" if len(set(best)) == 1 else ""
+    guided = Row(best[0].model, "guided", f"base, best guidance{scale}")
     for row, run in zip(best, seeds):
         run[guided.key] = {**run[row.key], "file": row.key}
     return [rows[0], guided, *rows[1:]]
@@ -143,12 +141,12 @@ def quickstart_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
     fids = zip(values("base"), values("guided"), values("cca"))
     gaps = [(base - cca) / (base - guided) for base, guided, cca in fids]
     recall = [a - b for a, b in zip(values("cca", "recall"), values("guided", "recall"))]
-    times = ratio("cca", "guided", "seconds_per_image")
     remarks = [
         f"Without guidance CCA has {ratio('cca', 'guided')} × the FID of the best guided base "
         f"(paper: {PAPER_OVER_GUIDED}) and {ratio('cca', 'base')} × that of the unguided one "
         f"(paper: {PAPER_OVER_BASE}), closes {spread(gaps, '.2f')} of the gap between the two, "
-        f"has {spread(recall, '+.3f')} recall, and takes {times} × the time."
+        f"has {spread(recall, '+.3f')} recall, and takes "
+        f"{ratio('cca', 'guided', 'seconds_per_image')} × the time."
     ]
     if any(row.name == "sft" for row in rows):
         remarks.append(f"Maximum likelihood, the control, has {ratio('sft', 'base')} × the FID of the base.")
@@ -160,9 +158,9 @@ def ablation_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
     model = rows[0].model
     names = [row.label.partition(",")[0] for row in sorted(rows, key=lambda row: mean(seeds, row, "fid"))]
     remarks = [f"Order by FID: {' < '.join(names)}."]
+    labels = {"base": "base", **LOSS_LABELS}
     for other in ABLATED:
         if ZOO[other].backbone is ZOO[model].backbone:
-            labels = {"base": "base", **LOSS_LABELS}
             known = [(fid, label) for what, label in labels.items() if (fid := published_fid(other, what))]
             order = " < ".join(f"{label} ({fid:.2f})" for fid, label in sorted(known))
             remarks.append(f"The paper's, {other}: {order}.")
@@ -185,13 +183,13 @@ def tradeoff_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
         distances = [distances_to_curve(pairs(curve, run), pairs(points, run)) for run in seeds]
         means = [statistics.mean(values) for values in distances if values]
         inside = " or ".join(str(n) for n in sorted({len(values) for values in distances}))
-        text = (
-            f"CCA's FID less that of guidance at equal inception score: {spread(means, '+.3f')} "
-            f"(mean of the {inside} of {len(points)} points within the curve's range; 0 or below: as good)."
+        remarks.append(
+            f"{series} varied. CCA's FID less that of guidance at equal inception score: "
+            f"{spread(means, '+.3f')} (mean of the {inside} of {len(points)} points "
+            "within the curve's range; 0 or below: as good)."
             if means
-            else "No point of CCA lies within the inception scores of the guidance curve."
+            else f"{series} varied. No point of CCA lies within the inception scores of the guidance curve."
         )
-        remarks.append(f"{series} varied. {text}")
     return remarks
 
 
@@ -257,8 +255,8 @@ def sample_sheet(
         height, width = samples.size
         sheet = images.reshape(lines, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
         axis.imshow(sheet.reshape(lines * height, columns * width, 3), interpolation="nearest")
-        axis.set_title(row.label + (f"   (FID {figures['fid']:.2f})" if figures else ""))
-        axis.set_yticks([])
+        fid = f"   (FID {figures['fid']:.2f})" if figures else ""
+        axis.set(title=row.label + fid, yticks=[])
         places = np.arange(len(names)) * width + width / 2
         axis.set_xticks(places, names, rotation=40, ha="right", fontsize=8)
     save_figure(figure, path)
@@ -268,18 +266,17 @@ def samples_section(args: Namespace, rows: list[Row], run: Figures) -> list[str]
     """Draw one class from the same random numbers, three ways (figures 7 and 8)."""
     path = args.output / f"samples-{rows[0].model}-class{args.label}.png"
     sample_sheet(path, rows, run, *SHEET)
-    text = f"Class {args.label}, the same random numbers in each panel."
-    return [text, f"![samples]({path.name})"]
+    return [f"Class {args.label}, the same random numbers in each panel.", f"![samples]({path.name})"]
 
 
 def quickstart_section(args: Namespace, rows: list[Row], run: Figures) -> list[str]:
     """Draw samples of base, guided base and CCA, a column for each class."""
     model = rows[0].model
-    path, classes = args.output / f"{model}.png", build_model(model).num_classes
+    classes = build_model(model).num_classes
     names = [class_name(i, classes) for i in range(min(classes, 10))]
     drawn = [row for row in rows if row.name in ("base", "guided", "cca")]
-    sample_sheet(path, drawn, run, len(names), 4, names)
-    return [f"![the same classes (columns) and random numbers from three ways of sampling]({path.name})"]
+    sample_sheet(args.output / f"{model}.png", drawn, run, len(names), 4, names)
+    return [f"![the same classes (columns) and random numbers from three ways of sampling]({model}.png)"]
 
 
 def summary(rows: list[Row], run: Figures) -> dict:
@@ -311,12 +308,11 @@ def write_report(args: Namespace, results: Results, processes: int, seconds: flo
             sections.append(figures_table(rows, seeds))
         if name in REMARKS:
             sections += REMARKS[name](rows, seeds)
+    report, picture = ("report", "fid.png") if name == "quickstart" else (name, f"{name}.png")
     if name in CHARTS:
-        picture = "fid.png" if name == "quickstart" else f"{name}.png"
         fid_chart(args.output / picture, results, CHARTS[name])
         sections.append(f"![FID over {CHARTS[name]}]({picture})")
-    path = args.output / ("report.md" if name == "quickstart" else f"{name}.md")
-    text = "\n\n".join(sections) + "\n"
+    path, text = args.output / f"{report}.md", "\n\n".join(sections) + "\n"
     atomic_write(path, lambda temporary: temporary.write_text(text))
     print(f"\n{text}\nwritten to {path}")
 

@@ -117,8 +117,7 @@ def resolve(args: Namespace) -> dict[str, list[Row]]:
         UserError: something is missing, or does not go together.
     """
     experiment = EXPERIMENTS[args.experiment]
-    quickstart = args.experiment == "quickstart"
-    args.mini = args.mini or quickstart
+    args.mini = args.mini or args.experiment == "quickstart"
     args.models = args.models or list(experiment.mini if args.mini else experiment.models)
     for name in args.models:
         entry = zoo_entry(name)
@@ -136,8 +135,8 @@ def resolve(args: Namespace) -> dict[str, list[Row]]:
     for name, value in (MINI_DEFAULTS if args.mini else DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    place = "quickstart" if quickstart else "reproduce-mini" if args.mini else "reproduce"
-    args.output = args.output or Path("runs", place)
+    place = "reproduce-mini" if args.mini else "reproduce"
+    args.output = args.output or Path("runs", "quickstart" if args.experiment == "quickstart" else place)
     Output(args.output, is_folder=True).check_place()
     if args.experiment == "samples":
         args.seeds = 1
@@ -159,14 +158,12 @@ def check_inputs(args: Namespace, trains: bool) -> None:
     """Raise UserError for data or a reference that is needed and not there; a dry run gets a name for it."""
     for name, needed in (("data", trains), ("reference", args.experiment != "samples")):
         value = getattr(args, name)
-        if needed and value is None:
-            if not args.dry_run:
-                raise UserError(f"--{name}: is required, or --mini for the bundled data")
-            setattr(args, name, name.upper())
-        elif needed and not args.dry_run:
-            published = name == "reference" and find_reference(value)
-            if not published and not Path(value).exists():
-                raise UserError(f"--{name}: {value}: no such file or folder")
+        if needed and args.dry_run:
+            setattr(args, name, value or name.upper())
+        elif needed and value is None:
+            raise UserError(f"--{name}: is required, or --mini for the bundled data")
+        elif needed and not (name == "reference" and find_reference(value)) and not Path(value).exists():
+            raise UserError(f"--{name}: {value}: no such file or folder")
 
 
 class Launcher:
@@ -195,8 +192,8 @@ class Launcher:
                 importlib.import_module(module).main(arguments)
             self.own.barrier()
         elif not self.dry:
-            command = ["-m", "torch.distributed.run", *shlex.split(f"{self.options} {line}")]
-            if status := subprocess.call([sys.executable, *command]):
+            torchrun = [sys.executable, "-m", "torch.distributed.run"]
+            if status := subprocess.call([*torchrun, *shlex.split(f"{self.options} {line}")]):
                 raise UserError(f"{module} ended with status {status}; this script goes on from there")
 
 
@@ -245,8 +242,8 @@ class Pipeline:
         backbone, folder = zoo_entry(row.model).backbone, self.folder / f"{row.model}-{row.weights.name}"
         path = folder / backbone.checkpoint_name
         if not self.done(path):
-            fixed = ["--model", row.model, *self.training_data(row.model), "--seed", str(self.seed)]
-            self.make(path, folder, backbone.training_command, *fixed, *row.weights.options)
+            data, options = self.training_data(row.model), ["--seed", str(self.seed), *row.weights.options]
+            self.make(path, folder, backbone.training_command, "--model", row.model, *data, *options)
         return str(path)
 
     def training_data(self, model: str) -> list[str]:
@@ -259,28 +256,28 @@ class Pipeline:
         return ["--codes", str(codes)]
 
     def sample(self, row: Row) -> Path:
-        path, model = self.folder / "samples" / f"{row.key}.npz", ["--model", row.model]
+        path = self.folder / "samples" / f"{row.key}.npz"
         batch = ["--batch-size", str(MINI_BATCH)] if self.args.mini else []
         number = [] if "--num-samples" in row.sampling else ["--num-samples", str(self.args.num_samples)]
-        fixed = ["--weights", self.weights(row), "--seed", str(self.seed), *batch, *number]
-        self.make(path, path, "sample", *model, *fixed, *row.sampling)
+        fixed = ["--model", row.model, "--weights", self.weights(row), "--seed", str(self.seed)]
+        self.make(path, path, "sample", *fixed, *batch, *number, *row.sampling)
         return path
 
     def evaluate(self, row: Row) -> Path:
-        path, samples = self.folder / "results" / f"{row.key}.json", ["--samples", str(self.sample(row))]
-        reference = ["--reference", self.args.reference, "--features", self.args.features]
-        self.make(path, path, "eval_fid", *samples, *reference)
+        path, reference = self.folder / "results" / f"{row.key}.json", ["--reference", self.args.reference]
+        options = ["--samples", str(self.sample(row)), *reference, "--features", self.args.features]
+        self.make(path, path, "eval_fid", *options)
         return path
 
     def figures(self, row: Row) -> dict:
         """Metrics of a row, with images per second of its sampling, and processor-hours of its run."""
         sampled = read_json(self.sample(row).with_suffix(".json"))
-        speed = {"images_per_second": sampled["images_per_second"]}
-        figures = read_json(self.evaluate(row))["metrics"] | speed
+        figures = read_json(self.evaluate(row))["metrics"]
+        figures["images_per_second"] = sampled["images_per_second"]
         if isinstance(row.weights, Run):
             folder = self.folder / f"{row.model}-{row.weights.name}"
             batch = read_json(folder / "config.json")["options"]["batch_size"]
-            steps = [parse_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            steps = map(parse_json, (folder / "metrics.jsonl").read_text().splitlines())
             seconds = sum(batch / step["images_per_second"] for step in steps)
             figures["training_hours"] = seconds * self.launcher.processes / 3600
         return figures
@@ -318,23 +315,20 @@ def add_times(pipeline: Pipeline, rows: list[Row], run: Figures) -> None:
 
 def sample_timed(model: ARImageModel, cfg_scale: float, seed: int, device: torch.device) -> None:
     """Sample TIMED_IMAGES images, as sample.py does for the quickstart."""
-    options = SamplingOptions(cfg_scale, model.default_cfg_schedule)
-    classes = tuple(range(model.num_classes))
+    options, classes = SamplingOptions(cfg_scale, model.default_cfg_schedule), tuple(range(model.num_classes))
     request = SampleRequest(TIMED_IMAGES, classes, "balanced", seed, None, "float32", options)
-    for _ in Sampler(model, request, MINI_BATCH, device).samples([range(TIMED_IMAGES)]):
-        pass
+    list(Sampler(model, request, MINI_BATCH, device).samples([range(TIMED_IMAGES)]))
 
 
 def write_summaries(pipelines: list[Pipeline], results: Results, seconds: float) -> None:
     """Write each seed's summary.json: all figures of the quickstart, by model and kind."""
     for i, pipeline in enumerate(pipelines):
-        content = {
+        write_json(pipeline.folder / "summary.json", {
             "models": {model: summary(rows, seeds[i]) for model, (rows, seeds) in results.items()},
             "wall_seconds": seconds, "seed": pipeline.seed, "samples": pipeline.args.num_samples,
             "threads": torch.get_num_threads() * pipeline.launcher.processes, "processor": processor(),
             "versions": {"torch": torch.__version__},
-        }  # fmt: skip
-        write_json(pipeline.folder / "summary.json", content)
+        })  # fmt: skip
 
 
 def run_with_torchrun(args: Namespace, argv: list[str]) -> None:
@@ -354,10 +348,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.mini and not args.dry_run and args.nproc != 1 and "RANK" not in os.environ:
         run_with_torchrun(args, argv)
     launcher, planned = Launcher(args), set()
-    pipelines = []
-    for seed in range(args.seed, args.seed + args.seeds):
-        folder = args.output / f"seed-{seed}" if pipelines else args.output
-        pipelines.append(Pipeline(folder, seed, launcher, args, planned))
+    folders = {args.seed + i: args.output / (f"seed-{args.seed + i}" if i else "") for i in range(args.seeds)}
+    pipelines = [Pipeline(folder, seed, launcher, args, planned) for seed, folder in folders.items()]
     for pipeline in pipelines:
         pipeline.claim()
     results = {}
