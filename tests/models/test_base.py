@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from golden_models import LLAMAGEN_CASES, VAR_CASES, build, golden
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -120,22 +119,6 @@ def test_operations_are_counted_as_the_framework_does(name):
     expected = 2 * model.forward_flops()
     assert forward.get_total_flops() == pytest.approx(expected, rel=1e-3)
     assert backward.get_total_flops() == pytest.approx(2 * expected, rel=5e-3)
-
-
-def test_the_mask_is_cast_once_for_all_layers(monkeypatch):
-    model, masks = build("var_tiny_a"), []
-    own = F.scaled_dot_product_attention
-
-    def noted(*given, attn_mask=None, **options):
-        masks.append(attn_mask)
-        return own(*given, attn_mask=attn_mask, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
-    tokens = torch.zeros(2, model.sequence_length, dtype=torch.int64)
-    with torch.autocast("cpu", torch.bfloat16):
-        model.sequence_logprob(torch.zeros(2, dtype=torch.int64), tokens)
-    assert len(masks) == len(model.transformer.blocks) > 1
-    assert masks[0].dtype == torch.bfloat16 and all(mask is masks[0] for mask in masks)
 
 
 def test_the_nearest_code_is_searched_in_float32():

@@ -63,6 +63,13 @@ def test_folder_may_move_but_not_change(disk):
     (disk / "classes.json").write_text('{"1": 2, "3": 3}')
     with pytest.raises(UserError, match="data_sha256"):
         train("var", "moved", "--classes-from", "classes.json")
+    image = disk / "moved" / "1" / "0.png"
+    content = image.read_bytes()
+    image.write_bytes(content + b"longer")
+    with pytest.raises(UserError, match="data_sha256"):
+        train("var", "moved")
+    image.write_bytes(content)
+    train("var", "moved")
     (disk / "moved" / "1").rename(disk / "moved" / "0")
     with pytest.raises(UserError, match="data_sha256"):
         train("var", "moved")
