@@ -92,15 +92,6 @@ def test_extraction_does_not_go_on_with_other_images(disk, monkeypatch):
     assert len(np.load(disk / "new" / "codes.npy")) == 64
 
 
-def test_classes_of_extracted_codes_are_told(disk):
-    make_folder(disk / "data", ("3", "1"))
-    extract("data")
-    header = json.loads((disk / "new" / "header.json").read_text())
-    assert header["classes"] == {"1": 1, "3": 3} and len(header["data_sha256"]) == 64
-    assert np.load(disk / "new" / "labels.npy").tolist() == [1] * 4 + [3] * 4
-    train("llamagen", "new")  # its tokenizer is the model's
-
-
 @pytest.mark.parametrize("options", [["--batch-size", "1"], []])
 def test_missing_negatives_are_said(disk, capsys, options):
     with np.load("few.npz") as file:

@@ -95,14 +95,11 @@ def test_several_processes_download_once(server, tmp_path):
 def test_what_is_damaged_is_not_taken(server, tmp_path):
     """Neither a download whose checksums are wrong, nor what became of one on the disk."""
     whole = (tmp_path / "served.npz").read_bytes()
-    middle = len(whole) // 2
-    (tmp_path / "served.npz").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    (tmp_path / "served.npz").write_bytes(whole.replace(b"NUMPY", b"numpy", 1))
     with pytest.raises(UserError, match="--reference: .*: what was downloaded is damaged"):
         eval_fid.main(OPTIONS)
     assert not cached(tmp_path).exists()
-    (tmp_path / "served.npz").write_bytes(whole)
-    eval_fid.main(OPTIONS)
-    cached(tmp_path).write_bytes(whole[:middle])
+    cached(tmp_path).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=f"{NAME} is damaged; delete it to have it downloaded again"):
         eval_fid.main(OPTIONS)
 

@@ -42,9 +42,6 @@ def test_a_panel_for_what_was_logged(count, tmp_path):
     draw_curves(tmp_path / "one.png", [{"step": r["step"], "loss": r["rewards/chosen"]} for r in made], "t")
     two, one = (Image.open(tmp_path / name) for name in ("two.png", "one.png"))
     assert two.size == (2 * one.width, one.height)
-    for picture in (two, one):
-        ink = np.asarray(picture.convert("L")) < 250
-        assert not ink[:, 0].any() and not ink[:, -1].any() and not ink[0].any() and not ink[-1].any()
 
 
 @pytest.fixture
