@@ -54,11 +54,10 @@ MODELS = [
 @pytest.mark.parametrize("name, size, manifests, published", MODELS)
 def test_official_files_sample_greedily(tmp_path, name, size, manifests, published):
     empty = build_model(name, size)
-    paths = []
-    for module, manifest in zip((empty.transformer, empty.tokenizer), manifests):
-        paths.append(
-            official_file(tmp_path / manifest, manifest, module.state_dict(), name.startswith("llamagen"))
-        )
+    paths = [
+        official_file(tmp_path / manifest, manifest, module.state_dict(), name.startswith("llamagen"))
+        for module, manifest in zip((empty.transformer, empty.tokenizer), manifests)
+    ]
     command = [
         "sample.py",
         "--model",

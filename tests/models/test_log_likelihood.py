@@ -10,13 +10,6 @@ from torch._dynamo.utils import counters
 import models.log_likelihood
 import models.utils.precision
 from models.log_likelihood import linear_sequence_logprob, sequence_logprob
-from models.utils.precision import row_chunks
-
-
-def test_sequence_logprob_sums_tokens():
-    logits, tokens = torch.randn(3, 5, 11), torch.randint(0, 11, (3, 5))
-    expected = logits.log_softmax(-1).gather(-1, tokens[..., None]).sum((1, 2))
-    torch.testing.assert_close(sequence_logprob(logits, tokens), expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -36,23 +29,6 @@ def test_chunked_logprob_equals_the_plain_one(monkeypatch, bias):
         results.append((value, *(t.grad for t in inputs if t.grad is not None)))
     for chunked, plain in zip(*results, strict=True):
         torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("vocab, rows", [(1000, 16 * 131), (2**21 // 20, 16), (2**21 // 5, 5), (2**22, 1)])
-def test_chunks_start_aligned(vocab, rows):
-    """Generated code assumes so of what it writes: of any vocabulary chunks are whole sixteens of rows."""
-    chunks = row_chunks(torch.empty(5000, 1), vocab, models.utils.precision.LIKELIHOOD_LOGITS)
-    assert {part.start for part in chunks} == set(range(0, 5000, rows)) and chunks[-1].stop == 5000
-
-
-def test_measuring_memory_compiles_nothing(monkeypatch):
-    """Where a stance says so, as while a micro-batch is chosen, compiled functions run as they are."""
-    monkeypatch.setattr(models.log_likelihood, "compiled_function", lambda function: torch.compile(function))
-    counters.clear()
-    hidden, layer, tokens = torch.randn(2, 3, 16), [torch.randn(512, 16)], torch.randint(512, (2, 3))
-    with torch.compiler.set_stance("force_eager"):
-        one_pass(hidden, layer, tokens, compiled=True)
-    assert not counters["stats"]["unique_graphs"]
 
 
 def one_pass(hidden: Tensor, layer: list[Tensor], tokens: Tensor, compiled: bool):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
-from cca.cli.output import Output, check_space, differing
+from cca.cli.output import Output
 from models.utils.errors import UserError
 
 HOLD = """
@@ -24,29 +24,6 @@ with Output(Path(sys.argv[1])).locked():
     print("held", flush=True)
     time.sleep(60)
 """
-
-
-def check_and_lock(path, folder):
-    Output(path, folder).check_place()
-    with Output(path, folder).locked():
-        pass
-
-
-def test_outputs_that_cannot_be_written(tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").touch()
-    cases = [
-        (tmp_path / "folder", False, "it is a folder, a file is wanted"),
-        (tmp_path / "file", True, "it is a file, a folder is wanted"),
-        (tmp_path / "file" / "below" / "s.npz", False, "file is not a folder"),
-        (tmp_path / ("n" * 250), False, "the name of the output is too long"),
-        (tmp_path / ("n" * 400) / "s.npz", False, "cannot be written"),
-    ]
-    for path, folder, message in cases:
-        with pytest.raises(UserError, match=f"^--output: .*{message}"):
-            check_and_lock(path, folder)
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
-    Output(tmp_path / "new" / "s.npz").check_place()
 
 
 def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
@@ -63,13 +40,6 @@ def test_inputs_are_not_overwritten(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="--output: .* is what --images reads; take another name"):
             Output(Path(output)).check_place({"--images": tmp_path / "a.npz"})
     Output(tmp_path / "b.npz").check_place({"--images": tmp_path / "a.npz", "--other": None})
-
-
-def test_space(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9, "total": 10**12}))
-    check_space(Output(tmp_path / "new" / "s.npz"), 10**9, "samples")
-    with pytest.raises(UserError, match="has 1.0 GB free, the run needs 2.0 GB .samples"):
-        check_space(Output(tmp_path / "new" / "s.npz"), 2 * 10**9, "samples")
 
 
 def test_an_output_belongs_to_one_run_and_not_to_a_dead_one(tmp_path):
@@ -110,11 +80,6 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsy
     with Output(tmp_path / "s.npz").locked():
         pass
     assert "warning: --output: locks do not work" in capsys.readouterr().err
-
-
-def test_differing_options():
-    before = {"a": 1, "b": 2, "weights": "x"}
-    assert differing(before, {"a": 1, "b": 3, "new": 4, "weights": "y"}) == ["b 2 instead of 3"]
 
 
 @pytest.mark.parametrize("found", ["", '"format": 2, ', '"format": "1", '])

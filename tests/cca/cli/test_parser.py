@@ -8,19 +8,16 @@ from cca.cli.parser import Parser, count, number
 from models.utils.errors import UserError
 
 
-@pytest.mark.parametrize("text", ["inf", "-inf", "nan", "1e999", "Infinity"])
-@pytest.mark.parametrize("parse", [number(0), number(0, above=True), number(0, 1), number(1e-6)])
-def test_finite(parse, text):
-    with pytest.raises(argparse.ArgumentTypeError, match=f"{text} must be "):
-        parse(text)
-
-
 def test_range():
     assert number(0)("1e300") == 1e300 and number(0, 1)("1") == 1 and number(0, above=True)("1e-300") > 0
     for parse, text, message in (
         (number(0, above=True), "0", "0 must be above 0$"),
         (number(0, 1), "1.5", "must be at least 0 and at most 1$"),
         (number(0), "inf", "must be at least 0 and finite"),
+        (number(0), "-inf", "-inf must be "),
+        (number(0, 1), "nan", "nan must be "),
+        (number(1e-6), "1e999", "1e999 must be "),
+        (number(0, above=True), "Infinity", "Infinity must be "),
         (number(0), "1e", "'1e' is not a number"),
         (count(), "1.5", "'1.5' is not an integer"),
         (count(), "0", "0 must be at least 1$"),

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cca.data.datasets import open_labelled_images
-from cca.data.image_folders import find_images, fingerprint, read_image
+from cca.data.image_folders import find_images, read_image
 from cca.data.image_sets import FolderOfImages
 from models import load_model
 from models.transforms import TenCrops
@@ -34,17 +34,6 @@ def test_some_of_the_classes_train_as_themselves(tmp_path, model):
     data = open_labelled_images(tmp_path, model)
     assert labels_of(data) == [2, 5, 7] and data.classes == {"2": 2, "5": 5, "7": 7}
     assert data.notes() == [f"{tmp_path}: 1 images in no class folder are left out"]
-
-
-def test_classes_of_an_option(tmp_path, model):
-    for name in ("cat", "dog"):
-        picture(tmp_path / name / "a.png")
-    with pytest.raises(UserError, match="--classes-from FILE.json"):
-        open_labelled_images(tmp_path, model)
-    data = open_labelled_images(tmp_path, model, classes={"cat": 9, "dog": 4})
-    assert labels_of(data) == [9, 4]
-    other = open_labelled_images(tmp_path, model, classes={"cat": 4, "dog": 9})
-    assert other.fingerprint() != data.fingerprint()
 
 
 def test_numbered_folders_in_the_order_of_their_names(tmp_path, model):
@@ -119,21 +108,3 @@ def test_long_and_huge_pictures_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match="not a readable image"):
         read_image(tmp_path / "a.png")
-
-
-def test_a_message_stays_one_line(tmp_path):
-    (tmp_path / "a\nb.png").write_bytes(b"no picture")
-    with pytest.raises(UserError) as caught:
-        FolderOfImages(tmp_path)
-    assert len(str(caught.value).splitlines()) == 1 and "not a readable image" in str(caught.value)
-
-
-def test_fingerprint_is_of_names_and_sizes(tmp_path):
-    for name in ("0", "1"):
-        picture(tmp_path / "here" / name / "a.png")
-    files = ["0/a.png", "1/a.png"]
-    first = fingerprint(tmp_path / "here", files)
-    there = (tmp_path / "here").rename(tmp_path / "there")
-    assert fingerprint(there, files) == first and fingerprint(there, files[:1]) != first
-    (there / "1" / "a.png").write_bytes(b"longer" * 1000)
-    assert fingerprint(there, files) != first

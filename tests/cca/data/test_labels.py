@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from cca.data.labels import number_classes, read_classes, whole_numbers
+from cca.data.labels import number_classes, read_classes
 from models.utils.errors import UserError
 
 DATA = Path("data")
@@ -63,10 +62,3 @@ def test_broken_mapping_is_refused(tmp_path, content):
     (tmp_path / "classes.json").write_bytes(content.encode("latin1"))
     with pytest.raises(UserError, match="--classes-from: "):
         read_classes(tmp_path / "classes.json")
-
-
-def test_labels_of_other_shapes_and_kinds_are_refused():
-    assert whole_numbers(np.array([1.0, 2.0]), "x").tolist() == [1, 2]
-    for labels in (np.eye(3, dtype=int), np.ones((3, 1), int), np.array(1), np.array([0.5]), np.array(["a"])):
-        with pytest.raises(UserError, match="x: labels are"):
-            whole_numbers(labels, "x")

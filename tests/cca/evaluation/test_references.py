@@ -92,30 +92,14 @@ def test_several_processes_download_once(server, tmp_path):
     assert sum(request.startswith("GET") for request in server.requests) == 1
 
 
-def test_out_of_reach(server, tmp_path, monkeypatch):
-    """The message says what to fetch and where to put it; it is used from there."""
-    address = f"http://127.0.0.1:9/{NAME}"
-    monkeypatch.setitem(REFERENCES, "imagenet256", PublishedReference(address, 256))
-    by_hand = f"; fetch it by hand and put it at {cached(tmp_path)}"
-    with pytest.raises(UserError, match=rf"--reference: {address} is out of reach \(.*{by_hand}"):
-        eval_fid.main(OPTIONS)
-    assert not (tmp_path / "cache").exists()
-    cached(tmp_path).parent.mkdir(parents=True)
-    (tmp_path / "served.npz").rename(cached(tmp_path))
-    eval_fid.main(OPTIONS)
-
-
 def test_what_is_damaged_is_not_taken(server, tmp_path):
     """Neither a download whose checksums are wrong, nor what became of one on the disk."""
     whole = (tmp_path / "served.npz").read_bytes()
-    middle = len(whole) // 2
-    (tmp_path / "served.npz").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    (tmp_path / "served.npz").write_bytes(whole.replace(b"NUMPY", b"numpy", 1))
     with pytest.raises(UserError, match="--reference: .*: what was downloaded is damaged"):
         eval_fid.main(OPTIONS)
     assert not cached(tmp_path).exists()
-    (tmp_path / "served.npz").write_bytes(whole)
-    eval_fid.main(OPTIONS)
-    cached(tmp_path).write_bytes(whole[:middle])
+    cached(tmp_path).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=f"{NAME} is damaged; delete it to have it downloaded again"):
         eval_fid.main(OPTIONS)
 

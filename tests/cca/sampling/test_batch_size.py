@@ -11,7 +11,6 @@ from cca.sampling import sampler
 from cca.sampling.batch_size import (
     COMPILED_FROM,
     CPU_BATCH,
-    MEMORY_SHARE,
     compiles_by_default,
     default_batch_size,
     row_bytes,
@@ -19,7 +18,7 @@ from cca.sampling.batch_size import (
 from models import SamplingOptions, UserError
 from models.base import ARTransformer
 from models.utils.errors import one_line
-from models.zoo.loading import build_model, numbers
+from models.zoo.loading import build_model
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 MODELS = {name: build_model(name) for name in ("llamagen-3b", "llamagen-b", "var-d16")}
@@ -33,18 +32,6 @@ def pretend(monkeypatch, free: float) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), 2**40))
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    "rows, images", [(-1e9, 1), (0, 1), (0.5, 1), (1.01, 1), (63.9, 32), (64.1, 64), (255, 128), (1e6, 256)]
-)
-def test_the_batch_that_fits_beside_the_weights(name, rows, images, monkeypatch):
-    """rows: what is free beside the weights, as so many images that take MEMORY_SHARE of it."""
-    model, asked = MODELS[name], request(cfg_scale=2.0)
-    weights = 2 * numbers(model.transformer) + 4 * numbers(model.tokenizer)
-    pretend(monkeypatch, max(weights + rows * row_bytes(model, asked) / MEMORY_SHARE, 0))
-    assert default_batch_size(model, asked, GPU) == images
-
-
 def test_the_caches_of_a_known_model(monkeypatch):
     """llamagen-3b in 24 GB: 6 GB of weights in bfloat16, and of a guided image 0.2 GB of keys and values."""
     model = MODELS["llamagen-3b"]
@@ -54,6 +41,10 @@ def test_the_caches_of_a_known_model(monkeypatch):
     sizes = [default_batch_size(model, request(dtype, scale), GPU)
              for dtype in ("bfloat16", "float32") for scale in (1, 2)]  # fmt: skip
     assert sizes == [32, 16, 16, 8]
+    pretend(monkeypatch, 1e9)  # less than the weights
+    assert default_batch_size(model, request(), GPU) == 1
+    pretend(monkeypatch, 1e12)
+    assert default_batch_size(model, request(), GPU) == 256
     assert default_batch_size(model, request(), CPU) == CPU_BATCH == 64
 
 

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 import sample
 from cca.sampling.cuda_graphs import CompiledGenerate
 from models import SamplingOptions, load_model
-from models.kv_cache import BLOCK, Counted, StaticCache, StaticLayer
+from models.kv_cache import StaticCache, StaticLayer
 from models.llamagen import LlamaGenTransformer
 from models.sampling import generate_tokens
 from models.utils.errors import UserError
@@ -104,16 +104,6 @@ def test_generated_code_reads_what_counts(monkeypatch):
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("place", [0, 63, 64, 127, 128, 143])
-def test_blocks_that_count(place, monkeypatch):
-    """Those that hold a position up to this one."""
-    monkeypatch.setattr("models.kv_cache.reads_a_part", lambda keys: True)
-    (layer,) = StaticCache(1, 2, 4, 144, 16, torch.zeros(1)).at(torch.tensor([place]))
-    assert isinstance(layer.position, Counted)
-    found = layer.position.mask(144).to_dense().flatten().tolist()
-    assert found == [start <= place for start in range(0, 144, BLOCK)]
-
-
 def test_heads_that_no_fused_kernel_takes():
     """LlamaGen-3B's have 100 numbers: the static cache fills them up to a multiple of 8, 16 at least."""
     config = replace(load_model("llamagen-mini").transformer.config, dim=60, heads=5)
@@ -174,13 +164,3 @@ def test_one_mode_for_each_file(tmp_path, monkeypatch, capsys):
         sample.main([*command, "--compile", "--output", str(tmp_path / "eager.npz")])
     sample.main([*command, "--output", str(tmp_path / "compiled.npz")])  # keeps to its mode
     assert "compiled.npz is there already, with these options" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "name, numbers", [("var-mini", 2 * 2 * 64 * (1 + 4 + 9 + 16 + 36)), ("llamagen-mini", 2 * 2 * 64 * 64)]
-)
-def test_what_is_cached(name, numbers):
-    """Every layer's keys and values, but those of VAR's last level, which nothing reads."""
-    model = load_model(name)
-    state = model.begin(torch.zeros(1, dtype=torch.int64))
-    assert model.cached_numbers == numbers == sum(k.numel() + v.numel() for k, v in state.cache.layers)

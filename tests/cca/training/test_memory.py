@@ -9,7 +9,7 @@ from specimens import weights
 
 import cca.training.loop as command
 import train_llamagen_cca
-from cca.training.memory import USED_MEMORY, fitting_micro_batch, images_that_fit, peak_rate
+from cca.training.memory import fitting_micro_batch, peak_rate
 from cca.training.trainer import Trainer
 from models.utils.errors import UserError, one_line
 
@@ -87,18 +87,6 @@ def test_the_smallest_of_what_fits_the_gpus(monkeypatch, capsys):
     command.choose_micro_batch(trainer, 8)
     assert asked == [8] and trainer.micro_batch_size == 3
     assert "micro-batch of 3 images, which the memory holds" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "each, always, gpu, later, images",
-    [(1, 10, 80, 8, 32), (1, 10, 80, 30, 16), (30, 10, 80, 8, 1), (2, 70, 80, 8, 1), (0.5, 0, 80, 0, 128)],
-)
-def test_images_that_fit(each, always, gpu, later, images):
-    """0.8 of the GPU less what is always there and what comes later, a power of two."""
-    each, always, gpu, later = (int(gigabytes * 1e9) for gigabytes in (each, always, gpu, later))
-    found = images_that_fit(always + 2 * each, always + 4 * each, gpu, later)
-    assert found == images
-    assert images == 1 or always + later + images * each <= USED_MEMORY * gpu
 
 
 def pretend_memory(monkeypatch, each: float, total: float):

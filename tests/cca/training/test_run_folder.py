@@ -202,15 +202,6 @@ def test_after_the_damaged_state_is_deleted_the_run_goes_on(stopped):
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_first_state_damaged(disk, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        train("run")
-    flip(disk / "run" / "state" / "step-2" / ".metadata")
-    with pytest.raises(UserError, match="goes on from the start"):
-        train("run")
-
-
 def test_other_options_are_named_as_config_json_does(stopped):
     for option, message in (
         (("--lambda", "5"), "lam 10 instead of 5"),
@@ -251,21 +242,18 @@ def test_what_a_killed_save_left_is_swept(stopped):
     assert states(stopped) == ["step-6", "step-9-mine"]
 
 
-def test_weights_of_a_state_whose_description_lacks_its_tensors(stopped):
+HOLLOW = Metadata.__new__(Metadata)  # a description that lacks its tensors
+HOLLOW.__dict__ = {"planner_data": None}
+# Of the second, Python would print a line of its own, about a byte array larger than memory.
+DESCRIPTIONS = [pickle.dumps(HOLLOW), b"\x80\x05\x96" + (2**50).to_bytes(8, "little") + b"."]
+
+
+@pytest.mark.parametrize("description", DESCRIPTIONS, ids=["hollow", "large"])
+def test_weights_of_a_state_whose_description_is_damaged(description, stopped, capfd):
     """As damage to one without checksums leaves it."""
-    state, hollow = stopped / "state" / "step-5", Metadata.__new__(Metadata)
-    hollow.__dict__ = {"planner_data": None}
-    forget_checksums(state)
-    (state / ".metadata").write_bytes(pickle.dumps(hollow))
-    with pytest.raises(UserError, match="step-5 is damaged or not a state of this trainer"):
-        read_weights(state)
-
-
-def test_a_description_that_claims_more_bytes_than_there_are(stopped, capfd):
-    """Python would print a line of its own, about a byte array larger than memory."""
     state = stopped / "state" / "step-5"
     forget_checksums(state)
-    (state / ".metadata").write_bytes(b"\x80\x05\x96" + (2**50).to_bytes(8, "little") + b".")
+    (state / ".metadata").write_bytes(description)
     with pytest.raises(UserError, match="step-5 is damaged or not a state of this trainer"):
         read_weights(state)
     assert capfd.readouterr().err == ""

@@ -14,17 +14,9 @@ from models.utils.files import (
     finite_or_none,
     read_array,
     read_json,
-    remove_folder,
-    write_binary,
     write_json,
 )
 from models.zoo.checkpoint_formats import save_published, save_safetensors
-
-
-def test_what_a_killed_writer_left_is_replaced(tmp_path):
-    (tmp_path / ".f.json.tmp").write_bytes(b"half")
-    write_json(tmp_path / "f.json", {"a": 1})
-    assert read_json(tmp_path / "f.json") == {"a": 1} and os.listdir(tmp_path) == ["f.json"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -42,38 +34,6 @@ def test_weights_on_a_full_disk(save, tmp_path):
     with largest_file(10_000), pytest.raises(UserError, match="w.pth: cannot be written"):
         save({"a": torch.zeros(100_000)}, tmp_path / "w.pth")
     assert not os.listdir(tmp_path)
-
-
-def test_what_is_in_the_way(tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").touch()
-    for path, reason in (
-        (tmp_path / "folder", "Is a directory"),
-        (tmp_path / "file" / "f.npy", "Not a directory"),
-        (tmp_path / ("n" * 252), "File name too long"),
-    ):
-        with pytest.raises(UserError, match=f"cannot be written .{reason}"):
-            write_binary(path, lambda file: np.save(file, np.zeros(3)))
-
-
-def test_removed_folders_vanish_at_once(tmp_path, monkeypatch):
-    folder = tmp_path / "f"
-    (folder / "a").mkdir(parents=True)
-    monkeypatch.setattr("shutil.rmtree", lambda path: os._exit(1) if folder.exists() else None)
-    remove_folder(folder)
-    assert os.listdir(tmp_path) == [".f.removed"]
-    monkeypatch.undo()
-    remove_folder(folder)
-    assert not os.listdir(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "content", [b"{", b"[1]", b"\xff\xfe", b"[" * 50_000, b'{"a": 1' + b"0" * 400 + b"}"]
-)
-def test_damaged_json(content, tmp_path):
-    (tmp_path / "f.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"f\.json: (is damaged|holds a list)"):
-        read_json(tmp_path / "f.json")
 
 
 @pytest.mark.parametrize("mapped", [None, "r"])

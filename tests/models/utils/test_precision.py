@@ -1,7 +1,6 @@
 """What is chosen by the device."""
 
 import shutil
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from cca.cli.parser import Parser, add_workers_option
 from models.utils.errors import UserError
-from models.utils.precision import free_memory, full_parts, memory_named, memory_ran_out
+from models.utils.precision import memory_named, memory_ran_out
 
 
 @pytest.mark.parametrize(
@@ -78,29 +77,3 @@ def test_memory_that_runs_out_while_a_graph_is_captured():
 
     with pytest.raises(UserError, match="^full: take fewer$"), memory_named("{why}: take fewer"):
         capture()
-
-
-def test_what_the_work_held_is_free_where_the_error_is_caught():
-    alive = []
-
-    def work():
-        held = torch.zeros(1)
-        alive.append(weakref.ref(held))
-        raise torch.OutOfMemoryError("full")
-
-    with pytest.raises(UserError, match="^take fewer$") as caught, memory_named("take fewer"):
-        work()
-    assert caught.value.__context__ is not None and alive[0]() is None
-
-
-def test_memory_that_can_be_had(monkeypatch):
-    assert free_memory(torch.device("cpu")) is None
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 80))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
-    assert free_memory(torch.device("cuda", 0)) == 3 + 40
-
-
-def test_parts_of_one_size():
-    parts = list(full_parts(torch.arange(10).view(5, 2), 3))
-    assert [(part[:, 0].tolist(), count) for part, count in parts] == [([0, 2, 4], 3), ([6, 8, 6], 2)]

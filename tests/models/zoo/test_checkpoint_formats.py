@@ -40,12 +40,25 @@ def wrapped(state, layout):
         "module": {"module": state},
         "state_dict": {"state_dict": state},
         "trainer": {"epoch": 1, "trainer": {"var_wo_ddp": state}},
-        "prefixed": {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}},
+        "compiled": {"model": prefixed(state, "_orig_mod")},
+        "sharded": {"model": prefixed(state, "_fsdp_wrapped_module")},
+        "checkpointing": {"model": prefixed(state, "_checkpoint_wrapped_module")},
     }[layout]
 
 
+def prefixed(state, inserted):
+    """The keys of a wrapped model whose first block is wrapped as well."""
+    return {
+        f"module.{inserted}.{key.replace('blocks.0.', f'blocks.0.{inserted}.')}": value
+        for key, value in state.items()
+    }
+
+
+LAYOUTS = ["bare", "model", "module", "state_dict", "trainer", "compiled", "sharded", "checkpointing"]
+
+
 @pytest.mark.parametrize("constants", [True, False])
-@pytest.mark.parametrize("layout", ["bare", "model", "module", "state_dict", "trainer", "prefixed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(model, tmp_path, layout, constants):
     state = {k: v for k, v in model.transformer.state_dict().items() if constants or not is_constant(k)}
     torch.save(wrapped({**state, "freqs_cis": torch.zeros(3)}, layout), tmp_path / "weights.bin")
@@ -59,7 +72,7 @@ def test_layouts(model, tmp_path, layout, constants):
 
 
 def test_safetensors_under_any_name(model, tmp_path):
-    save_file(model.transformer.state_dict(), tmp_path / "weights.pth")
+    save_file(prefixed(model.transformer.state_dict(), "_orig_mod"), tmp_path / "weights.pth")
     assert torch.equal(read_state_dict(tmp_path / "weights.pth")["pos_1LC"], model.transformer.pos_1LC)
 
 
@@ -260,17 +273,6 @@ def test_damaged_files(model, tmp_path, layout):
         except UserError as error:
             messages.append(str(error))
     assert len(messages) > 30 and all(len(m.splitlines()) == 1 and str(path) in m for m in messages)
-
-
-@pytest.mark.parametrize("inserted", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_prefixes_inside_keys(model, tmp_path, inserted, suffix):
-    state = {
-        f"module.{inserted}.{key.replace('blocks.0.', f'blocks.0.{inserted}.')}": value.contiguous()
-        for key, value in model.transformer.state_dict().items()
-    }
-    (torch.save if suffix == "pt" else save_file)(state, tmp_path / f"w.{suffix}")
-    assert read_state_dict(tmp_path / f"w.{suffix}").keys() == model.transformer.state_dict().keys()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -157,15 +156,6 @@ def left(tmp_path):
     return [path.stat().st_size for path in (tmp_path / "cache").glob(".*.part")]
 
 
-def test_several_at_once_download_once(server, tmp_path):
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: ask(server, tmp_path), range(4)))
-    assert found == 4 * [tmp_path / "cache" / "FILE.npz"] and found[0].read_bytes() == CONTENT
-    assert sum(request.startswith("GET") for request in server.requests) == 1 and not left(tmp_path)
-    server.requests.clear()
-    assert ask(server, tmp_path) == found[0] and not server.requests
-
-
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_download_that_was_cut_off_is_resumed(ranges, server, tmp_path):
     """The part that came before is not asked for again, of a server that sends parts."""
@@ -208,9 +198,3 @@ def test_out_of_reach(server, tmp_path, monkeypatch):
     server.server_close()
     refused(server, tmp_path, rf"is out of reach \(.*\){by_hand}")
     assert not (tmp_path / "cache").exists()
-
-
-def test_a_folder_that_cannot_be_made(server, tmp_path):
-    (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match="cannot be written"):
-        ask(server, tmp_path)

@@ -7,12 +7,10 @@ import pytest
 from commands import ROOT
 from golden_models import GOLDEN
 
-from cca.cli.plan import show_plan
 from models import __main__ as listing
 from models.utils.errors import UserError
-from models.utils.files import size_text
 from models.zoo.hub import Download, require_space
-from models.zoo.loading import build_model, find_files, model_names, recognise
+from models.zoo.loading import build_model, model_names, recognise
 from models.zoo.registry import TOKENIZERS, ZOO
 
 MANIFESTS = {
@@ -131,31 +129,10 @@ def test_everything_as_json(capsys):
     assert bundled["approximate_bytes"] == (ROOT / "assets" / "var-mini.safetensors").stat().st_size
 
 
-def test_what_would_be_downloaded(monkeypatch, tmp_path):
-    """The files that are not here, and their sizes; a path, and what is bundled, is here."""
-    monkeypatch.setattr("models.zoo.hub.try_to_load_from_cache", lambda *_: None)
-
-    def downloads(*arguments):
-        files = find_files(*arguments)
-        return {download.name: size_text(download.size) for download in files.downloads(files.build())}
-
-    assert downloads("llamagen-3b", "cca") == {
-        "ChenDRAG/CCA_LlamaGen/CCA_LlamaGen_Guidance_Free/c2i_3B_384_CCA_0005000.pt": "12.4 GB",
-        "FoundationVision/LlamaGen/vq_ds16_c2i.pt": "288 MB",
-    }
-    (tmp_path / "own.pth").write_bytes(b"")
-    assert list(downloads("var-d16", str(tmp_path / "own.pth"))) == [
-        "FoundationVision/var/vae_ch160v4096z32.pth"
-    ]
-    assert downloads("var-mini") == {}
-
-
-def test_no_place_for_downloads(tmp_path, capsys):
-    """Said in the plan, and before another file is downloaded."""
+def test_no_place_for_downloads(tmp_path):
+    """It is said before another file is downloaded."""
     (tmp_path / "cache").write_text("a file")
     files = [Download("some", 10, tmp_path, "--a"), Download("other", 10, tmp_path / "cache" / "x", "--b")]
-    show_plan({"model": "m"}, files)
-    assert f"{tmp_path / 'cache'} is no folder that may be written to" in capsys.readouterr().out
     with pytest.raises(UserError, match="--b: other is to be downloaded, .*cache is no folder that may"):
         require_space(files)
 
