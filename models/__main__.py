@@ -110,14 +110,14 @@ def model_rows(name: str, model: dict[str, Any]) -> Iterator[dict[str, str]]:
 
 def tokenizer_row(name: str, tokenizer: dict[str, Any]) -> dict[str, str]:
     """A line of the second table."""
-    users = ", ".join(tokenizer["models"])
     return {
         "tokenizer": name,
         "parameters": f"{tokenizer['parameters'] / 1e6:,.1f} M",
         "codebook": str(tokenizer["codebook"]),
         "pixels per token": f"{tokenizer['pixels_per_token']} x {tokenizer['pixels_per_token']}",
         "weights": where(tokenizer["weights"]),
-        "models": users or f"{tokenizer['backbone']}, with --tokenizer-weights {name}",
+        "models": ", ".join(tokenizer["models"])
+        or f"{tokenizer['backbone']}, with --tokenizer-weights {name}",
     }
 
 
@@ -125,8 +125,9 @@ def where(file: dict[str, Any] | None) -> str:
     """Whether a weights file is on this machine, or about how large it is on the hub."""
     if file is None:
         return "–"
-    here = "cached" if file["repository"] else "bundled"
-    return here if file["path"] else f"hub, ~{size_text(file['approximate_bytes'])}"
+    if not file["path"]:
+        return f"hub, ~{size_text(file['approximate_bytes'])}"
+    return "cached" if file["repository"] else "bundled"
 
 
 def aligned(rows: Sequence[dict[str, str]], left: Collection[str]) -> str:

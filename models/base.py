@@ -80,17 +80,14 @@ class ARTransformer(nn.Module, ABC):
     def run_blocks(self, x: Tensor, arguments: Sequence[tuple]) -> Tensor:
         """x [B, n, dim] through all blocks; ``arguments``: what each takes besides."""
         for block, others in zip(self.transformer_blocks(), arguments):
-            x = self.run_block(block, x, *others)
+            for given in (x, *others) if self.varying_rows else ():
+                if isinstance(given, Tensor) and len(given) == len(x):
+                    torch._dynamo.maybe_mark_dynamic(given, 0)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *others, use_reentrant=False)
+            else:
+                x = block(x, *others)
         return x
-
-    def run_block(self, block: nn.Module, x: Tensor, *others) -> Tensor:
-        arguments = (x, *others)
-        for given in arguments if self.varying_rows else ():
-            if isinstance(given, Tensor) and len(given) == len(x):
-                torch._dynamo.maybe_mark_dynamic(given, 0)
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False)
-        return block(*arguments)
 
 
 class ImageTokenizer(nn.Module, ABC):

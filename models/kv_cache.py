@@ -22,9 +22,8 @@ def reads_a_part(keys: Tensor) -> bool:
 
     By flex_attention, compiled, which has a kernel for one query; others work for 64 or 128.
     """
-    if not keys.is_cuda or keys.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    return torch.cuda.get_device_capability(keys.device) >= (8, 0)  # tried on 9.0
+    in_half_precision = keys.dtype in (torch.float16, torch.bfloat16)
+    return keys.is_cuda and in_half_precision and torch.cuda.get_device_capability(keys.device) >= (8, 0)
 
 
 class LayerCache(NamedTuple):

@@ -34,8 +34,8 @@ def linear_sequence_logprob(
     computed; tokens [B, L] int64 -> [B] float32. ``compiled``: by compiled functions of a chunk, which
     serve chunks of any size.
     """
-    flat = _LinearLogprob.apply(hidden.flatten(0, 1), weight, bias, tokens.flatten(), compiled)
-    return flat.view(tokens.shape).sum(1)
+    logprob = _LinearLogprob.apply(hidden.flatten(0, 1), weight, bias, tokens.flatten(), compiled)
+    return logprob.view(tokens.shape).sum(1)
 
 
 class _LinearLogprob(torch.autograd.Function):

@@ -120,8 +120,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     vocab = logits.shape[-1]
     flat, numbers = logits.float().reshape(-1, vocab), uniforms.reshape(-1)
     # Compiled, noise and race are one kernel, which holds nothing.
-    whole = torch.compiler.is_compiling()
-    parts = [slice(None)] if whole else row_chunks(flat, vocab, DRAWN_LOGITS)
+    parts = [slice(None)] if torch.compiler.is_compiling() else row_chunks(flat, vocab, DRAWN_LOGITS)
     return torch.cat(
         [(flat[part] - exponential_noise(numbers[part], vocab).log_()).argmax(-1) for part in parts]
     ).view(uniforms.shape)

@@ -63,11 +63,11 @@ class RandomCrop(Transform):
     size: int
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
-        size = self.size
-        check_sides(image, round(1.125 * size))
-        image = transforms.resize(image, round(1.125 * size), transforms.InterpolationMode.LANCZOS)
-        top, left = (int(generator.integers(side - size + 1)) for side in (image.height, image.width))
-        return transforms.pil_to_tensor(transforms.crop(image, top, left, size, size))
+        short = round(1.125 * self.size)
+        check_sides(image, short)
+        image = transforms.resize(image, short, transforms.InterpolationMode.LANCZOS)
+        top, left = (int(generator.integers(side - self.size + 1)) for side in (image.height, image.width))
+        return transforms.pil_to_tensor(transforms.crop(image, top, left, self.size, self.size))
 
 
 @dataclass(frozen=True)

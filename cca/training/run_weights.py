@@ -36,7 +36,7 @@ class ChosenWeights:
         """Name of each class, [num_classes]: of a run's own classes the folders', of others the model's."""
         names = [class_name(label, model.num_classes) for label in range(model.num_classes)]
         weights = self.state[0].parent if self.state else self.files.weights
-        if isinstance(weights, Path) and (config := read_own_json(weights.with_name("config.json"))):
+        if weights and (config := read_own_json(weights.with_name("config.json"))):
             folders = class_folders(config.get("data")) or {}
             for label, name in own_names(folders, model.num_classes).items():
                 names[label] = name
@@ -48,7 +48,7 @@ class ChosenWeights:
         Returns what is noted of its files. Raises UserError.
         """
         files = self.files.fill(model)
-        described = {**files.describe(), "weights": self.given[1]}
+        described = {**files.known(), "weights": self.given[1]}
         if self.state:
             try:
                 described["weights_sha256"] = load_run_weights(model, *self.state)

@@ -48,9 +48,8 @@ def default_loaders() -> int:
     Where there are GPUs, this process's share of the cores that it may use, MOST_LOADERS at most; none
     where there is no shared memory for them.
     """
-    if not torch.cuda.is_available() or not os.path.isdir("/dev/shm"):
-        return 0
-    if shutil.disk_usage("/dev/shm").total < LOADERS_MEMORY:
+    has_shared_memory = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").total >= LOADERS_MEMORY
+    if not torch.cuda.is_available() or not has_shared_memory:
         return 0
     local = os.environ.get("LOCAL_WORLD_SIZE", "")  # processes that torchrun started on this machine
     processes = max(1, int(local) if local.isdigit() else 1)

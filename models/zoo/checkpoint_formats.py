@@ -17,20 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.utils.errors import UserError
 from models.utils.files import atomic_write, file_sha256, parse_json, write_binary
-from models.zoo.hub import downloaded
 
-# Where the published files and trainers keep the state dict, at most so deep.
+# Where the published files and trainers keep the state dict.
 WRAPPERS = ("model", "module", "state_dict", "trainer", "var_wo_ddp")
-DEEPEST = 8
-# What DistributedDataParallel puts in front of every key, and what torch.compile, FSDP and activation
-# checkpointing put anywhere inside.
-PREFIX = "module."
+# What torch.compile, FSDP and activation checkpointing put anywhere inside a key.
 INSERTED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # What may stand beside the tensors: LlamaGen's options, and numpy's numbers as PyTorch's documentation
 # allows them (https://docs.pytorch.org/docs/stable/notes/serialization.html).
@@ -79,7 +76,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
                 "content and are never loaded; if you trust the file, write its tensors alone to another: "
                 "torch.save(torch.load(FILE, weights_only=False)['model'], OTHER)"
             ) from None
-        again = f"; delete {path.resolve()} to have it downloaded again" if downloaded(path) else ""
+        is_download = path.is_relative_to(constants.HF_HUB_CACHE)
+        again = f"; delete {path.resolve()} to have it downloaded again" if is_download else ""
         raise UserError(
             f"{path}: not a weights file (.pt, .pth or .safetensors), or truncated or damaged{again}"
         ) from None
@@ -159,7 +157,7 @@ def _read(files: list[Path]) -> tuple[Any, str | None]:
     wrappers: list[str] = []
     while (
         isinstance(content, dict)
-        and len(wrappers) < DEEPEST  # it may hold itself
+        and len(wrappers) < 8  # it may hold itself
         and (inner := next((k for k in WRAPPERS if isinstance(content.get(k), dict)), None))
     ):
         content = content[inner]
@@ -192,8 +190,8 @@ def _tensors(content: Any, path: Path, size: int) -> dict[str, Tensor]:
         if name in plain:
             raise UserError(f"{path}: holds {name} twice, once as {key}")
         plain[name] = tensor
-    while all(key.startswith(PREFIX) for key in plain):
-        plain = {key.removeprefix(PREFIX): tensor for key, tensor in plain.items()}
+    while all(key.startswith("module.") for key in plain):  # of DistributedDataParallel
+        plain = {key.removeprefix("module."): tensor for key, tensor in plain.items()}
     return plain
 
 
@@ -225,25 +223,23 @@ def is_constant(key: str) -> bool:
 def mismatch(module: nn.Module, state: dict[str, Tensor]) -> str | None:
     """The first few missing, unexpected, wrongly shaped and wrongly typed tensors; None if all fit."""
     own = {k: v for k, v in module.state_dict().items() if not is_constant(k)}
-    missing = [k for k in own if k not in state]
-    unexpected = [k for k in state if k not in own and not is_constant(k)]
-    both = {k: (state[k], own[k]) for k in own if k in state}
-    shapes = [
-        f"{k} {list(a.shape)} instead of {list(b.shape)}" for k, (a, b) in both.items() if a.shape != b.shape
-    ]
-    types = [f"{k} {a.dtype}" for k, (a, b) in both.items() if a.is_floating_point() != b.is_floating_point()]
-    kinds = (
-        ("missing", missing),
-        ("unexpected", unexpected),
-        ("wrongly shaped", shapes),
-        ("wrongly typed", types),
-    )
-    return (
-        "; ".join(
-            f"{len(n)} {kind} ({', '.join(n[:3])}{', …' if len(n) > 3 else ''})" for kind, n in kinds if n
-        )
-        or None
-    )
+    both = [(k, state[k], own[k]) for k in own if k in state]
+    kinds = {
+        "missing": [k for k in own if k not in state],
+        "unexpected": [k for k in state if k not in own and not is_constant(k)],
+        "wrongly shaped": [
+            f"{k} {list(a.shape)} instead of {list(b.shape)}" for k, a, b in both if a.shape != b.shape
+        ],
+        "wrongly typed": [
+            f"{k} {a.dtype}" for k, a, b in both if a.is_floating_point() != b.is_floating_point()
+        ],
+    }
+    problems = (f"{len(n)} {kind} ({_first_three(n)})" for kind, n in kinds.items() if n)
+    return "; ".join(problems) or None
+
+
+def _first_three(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def approximate_size(module: nn.Module) -> int:
@@ -257,7 +253,7 @@ def approximate_size(module: nn.Module) -> int:
 def not_finite(state: dict[str, Tensor]) -> str | None:
     """The first few tensors that hold NaN or infinity; None if there are none. Reads all, copies nothing."""
     wrong = [k for k, v in state.items() if not is_constant(k) and not _is_finite(v)]
-    return ", ".join(wrong[:3]) + (", …" if len(wrong) > 3 else "") or None
+    return _first_three(wrong) or None
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -281,8 +277,7 @@ def fit_weights(
     ``source`` is named in errors, ``what`` names the module there; ``guess`` may name the model that
     wrong weights belong to. Raises UserError.
     """
-    problem = mismatch(module, state)
-    if problem:
+    if problem := mismatch(module, state):
         other = guess(state)
         raise UserError(
             f"{source}: does not fit {what}: tensors {problem}"

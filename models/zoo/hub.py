@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import (
-    constants,
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
@@ -21,11 +20,6 @@ from models.utils.errors import UserError
 from models.utils.files import existing_part, reason, size_text, writing
 
 ASSETS = Path(__file__).parents[2] / "assets"
-
-
-def downloaded(path: Path) -> bool:
-    """Whether a path leads into the hub's cache."""
-    return path.is_relative_to(constants.HF_HUB_CACHE)
 
 
 @dataclass(frozen=True)
@@ -53,13 +47,11 @@ def require_space(downloads: Sequence[Download]) -> None:
     for file in downloads:
         folder = existing_part(file.folder)
         free = shutil.disk_usage(folder).free
+        wanted = f"{file.option}: {file.name} is to be downloaded"
         if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():
-            problem = f"{folder} is no folder that may be written to"
-        elif needed[folder] > free:
-            problem = f"(~{size_text(file.size)}), {folder} has {size_text(free)} free"
-        else:
-            continue
-        raise UserError(f"{file.option}: {file.name} is to be downloaded {problem}")
+            raise UserError(f"{wanted}, {folder} is no folder that may be written to")
+        if needed[folder] > free:
+            raise UserError(f"{wanted} (~{size_text(file.size)}), {folder} has {size_text(free)} free")
 
 
 @dataclass(frozen=True)

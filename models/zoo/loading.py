@@ -15,22 +15,15 @@ from models.zoo.checkpoint_formats import (
     approximate_size,
     load_weights,
     mismatch,
-    weights_files,
     weights_sha256,
 )
 from models.zoo.hub import Download, WeightsFile
 from models.zoo.registry import TOKENIZERS, ZOO, ZooEntry
 
-WEIGHTS_OPTIONS = ("--weights", "--tokenizer-weights")
-
 
 def numbers(module: nn.Module) -> int:
     """Parameters of a module."""
     return sum(p.numel() for p in module.parameters())
-
-
-def parameter_count(module: nn.Module) -> str:
-    return f"{numbers(module) / 1e6:,.1f} M"
 
 
 def model_names(backbone: type[ARImageModel] | None = None) -> list[str]:
@@ -46,29 +39,65 @@ def zoo_entry(name: str) -> ZooEntry:
 
 
 @dataclass(frozen=True)
-class ModelFiles:
-    """What a model is made of: its row, image size, tokenizer and the two weights files (None: not needed).
+class LocatedFile:
+    """A weights file that was looked up once, so that its hash is computed once.
 
-    A WeightsFile may have to be downloaded yet; ``fetch`` does it, and leaves paths alone.
+    option: where a user may give a path. name: as messages call the file. path: where it is on this machine;
+    None for a published file that is to be downloaded.
+    """
+
+    option: str
+    name: str
+    path: Path | None
+    published: WeightsFile | None = None
+
+    @functools.cached_property
+    def sha256(self) -> str | None:
+        """Hash of a file that is on this machine; of large files it takes seconds."""
+        return weights_sha256(self.path) if self.path else None
+
+    def fetch(self) -> "LocatedFile":
+        """Return the file on this machine, downloaded if need be. Raises UserError."""
+        if self.path or not self.published:
+            return self
+        return replace(self, path=self.published.fetch(self.option))
+
+    def text(self, given: str | None = None) -> str:
+        """Return what a plan shows; ``given`` is the file's name as the user gave it."""
+        shown = self.name if given in (None, self.name) else f"{given}: {self.name}"
+        return f"{shown}, sha256 {self.sha256[:12]}" if self.sha256 else f"{shown}, to be downloaded"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a model is made of: its row, image size, tokenizer and the two weights files.
+
+    transformer_file: None where the tokenizer alone is needed. tokenizer_file: None where it has no weights.
     """
 
     name: str
     image_size: int
     tokenizer: str
-    weights: Path | WeightsFile | None
-    tokenizer_weights: Path | WeightsFile | None
+    transformer_file: LocatedFile | None
+    tokenizer_file: LocatedFile | None
 
-    def fetch(self) -> "ModelFiles":
-        """The same with all files on this machine. Raises UserError for one that cannot be had."""
-        weights, tokenizer = (
-            file.fetch(option) if isinstance(file, WeightsFile) else file
-            for option, file in zip(WEIGHTS_OPTIONS, (self.weights, self.tokenizer_weights))
-        )
-        return replace(self, weights=weights, tokenizer_weights=tokenizer)
+    @property
+    def weights(self) -> Path | None:
+        """The transformer's weights on this machine."""
+        return self.transformer_file.path if self.transformer_file else None
 
     def build(self) -> ARImageModel:
         """The model without weights, as ``build_model`` makes it."""
         return build_model(self.name, self.image_size, self.tokenizer)
+
+    def fetch(self) -> "ModelFiles":
+        """The same with all files on this machine. Raises UserError for one that cannot be had."""
+        transformer, tokenizer = self.transformer_file, self.tokenizer_file
+        return replace(
+            self,
+            transformer_file=transformer and transformer.fetch(),
+            tokenizer_file=tokenizer and tokenizer.fetch(),
+        )
 
     def fill(self, model: ARImageModel) -> "ModelFiles":
         """Fetch the files and give the model that they built its weights, mapped where a file allows it.
@@ -78,72 +107,46 @@ class ModelFiles:
         """
         fetched = self.fetch()
         for module, file, what in (
-            (model.transformer, fetched.weights, self.name),
-            (model.tokenizer, fetched.tokenizer_weights, f"the tokenizer of {self.name}"),
+            (model.transformer, fetched.transformer_file, self.name),
+            (model.tokenizer, fetched.tokenizer_file, f"the tokenizer of {self.name}"),
         ):
-            if isinstance(file, Path):
-                load_weights(module, file, what, recognise)
+            if file and file.path:
+                load_weights(module, file.path, what, recognise)
         model.tokenizer.requires_grad_(False)
         model.eval()
         return fetched
 
-    def describe(self) -> dict:
-        """Provenance for config.json and samples.json, of files that are here."""
-        return {
+    def known(self) -> dict:
+        """Provenance for config.json and samples.json, without the hashes of files that are not here yet."""
+        known = {
             "model": self.name,
             "image_size": self.image_size,
-            "weights_sha256": _sha256(self.weights),
-            "tokenizer_sha256": _sha256(self.tokenizer_weights),
+            "weights_sha256": self.transformer_file and self.transformer_file.sha256,
+            "tokenizer_sha256": self.tokenizer_file and self.tokenizer_file.sha256,
         }
-
-    def known(self) -> dict:
-        """What ``describe`` says and will say, without the hashes of files that are not here yet."""
-        return {key: value for key, value in self.describe().items() if value is not None}
+        return {key: value for key, value in known.items() if value is not None}
 
     def plan(self, model: ARImageModel, weights: str | None, instead: str | None = None) -> dict[str, str]:
         """What is shown before the work (see ``cca.cli.plan``); ``weights`` as the user named them.
 
         instead: what is taken instead of a weights file.
         """
-        rows = {"model": f"{self.name}, {parameter_count(model.transformer)} parameters, "
+        rows = {"model": f"{self.name}, {numbers(model.transformer) / 1e6:,.1f} M parameters, "
                 f"{self.image_size} x {self.image_size} pixels, {model.sequence_length} tokens"}  # fmt: skip
-        if instead:
-            rows["weights"] = instead
-        elif self.weights:
-            rows["weights"] = _shown(self.weights, weights)
-        if self.tokenizer_weights:
-            rows["tokenizer"] = _shown(self.tokenizer_weights)
+        if text := instead or (self.transformer_file and self.transformer_file.text(weights)):
+            rows["weights"] = text
+        if self.tokenizer_file:
+            rows["tokenizer"] = self.tokenizer_file.text()
         return rows
 
     def downloads(self, model: ARImageModel) -> list[Download]:
         """Files that ``fetch`` would download, and about how large they are."""
-        files = (self.weights, self.tokenizer_weights)
+        files = ((self.transformer_file, model.transformer), (self.tokenizer_file, model.tokenizer))
         return [
-            Download(str(file), approximate_size(module), Path(constants.HF_HUB_CACHE), option)
-            for option, file, module in zip(WEIGHTS_OPTIONS, files, (model.transformer, model.tokenizer))
-            if isinstance(file, WeightsFile) and not file.cached()
+            Download(file.name, approximate_size(module), Path(constants.HF_HUB_CACHE), file.option)
+            for file, module in files
+            if file and not file.path
         ]
-
-
-def _sha256(file: Path | WeightsFile | None) -> str | None:
-    """Hash of a file that is on this machine; None for others."""
-    path = file.cached() if isinstance(file, WeightsFile) else file
-    if path is None:
-        return None
-    about = [part.stat() for part in weights_files(path)]
-    return _hash_once(path, tuple((each.st_ino, each.st_size, each.st_mtime_ns) for each in about))
-
-
-@functools.lru_cache
-def _hash_once(path: Path, state: tuple) -> str:
-    """Of files in that state: a plan and a record take the hash, which of large files takes seconds."""
-    return weights_sha256(path)
-
-
-def _shown(file: Path | WeightsFile, name: str | None = None) -> str:
-    digest = _sha256(file)
-    said = f"{name}: {file}" if name and name != str(file) else str(file)
-    return f"{said}, sha256 {digest[:12]}" if digest else f"{said}, to be downloaded"
 
 
 def find_files(
@@ -179,20 +182,20 @@ def find_files(
     if TOKENIZERS[tokenizer].backbone is not entry.backbone:
         raise UserError(f"--tokenizer-weights: {tokenizer} is no tokenizer of {name}")
     tokenizers = {n: row.weights for n, row in TOKENIZERS.items() if row.backbone is entry.backbone}
-    file = _published_or_path("--weights", weights, published) if weights else None
-    tokenizer_file = _published_or_path("--tokenizer-weights", given, tokenizers)
-    return ModelFiles(name, size, tokenizer, file, tokenizer_file)
+    transformer_file = _locate("--weights", weights, published) if weights else None
+    return ModelFiles(
+        name, size, tokenizer, transformer_file, _locate("--tokenizer-weights", given, tokenizers)
+    )
 
 
-def _published_or_path(
-    option: str, text: str, published: Mapping[str, WeightsFile | None]
-) -> Path | WeightsFile | None:
+def _locate(option: str, text: str, published: Mapping[str, WeightsFile | None]) -> LocatedFile | None:
     """The published file of that name, else the path; raises UserError where nothing is there."""
     if text in published:
-        return published[text]
+        file = published[text]
+        return LocatedFile(option, str(file), file.cached(), file) if file else None
     if not Path(text).exists():
         raise UserError(f"{option}: {text}: no such file, nor one of {', '.join(published)}")
-    return Path(text)
+    return LocatedFile(option, str(Path(text)), Path(text))
 
 
 def build_model(

@@ -182,10 +182,6 @@ def _vq(multipliers: tuple[int, ...]) -> llamagen.TokenizerConfig:
     return llamagen.TokenizerConfig(AutoencoderConfig(128, multipliers, 256, LLAMAGEN_KEYS))
 
 
-def _bundled(name: str) -> WeightsFile:
-    return WeightsFile(f"{name}.safetensors")
-
-
 _VAR_REPOSITORY = "FoundationVision/var"
 _VAR_VAE = WeightsFile("vae_ch160v4096z32.pth", _VAR_REPOSITORY)
 _LLAMAGEN_REPOSITORY = "FoundationVision/LlamaGen"
@@ -203,14 +199,14 @@ TOKENIZERS: dict[str, TokenizerEntry] = {
         var.TokenizerConfig(
             AutoencoderConfig(32, (1, 1, 2), 16, VAR_KEYS, blocks=1), (1, 2, 3, 4, 6, 8), vocab_size=512
         ),
-        _bundled("var-mini-tokenizer"),
+        WeightsFile("var-mini-tokenizer.safetensors"),
     ),
     "llamagen-mini-tokenizer": TokenizerEntry(
         LlamaGen,
         llamagen.TokenizerConfig(
             AutoencoderConfig(32, (1, 1, 2), 32, LLAMAGEN_KEYS, blocks=1), vocab_size=512
         ),
-        _bundled("llamagen-mini-tokenizer"),
+        WeightsFile("llamagen-mini-tokenizer.safetensors"),
     ),
 }
 
@@ -306,7 +302,7 @@ ZOO: dict[str, ZooEntry] = {
         VAR,
         var.TransformerConfig(dim=64, depth=2, heads=4, vocab_size=512, num_classes=10),
         "var-mini-tokenizer",
-        {32: _bundled("var-mini")},
+        {32: WeightsFile("var-mini.safetensors")},
         {
             "cca": _mini(0.05, 10, 1e-3, 64, 2.0),
             "sft": _mini(0.05, 10, 1e-3, 64, 2.0),
@@ -322,7 +318,7 @@ ZOO: dict[str, ZooEntry] = {
             dim=64, layers=2, heads=4, grid=8, vocab_size=512, num_classes=10, dropout=0.0
         ),
         "llamagen-mini-tokenizer",
-        {32: _bundled("llamagen-mini")},
+        {32: WeightsFile("llamagen-mini.safetensors")},
         {
             "cca": _mini(0.2, 10, 5e-4, 128, 1.0),
             "sft": _mini(0.2, 10, 5e-4, 128, 1.0),
