@@ -76,11 +76,17 @@ def test_folder_may_move_but_not_change(disk):
 
 
 def test_extraction_does_not_go_on_with_other_images(disk, monkeypatch):
-    def interrupt(model, images):
-        raise KeyboardInterrupt
+    encode, calls = ARImageModel.encode, []
 
+    def interrupted(model, images):
+        calls.append(images)
+        if len(calls) == 2:  # the first part is stored
+            raise KeyboardInterrupt
+        return encode(model, images)
+
+    monkeypatch.setattr(extract_codes, "CHUNK", 8)
     with monkeypatch.context() as patch:
-        patch.setattr(ARImageModel, "encode", interrupt)
+        patch.setattr(ARImageModel, "encode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             extract("few.npz")
     shutil.copy("few.npz", "other.npz")

@@ -13,6 +13,7 @@ from torch import nn
 
 import models.log_likelihood
 import models.utils.precision
+from cca.cli.output import Output
 from cca.config import TrainingConfig
 from cca.data.datasets import ImageArray
 from cca.distributed import Processes
@@ -20,7 +21,7 @@ from cca.losses import pair_labels
 from cca.training.batch import Batch
 from cca.training.loader import Loader
 from cca.training.loop import train
-from cca.training.run_folder import RunFolder, describe
+from cca.training.run_folder import RunFolder, options_of_config
 from cca.training.schedule import lr_factor
 from cca.training.trainer import Trainer
 from models import ARImageModel, UserError, load_model
@@ -147,7 +148,10 @@ def test_no_moment_of_a_step_loses_a_signal(tmp_path):
     def run(interrupt_at: int) -> tuple[list[str], int]:
         model, processes = load_model("var-mini"), InterruptedProcesses()
         config = replace(config_of("var", "cca"), batch_size=2)
-        folder = RunFolder(tmp_path / str(interrupt_at), processes, describe(config, {"model": "var-mini"}))
+        output = Output.run(tmp_path / str(interrupt_at), model.checkpoint_name)
+        options = {**options_of_config(config), "model": "var-mini"}
+        output.begin({"options": options})
+        folder = RunFolder(output.path, processes, options)
         processes.interrupt_at, processes.sums = interrupt_at, 0  # a run listens from its start on
         loader = Loader(ImageArray(Path(TRAIN), model), config, processes, model.null_class)
         train(Trainer(model, config, 2, processes), loader, folder, save_every=100, log_every=100)
