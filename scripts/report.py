@@ -5,6 +5,7 @@ A report states means ± standard deviations over the seeds.
 
 import datetime
 import platform
+import re
 import statistics
 from argparse import Namespace
 from collections.abc import Sequence
@@ -99,11 +100,9 @@ def processor() -> str:
     """What the machine calls its first GPU, or its CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)", file.read_text() if file.exists() else "", re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def on(rows: list[Row], series: str) -> list[Row]:
@@ -132,11 +131,6 @@ def with_best_guided(rows: list[Row], seeds: list[Figures]) -> list[Row]:
     return [rows[0], guided, *rows[1:]]
 
 
-def gap_closed(base: float, guided: float, cca: float) -> float:
-    """Share of the FID gap between base and best guided base that CCA closes without guidance."""
-    return (base - cca) / (base - guided)
-
-
 def quickstart_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
     """What was seen, and the paper's own range."""
 
@@ -146,7 +140,8 @@ def quickstart_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
     def ratio(a: str, b: str, metric: str = "fid") -> str:
         return spread([x / y for x, y in zip(values(a, metric), values(b, metric))], ".2f")
 
-    gaps = [gap_closed(*fids) for fids in zip(values("base"), values("guided"), values("cca"))]
+    fids = zip(values("base"), values("guided"), values("cca"))
+    gaps = [(base - cca) / (base - guided) for base, guided, cca in fids]
     recall = [a - b for a, b in zip(values("cca", "recall"), values("guided", "recall"))]
     times = ratio("cca", "guided", "seconds_per_image")
     remarks = [
