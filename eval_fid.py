@@ -20,9 +20,8 @@ from cca.cli.main import OnePart, play, run_command
 from cca.cli.output import Found, Output
 from cca.cli.parser import Parser, count
 from cca.cli.plan import add_dry_run_option, output_text
-from cca.data.image_sets import ImageSet, open_image_set
+from cca.data.image_sets import ImageSet, open_image_set, read_sampling_options, report_path
 from cca.data.labels import add_classes_option, read_classes
-from cca.data.sampling_report import read_sampling_options, report_path
 from cca.distributed import Processes
 from cca.evaluation.comparability import comparability, compare
 from cca.evaluation.evaluator import METRICS, Comparison, evaluate, extract, load_reference, timed

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from cca.cli.tables import markdown_table
-from cca.data.image_sets import ImageSet
-from cca.data.sampling_report import read_sampling_options
+from cca.data.image_sets import ImageSet, read_sampling_options
 from cca.evaluation.evaluator import METRICS, Comparison
 from cca.evaluation.features import Extractor
 from cca.evaluation.references import REFERENCE_IMAGES
