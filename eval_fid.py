@@ -119,8 +119,7 @@ def check_options(args: argparse.Namespace, output: Output | None) -> None:
 
 def check_count(images: ImageSet, processes: Processes) -> None:
     """Raise UserError for too few images to evaluate."""
-    least = max(5, processes.world)
-    if len(images) < least:
+    if len(images) < (least := max(5, processes.world)):
         raise UserError(f"{images.path}: holds {len(images)} images; at least {least} are needed")
 
 

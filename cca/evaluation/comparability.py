@@ -83,11 +83,10 @@ def compare(paths: list[Path]) -> str:
         cells = [
             f"{values[column]:.{METRICS[column].digits}f}" if column in values else "–" for column in columns
         ]
+        difference = ["–", "–"]
         if published is not None and "fid" in values:
-            cells += [f"{published:.2f}", f"{values['fid'] - published:+.3f}"]
-        else:
-            cells += ["–", "–"]
-        rows.append([name, *cells])
+            difference = [f"{published:.2f}", f"{values['fid'] - published:+.3f}"]
+        rows.append([name, *cells, *difference])
     return markdown_table(["samples", *columns, "published FID", "difference"], rows)
 
 
