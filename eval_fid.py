@@ -86,7 +86,7 @@ def resolve(args: argparse.Namespace, processes: Processes, found: Found) -> One
     # A published reference that is not on this machine yet comes later.
     if published is None or not published.downloads():
         reference = open_reference(args, processes)
-    rows, downloads = plan(args, samples, reference or published, processes)
+    rows, downloads = plan(args, samples, published if reference is None else reference, processes)
     return OnePart(rows, partial(work, args, samples, reference, processes), downloads)
 
 
