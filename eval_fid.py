@@ -20,9 +20,8 @@ from cca.cli.main import OnePart, play, run_command
 from cca.cli.output import Found, Output
 from cca.cli.parser import Parser, count
 from cca.cli.plan import add_dry_run_option, output_text
-from cca.data.image_sets import ImageSet, open_image_set
+from cca.data.image_sets import ImageSet, open_image_set, read_sampling_options, report_path
 from cca.data.labels import add_classes_option, read_classes
-from cca.data.sampling_report import read_sampling_options, report_path
 from cca.distributed import Processes
 from cca.evaluation.comparability import comparability, compare
 from cca.evaluation.evaluator import METRICS, Comparison, evaluate, extract, load_reference, timed
@@ -87,7 +86,7 @@ def resolve(args: argparse.Namespace, processes: Processes, found: Found) -> One
     # A published reference that is not on this machine yet comes later.
     if published is None or not published.downloads():
         reference = open_reference(args, processes)
-    rows, downloads = plan(args, samples, reference or published, processes)
+    rows, downloads = plan(args, samples, published if reference is None else reference, processes)
     return OnePart(rows, partial(work, args, samples, reference, processes), downloads)
 
 
@@ -120,8 +119,7 @@ def check_options(args: argparse.Namespace, output: Output | None) -> None:
 
 def check_count(images: ImageSet, processes: Processes) -> None:
     """Raise UserError for too few images to evaluate."""
-    least = max(5, processes.world)
-    if len(images) < least:
+    if len(images) < (least := max(5, processes.world)):
         raise UserError(f"{images.path}: holds {len(images)} images; at least {least} are needed")
 
 

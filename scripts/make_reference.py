@@ -97,10 +97,9 @@ def work(args: argparse.Namespace, images: ImageSet, processes: Processes) -> No
             spatial.add(found.spatial.numpy())
         kept += [image for i, image in enumerate(batch, index) if i in chosen]
         index += len(batch)
-    arrays = {}
-    arrays["mu"], arrays["sigma"] = total(pooled, processes)
+    arrays = dict(zip(("mu", "sigma"), total(pooled, processes)))
     if spatial.count:
-        arrays["mu_s"], arrays["sigma_s"] = total(spatial, processes)
+        arrays |= zip(("mu_s", "sigma_s"), total(spatial, processes))
     pixels = torch.from_numpy(np.stack(kept)) if kept else torch.empty(0, *images.size, 3, dtype=torch.uint8)
     gathered = processes.gather(pixels)
     if gathered is None:  # rank 0 has the images of all

@@ -26,8 +26,7 @@ def check_codes(codes: np.ndarray, path: Path, length: int, vocab_size: int) -> 
             f"--codes: {path} holds {codes.dtype} codes {list(codes.shape)}; "
             f"expected whole numbers, the model takes {length} per image"
         )
-    for start in range(0, len(codes), CHECKED_AT_ONCE):
-        part = codes[start : start + CHECKED_AT_ONCE]
+    for part in (codes[i : i + CHECKED_AT_ONCE] for i in range(0, len(codes), CHECKED_AT_ONCE)):
         if part.min() < 0 or part.max() >= vocab_size:
             raise UserError(
                 f"--codes: {path} holds codes from {part.min()} to {part.max()}, "

@@ -82,9 +82,8 @@ class ImageArray(LabelledDataset):
     def __init__(self, path: Path, model: ARImageModel):
         self.file = file = NpzImages(path)
         labels = file.labels()
-        if labels is None or len(labels) != len(file):
-            found = "no labels" if labels is None else f"{len(labels)} labels"
-            raise UserError(f"{path}: holds {len(file)} images (arr_0) and {found} (arr_1)")
+        if labels is None:
+            raise UserError(f"{path}: holds {len(file)} images (arr_0) and no labels (arr_1)")
         if len(file) and file.size != (model.image_size, model.image_size):
             raise UserError(
                 f"--data: {path} has images of {file.size[0]} x {file.size[1]}, "

@@ -5,8 +5,7 @@ import heapq
 import itertools
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -21,23 +20,6 @@ def shown(path: str | Path) -> str:
     """A path for a message: one line, whatever its name holds."""
     text = str(path)
     return text if text.isprintable() else ascii(text)
-
-
-@contextmanager
-def reading(path: Path, problem: str) -> Iterator[None]:
-    """Turn whatever a reader of damaged, encrypted or unknown data raises into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{shown(path)}: no such file") from None
-    except Exception as error:  # zipfile, its decompressors and numpy raise some ten kinds
-        kinds: dict[type, str] = {
-            RuntimeError: " (encrypted)",
-            NotImplementedError: " (its compression is not supported)",
-        }
-        raise UserError(f"{shown(path)}: {problem}{kinds.get(type(error), '')}") from None
 
 
 def read_image(path: str | Path) -> Image.Image:

@@ -19,15 +19,13 @@ from cca.data.image_folders import (
     find_images,
     fingerprint,
     read_image,
-    reading,
     shown,
     subfolders,
 )
 from cca.data.labels import number_classes, whole_numbers
-from cca.data.sampling_report import read_sampling_options
 from models import ZOO, UserError
 from models.transforms import centre_crop
-from models.utils.files import file_sha256
+from models.utils.files import file_sha256, finite_or_none, read_own_json
 from models.zoo.loading import build_model
 
 LARGEST_STATISTIC = 1e100  # of features in float32, and their squares; beyond, distances overflow
@@ -38,6 +36,37 @@ def to_uint8_tensor(images: np.ndarray) -> Tensor:
     """uint8 [N, H, W, 3] or grey [N, H, W] -> uint8 [N, 3, H, W]."""
     pixels = torch.from_numpy(images)
     return pixels[:, None].expand(-1, 3, -1, -1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+
+
+@contextmanager
+def reading(path: Path, problem: str) -> Iterator[None]:
+    """Turn whatever a reader of damaged, encrypted or unknown data raises into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{shown(path)}: no such file") from None
+    except Exception as error:  # zipfile, its decompressors and numpy raise some ten kinds
+        kinds: dict[type, str] = {
+            RuntimeError: " (encrypted)",
+            NotImplementedError: " (its compression is not supported)",
+        }
+        raise UserError(f"{shown(path)}: {problem}{kinds.get(type(error), '')}") from None
+
+
+def report_path(samples: Path) -> Path:
+    """Where ``sample.py`` describes an .npz of samples, or the folder that it was unpacked to."""
+    path = Path(os.path.abspath(samples))
+    return path.with_name(f"{path.name.removesuffix('.npz')}.json")
+
+
+def read_sampling_options(samples: Path) -> dict:
+    """The options that samples were made with, as ``sample.py`` wrote them beside an .npz (or what was
+    unpacked of it); empty where there is no such file, or another JSON."""
+    options = (read_own_json(report_path(samples)) or {}).get("options", {})
+    fits = isinstance(options.get("model", ""), str) and type(options.get("cfg_scale", 1)) in (int, float)
+    return options if fits and "num_samples" in options and finite_or_none(options) == options else {}
 
 
 class NpzImages:
@@ -55,12 +84,13 @@ class NpzImages:
         self.path = path
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{shown(path)}: is not a file")  # opening a pipe would wait for ever
+        self.shape: tuple[int, ...] = (0, 0, 0)
         with reading(path, "not a readable .npz file"), zipfile.ZipFile(path) as archive:
             self.names = [name.removesuffix(".npy") for name in archive.namelist()]
-        self.shape: tuple[int, ...] = (0, 0, 0)
-        if "arr_0" in self.names:
-            self.shape = self._shape_of_images()
-        elif not set(STATISTICS[:2]) <= set(self.names):
+            if "arr_0" in self.names:
+                with archive.open("arr_0.npy") as file:
+                    self.shape = self._shape_of_images(file)
+        if "arr_0" not in self.names and not set(STATISTICS[:2]) <= set(self.names):
             held = shown(", ".join(self.names[:4])) or "nothing"
             raise UserError(f"{path}: holds {held}; expected arr_0 (images) or mu and sigma")
         self.size = self.shape[1:3]  # height and width in pixels
@@ -75,9 +105,8 @@ class NpzImages:
         ):
             yield file
 
-    def _shape_of_images(self) -> tuple[int, ...]:
-        with self._opened("arr_0", "not a readable .npz file") as file:
-            shape, fortran, dtype = _read_header(file)
+    def _shape_of_images(self, file: IO[bytes]) -> tuple[int, ...]:
+        shape, fortran, dtype = _read_header(file)
         fits = len(shape) in (3, 4) and shape[3:] in ((), (3,)) and 0 not in shape[1:]
         if dtype != np.uint8 or not fits or fortran:
             order = " in Fortran order" if fortran else ""

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from cca.cli.tables import markdown_table
-from cca.data.image_sets import ImageSet
-from cca.data.sampling_report import read_sampling_options
+from cca.data.image_sets import ImageSet, read_sampling_options
 from cca.evaluation.evaluator import METRICS, Comparison
 from cca.evaluation.features import Extractor
 from cca.evaluation.references import REFERENCE_IMAGES
@@ -84,11 +83,10 @@ def compare(paths: list[Path]) -> str:
         cells = [
             f"{values[column]:.{METRICS[column].digits}f}" if column in values else "–" for column in columns
         ]
+        difference = ["–", "–"]
         if published is not None and "fid" in values:
-            cells += [f"{published:.2f}", f"{values['fid'] - published:+.3f}"]
-        else:
-            cells += ["–", "–"]
-        rows.append([name, *cells])
+            difference = [f"{published:.2f}", f"{values['fid'] - published:+.3f}"]
+        rows.append([name, *cells, *difference])
     return markdown_table(["samples", *columns, "published FID", "difference"], rows)
 
 
