@@ -237,6 +237,7 @@ def test_all_that_training_writes(folder, capsys):
 
 
 def test_no_more_than_there_is(folder, capsys):
+    """A micro-batch holds no more images than a batch."""
     train_var_cca.main(
         [*TRAIN, "0", "--batch-size", "4", "--micro-batch-size", "8", "--output", "r", "--dry-run"]
     )

@@ -184,7 +184,7 @@ def test_results_of_other_options_are_refused(tmp_path):
         pipeline(tmp_path, Pretender(), seed=1).claim()
     noted = json.loads((tmp_path / "options.json").read_text())
     (tmp_path / "options.json").write_text(json.dumps({**noted, "format": 2}))
-    with pytest.raises(UserError, match="holds results with format 2, not 1"):
+    with pytest.raises(UserError, match="holds format 2 instead of 1"):
         pipeline(tmp_path, Pretender()).claim()
 
 
