@@ -16,7 +16,7 @@ FILES = (ROOT / "tests" / "golden" / "published_files.txt").read_text().split()
 EVERYTHING = """
 from models.__main__ import main
 from models.zoo.loading import find_files
-from models.zoo import ZOO
+from models import ZOO
 for name, entry in ZOO.items():
     for weights, sizes in (("base", entry.base), ("cca", entry.cca)):
         for size, file in sizes.items():
