@@ -235,7 +235,7 @@ def fid_chart(path: Path, results: Results, over: str) -> None:
                 value = row.label.split()[-1].replace("guidance", "1")
                 axis.annotate(value, place, textcoords="offset points", xytext=(4, 5), fontsize=7)
         if by_scale:
-            axis.axhline(mean(seeds, on(rows, "recipe")[0], "fid"), linestyle=":", linewidth=1)
+            axis.axhline(mean(seeds, on(rows, "recipe")[0], "fid"), color="tab:gray", linestyle=":")
             axis.set_ylim(0)
         axis.set(title=model, xlabel=over, ylabel="FID")
         axis.legend(fontsize=8)
