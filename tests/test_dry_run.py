@@ -111,7 +111,7 @@ def test_sizes_and_room(folder, capsys, monkeypatch):
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
         sample.main([*command, "--dry-run"])
     assert "HF_HUB_OFFLINE is set, so they will be refused" in capsys.readouterr().out
-    monkeypatch.setattr("cca.cli.plan._free", lambda disk: 10**9)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**9, used=0, total=10**9))
     sample.main([*command, "--dry-run"])
     assert "1.0 GB are free" in (out := capsys.readouterr().out) and "too little" in out
     with pytest.raises(UserError, match=r"--weights: .*var_d16.pth is to be downloaded \(~1.2 GB\)"):
@@ -145,7 +145,7 @@ def test_what_cannot_be_evaluated_is_refused_before_the_plan(folder, capsys):
         (convert_weights.main, ["no.pt", "m.pth"], "no.pt"),
         (
             extract_codes.main,
-            ["--model", "llamagen-l", "--data", "nothing", "--output", "codes"],
+            ["--model", "llamagen-l", "--data", "nothing", "--output", "new-codes"],
             "nothing",
         ),
     ],

@@ -338,7 +338,7 @@ def check_space(output: Output, needed: int, what: str) -> None:
 
 def differing(before: Mapping, now: Mapping) -> list[str]:
     """Return the options that differ, each as "NAME BEFORE instead of NOW"; one side may know fewer."""
-    now = json.loads(json.dumps(now))  # as it reads back: tuples become lists
+    before, now = json.loads(json.dumps([before, now]))  # as they read back: tuples become lists
     both = [name for name in now if name in before and name not in NOT_COMPARED]
     changed = [name for name in both if before[name] != now[name]]
     return [f"{name} {before[name]} instead of {now[name]}" for name in changed]

@@ -55,7 +55,7 @@ def test_hosts_tell_each_other_nothing_by_way_of_their_gpus(monkeypatch):
     assert processes.digest(lambda: "abc") == "abc"
     processes.barrier()
     assert processes.gather(torch.ones(3, 2)).tolist() == [[1.0, 1.0]] * 3
-    assert len(exchanged) >= 12 and set(exchanged) == {"cpu"}
+    assert len(exchanged) >= 8 and set(exchanged) == {"cpu"}
 
 
 def test_a_gpu_without_room_for_a_context(monkeypatch):
@@ -97,7 +97,7 @@ def test_a_rank_without_a_rendezvous_is_refused(variables, message, monkeypatch)
 def test_an_interface_that_gloo_does_not_have(tmp_path):
     """What NCCL is told holds for gloo, which would else choose one itself."""
     (tmp_path / "meet.py").write_text(
-        "import os\nfrom models.utils.errors import run_command\nfrom cca.distributed import Processes\n"
+        "import os\nfrom cca.cli.main import run_command\nfrom cca.distributed import Processes\n"
         "run_command(lambda: Processes() and print(os.environ['GLOO_SOCKET_IFNAME']))\n"
     )
     found = run(tmp_path / "meet.py", processes=2, PYTHONPATH=".", NCCL_SOCKET_IFNAME="lo")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import sys
 sys.path.insert(0, {root!r})
 import eval_fid
 from cca.evaluation.references import REFERENCES, PublishedReference
-from models.utils.errors import run_command
+from cca.cli.main import run_command
 REFERENCES["imagenet256"] = PublishedReference({address!r}, 256)
 run_command(eval_fid.main)
 """
@@ -78,7 +79,7 @@ def test_dry_run_tells_of_the_download(server, tmp_path, monkeypatch, capsys):
     cached(tmp_path).parent.mkdir(parents=True)
     with open(cached(tmp_path).parent / f".{NAME}.part", "wb") as part:
         part.truncate(1_500_000_000)
-    monkeypatch.setattr("cca.cli.plan._free", lambda _: 10**9)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**9, used=0, total=10**9))
     eval_fid.main(OPTIONS)
     out = capsys.readouterr().out
     assert f"~532 MB: {REFERENCES['imagenet256'].address}" in out and "which is enough" in out

@@ -57,19 +57,6 @@ def drawn(monkeypatch):
     return calls
 
 
-def test_a_resumed_run_draws_all_of_its_steps(disk, drawn):
-    """Those that an earlier version logged as well, under one set of names, rewards times beta."""
-    before = [json.loads(line) for line in (disk / "run-var" / "metrics.jsonl").read_text().splitlines()]
-    train("run-var", "--ema", "0.9")
-    ((path, found, title),) = drawn
-    assert str(path) == "run-var/curves.png" and title == "specimen-var, cca (β = 0.1, λ = 10), batch 8"
-    assert [row["step"] for row in found] == [1, 2, 3, 4]
-    for row, old in zip(found[:2], before):
-        assert row["rewards/accuracies"] == old["accuracy"]
-        assert row["rewards/margins"] == 0.1 * old["margin"] and "margin" not in row
-    assert found[2].keys() - found[0].keys() == {"logps/chosen", "logps/rejected", "rewards/null"}
-
-
 def test_a_finished_run_is_left_as_it_is(disk, drawn, capsys):
     train("run")
     before = {path: path.read_bytes() for path in (disk / "run").rglob("*") if path.is_file()}

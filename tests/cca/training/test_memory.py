@@ -7,9 +7,10 @@ import pytest
 import torch
 from specimens import weights
 
-import cca.training.loop as command
+import cca.training.loop as loop
 import train_llamagen_cca
-from cca.training.memory import fitting_micro_batch, peak_rate
+from cca.training.memory import peak_rate
+from cca.training.setup import Training
 from cca.training.trainer import Trainer
 from models.utils.errors import UserError, one_line
 
@@ -43,9 +44,9 @@ def test_rates_of_gpus(name, rate, monkeypatch):
 
 @pytest.mark.parametrize("loss, passes", [("cca", 4), ("sft", 3)])
 def test_share_of_the_rate(loss, passes, disk, monkeypatch):
-    monkeypatch.setattr(command, "peak_rate", lambda device: 1e12)
-    shown, own = [], command.show
-    monkeypatch.setattr(command, "show", lambda *given: (shown.append(given[1]), own(*given)))
+    monkeypatch.setattr(loop, "peak_rate", lambda device: 1e12)
+    shown, own = [], loop.show
+    monkeypatch.setattr(loop, "show", lambda *given: (shown.append(given[1]), own(*given)))
     train("--loss", loss, "--output", "run", *(["--lr", "1e-3"] if loss == "sft" else []))
     dim, length, matrices = 32, 16, 2 * (4 * 32 * 32 + 3 * 32 * 256) + 32 * 16
     forward = 2 * length * matrices + 2 * 4 * length**2 * dim
@@ -79,16 +80,6 @@ def test_memory_that_runs_out_is_one_line(place, option, remedy, disk, monkeypat
     )
 
 
-def test_the_smallest_of_what_fits_the_gpus(monkeypatch, capsys):
-    """Each process measures, at most its share of the batch."""
-    asked, two = [], SimpleNamespace(each=lambda own: [own, 3], device=GPU, main=True)
-    monkeypatch.setattr(command, "fitting_micro_batch", lambda trainer, most: asked.append(most) or most)
-    trainer = SimpleNamespace(processes=two)
-    command.choose_micro_batch(trainer, 8)
-    assert asked == [8] and trainer.micro_batch_size == 3
-    assert "micro-batch of 3 images, which the memory holds" in capsys.readouterr().out
-
-
 def pretend_memory(monkeypatch, each: float, total: float):
     """A GPU that a micro-batch takes so many bytes of for each image."""
     run = []
@@ -112,11 +103,13 @@ def pretend_memory(monkeypatch, each: float, total: float):
 def test_the_chosen_micro_batch(each, chosen, tried, disk, monkeypatch):
     """It is measured before the first step, which it leaves as it was."""
     run = pretend_memory(monkeypatch, each, 100e6)
-    monkeypatch.setattr(
-        command,
-        "choose_micro_batch",
-        lambda trainer, most: setattr(trainer, "micro_batch_size", fitting_micro_batch(trainer, most)),
-    )
+    work = Training.work
+
+    def measured_work(job):
+        job.is_fixed = False
+        return work(job)
+
+    monkeypatch.setattr(Training, "work", measured_work)
     arguments = ["--codes=codes", "--max-steps", "2", "--batch-size", "8", "--output", "measured"]
     train_llamagen_cca.main([*weights("llamagen"), *arguments])
     assert run == [*tried, *[chosen] * (2 * 8 // chosen)]

@@ -10,7 +10,8 @@ from commands import ROOT, environment
 from models.utils.errors import UserError, one_line
 
 PRINTS = """
-from models.utils.errors import UserError, run_command
+from cca.cli.main import run_command
+from models.utils.errors import UserError
 def main():
     for i in range(20_000):
         print("line \\u2013", i, flush=i % 100 == 0)
@@ -67,7 +68,7 @@ def test_a_terminal_without_these_letters(tmp_path, variables):
 
 def test_what_no_check_foresaw_of_the_disk_is_one_line(tmp_path):
     path = str(tmp_path / ("x" * 300))
-    code = f"from models.utils.errors import run_command; run_command(lambda: open({path!r}, 'w'))"
+    code = f"from cca.cli.main import run_command; run_command(lambda: open({path!r}, 'w'))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: ") and "File name too long" in result.stderr
