@@ -4,276 +4,288 @@
     python -m benchmarks.gpu --list
     python -m benchmarks.gpu --only sample-var-d16-free-eager --only decode-var-256
 
-Weights are random, so nothing is downloaded. Rows are written one by one: a run that is cut off keeps
-what it has, and a row that is run again replaces the old one. Each row may take its share of
+Weights are random, so nothing is downloaded. Every row runs in a process of its own; --jobs rows are
+prepared and compiled side by side, then measured one after the other. Each may take its share of
 --minutes and what earlier ones left; one that fails or takes longer says so, and the next goes on.
-Times are medians after a warm-up, waits for the GPU included; compiling has a column of its own:
-seconds by which the first run was longer, while --jobs rows did so at once. The
-shares are of what this very card allows (benchmarks/limits.py) with its bandwidth and its bfloat16
-products, which are measured first. The last column is the run, told above the table.
+
+Times are medians after a warm-up and include waiting for the GPU. Compiling has a column of its own:
+seconds by which the first run was longer, side by side with others. The shares are of what this very card
+allows (benchmarks/workloads.py): its bandwidth and its rates of matmuls are measured first. Rows whose
+matmuls and convolutions are in float32, which a GPU rounds to TF32 (encoding, LlamaGen's decoder), are
+compared with the rate of TF32, the others with that of bfloat16.
 """
 
-import datetime
-import gc
+import math
 import multiprocessing
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor import config
+from torch import Tensor
+from torch._inductor import config as inductor
 
-from benchmarks.gpu_rows import KINDS, Prepared, Row, rows
-from benchmarks.limits import Card, measure_card, synchronise
-from benchmarks.report import Report
-from benchmarks.train_step import peak_and_base, reset_peak
-from models import UserError
+from benchmarks.table import Report, make_parser, select
+from benchmarks.workloads import (
+    Card,
+    Work,
+    measure_card,
+    random_batch,
+    random_model,
+    recipe_config,
+    sampling_work,
+    timed,
+    tokenizer_work,
+    training_work,
+)
+from cca.data.sources import to_tokens
+from cca.distributed import Processes
+from cca.sampling.compiled import CompiledGenerate
+from cca.sampling.sampler import SampleRequest, decode_tokens, eager_generate, prepare, sample_tokens
+from cca.training.trainer import Trainer
+from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError
+from models.devices import allow_tf32
 from models.errors import run_command
-from models.options import Parser, count, number
+from models.options import count, number
 
-TITLE = """# On a GPU
-
-Written by `python -m benchmarks.gpu`, which says what the columns mean."""
+OUTPUT = Path("results/gpu.md")
+SAMPLED, TRAINED = ("llamagen-b", "llamagen-xl", "var-d16", "var-d30"), ("llamagen-l", "var-d16")
+TOKENIZERS = {  # model, tokenizer, and so many images that the decoder's batches are full
+    "llamagen-384": ("llamagen-b", None, 56),
+    "var-256": ("var-d16", None, 64),
+    "llamagen-384-finer": ("llamagen-b", "vq_ds8_c2i", 56),
+    "var-512": ("var-d36", None, 32),
+}
+MINI = ("llamagen-mini", "var-mini")
 COLUMNS = (
     "row", "images at once", "images/s", "peak memory, GB", "share of the limit by bytes",
     "by FLOPs", "compiling, s",
 )  # fmt: skip
-LONGEST_MEASURED = 3.0  # seconds of timed rounds in a row
-PATIENCE = 2.5  # a row may take so many times its even share of the time that is left
-WAITED = 0.6  # of its time a group compiles before those that are ready are measured
+LONGEST_MEASURED, MOST_ROUNDS = 2.0, 20  # seconds of timed rounds of a row
+PATIENCE = 2.5  # a group of rows may take so many times its even share of the time that is left
+PREPARING = 0.7  # of that time, before its rows are measured
 COMPILERS = 4  # processes that compile for a row: by default each would start one for every core
 
 
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    synchronise(device)
-    began = time.perf_counter()
-    run()
-    synchronise(device)
-    return time.perf_counter() - began
+@dataclass(frozen=True)
+class Row:
+    """``kind``: sample, train, decode or encode; ``images`` at once, in training per micro-batch."""
+
+    name: str
+    kind: str
+    model: str
+    images: int
+    tokenizer: str | None = None
+    guided: bool = False
+    compiled: bool = False
 
 
-def prepared(row: Row, device: torch.device) -> tuple[Prepared, float]:
-    """A row ready to be timed, and seconds of its first run, which picks kernels, gets memory, compiles."""
-    gc.collect()  # what is left of the row before
-    torch.cuda.empty_cache()  # other processes need it
-    torch.manual_seed(0)
-    found = KINDS[row.kind](row, device)
-    return found, timed(found.run, device)
+def rows(small: bool) -> dict[str, Row]:
+    """All rows in the order in which they run; those that compile, which takes longest, come last."""
+    sampled, trained, tokenizers, images, micro_batch = SAMPLED, TRAINED, TOKENIZERS, 64, 16
+    if small:
+        sampled, trained, tokenizers = MINI, MINI, {name: (name, None, 2) for name in MINI}
+        images = micro_batch = 2
+    found = [Row(f"train-{name}", "train", name, micro_batch) for name in trained]
+    for name, guided in product(sampled, (False, True)):
+        way = "guided" if guided else "free"
+        found.append(Row(f"sample-{name}-{way}-eager", "sample", name, images, guided=guided))
+    for kind, (name, (model, tokenizer, number_of)) in product(("decode", "encode"), tokenizers.items()):
+        found.append(Row(f"{kind}-{name}", kind, model, number_of, tokenizer))
+    decoders = [f"decode-{name}" for name in [*tokenizers][:2]]
+    found += [
+        replace(row, name=f"{row.name.removesuffix('-eager')}-compiled", compiled=True)
+        for row in found
+        if row.kind in ("sample", "train") or row.name in decoders
+    ]
+    return {row.name: row for row in found}
 
 
-def measure(
-    row: Row, ready: Prepared, first: float, device: torch.device, card: Card, allowed: float
-) -> list[str]:
-    """The cells of a row; ``allowed``: seconds it should take."""
-    reset_peak()
-    began = time.perf_counter()
-    seconds = [timed(ready.run, device)]
-    end = began + min(allowed, LONGEST_MEASURED)
-    while len(seconds) < row.rounds and time.perf_counter() + seconds[-1] < end:
-        seconds.append(timed(ready.run, device))
+@dataclass(frozen=True)
+class Prepared:
+    """What a row runs, which may leave work queued, of how many images, and what they need at least."""
+
+    run: Callable[[], object]
+    images: int
+    work: Work
+
+
+def precision(row: Row, device: torch.device) -> str:
+    return ZOO[row.model].recipes["cca"].dtype if device.type == "cuda" else "float32"
+
+
+def request_of(row: Row, model: ARImageModel, device: torch.device) -> SampleRequest:
+    """With the settings of the published samples, guided or not."""
+    settings, options = ZOO[row.model].published, SamplingOptions(2.0)
+    if settings:
+        options = SamplingOptions(settings.cfg_scale, top_k=settings.top_k, top_p=settings.top_p)
+    scale = options.cfg_scale if row.guided else 1.0
+    options = replace(options, cfg_scale=scale, cfg_schedule=model.default_cfg_schedule)
+    size = settings.eval_size if settings else None
+    classes = tuple(range(model.num_classes))
+    return SampleRequest(row.images, classes, "balanced", 0, size, precision(row, device), options)
+
+
+def sampling(row: Row, device: torch.device) -> Prepared:
+    model = random_model(row.model, device)
+    request = request_of(row, model, device)
+    prepare(model, request.dtype, device, row.compiled)
+    generate = eager_generate(model, request)
+    if row.compiled:
+        generate = CompiledGenerate(model, request.sampling, request.dtype, row.images, device)
+    work = sampling_work(model, row.images, request.sampling, DTYPES[request.dtype])
+
+    def run() -> Tensor:
+        return sample_tokens(model, range(row.images), request, device, generate)
+
+    return Prepared(run, row.images, work)
+
+
+def training(row: Row, device: torch.device) -> Prepared:
+    """An optimizer step of CCA on two micro-batches."""
+    model, images = random_model(row.model, device), 2 * row.images
+    config = recipe_config(row.model, images, precision(row, device))
+    trainer = Trainer(model, config, row.images, Processes(), compile=row.compiled)
+    batch = random_batch(model, torch.zeros(images, dtype=torch.bool))
+    work = training_work(model, images, 2, DTYPES[config.dtype])
+    return Prepared(lambda: trainer.optimizer_step(0, batch), images, work)
+
+
+def decoding(row: Row, device: torch.device) -> Prepared:
+    model = random_model(row.model, device, tokenizer=row.tokenizer)
+    request = request_of(row, model, device)
+    tokens = torch.randint(0, model.vocab_size, (row.images, model.sequence_length), device=device)
+    prepare(model, request.dtype, device, row.compiled)
+    dtype = DTYPES[request.dtype if model.decodes_in_half_precision else "float32"]
+    work = tokenizer_work(row.model, row.tokenizer, False, row.images, dtype)
+    return Prepared(lambda: decode_tokens(model, tokens, request), row.images, work)
+
+
+def encoding(row: Row, device: torch.device) -> Prepared:
+    """As training on images does it."""
+    model = random_model(row.model, device, tokenizer=row.tokenizer)
+    pixels = torch.randint(0, 256, (row.images, 3, model.image_size, model.image_size), dtype=torch.uint8)
+    work = tokenizer_work(row.model, row.tokenizer, True, row.images, torch.float32)
+    return Prepared(lambda: to_tokens(model, pixels, device), row.images, work)
+
+
+KINDS = {"sample": sampling, "train": training, "decode": decoding, "encode": encoding}
+
+
+def measure(row: Row, prepared: Prepared, first: float, card: Card) -> list[str]:
+    """The cells of a row; ``first``: seconds of its first run, which picks kernels and compiles."""
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = [timed(prepared.run)]
+    while len(seconds) < MOST_ROUNDS and sum(seconds) + seconds[-1] < LONGEST_MEASURED:
+        seconds.append(timed(prepared.run))
     median = statistics.median(seconds)
-    by_bytes, by_flops = card.shares(ready.work, median)
+    by_bytes, by_flops = card.shares(prepared.work, median)
     return [
         str(row.images),
-        f"{ready.images / median:.4g}",
-        f"{peak_and_base()[0] / 1e9:.2f}",
+        f"{prepared.images / median:.4g}",
+        f"{torch.cuda.max_memory_allocated() / 1e9:.2f}" if gpu else "",
         f"{by_bytes:.1%}",
         f"{by_flops:.1%}",
         f"{first - median:.1f}" if row.compiled else "",
     ]
 
 
-def work_through(connection: Connection, card: Card | None) -> None:
-    """The child process: rows in, each measured when told so; the card, unless given, is measured first."""
-    config.compile_threads = COMPILERS
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    card = card or measure_card(device)
-    connection.send(card)
-    while (row := connection.recv()) is not None:
-        try:
-            ready, first = prepared(row, device)
-            connection.send(None)
-            connection.send(measure(row, ready, first, device, card, connection.recv()))
-            del ready
-        except Exception as error:  # whatever a row raises is its result
-            message = " ".join(str(error).split()).replace("|", "/")[:160]
-            connection.send(f"{type(error).__name__}: {message}")
-
-
-class Worker:
-    """A child process, so that an error of the GPU, or a row that takes too long, ends with it.
-
-    Raises UserError where it cannot even measure the card.
-    """
-
-    def __init__(self, card: Card | None = None):
-        self.connection, theirs = multiprocessing.Pipe()
-        context = multiprocessing.get_context("spawn")
-        self.process = context.Process(target=work_through, args=(theirs, card), daemon=True)
-        self.process.start()
-        theirs.close()
-        try:
-            self.card: Card = self.connection.recv()
-        except EOFError:
-            raise UserError("the rows cannot be run: measuring the device failed, as said above") from None
-
-    @property
-    def alive(self) -> bool:
-        return self.process.is_alive()
-
-    def prepare(self, row: Row) -> None:
-        """Begin a row; ``ready`` waits until it can be measured."""
-        self.connection.send(row)
-
-    def has_answered(self, end: float) -> bool:
-        """Whether something has been sent until then (``time.monotonic``)."""
-        return self.connection.poll(max(end - time.monotonic(), 0))
-
-    def ready(self, end: float) -> str | None:
-        """Why there will be nothing to measure (then the process has ended), or None; see ``answer``."""
-        return self.answer(end)
-
-    def measured(self, end: float) -> list[str] | str:
-        """The cells of a row, or why there are none; then the process has ended."""
-        self.connection.send(max(end - time.monotonic(), 0))
-        return self.answer(end + LONGEST_MEASURED)
-
-    def answer(self, end: float) -> Any:
-        """What the process sends until then (``time.monotonic``)."""
-        try:
-            if not self.has_answered(end):
-                self.end()
-                return "took more than its time"
-            result = self.connection.recv()
-        except EOFError:
-            self.process.join()
-            return f"the process ended with status {self.process.exitcode}"
-        if isinstance(result, str):
-            self.end()
-        return result
-
-    def end(self) -> None:
-        """At once, whatever it does."""
-        self.process.kill()
-        self.process.join()
-
-    def close(self) -> None:
-        """Let it end by itself."""
-        if self.alive:
-            self.connection.send(None)
-            self.process.join(timeout=20)
-        self.end()
-
-
-def driver() -> str:
-    """The GPU driver's version, as far as it can be known."""
+def work(connection: Connection, row: Row, card: Card) -> None:
+    """In a child process: prepare a row, say so (None), and send its cells when told to measure it."""
+    inductor.compile_threads = COMPILERS
     try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown"
+        device = Processes().device
+        allow_tf32(device)
+        prepared = KINDS[row.kind](row, device)
+        first = timed(prepared.run)
+        connection.send(None)
+        connection.recv()
+        connection.send(measure(row, prepared, first, card))
+    except Exception as error:  # whatever a row raises is its result
+        message = " ".join(str(error).split()).replace("|", "/")[:160]
+        connection.send(f"{type(error).__name__}: {message}")
 
 
-def machine() -> str:
-    if not torch.cuda.is_available():
-        return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    return f"{torch.cuda.get_device_name()}, driver {driver()}, torch {torch.__version__}"
+def start(row: Row, card: Card) -> tuple[BaseProcess, Connection]:
+    """A child process at work on a row: an error of the GPU, or a row that takes too long, ends with it."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(theirs, row, card), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
 
 
-def note(card: Card, argv: list[str] | None) -> str:
-    command = shlex.join(["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)])
-    kind = "bfloat16" if torch.cuda.is_available() else "float32"
-    return (
-        f"{datetime.date.today()}, `{command}`. Measured: {card.bandwidth / 1e12:.3g} TB/s in copying, "
-        f"{card.rate / 1e12:.3g} TFLOP/s in {kind} products."
-    )
-
-
-def chosen(names: list[str] | None, small: bool) -> list[Row]:
-    """The rows of --only, or all. Raises UserError."""
-    known = {row.name: row for row in rows(small)}
-    for name in names or ():
-        if name not in known:
-            raise UserError(f"--only: no row is called {name!r}; --list names them")
-    return [row for name, row in known.items() if not names or name in names]
+def answer(connection: Connection, end: float) -> Any:
+    """What a child process sends until ``end`` (of ``time.monotonic``); a str says why it is of no use."""
+    try:
+        if connection.poll(max(end - time.monotonic(), 0)):
+            return connection.recv()
+        return "took more than its time"
+    except EOFError:
+        return "its process ended"
 
 
 def in_groups(todo: list[Row], jobs: int) -> list[list[Row]]:
-    """Rows that are prepared at once, ``jobs`` at most: those that compile; others are alone."""
-    groups: list[list[Row]] = []
-    for row in todo:
-        if row.compiled and groups and groups[-1][0].compiled and len(groups[-1]) < jobs:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
+    """Rows that are prepared side by side, at most ``jobs``; rows of one kind, which need about as much
+    memory, are spread over the groups."""
+    groups = []
+    for compiled in (False, True):
+        part = [row for row in todo if row.compiled == compiled]
+        size = math.ceil(len(part) / jobs)
+        groups += [part[start::size] for start in range(size)]
     return groups
 
 
-def run(group: list[Row], workers: list[Worker], card: Card, end: float) -> Iterator[tuple[Row, list[str]]]:
-    """Prepare the rows of a group side by side, then measure one after the other; their cells.
-
-    workers: those that wait for work; whoever can work again is left there.
-    """
-    working = []
-    for row in group:
-        worker = workers.pop() if workers else Worker(card)
-        worker.prepare(row)
-        working.append((row, worker))
-    # What compiles for long is left to, and the others are measured meanwhile.
-    now = time.monotonic()
-    soon = now + (end - now) * (1 if len(group) == 1 else WAITED)
-    late = [pair for pair in working if not pair[1].has_answered(soon)]
-    for row, worker in [*(pair for pair in working if pair not in late), *late]:
-        result = worker.ready(end) or worker.measured(end)
-        yield row, [str(row.images), f"failed: {result}"] if isinstance(result, str) else result
-        if row.compiled:
-            worker.close()  # CUDA graphs keep their memory
-        elif worker.alive:
-            workers.append(worker)
-
-
-def make_parser() -> Parser:
-    parser = Parser(__doc__, "benchmarks.gpu")
-    add = parser.add_argument
-    add("--only", action="append", metavar="ROW", help="this row alone; may be given several times")
-    add("--list", action="store_true", help="print the names of the rows")
-    add("--output", type=Path, default=Path("results/gpu.md"), metavar="FILE", help="default %(default)s")
-    add("--minutes", type=number(0.1), default=9.5, help="for all rows together (default %(default)s)")
-    add(
-        "--jobs", type=count(), default=4,
-        help="rows that are compiled at once (default %(default)s, for 80 GB)",
-    )  # fmt: skip
-    add("--small", action="store_true", help="the bundled mini models, to try the command; also on a CPU")
-    return parser
+def run_group(group: list[Row], card: Card, seconds: float) -> Iterator[tuple[str, list[str]]]:
+    """Prepare the rows side by side, then measure one after the other; yields name and cells of each."""
+    began = time.monotonic()
+    children = [start(row, card) for row in group]
+    problems = [answer(connection, began + PREPARING * seconds) for _, connection in children]
+    for (process, _), problem in zip(children, problems):
+        if problem:
+            process.kill()
+    for row, (process, connection), problem in zip(group, children, problems):
+        if not problem:
+            connection.send(None)
+        result = problem or answer(connection, began + seconds)
+        process.kill()
+        process.join()
+        yield row.name, [str(row.images), f"failed: {result}"] if isinstance(result, str) else result
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    todo = chosen(args.only, args.small)
+    parser = make_parser(__doc__, "benchmarks.gpu", OUTPUT)
+    add = parser.add_argument
+    add("--minutes", type=number(0.1), default=9.5, help="for all rows together (default %(default)s)")
+    jobs = "rows that are prepared and compiled side by side (default %(default)s, for 80 GB)"
+    add("--jobs", type=count(), default=4, help=jobs)
+    args = parser.parse_args(argv)
+    todo = select(rows(args.small), args.only)
     if args.list:
-        print("\n".join(row.name for row in todo))
+        print("\n".join(todo))
         return
     if not args.small and not torch.cuda.is_available():
         raise UserError("--small: there is no GPU; without one the mini models alone are measured")
-    end, workers = time.monotonic() + 60 * args.minutes, [Worker()]
-    card, groups = workers[0].card, in_groups(todo, args.jobs)
-    report = Report(args.output, TITLE, machine(), note(card, argv), COLUMNS)
+    path = args.output or (None if args.only or args.small else OUTPUT)
+    report = Report(path, "On a GPU", args.command)
+    end, card = time.monotonic() + 60 * args.minutes, measure_card(Processes().device)
+    torch.cuda.empty_cache()  # for the child processes
+    rates = f"{card.half / 1e12:.3g} TFLOP/s of bfloat16 and {card.single / 1e12:.3g} of TF32 matmuls"
+    note = f"Measured: {card.bandwidth / 1e12:.3g} TB/s of copying, {rates} (on a CPU float32)."
+    report.table("Rows", note, COLUMNS)
+    groups = in_groups([*todo.values()], args.jobs)
     for place, group in enumerate(groups):
-        left = end - time.monotonic()
-        rows_left = sum(map(len, groups[place:]))
-        allowed = min(left, PATIENCE * left * len(group) / rows_left)
-        late = ((row, [str(row.images), "failed: no time was left"]) for row in group)
-        for row, cells in run(group, workers, card, time.monotonic() + allowed) if allowed > 0 else late:
-            report.put(row.name, cells)
-            print(f"{row.name}: {', '.join(filter(None, cells))}", flush=True)
-    for worker in workers:
-        worker.close()
+        left, rows_left = end - time.monotonic(), sum(map(len, groups[place:]))
+        for name, cells in run_group(group, card, min(left, PATIENCE * left * len(group) / rows_left)):
+            report.row(name, *cells)
 
 
 if __name__ == "__main__":

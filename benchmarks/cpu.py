@@ -1,0 +1,271 @@
+"""Sampling, a training step, evaluation and loading on this machine's CPU, some beside the plain way.
+
+    python -m benchmarks.cpu                  # all rows, into results/cpu.md
+    python -m benchmarks.cpu --small          # the bundled mini models, a minute: before and after a change
+    python -m benchmarks.cpu --list
+    python -m benchmarks.cpu --only sample-var-d16 --only train-var-d16 --rounds 5
+
+Weights are random, files and images are made up. Every row runs in a process of its own.
+
+sample: tokens of a batch, free and guided, beside a plain, eager implementation of the published procedure:
+LlamaGen attends to a cache of full length behind a mask; VAR computes each block's adaptive LayerNorm vectors
+at every level, and runs the unconditional half of the batch even without guidance. Both ways take turns with
+the same weights and random numbers, and their tokens are compared.
+
+train: an optimizer step of CCA with the likelihoods chunked, as the trainer has them, and the plain way:
+whole logits, log_softmax, gather.
+
+evaluate: ``eval_fid.py`` on .npz files, with the bundled features.
+
+load: ``load_model`` of weights files as published, in half precision, and as .safetensors; each weight is
+read once.
+"""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import eval_fid
+from benchmarks.table import Report, make_parser, select
+from benchmarks.workloads import random_batch, random_model, recipe_config, timed
+from cca.distributed import Processes
+from cca.training.trainer import Trainer
+from models import DTYPES, ARImageModel, ARTransformer, SamplingOptions, autocast, load_model
+from models.cache import LayerCache
+from models.decoding import draw_tokens, filter_logits
+from models.errors import run_command
+from models.llamagen import Attention, LlamaGen, rotate
+from models.options import count
+from models.var import VAR
+from models.weights import save_published, save_safetensors
+
+OUTPUT = Path("results/cpu.md")
+CPU = torch.device("cpu")
+Lines = list[list[str]]  # cells of the lines of a row
+
+
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result in a fresh process: memory is its own, and what is patched ends with it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.cpu"])  # imported once, which takes long, for all
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def memory(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def time_and_memory(run: Callable[[], object]) -> tuple[float, int]:
+    """Seconds of one call, and its peak of resident memory in bytes above what was held before."""
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from the resident size of now
+    held = memory("VmRSS")
+    return timed(run), memory("VmHWM") - held
+
+
+@torch.inference_mode()
+def plain_var(model: ARImageModel, labels: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
+    net, steps = model.transformer, len(model.step_sizes)
+    doubled = torch.cat([labels, torch.full_like(labels, model.null_class)])
+    kept, tokens = model.begin(doubled), labels.new_empty(len(labels), 0)
+    for step, size in enumerate(model.step_sizes):
+        state, done = net.condition(doubled, precompute=False), tokens.shape[1]
+        state.cache, state.reconstruction = kept.cache, kept.reconstruction
+        cond, uncond = model.next_logits(state, step, tokens.repeat(2, 1)).chunk(2)
+        kept, strength = state, options.scale_at(step, steps) - 1
+        logits = filter_logits((1 + strength) * cond - strength * uncond, options)
+        tokens = torch.cat([tokens, draw_tokens(logits, uniforms[:, done : done + size])], dim=1)
+    return tokens
+
+
+def full_length_attention(self: Attention, x: Tensor, table: Tensor, cache: LayerCache) -> Tensor:
+    """Attention over the whole preallocated cache, masked behind the current position."""
+    q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k = rotate(q, table), rotate(k, table)
+    for stored, new in ((cache.keys, k), (cache.values, v)):
+        if cache.filled == 0:
+            stored.zero_()  # a mask does not hide what is not a number
+        stored[:, :, cache.filled : cache.filled + 1] = new
+    mask = (torch.arange(cache.keys.shape[2]) <= cache.filled)[None, None, None]
+    out = F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=mask)
+    return self.wo(out.transpose(1, 2).flatten(2))
+
+
+def plain_llamagen(model: ARImageModel, labels: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
+    with mock.patch.object(Attention, "forward", full_length_attention):
+        return model.generate(labels, uniforms, options)
+
+
+PLAIN = {VAR: plain_var, LlamaGen: plain_llamagen}
+
+
+def sample(name: str, image_size: int | None, images: int, dtype: str, rounds: int) -> Lines:
+    model = random_model(name, CPU, image_size)
+    model.transformer.store_matrices(DTYPES[dtype])
+    labels = torch.arange(images) % model.num_classes
+    uniforms = torch.rand(images, model.sequence_length, dtype=torch.float64)
+    cells, ways = [str(images)], (PLAIN[type(model)], type(model).generate)
+    for scale in (1.0, 2.0):
+        options = SamplingOptions(scale, model.default_cfg_schedule)
+        seconds, tokens = {way: [] for way in ways}, {}
+        for way in ways * rounds:
+            began = time.perf_counter()
+            with autocast(CPU, dtype):
+                tokens[way] = way(model, labels, uniforms, options)
+            seconds[way].append(time.perf_counter() - began)
+        plain, ours = (images / statistics.median(seconds[way]) for way in ways)
+        differ = (tokens[ways[0]] != tokens[ways[1]]).float().mean().item()
+        cells += [f"{plain:.4g}", f"{ours:.4g}", f"{ours / plain:.2f}", f"{differ:.2%}"]
+    few = tokens[ways[1]][:8]
+    with torch.inference_mode():
+        decoding = timed(lambda: model.decode(few)) / len(few)
+    return [[*cells, f"{decoding:.3g}"]]
+
+
+def plain_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].sum(1)
+
+
+def plain_forward(self: ARTransformer, labels: Tensor, inputs: Tensor, tokens: Tensor) -> Tensor:
+    """The published way: all logits at once, in float32."""
+    return plain_logprob(self.logits(labels, inputs), tokens)
+
+
+def measure_steps(plain: bool, name: str, image_size: int | None, images: int, rounds: int) -> list[float]:
+    """In a child: seconds of an optimizer step, and its peak in MB above what was held before; medians."""
+    if plain:
+        ARTransformer.forward = plain_forward
+    model = random_model(name, CPU, image_size)
+    trainer = Trainer(model, recipe_config(name, images, "float32"), images, Processes())
+    batch = random_batch(model, torch.zeros(images, dtype=torch.bool))
+    trainer.optimizer_step(0, batch)  # makes the optimizer's moments
+    found = [time_and_memory(lambda: trainer.optimizer_step(1, batch)) for _ in range(rounds)]
+    seconds, peaks = zip(*found)
+    return [statistics.median(seconds), statistics.median(peaks) / 1e6]
+
+
+def train(*arguments: Any) -> Lines:
+    seconds, peaks = zip(*(in_child(measure_steps, plain, *arguments) for plain in (True, False)))
+    cells = [f"{value:.3g}" for value in (*seconds, seconds[1] / seconds[0])]
+    return [[*cells, *(f"{value:.3g}" for value in (*peaks, peaks[1] / peaks[0]))]]
+
+
+def evaluate(images: int, reference_images: int, size: int, rounds: int) -> Lines:
+    """Of images of noise; by part of the work."""
+    generator = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        os.environ["XDG_CACHE_HOME"] = folder  # else features that are stored there would be taken
+        for name, number in (("samples", images), ("reference", reference_images)):
+            noise = generator.integers(0, 256, (number, size, size, 3), np.uint8)
+            np.savez(f"{folder}/{name}.npz", noise)
+        files = ["--samples", f"{folder}/samples.npz", "--reference", f"{folder}/reference.npz"]
+        options = ["--features", "mini", "--metrics", "fid,is,precision,recall"]
+        eval_fid.main([*files, *options, "--output", f"{folder}/result.json"])
+        seconds = json.loads(Path(folder, "result.json").read_text())["seconds"]
+    return [[part, f"{value:.2f}"] for part, value in seconds.items()]
+
+
+FORMATS = {
+    "pt": (save_published, torch.float32),
+    "pt, half precision": (save_published, torch.float16),
+    "safetensors": (save_safetensors, torch.float32),
+}
+
+
+def read_weights(name: str, files: tuple[str, str]) -> None:
+    for parameter in load_model(name, *files).parameters():
+        parameter.detach().sum()
+
+
+def load(name: str, rounds: int) -> Lines:
+    lines = []
+    for form, (save, dtype) in FORMATS.items():
+        model = random_model(name, CPU).to(dtype)
+        size = sum(4 * parameter.numel() for parameter in model.parameters())
+        with tempfile.TemporaryDirectory() as folder:
+            files = f"{folder}/model", f"{folder}/tokenizer"
+            save(model.transformer.state_dict(), Path(files[0]))
+            save(model.tokenizer.state_dict(), Path(files[1]))
+            del model
+            _, peak = time_and_memory(partial(read_weights, name, files))
+        lines.append([form, f"{size / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{peak / size:.2f}"])
+    return lines
+
+
+# By the first word of a row's name: what measures it, of its arguments and --rounds; heading, note, columns.
+PARTS: dict[str, tuple[Callable[..., Lines], str, str, tuple[str, ...]]] = {
+    "sample": (
+        sample, "Sampling", "Images/s of tokens, the plain way and ours; seconds of decoding an image.",
+        ("row", "images at once", "free, plain", "ours", "ratio", "tokens that differ", "guided, plain",
+         "ours", "ratio", "tokens that differ", "decoding"),
+    ),
+    "train": (
+        train, "A training step", "Seconds and peak memory (MB) with likelihoods the plain way and chunked.",
+        ("row", "seconds, plain", "chunked", "ratio", "peak, plain", "chunked", "ratio"),
+    ),
+    "evaluate": (evaluate, "Evaluation", "By part of the work.", ("row", "part", "seconds")),
+    "load": (
+        load, "Loading weights", "1.00 is the loaded weights (float32) alone.",
+        ("row", "format", "weights, GB", "peak above what was held, GB", "ratio"),
+    ),
+}  # fmt: skip
+ROWS: dict[str, tuple] = {
+    "sample-llamagen-b-256": ("llamagen-b", 256, 16, "float32"),
+    "sample-llamagen-b-256-bfloat16": ("llamagen-b", 256, 16, "bfloat16"),
+    "sample-var-d16": ("var-d16", None, 8, "float32"),
+    "sample-var-d16-bfloat16": ("var-d16", None, 8, "bfloat16"),
+    "sample-llamagen-mini": ("llamagen-mini", None, 64, "float32"),
+    "sample-var-mini": ("var-mini", None, 64, "float32"),
+    "train-llamagen-b": ("llamagen-b", None, 2),
+    "train-var-d16": ("var-d16", None, 2),
+    "train-llamagen-mini": ("llamagen-mini", None, 64),
+    "train-var-mini": ("var-mini", None, 64),
+    "evaluate": (50_000, 10_000, 128),
+    "evaluate-mini": (2_000, 1_000, 32),
+    "load-llamagen-xl": ("llamagen-xl",),
+    "load-var-d30": ("var-d30",),
+    "load-llamagen-mini": ("llamagen-mini",),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__, "benchmarks.cpu", OUTPUT)
+    parser.add_argument("--rounds", type=count(), default=3, help="timed rounds (default %(default)s)")
+    args = parser.parse_args(argv)
+    rows = {name: row for name, row in ROWS.items() if "mini" in name or not args.small}
+    todo = select(rows, args.only)
+    if args.list:
+        print("\n".join(todo))
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    report = Report(args.output or (None if args.only or args.small else OUTPUT), "On a CPU", args.command)
+    before = None
+    for name, arguments in todo.items():
+        measure, *table = PARTS[name.split("-")[0]]
+        if measure is not before:
+            report.table(*table)
+            before = measure
+        for cells in in_child(measure, *arguments, args.rounds):
+            report.row(name, *cells)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,80 @@
+"""What both benchmarks share: their options, and the file of tables that they write."""
+
+import datetime
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from models import UserError
+from models.files import atomic_write
+from models.options import Parser
+
+Row = TypeVar("Row")
+
+
+def make_parser(description: str | None, module: str, output: Path) -> Parser:
+    """A parser with the options of both; ``output``: the file that a run of all rows writes."""
+    parser = Parser(description or "", module)
+    add = parser.add_argument
+    add("--only", action="append", metavar="ROW", help="this row alone; may be given several times")
+    add("--list", action="store_true", help="print the names of the rows")
+    add("--small", action="store_true", help="rows of the bundled mini models alone")
+    default = f"{output} for all rows; of a part of them the tables are only printed"
+    add("--output", type=Path, metavar="FILE", help=f"Markdown file to replace (default: {default})")
+    return parser
+
+
+def select(rows: Mapping[str, Row], names: Sequence[str] | None) -> dict[str, Row]:
+    """The rows of --only, in the order in which they run, or all. Raises UserError."""
+    for name in names or ():
+        if name not in rows:
+            raise UserError(f"--only: no row is called {name!r}; --list names them")
+    return {name: row for name, row in rows.items() if not names or name in names}
+
+
+def machine() -> str:
+    """The GPU and its driver, or the CPU and its threads."""
+    if torch.cuda.is_available():
+        query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+        return f"{torch.cuda.get_device_name()}, driver {subprocess.getoutput(query).splitlines()[0]}"
+    names = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+class Report:
+    """Tables in Markdown, printed and written row by row: a run that is cut off keeps what it has."""
+
+    def __init__(self, path: Path | None, title: str, command: str):
+        """
+        Args:
+            path: the file, which is replaced; None: the tables are only printed.
+            title: heading of the file.
+            command: what was typed after ``python``.
+        """
+        self.path, self.text, self.columns = path, "", 0
+        versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+        self.write(f"# {title}\n\n`python {command}`, {datetime.date.today()}: {machine()}, {versions}.")
+
+    def table(self, heading: str, note: str, columns: Sequence[str]) -> None:
+        """Begin a table below a heading and a note."""
+        self.columns = len(columns)
+        self.write(f"\n## {heading}\n\n{note}\n")
+        self.row(*columns)
+        self.write(f"{'|---' * len(columns)}|")
+
+    def row(self, *cells: str) -> None:
+        """Add a row to the table; cells that are missing at its end stay empty."""
+        self.write(f"| {' | '.join([*cells, *[''] * (self.columns - len(cells))])} |")
+
+    def write(self, text: str) -> None:
+        """Print lines and add them to the file."""
+        print(text, flush=True)
+        self.text += f"{text}\n"
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.path, lambda temporary: temporary.write_text(self.text))
