@@ -11,31 +11,25 @@ precision, recall and KID; imagenet256 and imagenet512 are guided-diffusion's, d
 Prints a table, writes JSON, and says what makes a figure not comparable with published ones.
 """
 
+import argparse
 import os
+from functools import partial
 from pathlib import Path
 
-from cca.data.classes import add_classes_option, read_classes
-from cca.data.image_sets import open_image_set
-from cca.data.sampling_report import report_path
+from cca.cli.main import OnePart, play, run_command
+from cca.cli.output import Found, Output
+from cca.cli.parser import Parser, count
+from cca.cli.plan import add_dry_run_option, output_text
+from cca.data.image_sets import ImageSet, open_image_set, read_sampling_options, report_path
+from cca.data.labels import add_classes_option, read_classes
 from cca.distributed import Processes
 from cca.evaluation.comparability import comparability, compare
-from cca.evaluation.evaluator import (
-    METRICS,
-    Comparison,
-    Stopwatch,
-    check_count,
-    evaluate,
-    extract,
-    load_reference,
-)
-from cca.evaluation.features import FEATURE_BYTES, add_features_options, features_plan, make_extractor
-from cca.evaluation.references import REFERENCE_IMAGES, REFERENCES, find_reference
-from models import UserError
-from models.errors import run_command
-from models.files import write_json, writing
-from models.options import Parser, count
-from models.outputs import check_output
-from models.plan import add_dry_run_option, output_text, show_plan, size_text
+from cca.evaluation.evaluator import METRICS, Comparison, evaluate, extract, load_reference, timed
+from cca.evaluation.features import Extractor, add_features_options, features_plan
+from cca.evaluation.references import REFERENCES, PublishedReference, find_reference
+from models.utils.errors import UserError
+from models.utils.files import write_json
+from models.zoo.hub import Download
 
 
 def make_parser() -> Parser:
@@ -48,7 +42,11 @@ def make_parser() -> Parser:
         help="what they are held against: a published reference, or one of your own",
     )
     add_features_options(parser)
-    add("--metrics", help=f"comma-separated, of {', '.join(METRICS)} (default: all that the files give)")
+    add(
+        "--metrics",
+        type=metric_names,
+        help=f"comma-separated, of {', '.join(METRICS)} (default: all that the files give)",
+    )
     add(
         "--resize",
         type=count(),
@@ -68,86 +66,120 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    if args.compare:
-        print(compare(args.compare))
-        return
+def metric_names(text: str) -> tuple[str, ...]:
+    """The argparse type of --metrics."""
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in METRICS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(METRICS)}")
+    return names
+
+
+def resolve(args: argparse.Namespace, processes: Processes, found: Found) -> OnePart:
+    """Open the samples and the reference, and plan their evaluation. Raises UserError."""
+    samples = open_image_set(args.samples, args.resize, args.workers, read_classes(args.classes_from))
+    check_count(samples, processes)
+    labels = samples.labels()
+    if labels is not None and labels.min() < 0:
+        raise UserError(f"{args.samples}: arr_1 holds class {labels.min()}; classes start at 0")
+    published, reference = args.published, None
+    # A published reference that is not on this machine yet comes later.
+    if published is None or not published.downloads():
+        reference = open_reference(args, processes)
+    rows, downloads = plan(args, samples, published if reference is None else reference, processes)
+    return OnePart(rows, partial(work, args, samples, reference, processes), downloads)
+
+
+def check_options(args: argparse.Namespace, output: Output | None) -> None:
+    """Find the reference: ``args.published`` if its name is given, its path in ``args.reference``.
+
+    Raises UserError for options that do not go together, and for an output that may not be written.
+    """
     for option in ("samples", "reference"):
         if getattr(args, option) is None:
             raise UserError(f"--{option}: is required")
-    published = find_reference(args.reference)
-    args.reference = published.path if published else Path(args.reference)
-    metrics = tuple(args.metrics.split(",")) if args.metrics is not None else None
-    unknown = [name for name in metrics or () if name not in METRICS]
-    if unknown:
-        raise UserError(f"--metrics: {unknown[0]!r} is not one of {', '.join(METRICS)}")
-    if args.output and args.output.resolve() == report_path(args.samples).resolve():
-        raise UserError(
-            f"--output: {args.output} is where sample.py describes the samples; take another name"
-        )
+    args.published = find_reference(args.reference)
+    args.reference = args.published.path if args.published else Path(args.reference)
     if args.resize and not any(os.path.isdir(path) for path in (args.samples, args.reference)):
         raise UserError("--resize: cuts images of folders; those of an .npz are taken as they are")
-    given = read_classes(args.classes_from)
-    if given is not None and not os.path.isdir(args.samples):
+    if args.classes_from and not os.path.isdir(args.samples):
         raise UserError(
             f"--classes-from: goes with a folder of samples; the labels of {args.samples} are arr_1"
         )
-    if args.output:
-        check_output("--output", args.output, {"--samples": args.samples, "--reference": args.reference})
-    samples = open_image_set(args.samples, args.resize, args.workers, given)
-    awaited = published.downloads() if published else []
-    reference_images = None if awaited else open_image_set(args.reference, args.resize, args.workers)
-    labels = samples.labels()
-    if labels is not None and len(labels) != len(samples):
-        raise UserError(f"{args.samples}: arr_0 has {len(samples)} images, arr_1 {len(labels)} labels")
-    if labels is not None and len(labels) and labels.min() < 0:
-        raise UserError(f"{args.samples}: arr_1 holds class {labels.min()}; classes start at 0")
-    processes = Processes()
-    check_count(samples, processes)
-    if reference_images is not None and not reference_images.statistics() and not len(reference_images):
+    if output is None:
+        return
+    output.check_place({"--samples": args.samples, "--reference": args.reference})
+    # Beside a folder, any other JSON is not sample.py's; beside an .npz it would be taken for that later.
+    described = not os.path.isdir(args.samples) or read_sampling_options(args.samples)
+    if described and args.output.resolve() == report_path(args.samples).resolve():
+        raise UserError(
+            f"--output: {args.output} is where sample.py describes the samples; take another name"
+        )
+
+
+def check_count(images: ImageSet, processes: Processes) -> None:
+    """Raise UserError for too few images to evaluate."""
+    if len(images) < (least := max(5, processes.world)):
+        raise UserError(f"{images.path}: holds {len(images)} images; at least {least} are needed")
+
+
+def open_reference(args: argparse.Namespace, processes: Processes) -> ImageSet:
+    """The reference, which may hold statistics alone. Raises UserError."""
+    images = open_image_set(args.reference, args.resize, args.workers)
+    if not images.statistics and not len(images):
         raise UserError(f"--reference: {args.reference} holds neither images nor mu and sigma")
-    if reference_images is not None and len(reference_images):  # else it holds statistics alone
-        check_count(reference_images, processes)
+    if len(images):
+        check_count(images, processes)
+    return images
+
+
+def plan(
+    args: argparse.Namespace,
+    samples: ImageSet,
+    reference: ImageSet | PublishedReference,
+    processes: Processes,
+) -> tuple[dict[str, str], list[Download]]:
+    """What is shown before the work, by name, and what will be downloaded. Raises UserError."""
     features, downloads = features_plan(args.features, args.inception_weights)
-    downloads = [*awaited, *downloads]
+    if isinstance(reference, ImageSet):
+        held, size = f"{len(reference):,} images", reference.size
+    else:
+        held, size = "to be downloaded", (reference.side, reference.side)
+        downloads = [*reference.downloads(), *downloads]
+    if size not in (samples.size, (0, 0)):
+        own, other = (f"{width} x {height}" for height, width in (size, samples.size))
+        held += f" ({own}; the samples are {other})"
+    rows = {
+        "samples": f"{args.samples}, {len(samples):,} images",
+        "reference": f"{args.reference}, {held}",
+        "features": features,
+        "metrics": ", ".join(args.metrics or ["all that the files give"]),
+        "device": f"{processes.devices}, batch {args.batch_size}",
+        "writes": output_text(args.output) if args.output else "no file (--output writes the results)",
+    }
+    return rows, downloads
 
-    def show() -> None:
-        images = REFERENCE_IMAGES if reference_images is None else len(reference_images)
-        needed = (len(samples) + images) * FEATURE_BYTES
-        held = f"{args.reference}, " + ("to be downloaded" if awaited else f"{images:,} images")
-        if published and samples.size != (published.side, published.side):
-            width, height = samples.size
-            held += f" ({published.side} x {published.side}; the samples are {width} x {height})"
-        rows = {
-            "samples": f"{args.samples}, {len(samples):,} images",
-            "reference": held,
-            "features": features,
-            "metrics": ", ".join(metrics) if metrics else "all that the files give",
-            "device": f"{processes.devices}, batch {args.batch_size}",
-            "memory": f"~{size_text(needed)} for the features",
-            "writes": output_text(args.output) if args.output else "no file (--output writes the results)",
-        }
-        show_plan(rows, downloads)
 
-    if not processes.planned(show, downloads, args.dry_run):
-        return
-    if reference_images is None:
-        assert published
-        published.fetch()  # in each process: one downloads, the others wait
-        reference_images = open_image_set(args.reference, args.resize, args.workers)
-    extractor = make_extractor(args.features, args.inception_weights, processes.device)
-    stopwatch = Stopwatch()
-    with stopwatch.measure("reference"):  # first, since it may have to be refused
-        reference = load_reference(reference_images, extractor, args.batch_size, processes)
-    with stopwatch.measure("features of the samples"):
+def work(
+    args: argparse.Namespace, samples: ImageSet, reference: ImageSet | None, processes: Processes
+) -> None:
+    """Evaluate; rank 0 prints the results and writes them to ``args.output``. Raises UserError."""
+    if reference is None:
+        args.published.fetch()  # on each rank: one downloads, the others wait
+        reference = open_reference(args, processes)
+    extractor = Extractor(args.features, args.inception_weights, processes.device)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "reference"):  # first, since it may have to be refused
+        known = load_reference(reference, extractor, args.batch_size, processes)
+    with timed(seconds, "features of the samples"):
         found = extract(samples, extractor, args.batch_size, processes)
-    if found is None:  # the main process has the features of all
+    if found is None:  # rank 0 has the features of all
         return
-    values, notes = evaluate(Comparison(found, reference, labels, processes.device), metrics, stopwatch)
+    compared = Comparison(found, known, samples.labels(), processes.device)
+    values, notes = evaluate(compared, args.metrics, seconds)
     if not values:
         raise UserError(f"--metrics: nothing can be computed; {'; '.join(notes)}")
-    notes += comparability(samples, labels, found, reference, extractor, reference_images)
+    notes += comparability(compared, samples, reference, extractor)
     print(
         f"{args.samples.name}: {len(samples):,} samples against {args.reference.name}, "
         f"features {extractor.name}"
@@ -157,32 +189,42 @@ def main(argv: list[str] | None = None) -> None:
     for note in notes:
         print(f"  note: {note}")
     if args.output:
-        report = {
-            "command": processes.command(args.command),
-            "metrics": values,
-            "samples": {
-                "file": str(args.samples),
-                "count": len(samples),
-                "sha256": samples.content_hash(),
-                "classes": samples.classes(),
-                "sampling": samples.sampling_report().get("options"),
-            },
-            "reference": {
-                "file": str(args.reference),
-                "count": len(reference_images),
-                "sha256": reference_images.content_hash(),
-            },
-            "features": {
-                "extractor": extractor.name,
-                "layer": extractor.layer,
-                "weights_sha256": extractor.weights_sha256,
-            },
-            "notes": notes,
-            "seconds": stopwatch.parts,
-        }
-        with writing(args.output):
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, report)
+        head = {"format": 1, "command": processes.command(args.command), "metrics": values}
+        files = describe_files(samples, reference, extractor)
+        write_json(args.output, {**head, **files, "notes": notes, "seconds": seconds})
+
+
+def describe_files(samples: ImageSet, reference: ImageSet, extractor: Extractor) -> dict[str, dict]:
+    """What the results say of the files that they were computed from."""
+    return {
+        "samples": {
+            "file": str(samples.path),
+            "count": len(samples),
+            "sha256": samples.content_hash(),
+            "classes": samples.classes,
+            "sampling": read_sampling_options(samples.path) or None,
+        },
+        "reference": {
+            "file": str(reference.path),
+            "count": len(reference),
+            "sha256": reference.content_hash(),
+        },
+        "features": {
+            "extractor": extractor.name,
+            "layer": extractor.layer,
+            "weights_sha256": extractor.weights_sha256,
+        },
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    if args.compare:
+        print(compare(args.compare))
+        return
+    output = Output(args.output) if args.output else None
+    check_options(args, output)
+    play(args, output, resolve)
 
 
 if __name__ == "__main__":

@@ -12,30 +12,31 @@ again with the same command, goes on where it stopped; a finished one is left as
 """
 
 import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from cca.cli.main import play, run_command
+from cca.cli.output import Found, Output, check_space
+from cca.cli.parser import Parser, add_model_options, count, number
+from cca.cli.parts import Parts, fill, write_npz
+from cca.cli.plan import add_dry_run_option
+from cca.config import SampleRequest
 from cca.data.image_sets import NpzImages
 from cca.distributed import Processes
-from cca.sampling.fitting import (
-    COMPILED_FROM,
-    compiles_by_default,
-    default_batch_size,
-    sampling_memory,
-)
+from cca.sampling.batch_size import COMPILED_FROM, compiles_by_default, default_batch_size
 from cca.sampling.grid import write_grid
-from cca.sampling.sample_file import open_store, run_sampling
-from cca.sampling.sampler import SampleRequest
-from cca.training.weights import choose_weights
+from cca.sampling.sampler import Sampler, class_of, prepare
+from cca.training.run_weights import ChosenWeights, choose_weights
 from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError, zoo_entry
-from models.decoding import LOWEST_TEMPERATURE
-from models.errors import run_command
-from models.files import writing
-from models.options import Parser, add_model_options, count, number
-from models.outputs import check_output
-from models.plan import add_dry_run_option, show_plan, size_text
+from models.sampling import LOWEST_TEMPERATURE
+from models.utils.files import size_text, writing
 
+PART_IMAGES = 256  # images of a part
 # Where neither an option nor a preset says otherwise.
 DEFAULTS = {
     "num_samples": 50_000, "class_order": "balanced", "cfg_scale": 1.0, "top_k": 0, "top_p": 1.0,
@@ -163,84 +164,147 @@ def make_request(args: argparse.Namespace, model: ARImageModel, device: torch.de
     )
 
 
-def plan(
-    args: argparse.Namespace,
-    model: ARImageModel,
-    request: SampleRequest,
-    processes: Processes,
-    batch_size: int,
-    compile: bool,
-    found: tuple[bool, int],
-) -> dict[str, str]:
-    """What is shown before the work, beside the model; ``found``: see ``PartStore.look``."""
-    size, options = request.eval_size or model.image_size, request.sampling
-    guidance = (
-        "no guidance"
-        if options.cfg_scale == 1
-        else f"guidance {options.cfg_scale:g} ({options.cfg_schedule})"
-    )
-    drawn = f"temperature {options.temperature:g}, top-k {options.top_k or 'all'}, top-p {options.top_p:g}"
-    classes = f"{len(request.classes)} classes {request.class_order}"
-    written = f"{args.output} (~{size_text(request.num_samples * size * size * 3)})"
-    finished, stored = found
-    before = {}
-    if finished:
-        before["finished"] = f"{args.output} is there already, with these options"
-    elif stored:
-        before["resumes"] = f"with the {stored:,} of {request.num_samples:,} images that are stored"
-    others = [str(args.output.with_suffix(".json")), *([str(args.grid)] if args.grid else [])]
-    return {
-        "samples": f"{request.num_samples:,} of {size} x {size} pixels, {classes}, seed {request.seed}",
-        "drawing": f"{guidance}, {drawn}",
-        "device": f"{processes.devices}, {request.dtype}, "
-        f"batch {batch_size}, {'compiled' if compile else 'eager'}",
-        "memory": f"~{size_text(sampling_memory(model, request, min(batch_size, request.num_samples)))} "
-        "a process, for weights and a batch",
-        "writes": ", ".join([written, *others]),
-        **before,
-    }
+@dataclass
+class Sampling:
+    """A sample file to be made, resolved from the options and from what was found at the output."""
+
+    args: argparse.Namespace
+    ranks: Processes
+    found: Found
+    weights: ChosenWeights
+    model: ARImageModel
+    request: SampleRequest
+
+    def __post_init__(self) -> None:
+        args, device, request = self.args, self.ranks.device, self.request
+        size = request.eval_size or self.model.image_size
+        shape = (request.num_samples, size, size, 3)
+        self.output = Output.npz(args.output, "samples")
+        self.parts = Parts(self.output.parts_folder, shape, np.dtype(np.uint8), PART_IMAGES)
+        self.batch_size = args.batch_size or default_batch_size(self.model, request, device)
+        self.downloads = self.weights.files.downloads(self.model)
+        before = self.found.options.get("compile")  # a run that is resumed keeps its way
+        default = compiles_by_default(self.model, request, device, self.ranks.world)
+        self.compile = next(way for way in (args.compile, before, default) if way is not None)
+
+    def known(self) -> dict:
+        return self.options(self.weights.known())
+
+    def options(self, provenance: dict) -> dict:
+        """Return everything that decides the images; ``provenance``: of the weights."""
+        request = asdict(self.request)
+        return {**request, **request.pop("sampling"), **provenance, "compile": self.compile}
+
+    def plan(self) -> dict[str, str]:
+        request, options = self.request, self.request.sampling
+        count, height, width, _ = self.parts.shape
+        if self.found.is_finished:
+            self.check_finished()
+        else:
+            check_space(self.output, self.parts.space_needed(), "its parts, then the file")
+        guidance = "no guidance"
+        if options.cfg_scale != 1:
+            guidance = f"guidance {options.cfg_scale:g} ({options.cfg_schedule})"
+        filters = (
+            f"temperature {options.temperature:g}, top-k {options.top_k or 'all'}, top-p {options.top_p:g}"
+        )
+        classes = f"{len(request.classes)} classes {request.class_order}"
+        size = size_text(count * self.parts.row_bytes)
+        written = [f"{self.output.path} (~{size})", self.output.path.with_suffix(".json"), self.args.grid]
+        rows = {
+            "samples": f"{count:,} of {width} x {height} pixels, {classes}, seed {request.seed}",
+            "drawing": f"{guidance}, {filters}",
+            "device": f"{self.ranks.devices}, {request.dtype}, "
+            f"batch {self.batch_size}, {'compiled' if self.compile else 'eager'}",
+            "writes": ", ".join(str(path) for path in written if path),
+        }
+        if self.found.content and not self.found.is_finished:
+            rows["resumes"] = f"with the {self.parts.rows_stored():,} of {count:,} images that are stored"
+        return self.weights.plan(self.model) | rows
+
+    def check_finished(self) -> None:
+        """Raise UserError where the file is not what its description says."""
+        path = self.output.path
+        try:
+            images = NpzImages(path)
+            fits = (len(images), *images.size, 3) == self.parts.shape
+        except (UserError, AttributeError):
+            fits = False
+        if not fits:
+            raise UserError(
+                f"--output: {path} is not what {path.stem}.json describes; remove it to sample anew"
+            )
+
+    def prepare(self) -> dict:
+        self.content = {"options": self.options(self.weights.load(self.model))}
+        return self.content
+
+    def work(self) -> bool:
+        ranks, began, stored = self.ranks, time.perf_counter(), self.parts.rows_stored()
+        ready: list[Sampler] = []
+        ranks.agree(lambda: ready.append(self.make_sampler()))
+        loaded = time.perf_counter()
+
+        def make(ranges: list[range]) -> Iterator[np.ndarray]:
+            return (piece.images for piece in ready[0].samples(ranges))
+
+        started = "compiling" if self.compile else ""
+        if not fill(ranks, self.parts, make, f"sampling {self.output.path.name}", started):
+            return False
+        made, ended = self.parts.shape[0] - stored, time.perf_counter()
+        report = {
+            "command": ranks.command(self.args.command),
+            **self.content,
+            "batch_size": self.batch_size,
+            "processes": ranks.world,
+            "threads": torch.get_num_threads(),
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+            "images_made_by_this_run": made,
+            "images_per_second": made / (ended - loaded) if made else None,
+            "wall_seconds": ended - began,
+        }
+        ranks.agree(lambda: self.finish(report), main=True)
+        return True
+
+    def make_sampler(self) -> Sampler:
+        prepare(self.model, self.request.dtype, self.ranks.device, self.compile)
+        return Sampler(self.model, self.request, self.batch_size, self.ranks.device, self.compile)
+
+    def finish(self, report: dict) -> None:
+        """Write the description, then the file: an output that is there has a description."""
+        labels = (np.array([class_of(i, self.request) for i in part], np.int64) for part in self.parts.all())
+        self.output.describe(report)
+        write_npz(self.output.path, self.parts, labels)
+        self.output.remove_parts()
+
+    def write_grid(self) -> None:
+        """Write the picture of the first images, with the names of their classes."""
+        columns, names = min(len(self.request.classes), 10), self.weights.class_names(self.model)
+        count = min(8 * columns, self.request.num_samples)
+        (images,) = NpzImages(self.output.path).batches(slice(0, count), count)
+        with writing(self.args.grid):
+            self.args.grid.parent.mkdir(parents=True, exist_ok=True)
+        captions = [names[class_of(i, self.request)] for i in range(count)]
+        write_grid(images, self.args.grid, columns, captions)
+
+
+def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Sampling:
+    weights = choose_weights(args.model, args.weights, args.tokenizer_weights, args.image_size)
+    model = weights.files.build()
+    weights.class_names(model)  # or an error, before the work
+    return Sampling(args, ranks, found, weights, model, make_request(args, model, ranks.device))
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     apply_preset(args)
-    for option, path, suffix in (("--output", args.output, ".npz"), ("--grid", args.grid, ".png")):
-        if path and path.suffix != suffix:
-            raise UserError(f"{option}: {path} does not end in {suffix}")
-        if path:
-            check_output(option, path)
-    processes = Processes()
-    chosen = choose_weights(args.model, args.weights, args.tokenizer_weights, args.image_size)
-    model = chosen.files.build()
-    request = make_request(args, model, processes.device)
-    compile = args.compile
-    if compile is None:
-        noted = open_store(model, request, args.output, {}, False).noted()
-        default = compiles_by_default(model, request, processes.device, processes.world)
-        compile = default if noted is None else noted["compile"] is True
-    batch_size = args.batch_size or default_batch_size(model, request, processes.device)
-    downloads = chosen.files.downloads(model)
-    names = chosen.class_names(model)
-
-    def show() -> None:
-        found = open_store(model, request, args.output, chosen.known(), compile).look()
-        rows = plan(args, model, request, processes, batch_size, compile, found)
-        show_plan(chosen.plan(model) | rows, downloads)
-
-    if not processes.planned(show, downloads, args.dry_run):
-        return
-    described = chosen.load(model)
-    command = processes.command(args.command)
-    finished = run_sampling(model, request, batch_size, args.output, described, processes, compile, command)
-    if args.grid and finished and processes.main:
-        with writing(args.grid):
-            args.grid.parent.mkdir(parents=True, exist_ok=True)
-        columns = min(len(request.classes), 10)
-        samples, first = NpzImages(args.output), slice(0, min(8 * columns, args.num_samples))
-        (images,), labels = samples.batches(first, first.stop), samples.labels()
-        assert labels is not None
-        captions = [names[label] for label in labels[first]]
-        write_grid(images, args.grid, columns, captions)
+    output = Output.npz(args.output, "samples")
+    output.check_place(suffix=".npz")
+    if args.grid:
+        Output(args.grid, option="--grid").check_place(suffix=".png")
+    job = play(args, output, resolve)
+    if job and args.grid and job.ranks.main:
+        job.write_grid()
 
 
 if __name__ == "__main__":

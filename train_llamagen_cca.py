@@ -9,12 +9,11 @@ Writes DIR/model.pt in the published format, config.json, metrics.jsonl, curves.
 tensorboard/ and state/.
 """
 
+from cca.cli.main import run_command
+from cca.cli.parser import Parser
 from cca.data.codes import Codes
-from cca.training.command import run_training
 from cca.training.options import training_parser
-from models.errors import run_command
-from models.llamagen import LlamaGen
-from models.options import Parser
+from cca.training.setup import run_training
 
 CODES = (
     "folder that scripts/extract_codes.py wrote, "
@@ -23,12 +22,12 @@ CODES = (
 
 
 def make_parser() -> Parser:
-    return training_parser(__doc__, "train_llamagen_cca", LlamaGen, "--codes", CODES)
+    return training_parser(__doc__, "train_llamagen_cca", "--codes", CODES)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    run_training(args, LlamaGen, args.codes, Codes)
+    run_training(args, args.codes, Codes)
 
 
 if __name__ == "__main__":

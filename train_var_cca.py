@@ -10,13 +10,12 @@ tensorboard/ and state/.
 
 from functools import partial
 
-from cca.data.classes import add_classes_option, read_classes
-from cca.data.sources import open_labelled_images
-from cca.training.command import run_training
+from cca.cli.main import run_command
+from cca.cli.parser import Parser
+from cca.data.datasets import open_labelled_images
+from cca.data.labels import add_classes_option, read_classes
 from cca.training.options import training_parser
-from models.errors import run_command
-from models.options import Parser
-from models.var import VAR
+from cca.training.setup import run_training
 
 DATA = (
     "ImageNet-style folder, one subfolder per class; "
@@ -25,14 +24,14 @@ DATA = (
 
 
 def make_parser() -> Parser:
-    parser = training_parser(__doc__, "train_var_cca", VAR, "--data", DATA)
+    parser = training_parser(__doc__, "train_var_cca", "--data", DATA)
     add_classes_option(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    run_training(args, VAR, args.data, partial(open_labelled_images, classes=read_classes(args.classes_from)))
+    run_training(args, args.data, partial(open_labelled_images, classes=read_classes(args.classes_from)))
 
 
 if __name__ == "__main__":

@@ -44,16 +44,16 @@ from torch import Tensor
 import eval_fid
 from benchmarks.table import Report, make_parser, select
 from benchmarks.workloads import random_batch, random_model, recipe_config, timed
+from cca.cli.main import run_command
+from cca.cli.parser import count
 from cca.distributed import Processes
 from cca.training.trainer import Trainer
 from models import DTYPES, ARImageModel, ARTransformer, SamplingOptions, autocast, load_model
-from models.cache import LayerCache
-from models.decoding import draw_tokens, filter_logits
-from models.errors import run_command
+from models.kv_cache import LayerCache
 from models.llamagen import Attention, LlamaGen, rotate
-from models.options import count
+from models.sampling import draw_tokens, filter_logits
 from models.var import VAR
-from models.weights import save_published, save_safetensors
+from models.zoo.checkpoint_formats import save_published, save_safetensors
 
 OUTPUT = Path("results/cpu.md")
 CPU = torch.device("cpu")
@@ -136,17 +136,13 @@ def sample(name: str, image_size: int | None, images: int, dtype: str, rounds: i
         cells += [f"{plain:.4g}", f"{ours:.4g}", f"{ours / plain:.2f}", f"{differ:.2%}"]
     few = tokens[ways[1]][:8]
     with torch.inference_mode():
-        decoding = timed(lambda: model.decode(few)) / len(few)
-    return [[*cells, f"{decoding:.3g}"]]
-
-
-def plain_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
-    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].sum(1)
+        return [[*cells, f"{timed(lambda: model.decode(few)) / len(few):.3g}"]]
 
 
 def plain_forward(self: ARTransformer, labels: Tensor, inputs: Tensor, tokens: Tensor) -> Tensor:
     """The published way: all logits at once, in float32."""
-    return plain_logprob(self.logits(labels, inputs), tokens)
+    logprobs = self.logits(labels, inputs).log_softmax(-1)
+    return logprobs.gather(-1, tokens[..., None])[..., 0].sum(1)
 
 
 def measure_steps(plain: bool, name: str, image_size: int | None, images: int, rounds: int) -> list[float]:
@@ -157,15 +153,14 @@ def measure_steps(plain: bool, name: str, image_size: int | None, images: int, r
     trainer = Trainer(model, recipe_config(name, images, "float32"), images, Processes())
     batch = random_batch(model, torch.zeros(images, dtype=torch.bool))
     trainer.optimizer_step(0, batch)  # makes the optimizer's moments
-    found = [time_and_memory(lambda: trainer.optimizer_step(1, batch)) for _ in range(rounds)]
-    seconds, peaks = zip(*found)
+    seconds, peaks = zip(*(time_and_memory(lambda: trainer.optimizer_step(1, batch)) for _ in range(rounds)))
     return [statistics.median(seconds), statistics.median(peaks) / 1e6]
 
 
 def train(*arguments: Any) -> Lines:
     seconds, peaks = zip(*(in_child(measure_steps, plain, *arguments) for plain in (True, False)))
-    cells = [f"{value:.3g}" for value in (*seconds, seconds[1] / seconds[0])]
-    return [[*cells, *(f"{value:.3g}" for value in (*peaks, peaks[1] / peaks[0]))]]
+    values = (*seconds, seconds[1] / seconds[0], *peaks, peaks[1] / peaks[0])
+    return [[f"{value:.3g}" for value in values]]
 
 
 def evaluate(images: int, reference_images: int, size: int, rounds: int) -> Lines:
@@ -174,11 +169,11 @@ def evaluate(images: int, reference_images: int, size: int, rounds: int) -> Line
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         os.environ["XDG_CACHE_HOME"] = folder  # else features that are stored there would be taken
         for name, number in (("samples", images), ("reference", reference_images)):
-            noise = generator.integers(0, 256, (number, size, size, 3), np.uint8)
-            np.savez(f"{folder}/{name}.npz", noise)
-        files = ["--samples", f"{folder}/samples.npz", "--reference", f"{folder}/reference.npz"]
-        options = ["--features", "mini", "--metrics", "fid,is,precision,recall"]
-        eval_fid.main([*files, *options, "--output", f"{folder}/result.json"])
+            np.savez(f"{folder}/{name}.npz", generator.integers(0, 256, (number, size, size, 3), np.uint8))
+        eval_fid.main([
+            "--samples", f"{folder}/samples.npz", "--reference", f"{folder}/reference.npz",
+            "--features", "mini", "--metrics", "fid,is,precision,recall", "--output", f"{folder}/result.json",
+        ])  # fmt: skip
         seconds = json.loads(Path(folder, "result.json").read_text())["seconds"]
     return [[part, f"{value:.2f}"] for part, value in seconds.items()]
 
@@ -250,8 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, "benchmarks.cpu", OUTPUT)
     parser.add_argument("--rounds", type=count(), default=3, help="timed rounds (default %(default)s)")
     args = parser.parse_args(argv)
-    rows = {name: row for name, row in ROWS.items() if "mini" in name or not args.small}
-    todo = select(rows, args.only)
+    todo = select({name: ROWS[name] for name in ROWS if "mini" in name or not args.small}, args.only)
     if args.list:
         print("\n".join(todo))
         return

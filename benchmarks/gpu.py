@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._inductor import config as inductor
 
 from benchmarks.table import Report, make_parser, select
@@ -44,15 +43,15 @@ from benchmarks.workloads import (
     tokenizer_work,
     training_work,
 )
-from cca.data.sources import to_tokens
+from cca.cli.main import run_command
+from cca.cli.parser import count, number
+from cca.config import SampleRequest
 from cca.distributed import Processes
-from cca.sampling.compiled import CompiledGenerate
-from cca.sampling.sampler import SampleRequest, decode_tokens, eager_generate, prepare, sample_tokens
+from cca.sampling.sampler import Sampler, prepare
+from cca.training.encoding import to_tokens
 from cca.training.trainer import Trainer
 from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError
-from models.devices import allow_tf32
-from models.errors import run_command
-from models.options import count, number
+from models.utils.precision import allow_tf32
 
 OUTPUT = Path("results/gpu.md")
 SAMPLED, TRAINED = ("llamagen-b", "llamagen-xl", "var-d16", "var-d30"), ("llamagen-l", "var-d16")
@@ -70,7 +69,6 @@ COLUMNS = (
 LONGEST_MEASURED, MOST_ROUNDS = 2.0, 20  # seconds of timed rounds of a row
 PATIENCE = 2.5  # a group of rows may take so many times its even share of the time that is left
 PREPARING = 0.7  # of that time, before its rows are measured
-COMPILERS = 4  # processes that compile for a row: by default each would start one for every core
 
 
 @dataclass(frozen=True)
@@ -93,11 +91,14 @@ def rows(small: bool) -> dict[str, Row]:
         sampled, trained, tokenizers = MINI, MINI, {name: (name, None, 2) for name in MINI}
         images = micro_batch = 2
     found = [Row(f"train-{name}", "train", name, micro_batch) for name in trained]
-    for name, guided in product(sampled, (False, True)):
-        way = "guided" if guided else "free"
-        found.append(Row(f"sample-{name}-{way}-eager", "sample", name, images, guided=guided))
-    for kind, (name, (model, tokenizer, number_of)) in product(("decode", "encode"), tokenizers.items()):
-        found.append(Row(f"{kind}-{name}", kind, model, number_of, tokenizer))
+    found += [
+        Row(f"sample-{name}-{way}-eager", "sample", name, images, guided=way == "guided")
+        for name, way in product(sampled, ("free", "guided"))
+    ]
+    found += [
+        Row(f"{kind}-{name}", kind, model, number_of, tokenizer)
+        for kind, (name, (model, tokenizer, number_of)) in product(("decode", "encode"), tokenizers.items())
+    ]
     decoders = [f"decode-{name}" for name in [*tokenizers][:2]]
     found += [
         replace(row, name=f"{row.name.removesuffix('-eager')}-compiled", compiled=True)
@@ -127,8 +128,7 @@ def request_of(row: Row, model: ARImageModel, device: torch.device) -> SampleReq
         options = SamplingOptions(settings.cfg_scale, top_k=settings.top_k, top_p=settings.top_p)
     scale = options.cfg_scale if row.guided else 1.0
     options = replace(options, cfg_scale=scale, cfg_schedule=model.default_cfg_schedule)
-    size = settings.eval_size if settings else None
-    classes = tuple(range(model.num_classes))
+    size, classes = settings.eval_size if settings else None, tuple(range(model.num_classes))
     return SampleRequest(row.images, classes, "balanced", 0, size, precision(row, device), options)
 
 
@@ -136,15 +136,9 @@ def sampling(row: Row, device: torch.device) -> Prepared:
     model = random_model(row.model, device)
     request = request_of(row, model, device)
     prepare(model, request.dtype, device, row.compiled)
-    generate = eager_generate(model, request)
-    if row.compiled:
-        generate = CompiledGenerate(model, request.sampling, request.dtype, row.images, device)
+    sampler = Sampler(model, request, row.images, device, row.compiled)
     work = sampling_work(model, row.images, request.sampling, DTYPES[request.dtype])
-
-    def run() -> Tensor:
-        return sample_tokens(model, range(row.images), request, device, generate)
-
-    return Prepared(run, row.images, work)
+    return Prepared(lambda: sampler.tokens(range(row.images)), row.images, work)
 
 
 def training(row: Row, device: torch.device) -> Prepared:
@@ -164,7 +158,8 @@ def decoding(row: Row, device: torch.device) -> Prepared:
     prepare(model, request.dtype, device, row.compiled)
     dtype = DTYPES[request.dtype if model.decodes_in_half_precision else "float32"]
     work = tokenizer_work(row.model, row.tokenizer, False, row.images, dtype)
-    return Prepared(lambda: decode_tokens(model, tokens, request), row.images, work)
+    sampler = Sampler(model, request, row.images, device)
+    return Prepared(lambda: sampler.decode(tokens), row.images, work)
 
 
 def encoding(row: Row, device: torch.device) -> Prepared:
@@ -200,7 +195,7 @@ def measure(row: Row, prepared: Prepared, first: float, card: Card) -> list[str]
 
 def work(connection: Connection, row: Row, card: Card) -> None:
     """In a child process: prepare a row, say so (None), and send its cells when told to measure it."""
-    inductor.compile_threads = COMPILERS
+    inductor.compile_threads = 4  # by default each row would start one for every core
     try:
         device = Processes().device
         allow_tf32(device)
@@ -226,9 +221,8 @@ def start(row: Row, card: Card) -> tuple[BaseProcess, Connection]:
 def answer(connection: Connection, end: float) -> Any:
     """What a child process sends until ``end`` (of ``time.monotonic``); a str says why it is of no use."""
     try:
-        if connection.poll(max(end - time.monotonic(), 0)):
-            return connection.recv()
-        return "took more than its time"
+        in_time = connection.poll(max(end - time.monotonic(), 0))
+        return connection.recv() if in_time else "took more than its time"
     except EOFError:
         return "its process ended"
 
@@ -265,8 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, "benchmarks.gpu", OUTPUT)
     add = parser.add_argument
     add("--minutes", type=number(0.1), default=9.5, help="for all rows together (default %(default)s)")
-    jobs = "rows that are prepared and compiled side by side (default %(default)s, for 80 GB)"
-    add("--jobs", type=count(), default=4, help=jobs)
+    add("--jobs", type=count(), default=4, help="rows prepared side by side (default %(default)s, for 80 GB)")
     args = parser.parse_args(argv)
     todo = select(rows(args.small), args.only)
     if args.list:
@@ -274,12 +267,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not args.small and not torch.cuda.is_available():
         raise UserError("--small: there is no GPU; without one the mini models alone are measured")
-    path = args.output or (None if args.only or args.small else OUTPUT)
-    report = Report(path, "On a GPU", args.command)
+    report = Report(args.output or (None if args.only or args.small else OUTPUT), "On a GPU", args.command)
     end, card = time.monotonic() + 60 * args.minutes, measure_card(Processes().device)
     torch.cuda.empty_cache()  # for the child processes
-    rates = f"{card.half / 1e12:.3g} TFLOP/s of bfloat16 and {card.single / 1e12:.3g} of TF32 matmuls"
-    note = f"Measured: {card.bandwidth / 1e12:.3g} TB/s of copying, {rates} (on a CPU float32)."
+    note = (
+        f"Measured: {card.bandwidth / 1e12:.3g} TB/s of copying, {card.half / 1e12:.3g} TFLOP/s of bfloat16 "
+        f"and {card.single / 1e12:.3g} of TF32 matmuls (on a CPU float32)."
+    )
     report.table("Rows", note, COLUMNS)
     groups = in_groups([*todo.values()], args.jobs)
     for place, group in enumerate(groups):

@@ -6,15 +6,14 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
+from cca.cli.parser import Parser
+from cca.cli.tables import markdown_header, markdown_row
 from models import UserError
-from models.files import atomic_write
-from models.options import Parser
-
-Row = TypeVar("Row")
+from models.utils.files import atomic_write
 
 
 def make_parser(description: str | None, module: str, output: Path) -> Parser:
@@ -24,12 +23,11 @@ def make_parser(description: str | None, module: str, output: Path) -> Parser:
     add("--only", action="append", metavar="ROW", help="this row alone; may be given several times")
     add("--list", action="store_true", help="print the names of the rows")
     add("--small", action="store_true", help="rows of the bundled mini models alone")
-    default = f"{output} for all rows; of a part of them the tables are only printed"
-    add("--output", type=Path, metavar="FILE", help=f"Markdown file to replace (default: {default})")
+    add("--output", type=Path, metavar="FILE", help=f"Markdown file (default: {output}, if all rows run)")
     return parser
 
 
-def select(rows: Mapping[str, Row], names: Sequence[str] | None) -> dict[str, Row]:
+def select(rows: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, Any]:
     """The rows of --only, in the order in which they run, or all. Raises UserError."""
     for name in names or ():
         if name not in rows:
@@ -56,20 +54,17 @@ class Report:
             title: heading of the file.
             command: what was typed after ``python``.
         """
-        self.path, self.text, self.columns = path, "", 0
+        self.path, self.text = path, ""
         versions = f"Python {platform.python_version()}, torch {torch.__version__}"
         self.write(f"# {title}\n\n`python {command}`, {datetime.date.today()}: {machine()}, {versions}.")
 
     def table(self, heading: str, note: str, columns: Sequence[str]) -> None:
         """Begin a table below a heading and a note."""
-        self.columns = len(columns)
-        self.write(f"\n## {heading}\n\n{note}\n")
-        self.row(*columns)
-        self.write(f"{'|---' * len(columns)}|")
+        self.write(f"\n## {heading}\n\n{note}\n\n{markdown_header(columns)}")
 
     def row(self, *cells: str) -> None:
-        """Add a row to the table; cells that are missing at its end stay empty."""
-        self.write(f"| {' | '.join([*cells, *[''] * (self.columns - len(cells))])} |")
+        """Add a row to the table; cells that are missing at its end are shown empty."""
+        self.write(markdown_row(cells))
 
     def write(self, text: str) -> None:
         """Print lines and add them to the file."""

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cca.training.losses import Batch, pair_labels
-from cca.training.schedule import TrainingConfig
+from cca.config import TrainingConfig
+from cca.losses import pair_labels
+from cca.training.batch import Batch
 from models import ZOO, ARImageModel, SamplingOptions
-from models.devices import allow_tf32
-from models.loading import build_model
+from models.utils.precision import allow_tf32
+from models.zoo.loading import build_model
 
 # Of a parameter in an optimizer step, float32: it and two moments read and written, the gradient too.
 OPTIMIZER_BYTES = 4 * (3 * 2 + 2)
@@ -153,12 +154,10 @@ def training_work(model: ARImageModel, images: int, micro_batches: int, dtype: t
 
 def tokenizer_work(name: str, tokenizer: str | None, encode: bool, images: int, dtype: torch.dtype) -> Work:
     """Pixels to tokens or back, of that model of the zoo; every convolution reads and writes once."""
-    moved, weights = 0, 0
+    sizes = []  # of each convolution: inputs and outputs, weights
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal moved, weights
-        moved += inputs[0].numel() + output.numel()
-        weights += layer.weight.numel()
+        sizes.append((inputs[0].numel() + output.numel(), layer.weight.numel()))
 
     model = build_model(name, tokenizer=tokenizer).to("meta")
     for layer in model.tokenizer.modules():
@@ -169,4 +168,5 @@ def tokenizer_work(name: str, tokenizer: str | None, encode: bool, images: int, 
             model.encode(torch.zeros(1, 3, model.image_size, model.image_size, device="meta"))
         else:
             model.decode(torch.zeros(1, model.sequence_length, dtype=torch.int64, device="meta"))
+    moved, weights = map(sum, zip(*sizes))
     return Work(dtype.itemsize * (images * moved + weights), images * counter.get_total_flops(), dtype)

@@ -1,11 +1,12 @@
 """Condition Contrastive Alignment (arXiv 2410.09347): losses, trainer, sampler, evaluator."""
 
+from cca.config import SampleRequest, TrainingConfig
 from cca.distributed import Processes
-from cca.sampling.sampler import SampleRequest, sample_images
-from cca.training.losses import LOSSES, Batch, Loss, cca_loss, dpo_loss, unlearning_loss
-from cca.training.schedule import TrainingConfig
+from cca.losses import LOSSES, Loss, cca_loss, dpo_loss, unlearning_loss
+from cca.sampling.sampler import Sampler
+from cca.training.batch import Batch
 from cca.training.trainer import Trainer
-from models.logprob import linear_sequence_logprob, sequence_logprob
+from models.log_likelihood import linear_sequence_logprob, sequence_logprob
 
 __all__ = [
     "LOSSES",
@@ -13,12 +14,12 @@ __all__ = [
     "Loss",
     "Processes",
     "SampleRequest",
+    "Sampler",
     "Trainer",
     "TrainingConfig",
     "cca_loss",
     "dpo_loss",
     "linear_sequence_logprob",
-    "sample_images",
     "sequence_logprob",
     "unlearning_loss",
 ]

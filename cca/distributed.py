@@ -11,26 +11,19 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.devices import device_name, memory_named, no_context
-from models.errors import UserError
-from models.outputs import check_seen, claimed, differing
-from models.plan import Download, require_space
+from models.utils.errors import UserError
+from models.utils.precision import ELSEWHERE, device_name, memory_named
 
 QUIET_SECONDS = 4  # torchrun ends all with the first: who has something to say comes first
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-class Stopped(Exception):
-    """Work was given up because the run is asked to stop."""
 
 
 class StopRequest:
@@ -54,11 +47,6 @@ class StopRequest:
     def __exit__(self, *_) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-
-    def check(self) -> None:
-        """Raise Stopped if this process was asked to stop."""
-        if self.asked:
-            raise Stopped
 
 
 @contextmanager
@@ -111,7 +99,7 @@ class Processes:
             raise UserError(f"LOCAL_RANK: is {local}, there are {gpus} GPUs; start one process for each")
         self.device = torch.device("cuda", local) if gpus else torch.device("cpu")
         if self.device.type == "cuda":
-            with memory_named(no_context(self.device)):
+            with memory_named(f"CUDA_VISIBLE_DEVICES: GPU {local} has no free memory; {ELSEWHERE}"):
                 torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
             self._meet("cpu:gloo,cuda:nccl" if gpus else "gloo")
@@ -210,45 +198,6 @@ class Processes:
                 raise SystemExit(2)
             raise refusal
         return totals
-
-    def planned(self, show: Callable[[], object], downloads: Sequence[Download], dry_run: bool) -> bool:
-        """Show the plan, in the main process; whether the work is to follow.
-
-        Raises UserError where ``show`` does, or where one process has no room for the downloads: all have
-        looked before the first one downloads.
-        """
-        self.agree(show, main=True)
-        if not dry_run:
-            self.agree(lambda: require_space(downloads))
-        return not dry_run
-
-    @contextmanager
-    def holding(self, path: Path, made_from: Mapping, folder: bool = False) -> Iterator[None]:
-        """The main process holds an output against other runs; see ``models.outputs.claimed``.
-
-        Raises UserError where the processes do not make it from the same (``same``), or, on another
-        machine, a process finds another folder at that path.
-        """
-        self.same(made_from)
-        notes: list[str] = []
-        with ExitStack() as stack:
-            self.agree(lambda: notes.append(stack.enter_context(claimed(path, folder))), main=True)
-            note = self.from_main("".join(notes))
-            self.agree(lambda: None if self.main else check_seen(path, folder, note))
-            yield
-
-    def same(self, options: Mapping) -> None:
-        """Raise UserError unless all processes have the options, hashes and so on (JSON) of the main one."""
-        own = json.loads(json.dumps(options))  # as it reads back: tuples become lists
-        of_main = json.loads(self.from_main(json.dumps(own)))
-        self.agree(lambda: self._refuse_others(differing(own, of_main)))
-
-    def _refuse_others(self, differences: list[str]) -> None:
-        if differences:
-            raise UserError(
-                f"process {self.rank} on {socket.gethostname()}: has {differences[0]} of process 0; "
-                "all nodes need the same options and files"
-            )
 
     def from_main(self, text: str) -> str:
         """The main process's text, on all."""

@@ -14,11 +14,130 @@ is not there) and approximate size in bytes.
 """
 
 import json
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
-from models.catalogue import catalogue, tokenizer_rows, zoo_rows
-from models.errors import run_command
-from models.options import Parser
-from models.tables import aligned_table
+from torch import nn
+
+from cca.cli.main import run_command
+from cca.cli.parser import Parser
+from models.utils.files import size_text
+from models.zoo.checkpoint_formats import approximate_size
+from models.zoo.hub import WeightsFile
+from models.zoo.loading import build_model, build_tokenizer, numbers
+from models.zoo.registry import TOKENIZERS, ZOO, TokenizerEntry, ZooEntry
+
+
+def facts() -> dict[str, dict[str, dict[str, Any]]]:
+    """All that is known of models and tokenizers, in JSON's types."""
+    return {
+        "models": {name: model_facts(name, entry) for name, entry in ZOO.items()},
+        "tokenizers": {name: tokenizer_facts(name, entry) for name, entry in TOKENIZERS.items()},
+    }
+
+
+def model_facts(name: str, entry: ZooEntry) -> dict[str, Any]:
+    models = {size: build_model(name, size) for size in entry.base}
+    return {
+        "backbone": entry.backbone.family,
+        "parameters": numbers(models[entry.default_image_size].transformer),
+        "tokenizer": entry.tokenizer,
+        "default_image_size": entry.default_image_size,
+        "image_sizes": [
+            {
+                "pixels": size,
+                "tokens": model.sequence_length,
+                "weights": {
+                    "base": file_facts(entry.base[size], model.transformer),
+                    "cca": file_facts(entry.cca.get(size), model.transformer),
+                },
+            }
+            for size, model in models.items()
+        ],
+        "published": asdict(entry.published) if entry.published else None,
+        "recipes": {loss: asdict(recipe) for loss, recipe in entry.recipes.items()},
+    }
+
+
+def tokenizer_facts(name: str, entry: TokenizerEntry) -> dict[str, Any]:
+    """``models``: those whose own tokenizer it is."""
+    tokenizer = build_tokenizer(name)
+    return {
+        "backbone": entry.backbone.family,
+        "parameters": numbers(tokenizer),
+        "codebook": entry.config.vocab_size,
+        "pixels_per_token": entry.config.autoencoder.downsampling,
+        "models": [model for model, row in ZOO.items() if row.tokenizer == name],
+        "weights": file_facts(entry.weights, tokenizer),
+    }
+
+
+def file_facts(file: WeightsFile | None, module: nn.Module) -> dict[str, Any] | None:
+    """A weights file; ``path``: where it is on this machine, null where it is not and its size a guess."""
+    if file is None:
+        return None
+    path, page = file.cached(), f"https://huggingface.co/{file.repository}/resolve/main/{file.file}"
+    return {
+        "repository": file.repository,
+        "file": file.file,
+        "address": page if file.repository else None,
+        "path": path and str(path),
+        "approximate_bytes": path.stat().st_size if path else approximate_size(module),
+    }
+
+
+def model_rows(name: str, model: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """Lines of the first table: a model at each of its image sizes."""
+    for size in model["image_sizes"]:
+        published = model["published"] or {"figures": {}}
+        # They were taken at the default size.
+        figures = published["figures"] if size["pixels"] == model["default_image_size"] else {}
+        fids = {kind: f"{values['fid']:.2f}" for kind, values in figures.items()}
+        guided = f"{fids['guided']} (s={published['cfg_scale']:g})" if "guided" in fids else "–"
+        yield {
+            "model": name,
+            "parameters": f"{model['parameters'] / 1e6:,.1f} M",
+            "pixels": str(size["pixels"]),
+            "tokens": str(size["tokens"]),
+            "FID base": fids.get("base", "–"),
+            "FID guided": guided,
+            "FID CCA": fids.get("cca", "–"),
+            "base": where(size["weights"]["base"]),
+            "cca": where(size["weights"]["cca"]),
+        }
+
+
+def tokenizer_row(name: str, tokenizer: dict[str, Any]) -> dict[str, str]:
+    """A line of the second table."""
+    return {
+        "tokenizer": name,
+        "parameters": f"{tokenizer['parameters'] / 1e6:,.1f} M",
+        "codebook": str(tokenizer["codebook"]),
+        "pixels per token": f"{tokenizer['pixels_per_token']} x {tokenizer['pixels_per_token']}",
+        "weights": where(tokenizer["weights"]),
+        "models": ", ".join(tokenizer["models"])
+        or f"{tokenizer['backbone']}, with --tokenizer-weights {name}",
+    }
+
+
+def where(file: dict[str, Any] | None) -> str:
+    """Whether a weights file is on this machine, or about how large it is on the hub."""
+    if file is None:
+        return "–"
+    if not file["path"]:
+        return f"hub, ~{size_text(file['approximate_bytes'])}"
+    return "cached" if file["repository"] else "bundled"
+
+
+def aligned(rows: Sequence[dict[str, str]], left: Collection[str]) -> str:
+    """Columns in ``left`` are aligned there, the others, numbers, to the right."""
+    widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in rows[0]}
+    lines = [
+        "  ".join(row[c].ljust(w) if c in left else row[c].rjust(w) for c, w in widths.items()).rstrip()
+        for row in (dict(zip(widths, widths)), *rows)
+    ]
+    return "\n".join(lines)
 
 
 def make_parser() -> Parser:
@@ -28,12 +147,14 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    if make_parser().parse_args(argv).json:
-        print(json.dumps(catalogue(), indent=2, allow_nan=False))
+    as_json, known = make_parser().parse_args(argv).json, facts()
+    if as_json:
+        print(json.dumps(known, indent=2, allow_nan=False))
         return
-    print(aligned_table(zoo_rows(), left=("model", "base", "cca")))
-    print()
-    print(aligned_table(tokenizer_rows(), left=("tokenizer", "weights", "models")))
+    models = [row for name, model in known["models"].items() for row in model_rows(name, model)]
+    tokenizers = [tokenizer_row(name, tokenizer) for name, tokenizer in known["tokenizers"].items()]
+    print(aligned(models, left=("model", "base", "cca")))
+    print("\n" + aligned(tokenizers, left=("tokenizer", "weights", "models")))
     print("\n" + __doc__.split("\n\n")[2].strip())
 
 

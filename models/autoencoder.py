@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.devices import autocast_dtype, exact_products
+from models.utils.precision import autocast_dtype, exact_products
 
 
 @dataclass(frozen=True)

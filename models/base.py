@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.decoding import DecodingState, SamplingOptions, generate_tokens, require_finite
-from models.devices import autocast_dtype
-from models.image_transforms import Transform
-from models.logprob import linear_sequence_logprob
+from models.log_likelihood import linear_sequence_logprob
+from models.sampling import DecodingState, SamplingOptions, generate_tokens, require_finite
+from models.transforms import Transform
+from models.utils.precision import autocast_dtype
 
 
 class ARTransformer(nn.Module, ABC):
@@ -80,17 +80,14 @@ class ARTransformer(nn.Module, ABC):
     def run_blocks(self, x: Tensor, arguments: Sequence[tuple]) -> Tensor:
         """x [B, n, dim] through all blocks; ``arguments``: what each takes besides."""
         for block, others in zip(self.transformer_blocks(), arguments):
-            x = self.run_block(block, x, *others)
+            for given in (x, *others) if self.varying_rows else ():
+                if isinstance(given, Tensor) and len(given) == len(x):
+                    torch._dynamo.maybe_mark_dynamic(given, 0)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *others, use_reentrant=False)
+            else:
+                x = block(x, *others)
         return x
-
-    def run_block(self, block: nn.Module, x: Tensor, *others) -> Tensor:
-        arguments = (x, *others)
-        for given in arguments if self.varying_rows else ():
-            if isinstance(given, Tensor) and len(given) == len(x):
-                torch._dynamo.maybe_mark_dynamic(given, 0)
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False)
-        return block(*arguments)
 
 
 class ImageTokenizer(nn.Module, ABC):
@@ -130,6 +127,7 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
     decodes_in_half_precision: ClassVar[
         bool
     ]  # whether published sampling decodes in the transformer's precision
+    training_command: ClassVar[str]  # the module of the command that trains it, such as "train_var_cca"
     trains_on_codes: ClassVar[bool]  # tokens extracted beforehand; else images, encoded on the fly
     lr_scales_with_batch: ClassVar[bool]  # whether the recipe's rate is in proportion to the global batch
     # Whether a step may be a tensor, so that all steps are one graph.

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from models.autoencoder import AutoencoderConfig, Decoder, Encoder, nearest_code
 from models.base import ARImageModel, ARTransformer, ImageTokenizer
-from models.cache import KVCache, LayerCache, StaticCache, StaticLayer
-from models.decoding import DecodingState
-from models.devices import autocast_dtype
-from models.image_transforms import OneOfTenCrops
+from models.kv_cache import KVCache, LayerCache, StaticCache, StaticLayer
+from models.sampling import DecodingState
+from models.transforms import OneOfTenCrops
+from models.utils.precision import autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,7 @@ class LlamaGen(ARImageModel[LlamaGenState]):
     default_cfg_schedule = "constant"
     checkpoint_name, checkpoint_key = "model.pt", "model"
     decodes_in_half_precision = False
+    training_command = "train_llamagen_cca"
     trains_on_codes = True
     lr_scales_with_batch = False
     steps_alike = True

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import ARImageModel, ARTransformer
-from models.cache import KVCache, LayerCache
-from models.decoding import DecodingState
-from models.devices import autocast_dtype
-from models.image_transforms import RandomCrop
+from models.kv_cache import KVCache, LayerCache
+from models.sampling import DecodingState
+from models.transforms import RandomCrop
+from models.utils.precision import autocast_dtype
 from models.var_tokenizer import TokenizerConfig, VARTokenizer
 
 
@@ -303,6 +303,7 @@ class VAR(ARImageModel[VARState]):
     default_cfg_schedule = "linear"
     checkpoint_name, checkpoint_key = "model.pth", ""
     decodes_in_half_precision = True
+    training_command = "train_var_cca"
     trains_on_codes = False
     lr_scales_with_batch = True
     no_decay = ("pos_start", "pos_1LC", "lvl_embed", "scale_mul", "ada_gss")

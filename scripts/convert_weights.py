@@ -9,16 +9,21 @@ a training checkpoint (nested, or with the prefixes of DDP and torch.compile) be
 is published.
 """
 
+import argparse
+from functools import partial
 from pathlib import Path
 
-from models.checkpoints import read_weights, weights_files
-from models.errors import UserError, run_command
-from models.files import writing
-from models.loading import published_key
-from models.options import Parser
-from models.outputs import check_output
-from models.plan import add_dry_run_option, output_text, show_plan, size_text
-from models.weights import save_published, save_safetensors
+from torch import Tensor
+
+from cca.cli.main import OnePart, play, run_command
+from cca.cli.output import Found, Output
+from cca.cli.parser import Parser
+from cca.cli.plan import add_dry_run_option, output_text
+from cca.distributed import Processes
+from models.utils.errors import UserError
+from models.utils.files import size_text
+from models.zoo.checkpoint_formats import read_weights, save_published, save_safetensors, weights_files
+from models.zoo.loading import published_key
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
@@ -33,21 +38,28 @@ def make_parser() -> Parser:
     return parser
 
 
+def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> OnePart:
+    """Read the weights, and plan how they are written. Raises UserError."""
+    state, key = read_weights(args.input)
+    size = size_text(sum(file.stat().st_size for file in weights_files(args.input)))
+    rows = {"reads": f"{args.input} ({size})", "writes": output_text(args.output)}
+    return OnePart(rows, partial(work, args, state, published_key(state) if key is None else key))
+
+
+def work(args: argparse.Namespace, state: dict[str, Tensor], key: str) -> None:
+    """Write the weights under ``key``, bare where it is empty. Raises UserError."""
+    save = save_safetensors if args.output.suffix == ".safetensors" else save_published
+    save(state, args.output, key)
+    print(f"{args.output}: {len(state)} tensors, {sum(v.nbytes for v in state.values()) / 1e6:,.1f} MB")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.output.suffix not in SUFFIXES:
         raise UserError(f"output: {args.output} ends in none of {', '.join(SUFFIXES)}")
-    check_output("output", args.output, {"input": args.input})
-    bytes_read = sum(file.stat().st_size for file in weights_files(args.input))
-    state, key = read_weights(args.input)
-    show_plan({"reads": f"{args.input} ({size_text(bytes_read)})", "writes": output_text(args.output)})
-    if args.dry_run:
-        return
-    with writing(args.output):
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-    save = save_safetensors if args.output.suffix == ".safetensors" else save_published
-    save(state, args.output, published_key(state) if key is None else key)
-    print(f"{args.output}: {len(state)} tensors, {sum(v.nbytes for v in state.values()) / 1e6:,.1f} MB")
+    output = Output(args.output, option="output")
+    output.check_place({"input": args.input})
+    play(args, output, resolve)
 
 
 if __name__ == "__main__":

@@ -4,52 +4,67 @@
     python -m scripts.demo --model llamagen-mini --weights runs/llamagen-mini-cca
     python -m scripts.demo --model var-d24 --weights cca        # the published ones; on a GPU
 
-Serves http://127.0.0.1:7860 until Ctrl-C. Every picture comes with the sample.py command that makes the
+Serves http://127.0.0.1:7860 until Ctrl-C. Below the pictures stand the sample.py commands that make the
 same images. Without --weights: base and guided base alone.
 """
 
 import argparse
 import os
 import shlex
+import signal
 import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from html import escape
 
 import numpy as np
 import torch
 from PIL import Image
 
 import sample
+from cca.cli.main import OnePart, play, run_command
+from cca.cli.output import Found
+from cca.cli.parser import Parser, add_model_options, count, number
+from cca.cli.plan import add_dry_run_option
+from cca.config import SampleRequest
 from cca.distributed import Processes
-from cca.sampling.fitting import batch_too_large, decoder_too_large, model_too_large
 from cca.sampling.grid import draw_grid, side_by_side
-from cca.sampling.sampler import (
-    SampleRequest,
-    class_of,
-    decode_tokens,
-    eager_generate,
-    prepare,
-    sample_tokens,
-)
-from cca.training.states import weights_of_run
-from cca.training.weights import ChosenWeights, choose_weights
+from cca.sampling.sampler import Sampler, class_of, prepare
+from cca.training.checkpoints import weights_of_run
+from cca.training.run_weights import ChosenWeights, choose_weights
 from models import DTYPES, ZOO, ARImageModel, UserError, zoo_entry
-from models.devices import device_name, free_memory, memory_named
-from models.errors import run_command
-from models.files import reason
-from models.options import Parser, add_model_options, count, number
-from models.plan import add_dry_run_option, require_space, show_plan
-from scripts.experiments import sweeps
+from models.utils.errors import one_line
+from models.utils.files import reason
+from models.utils.precision import device_name
+from scripts.recipes import sweep
 
-# Options of sample.py that the page asks for; the scale is the guided base's alone.
-OPTIONS = (
-    "--classes", "--num-samples", "--seed", "--cfg-scale", "--temperature", "--top-k", "--top-p",
-)  # fmt: skip
-MOST_IMAGES, MOST_PIXELS = 64, 2**22  # of a request: 28 images of 384 x 384
+WAYS = {"base": "Base, no guidance", "guided": "Base, guidance {}", "cca": "CCA, no guidance"}
+# Options of sample.py that the page asks for, with the page's names of them; the scale is the guided base's.
+LABELS = {
+    "--classes": "Classes", "--seed": "Seed", "--num-samples": "Images", "--cfg-scale": "Guidance",
+    "--temperature": "Temperature", "--top-k": "Top-k", "--top-p": "Top-p",
+}  # fmt: skip
+MOST_IMAGES, MOST_PIXELS = 64, 2**22  # per request and panel: 28 images of 384 x 384
+OLDEST_GRADIO = (6, 31)  # tried with it; the pages of 6.0 ask servers elsewhere
+CSS = """
+.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+#facts { font-size: 0.85em; opacity: 0.75; overflow-wrap: anywhere; }
+#status { min-height: 2.4em; padding: 0; }
+#status .error { color: #b91c1c; font-weight: 600; }
+.picture { min-height: 300px; }
+.picture label { position: static; }
+#commands .empty { min-height: 5em; }
+footer { display: none !important; }
+"""
+ABOUT = """
+The same classes and the same random numbers, sampled in up to three ways: from the pretrained <b>base</b>;
+from the base with classifier-free <b>guidance</b>, two passes for every token; and from the base fine-tuned
+with <b>Condition Contrastive Alignment</b> (CCA), which does without guidance, in one.
+"""
 
 
 def make_parser() -> Parser:
@@ -58,62 +73,25 @@ def make_parser() -> Parser:
     add_model_options(parser, ZOO, "cca|PATH|RUN[/state/step-N][:ema]")
     add("--dtype", choices=DTYPES, help="precision (default float32; on a GPU the model's published one)")
     add("--max-images", type=count(), help="most images of a request (default 64, fewer of large ones)")
-    add(
-        "--batch-size",
-        type=count(),
-        default=16,
-        help="images made at once, between two reports of progress (default 16)",
-    )
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="address to serve; beyond this machine, all who reach it can use it",
-    )
+    add("--batch-size", type=count(), default=16, help="images per batch and progress report (default 16)")
+    add("--host", default="127.0.0.1", help="address to serve, without a password (default 127.0.0.1)")
     add("--port", type=number(0, 65535, int), default=7860, help="0 takes a free one (default 7860)")
     add_dry_run_option(parser)
     return parser
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way of sampling: ``weights`` as sample.py takes them, ``sha256`` of their file (None: unknown)."""
-
-    name: str
-    title: str
-    weights: str
-    sha256: str | None
-    model: ARImageModel
-    guided: bool = False
-
-
-@dataclass(frozen=True)
 class Panel:
-    """What one way made: uint8 images [n, H, W, 3], their picture, and the command for the same images.
+    """What is asked of one way, and the sample.py command that makes the same images."""
 
-    Seconds are for each image, ``token_seconds`` of them before the tokenizer's decoder.
-    """
-
-    name: str
     title: str
-    images: np.ndarray
-    picture: Image.Image
-    seconds: float
-    token_seconds: float
+    model: ARImageModel
+    request: SampleRequest
     command: str
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a request stands: images made of all that are asked for, what is being made, finished panels."""
-
-    made: int
-    total: int
-    doing: str
-    panels: tuple[Panel, ...]
-
-
 def pinned_weights(args: argparse.Namespace) -> str:
-    """--weights, but of a run the very file or state that is there now: the newest may change."""
+    """Return --weights, for a run the very file or state that is there now: the newest may change."""
     found = weights_of_run(args.weights, zoo_entry(args.model).backbone.checkpoint_name)
     if found is None:
         return args.weights
@@ -121,183 +99,281 @@ def pinned_weights(args: argparse.Namespace) -> str:
     return f"{path}:ema" if average and path.is_dir() else str(path)
 
 
-def chosen_weights(args: argparse.Namespace, weights: str) -> ChosenWeights:
-    return choose_weights(args.model, weights, args.tokenizer_weights, args.image_size)
+def chosen_weights(args: argparse.Namespace) -> dict[str, ChosenWeights]:
+    """Return the weights that are shown, the base's first, by what sample.py calls them."""
+    return {
+        weights: choose_weights(args.model, weights, args.tokenizer_weights, args.image_size)
+        for weights in ("base", pinned_weights(args))
+    }
 
 
 def defaults(model: str, classes: int, most_images: int) -> dict[str, str]:
-    """What the page of a model starts with: the published settings, where there are some."""
+    """Return what the page of a model starts with: the published settings, where there are some."""
     published = zoo_entry(model).published
-    scale = published.cfg_scale if published else sweeps(model).usual
-    top_k, top_p = (published.top_k, published.top_p) if published else (0, 1.0)
+    filters = (published.top_k, published.top_p) if published else (0, 1.0)
+    scale = published.cfg_scale if published else sweep(model).usual
     chosen, images = ("207", 9) if classes == 1000 else ("all", 20)  # golden retriever
-    values = (chosen, min(images, most_images), 0, scale, 1.0, top_k, top_p)
-    return {option: str(value) for option, value in zip(OPTIONS, values, strict=True)}
+    values = (chosen, 0, min(images, most_images), scale, 1.0, *filters)
+    return dict(zip(LABELS, map(str, values), strict=True))
 
 
 class Demo:
     """The models of the page, loaded and ready on ``device``. Raises UserError, as sample.py would.
 
-    The models are used by one thread at a time.
+    One request at a time may use them.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.model_name, self.device, self.batch_size = args.model, device, args.batch_size
+        self.args, self.device = args, device
         self.dtype = args.dtype or sample.default_dtype(args.model, device)
-        self.common = {
-            "--model": args.model, "--tokenizer-weights": args.tokenizer_weights,
-            "--image-size": args.image_size, "--dtype": self.dtype,
-        }  # fmt: skip
-        weights = pinned_weights(args)
-        base = self._way("base", "Base, no guidance", "base")
-        self.model = base.model
-        guided = Way("guided", "Base, guidance", "base", base.sha256, base.model, guided=True)
-        tuned = [] if weights == "base" else [self._way("cca", "CCA, no guidance", weights)]
-        self.ways = [base, guided, *tuned]
-        fitting = MOST_PIXELS // base.model.image_size**2
-        self.most_images = args.max_images or max(1, min(MOST_IMAGES, fitting))
-        self.class_names = chosen_weights(args, weights).class_names(self.model)
+        self.models = {}
+        for weights, chosen in chosen_weights(args).items():
+            self.models[weights] = model = chosen.files.build()
+            chosen.load(model)
+            prepare(model, self.dtype, device)
+        self.model = self.models["base"]
+        self.class_names = chosen.class_names(self.model)  # of the fine-tuned weights, which come last
+        self.weights = dict(zip(WAYS, ["base", *self.models]))
+        self.most_images = args.max_images or min(MOST_IMAGES, MOST_PIXELS // self.model.image_size**2)
         self.defaults = defaults(args.model, self.model.num_classes, self.most_images)
 
-    def _way(self, name: str, title: str, weights: str) -> Way:
-        args = self._parsed({"--weights": weights})
-        chosen = chosen_weights(args, weights)
-        model = chosen.files.build()
-        described = chosen.load(model)
-        request, free = sample.make_request(args, model, self.device), free_memory(self.device)
-        with memory_named(model_too_large(self.model_name, model, request, free)):
-            prepare(model, self.dtype, self.device)
-        return Way(name, title, weights, described["weights_sha256"], model)
-
-    def sample(self, options: Mapping[str, str]) -> Iterator[Progress]:
-        """Make the panels of a request, a batch of images at each step; the last step has all panels.
-
-        options: a text for each of ``OPTIONS``, as sample.py takes it.
-
-        Raises:
-            UserError: a value is wrong, or too many images are asked for (before anything is made);
-                logits are not finite; the memory does not suffice.
-        """
-        plans = [(way, *self._plan(way, options)) for way in self.ways]
-        panels: tuple[Panel, ...] = ()
-        free = free_memory(self.device)
-        for way, request, command in plans:
-            n, tokens, seconds = request.num_samples, [], 0.0
-            title = f"{way.title} {request.sampling.cfg_scale:g}" if way.guided else way.title
-            generate = eager_generate(way.model, request)
-            for start in range(0, n, self.batch_size):
-                yield Progress(len(panels) * n + start, len(plans) * n, title, panels)
-                began, batch = time.perf_counter(), range(start, min(start + self.batch_size, n))
-                too_many = batch_too_large(self.model_name, way.model, request, len(batch), free)
-                with memory_named(too_many):
-                    tokens.append(sample_tokens(way.model, batch, request, self.device, generate))
-                seconds += time.perf_counter() - began
-            began = time.perf_counter()
-            with memory_named(decoder_too_large(self.model_name, free)):
-                images = decode_tokens(way.model, torch.cat(tokens), request).numpy()
-            whole = seconds + time.perf_counter() - began
-            picture = self._picture(images, request)
-            panels += (Panel(way.name, title, images, picture, whole / n, seconds / n, command),)
-        yield Progress(len(plans) * n, len(plans) * n, "", panels)
-
-    def _plan(self, way: Way, options: Mapping[str, str]) -> tuple[SampleRequest, str]:
-        """What sample.py makes of a request for this way, and its command."""
-        if sorted(options) != sorted(OPTIONS):
-            raise UserError(f"wanted are {', '.join(OPTIONS)}")
-        own = {k: v.strip() for k, v in options.items() if way.guided or k != "--cfg-scale"}
-        own = {"--weights": way.weights, **own}
-        args = self._parsed(own)
-        if args.num_samples > self.most_images:
-            raise UserError(f"--num-samples: {args.num_samples} must be at most {self.most_images} here")
-        request = sample.make_request(args, way.model, self.device)
-        # Said is what is not so without being said.
-        said = {k: v for k, v in own.items() if getattr(args, _name(k)) != sample.DEFAULTS.get(_name(k))}
-        words = [word for pair in self._complete(said).items() for word in pair]
-        return request, f"python sample.py {shlex.join([*words, '--output', f'{way.name}.npz'])}"
-
-    def _complete(self, options: Mapping[str, str]) -> dict[str, str]:
-        common = {name: str(value) for name, value in self.common.items() if value is not None}
-        return {"--model": common.pop("--model"), **options, **common}
-
-    def _parsed(self, options: Mapping[str, str]) -> argparse.Namespace:
-        """By sample.py's own parser, whatever the values look like."""
-        words = [f"{name}={value}" for name, value in self._complete(options).items()]
+    def _request(self, model: ARImageModel, options: Mapping[str, str]) -> SampleRequest:
+        """Return what sample.py makes of these options, whatever the values look like."""
+        words = [f"{name}={value}" for name, value in options.items()]
         args = sample.make_parser().parse_args([*words, "--output=unused.npz"])
         sample.apply_preset(args)
-        return args
+        return sample.make_request(args, model, self.device)
 
-    def _picture(self, images: np.ndarray, request: SampleRequest) -> Image.Image:
-        labels = [class_of(i, request) for i in range(len(images))]
-        captions = [self.class_names[label] for label in labels]
-        several = 1 < len(request.classes) <= 6
-        columns = len(request.classes) if several else int(np.ceil(np.sqrt(len(images))))
-        return draw_grid(images, columns, captions)
+    def plan(self, options: Mapping[str, str]) -> list[Panel]:
+        """Check a request and return what is asked of each way.
+
+        options: a text for each of ``LABELS``, as sample.py takes it.
+
+        Raises:
+            UserError: a value is wrong, or too many images are asked for.
+        """
+        args, panels = self.args, []
+        for name, weights in self.weights.items():
+            given = {
+                "--model": args.model, "--tokenizer-weights": args.tokenizer_weights,
+                "--image-size": args.image_size, "--dtype": self.dtype, "--weights": weights, **options,
+                "--cfg-scale": options["--cfg-scale"] if name == "guided" else None,
+            }  # fmt: skip
+            own = {option: str(value) for option, value in given.items() if value is not None}
+            request = self._request(self.models[weights], own)
+            if request.num_samples > self.most_images:
+                raise UserError(
+                    f"--num-samples: {request.num_samples} must be at most {self.most_images} here"
+                )
+            words = [word for pair in own.items() for word in pair]
+            command = f"python sample.py {shlex.join([*words, '--output', f'{name}.npz'])}"
+            panels.append(
+                Panel(WAYS[name].format(options["--cfg-scale"]), self.models[weights], request, command)
+            )
+        return panels
+
+    def sample(self, panel: Panel) -> Iterator[list[np.ndarray]]:
+        """Yield a panel's uint8 images [H, W, 3] so far, after each batch; the last time all of them.
+
+        Raises UserError where logits are not finite or the memory does not suffice.
+        """
+        count, size, images = panel.request.num_samples, self.args.batch_size, []
+        batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        for piece in Sampler(panel.model, panel.request, size, self.device).samples(batches):
+            images.extend(piece.images)
+            if len(piece.images):
+                yield images
+
+    def picture(self, images: list[np.ndarray], request: SampleRequest) -> Image.Image:
+        captions = [self.class_names[class_of(i, request)] for i in range(len(images))]
+        classes = len(request.classes)
+        columns = classes if 1 < classes <= 6 else int(np.ceil(np.sqrt(len(images))))
+        return draw_grid(np.stack(images), columns, captions)
 
 
-def _name(option: str) -> str:
-    return option.removeprefix("--").replace("-", "_")
+def heading(demo: Demo) -> str:
+    """Return what is shown, and of which weights, as HTML."""
+    facts = [
+        demo.args.model, f"{demo.model.image_size} × {demo.model.image_size} pixels",
+        f"{device_name(demo.device)}, {demo.dtype}", f"weights: {' and '.join(demo.models)}",
+    ]  # fmt: skip
+    return (
+        f"<h1>Guidance-free sampling, side by side</h1><p>{ABOUT}</p>"
+        f"<p id='facts'>{' &nbsp;·&nbsp; '.join(escape(fact) for fact in facts)}</p>"
+    )
 
 
-def comparison(panels: tuple[Panel, ...]) -> Image.Image:
-    """One picture of all panels."""
-    return side_by_side([(panel.title, panel.picture) for panel in panels])
+def option_text(value) -> str:
+    """Return a widget's value as sample.py takes it; it comes from a browser, unchecked."""
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "all"
+    return "" if value is None else str(value).strip()
 
 
-def commands(panels: tuple[Panel, ...]) -> str:
-    """The commands of all panels, a line each."""
-    return "".join(f"{panel.command}\n" for panel in panels)
+def message_for_page(error: UserError) -> str:
+    """Return the error's line as HTML, with the page's name of the option."""
+    option, colon, rest = one_line(error).partition(":")
+    return f"<p class='error' role='alert'>{escape(LABELS.get(option, option) + colon + rest)}</p>"
 
 
-@contextmanager
-def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that takes connections at that address. Raises UserError where it cannot be had."""
+def import_gradio():
+    """Return the module gradio. Raises UserError where it is not installed or too old."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        server = socket.create_server(address[:2], family=family, backlog=128)
+        import gradio
+    except ModuleNotFoundError:
+        raise UserError("the page needs Gradio: pip install -r requirements-demo.txt") from None
+    if tuple(map(int, gradio.__version__.split(".")[:2])) < OLDEST_GRADIO:
+        raise UserError(
+            f"the page needs Gradio {'.'.join(map(str, OLDEST_GRADIO))} or newer, not {gradio.__version__}: "
+            "pip install -r requirements-demo.txt"
+        )
+    return gradio
+
+
+def option_widgets(gr, demo: Demo) -> list:
+    """Return the widgets of the options, in the order of ``LABELS``."""
+    start = demo.defaults
+    ranges = {  # lowest, highest, step
+        "--num-samples": (1, demo.most_images, 1), "--cfg-scale": (0, 10, 0.05),
+        "--temperature": (0.05, 2, 0.05), "--top-k": (0, demo.model.vocab_size, 1),
+        "--top-p": (0.01, 1, 0.01),
+    }  # fmt: skip
+    with gr.Row(equal_height=True):
+        classes = gr.Dropdown(
+            [(f"{name} ({label})", label) for label, name in enumerate(demo.class_names)],
+            value=[] if start["--classes"] == "all" else [int(start["--classes"])],
+            label=f"{LABELS['--classes']}, in turn: type to search; none: all",
+            multiselect=True, scale=3, elem_id="classes",
+        )  # fmt: skip
+        seed = gr.Textbox(start["--seed"], label=LABELS["--seed"], elem_id="seed", max_lines=1)
+    with gr.Row(equal_height=True):
+        sliders = [
+            gr.Slider(low, high, float(start[name]), step=step, label=LABELS[name], elem_id=name[2:])
+            for name, (low, high, step) in ranges.items()
+        ]
+    return [classes, seed, *sliders]
+
+
+def make_handler(gr, demo: Demo, folder: str, outputs: list):
+    """Return what the button does: a function of the options' values that yields what changes on the page."""
+    status, *pictures, download, commands = outputs
+
+    def run(*values, progress=gr.Progress()):
+        drawn: list[tuple[str, Image.Image]] = []
+        try:
+            panels = demo.plan({option: option_text(value) for option, value in zip(LABELS, values)})
+            cleared = {shown: gr.Image(None, label=panel.title) for shown, panel in zip(pictures, panels)}
+            yield {**cleared, status: "", download: gr.DownloadButton(interactive=False), commands: ""}
+            for picture, panel in zip(pictures, panels):
+                began = time.perf_counter()
+                for images in demo.sample(panel):
+                    progress((len(images), panel.request.num_samples), desc=panel.title, unit="images")
+                    yield {status: ""}  # a request whose reader has left ends here
+                seconds = (time.perf_counter() - began) / len(images)
+                drawn.append((panel.title, demo.picture(images, panel.request)))
+                yield {picture: gr.Image(drawn[-1][1], label=f"{panel.title} · {seconds:.3g} s per image")}
+        except UserError as error:
+            yield {status: message_for_page(error)}
+            return
+        side_by_side(drawn).save(f"{folder}/comparison.png")
+        yield {
+            download: gr.DownloadButton(value=f"{folder}/comparison.png", interactive=True),
+            commands: "".join(f"{panel.command}\n" for panel in panels),
+        }
+
+    return run
+
+
+def make_page(gr, demo: Demo, folder: str):
+    """Return the page, a gradio.Blocks; what can be downloaded is written to ``folder``."""
+    with gr.Blocks(
+        title=f"CCA · {demo.args.model}", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
+    ) as page:
+        gr.HTML(heading(demo))
+        options = option_widgets(gr, demo)
+        button = gr.Button("Sample", variant="primary", elem_id="sample")
+        status = gr.HTML("", elem_id="status")
+        with gr.Row():
+            pictures = [
+                gr.Image(
+                    label=panel.title, interactive=False, format="png", buttons=["fullscreen"], min_width=240,
+                    elem_id=name, elem_classes="picture",
+                )
+                for name, panel in zip(demo.weights, demo.plan(demo.defaults))
+            ]  # fmt: skip
+        outputs = [
+            status,
+            *pictures,
+            gr.DownloadButton("Download the picture", interactive=False, elem_id="download"),
+            gr.Code(
+                label="The same images with sample.py, from the project's folder", language="shell", lines=3,
+                interactive=False, max_lines=8, wrap_lines=True, show_line_numbers=False, elem_id="commands",
+            ),
+        ]  # fmt: skip
+        # The parser of sample.py checks the values, not the widgets as well.
+        gr.on(
+            [button.click, options[1].submit], make_handler(gr, demo, folder, outputs), options, outputs,
+            concurrency_limit=1, preprocess=False, show_progress_on=status, api_name="sample",
+        )  # fmt: skip
+    return page.queue(max_size=32, api_open=False)
+
+
+def serve(page, theme, host: str, port: int) -> None:
+    """Serve a page until SIGINT or SIGTERM."""
+    os.environ["no_proxy"] = "*"  # Gradio asks its own server whether it answers, and nobody else
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        _, url, _ = page.launch(
+            server_name=f"[{host}]" if ":" in host else host, server_port=port, prevent_thread_lock=True,
+            quiet=True, share=False, ssr_mode=False, run_history=False, footer_links=[], theme=theme, css=CSS,
+        )  # fmt: skip
+        print(f"{url} (Ctrl-C ends it)", flush=True)
+        signal.pause()
+    page.close(verbose=False)
+
+
+def free_port(host: str, port: int) -> int:
+    """Return the port, for 0 a free one. Raises UserError where this address cannot be served."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family) as server:
+            return server.getsockname()[1]
     except (OSError, UnicodeError) as error:
         raise UserError(f"--host, --port: {host}:{port} cannot be served ({reason(error)})") from None
-    with server:
-        yield server
 
 
-def show(args: argparse.Namespace, processes: Processes) -> None:
-    """Print what will be loaded and served. Raises UserError where there is no room for downloads."""
-    given = dict.fromkeys(("base", pinned_weights(args)))
-    chosen = [chosen_weights(args, weights) for weights in given]
-    model = chosen[0].files.build()
-    rows = chosen[0].plan(model)
-    for tuned in chosen[1:]:
-        rows["CCA"] = tuned.plan(model)["weights"]
-    dtype = args.dtype or sample.default_dtype(args.model, processes.device)
-    rows["device"] = f"{device_name(processes.device)}, {dtype}, batch {args.batch_size}"
-    rows["serves"] = f"http://{args.host}:{args.port}"
-    downloads = list(dict.fromkeys(file for each in chosen for file in each.files.downloads(model)))
-    show_plan(rows, downloads)
-    if not args.dry_run:
-        require_space(downloads)
+def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> OnePart:
+    """Find the weights, and plan what is loaded and served. Raises UserError."""
+    if ranks.world > 1:
+        raise UserError("WORLD_SIZE: the page is served by one process; start it without torchrun")
+    base, *tuned = chosen_weights(args).values()
+    model = base.files.build()
+    dtype = args.dtype or sample.default_dtype(args.model, ranks.device)
+    rows = {
+        **base.plan(model), **({"CCA": tuned[0].plan(model)["weights"]} if tuned else {}),
+        "device": f"{device_name(ranks.device)}, {dtype}, batch {args.batch_size}",
+        "serves": f"http://{args.host}:{args.port}",
+    }  # fmt: skip
+    downloads = list(dict.fromkeys(file for each in (base, *tuned) for file in each.files.downloads(model)))
+    return OnePart(rows, partial(load_and_serve, args, ranks.device), downloads)
+
+
+def load_and_serve(args: argparse.Namespace, device: torch.device) -> None:
+    """Serve the page until SIGINT or SIGTERM. Raises UserError."""
+    with tempfile.TemporaryDirectory(prefix="cca-demo-") as folder:
+        # Read when Gradio is imported: where its files lie, and that it reports to nobody.
+        os.environ |= {"GRADIO_TEMP_DIR": f"{folder}/served", "GRADIO_ANALYTICS_ENABLED": "False"}
+        gr = import_gradio()
+        port = free_port(args.host, args.port)
+        demo = Demo(args, device)
+        for panel in demo.plan({**demo.defaults, "--num-samples": "1"}):
+            list(demo.sample(panel))  # a model's first images take longer than others
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        serve(make_page(gr, demo, folder), theme, args.host, port)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    processes = Processes()
-    if processes.world > 1:
-        raise UserError("WORLD_SIZE: the page is served by one process; start it without torchrun")
-    show(args, processes)
-    if args.dry_run:
-        return
-    with tempfile.TemporaryDirectory(prefix="cca-demo-") as folder:
-        # Read when Gradio is imported: its files lie there, and it reports to nobody.
-        os.environ |= {
-            "GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False",
-        }  # fmt: skip
-        try:
-            from scripts import demo_page
-        except ModuleNotFoundError as error:
-            if error.name not in ("gradio", "uvicorn", "fastapi"):
-                raise
-            raise UserError("the page needs Gradio: pip install -r requirements-demo.txt") from None
-        with listening(args.host, args.port) as server:
-            demo_page.serve(Demo(args, processes.device), server, Path(folder))
+    play(make_parser().parse_args(argv), None, resolve)
 
 
 if __name__ == "__main__":

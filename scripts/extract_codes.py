@@ -13,13 +13,10 @@ was trained; images of an .npz are taken as they are. An interrupted run goes on
 Training draws half of its crops from DIR_105 if that folder lies beside DIR.
 """
 
-import json
-import math
-import os
+import argparse
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,21 +24,24 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cca.data.classes import add_classes_option, read_classes
-from cca.data.sources import TokenSource, open_labelled_images
-from cca.distributed import Processes, Stopped, StopRequest, children_ignore_signals
-from models.devices import does_not_fit, free_memory, memory_named
-from models.errors import UserError, run_command
-from models.files import read_array, read_json, remove_folder, write_binary, write_json, writing
-from models.image_transforms import TenCrops
-from models.loading import find_files
-from models.options import Parser, add_workers_option, count, number
-from models.outputs import check_output, check_space, differing
-from models.plan import add_dry_run_option, show_plan, size_text
-from models.weights import tensors_sha256
-from models.zoo import ZOO
+from cca.cli.main import play, run_command
+from cca.cli.output import Found, Output, check_space
+from cca.cli.parser import Parser, add_workers_option, count, number
+from cca.cli.parts import Parts, fill, write_npy
+from cca.cli.plan import add_dry_run_option
+from cca.data.datasets import LabelledDataset, open_labelled_images
+from cca.data.labels import add_classes_option, read_classes
+from cca.distributed import Processes, children_ignore_signals
+from cca.training.encoding import to_tokens
+from models.base import ARImageModel
+from models.transforms import TenCrops
+from models.utils.files import size_text, write_binary
+from models.utils.precision import DOES_NOT_FIT, memory_named
+from models.zoo.checkpoint_formats import tensors_sha256
+from models.zoo.loading import ModelFiles, find_files
+from models.zoo.registry import ZOO
 
-CHUNK = 1024  # images between two notes of progress
+CHUNK = 1024  # images of a part
 
 
 def make_parser() -> Parser:
@@ -81,269 +81,132 @@ def make_parser() -> Parser:
     return parser
 
 
-def progress(folder: Path) -> Path:
-    """Where a run that is not finished keeps its notes."""
-    return folder / "progress"
+def read_crops(
+    source: LabelledDataset, ranges: list[range], workers: int, at_once: int
+) -> Iterator[torch.Tensor]:
+    """Yield the pixels [n, crops, 3, H, W] uint8 of these ranges of images, in order.
 
-
-def look(folder: Path, header: dict) -> str | None:
-    """What the folder holds of these codes, "finished" or "begun"; writes nothing.
-
-    Raises UserError where it holds codes of other options.
+    n images have at least ``at_once`` crops, or end where a range ends.
     """
-    found = None
-    markers = (("begun", progress(folder), "an unfinished run"), ("finished", folder, "finished codes"))
-    for state, place, what in markers:
-        marker = place / "header.json"
-        if not marker.exists():
-            continue
-        if changed := differing(read_json(marker), header):
-            raise UserError(
-                f"--output: {folder} holds {what} with {changed[0]}; "
-                "repeat its command, remove that folder, or take another"
-            )
-        found = state
-    return found
-
-
-def chunks_to_do(folder: Path, images: int) -> list[int]:
-    """First images of the chunks that are not done."""
-    return [i for i in range(0, images, CHUNK) if not (progress(folder) / f"{i}").exists()]
-
-
-class CodeFile:
-    """DIR/codes.npy while it is being filled, and which chunks of it are done.
-
-    DIR/progress/ holds the options and a note of each finished chunk. The header, with which the codes
-    are complete, is written last; then the notes go.
-    """
-
-    def __init__(self, folder: Path, shape: tuple[int, ...], header: dict, processes: Processes):
-        """Raises UserError where the folder holds codes of other options, or the codes do not fit."""
-        self.folder, self.shape, self.header, self.processes = folder, shape, header, processes
-        self.notes, self.partial, self.whole = (
-            progress(folder),
-            folder / "codes.partial.npy",
-            folder / "codes.npy",
-        )
-        self.finished = False
-        processes.agree(self._begin, main=True)
-        self.finished = processes.any(self.finished)
-        if not self.finished:
-            self.filled = self._filled()
-            self.begins = read_array(self.filled, "r").offset
-
-    def _filled(self) -> Path:
-        """The file that is being filled; it gets its name before the header is written."""
-        return self.partial if self.partial.exists() else self.whole
-
-    def _begin(self) -> None:
-        found = look(self.folder, self.header)
-        if found == "finished":
-            remove_folder(self.notes)
-            self.finished = True
-        elif found is None:
-            self._reserve()
-            with writing(self.notes):
-                self.notes.mkdir(exist_ok=True)
-            write_json(self.notes / "header.json", self.header)
-        else:
-            self._check()
-
-    def _reserve(self) -> None:
-        """Make the file with all its space: a hole in it would end the process where the disk is full."""
-        in_the_way = next((f for f in (self.whole, self.folder / "labels.npy") if f.exists()), None)
-        if in_the_way:
-            raise UserError(
-                f"--output: {in_the_way} is there without a header.json; remove it, or take another folder"
-            )
-        size = int(np.prod(self.shape)) * 2
-        check_space("--output", self.partial, size, "its codes")
-        try:
-            with writing(self.partial), open(self.partial, "wb") as file:
-                np.lib.format.write_array_header_1_0(
-                    file, {"descr": "<u2", "fortran_order": False, "shape": self.shape}
-                )
-                file.flush()
-                os.posix_fallocate(file.fileno(), 0, file.tell() + size)
-        except UserError:
-            self.partial.unlink(missing_ok=True)
-            raise
-
-    def _check(self) -> None:
-        """What was begun must be there as it was reserved."""
-        try:
-            found = read_array(self._filled(), "r")
-        except UserError as error:
-            raise UserError(f"--output: {error}; remove {self.folder}") from None
-        if found.shape != self.shape or found.dtype != np.uint16:
-            raise UserError(
-                f"--output: {self._filled()} holds {list(found.shape)} codes instead of {list(self.shape)}; "
-                f"remove {self.folder}"
-            )
-
-    def open_chunks(self) -> list[range]:
-        """This process's chunks that are not done; one process looks, before any writes."""
-        size = self.shape[0]
-        starts = chunks_to_do(self.folder, size)
-        missing = json.loads(self.processes.from_main(json.dumps(starts)))
-        own = missing[self.processes.rank :: self.processes.world]
-        return [range(i, min(i + CHUNK, size)) for i in own]
-
-    def write(self, start: int, codes: np.ndarray) -> None:
-        """Codes [n, crops, L] of the images from ``start`` on."""
-        row = 2 * int(np.prod(self.shape[1:]))
-        with writing(self.filled):
-            # No mapping, and nothing cached: NFS would write whole pages back, over what another node wrote.
-            handle = os.open(self.filled, os.O_WRONLY | os.O_DSYNC)
-            with os.fdopen(handle, "wb") as file:
-                file.seek(self.begins + start * row)
-                file.write(codes.astype("<u2").tobytes())
-
-    def finish_chunk(self, chunk: range) -> None:
-        with writing(self.notes):
-            (self.notes / f"{chunk.start}").touch()
-
-    def finish(self, labels: np.ndarray) -> None:
-        self.processes.agree(partial(self._finish, labels), main=True)
-
-    def _finish(self, labels: np.ndarray) -> None:
-        write_binary(self.folder / "labels.npy", lambda file: np.save(file, labels))
-        with writing(self.whole):
-            if self.partial.exists():
-                os.replace(self.partial, self.whole)
-        write_json(self.folder / "header.json", self.header)
-        remove_folder(self.notes)
-
-
-def encode(
-    source: TokenSource,
-    chunk: range,
-    file: CodeFile,
-    batch_size: int,
-    workers: int,
-    check: Callable[[], None] = lambda: None,
-) -> None:
-    """Fill one chunk of the file; ``check`` is called after each batch, and may raise."""
-    crops = file.shape[1]
     loader = DataLoader(
         source,
-        batch_sampler=[[(0, i)] for i in chunk],
+        batch_sampler=([(0, i)] for part in ranges for i in part),
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
     )
-    waiting: list[torch.Tensor] = []
-    done = chunk.start
     with children_ignore_signals():
         items = iter(loader)
-    for index, (images, unreadable) in zip(chunk, items):
-        if int(unreadable) >= 0:
-            tqdm.write(
-                f"unreadable, replaced by another image of its class: {source.name(index)}", file=sys.stderr
-            )
-        waiting.append(images.view(crops, *images.shape[-3:]))
-        if len(waiting) * crops >= batch_size or index == chunk[-1]:
-            tokens = torch.cat([source.tokens(part) for part in torch.cat(waiting).split(batch_size)])
-            file.write(done, tokens.view(len(waiting), crops, -1).cpu().numpy())
-            done, waiting = done + len(waiting), []
-            check()
-    file.finish_chunk(chunk)
+    for part in ranges:
+        waiting: list[torch.Tensor] = []
+        for index in part:
+            images, unreadable = next(items)
+            if unreadable:
+                line = f"unreadable, replaced by another image of its class: {source.name(index)}"
+                tqdm.write(line, file=sys.stderr)
+            waiting.append(images.view(1, source.crops, *images.shape[-3:]))
+            if len(waiting) * source.crops >= at_once or index == part[-1]:
+                yield torch.cat(waiting)
+                waiting = []
 
 
-def fill(
-    source: TokenSource, file: CodeFile, batch_size: int, workers: int, stop: StopRequest, too_large: str
-) -> bool:
-    """Encode all chunks that are not done and finish the file; False if a signal came first.
+@dataclass
+class Extraction:
+    """Codes to be made, resolved from the options and from what was found at the output."""
 
-    too_large: what to say where a GPU's memory runs out.
-    """
-    processes, chunks = file.processes, file.open_chunks()
-    with tqdm(total=sum(map(len, chunks)), desc="encoding", unit="image", disable=not processes.main) as bar:
+    args: argparse.Namespace
+    ranks: Processes
+    found: Found
+    files: ModelFiles
+    model: ARImageModel
+    source: LabelledDataset
 
-        def encode_next() -> None:
-            if not chunks:
-                return
-            chunk = chunks.pop(0)
-            with suppress(Stopped), memory_named(too_large):  # a part of a chunk is not noted
-                encode(source, chunk, file, batch_size, workers, stop.check)
-                bar.update(len(chunk))
+    def __post_init__(self) -> None:
+        self.output = Output.codes(self.args.output)
+        shape = (len(self.source), self.source.crops, self.model.sequence_length)
+        self.parts = Parts(self.output.parts_folder, shape, np.dtype("<u2"), CHUNK)
+        self.downloads = self.files.downloads(self.model)
 
-        # Signals reach the processes at different moments, and one may have a chunk more than another.
-        while processes.any(bool(chunks)) and not processes.any(stop.asked):
-            processes.agree(encode_next)
-        stopped = processes.any(stop.asked)
-    if stopped:
-        if processes.main:
-            notes = sum(note.name.isdigit() for note in file.notes.iterdir())
-            print(f"stopped; {notes} chunks of {CHUNK} images are done, the same command goes on from there")
-        return False
-    file.finish(source.labels(np.arange(len(source))).numpy())
-    return True
+    def known(self) -> dict:
+        known = self.files.known()
+        return {
+            "model": self.args.model,
+            "image_size": self.model.image_size,
+            "vocab_size": self.model.vocab_size,
+            "images": len(self.source),
+            "crops": self.source.crops,
+            "crop_range": self.args.crop_range if self.source.crops > 1 else None,
+            "classes": self.source.classes,
+            **{name: known[name] for name in ("tokenizer_sha256",) if name in known},
+        }
+
+    def plan(self) -> dict[str, str]:
+        args, source, stored = self.args, self.source, self.parts.rows_stored()
+        if not self.found.is_finished:
+            check_space(self.output, self.parts.space_needed(), "its parts, then the codes")
+        crops = f", {source.crops} crops of each" if source.crops > 1 else ""
+        size = size_text(len(source) * self.parts.row_bytes)
+        rows = {
+            "data": f"{args.data}, {len(source):,} images{crops}",
+            "device": self.ranks.devices,
+            "writes": f"{args.output}/ (codes.npy ~{size}, labels.npy, header.json)",
+        }
+        if self.found.content and not self.found.is_finished:
+            rows["resumes"] = f"with the {stored:,} of {len(source):,} images that are encoded"
+        return self.files.plan(self.model, None) | rows
+
+    def prepare(self) -> dict:
+        self.files = self.files.fill(self.model)
+        self.header = {
+            **self.known(),
+            "tokenizer_tensors_sha256": tensors_sha256(self.model.tokenizer),
+            "data_sha256": self.ranks.digest(self.source.fingerprint),
+        }
+        return self.header
+
+    def make(self, ranges: list[range]) -> Iterator[np.ndarray]:
+        """Yield the codes [n, crops, L] of these ranges of images, in order."""
+        args, device = self.args, self.ranks.device
+        with memory_named(f"--model: the tokenizer of {self.args.model} {DOES_NOT_FIT}"):
+            self.model.tokenizer.to(device)
+            for pixels in read_crops(self.source, ranges, args.workers, args.batch_size):
+                batches = pixels.flatten(0, 1).split(args.batch_size)
+                tokens = torch.cat([to_tokens(self.model, batch, device) for batch in batches])
+                yield tokens.unflatten(0, pixels.shape[:2]).cpu().numpy()
+
+    def work(self) -> bool:
+        ranks = self.ranks
+        if ranks.main:
+            for note in self.source.notes():
+                print(f"note: {note}", file=sys.stderr)
+
+        if not fill(ranks, self.parts, self.make, "encoding"):
+            return False
+        ranks.agree(self.finish, main=True)
+        return True
+
+    def finish(self) -> None:
+        """Write the labels, then the codes, then the header, with which they are complete."""
+        labels = self.source.labels(np.arange(len(self.source))).numpy()
+        write_binary(self.args.output / "labels.npy", lambda file: np.save(file, labels))
+        write_npy(self.args.output / "codes.npy", self.parts)
+        self.output.describe(self.header)
+        self.output.remove_parts()
+
+
+def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Extraction:
+    files = find_files(args.model, None, args.tokenizer_weights, args.image_size)
+    model = files.build()
+    transform, classes = TenCrops(model.image_size, args.crop_range), read_classes(args.classes_from)
+    source = open_labelled_images(args.data, model, transform=transform, classes=classes)
+    return Extraction(args, ranks, found, files, model, source)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    check_output("--output", args.output, {"--data": args.data}, folder=True)
-    processes = Processes()
-    files = find_files(args.model, None, args.tokenizer_weights, args.image_size)
-    model = files.build()
-    transform = TenCrops(model.image_size, args.crop_range)
-    classes = read_classes(args.classes_from)
-    source = open_labelled_images(args.data, model, transform=transform, classes=classes)
-    shape, downloads = (len(source), source.crops, model.sequence_length), files.downloads(model)
-    made_from = {
-        "model": args.model,
-        "image_size": model.image_size,
-        "vocab_size": model.vocab_size,
-        "images": len(source),
-        "crops": source.crops,
-        "crop_range": args.crop_range if source.crops > 1 else None,
-        "classes": source.classes,
-    }
-
-    def show() -> None:
-        tokenizer = files.known().get("tokenizer_sha256")
-        state = look(args.output, made_from | ({"tokenizer_sha256": tokenizer} if tokenizer else {}))
-        size = 2 * math.prod(shape)
-        if not state:
-            check_space("--output", args.output / "codes.npy", size, "its codes")
-        crops = f", {source.crops} crops of each" if source.crops > 1 else ""
-        rows = {
-            "data": f"{args.data}, {len(source):,} images{crops}",
-            "device": processes.devices,
-            "writes": f"{args.output}/ (codes.npy ~{size_text(size)}, labels.npy, header.json)",
-        }
-        if state == "finished":
-            rows["finished"] = f"{args.output} holds codes of these options already"
-        elif state:
-            to_do = sum(min(CHUNK, len(source) - start) for start in chunks_to_do(args.output, len(source)))
-            rows["resumes"] = f"with the {len(source) - to_do:,} of {len(source):,} images that are encoded"
-        show_plan(files.plan(model, None) | rows, downloads)
-
-    if not processes.planned(show, downloads, args.dry_run):
-        return
-    files = files.fill(model)
-    tokenizer = tensors_sha256(model.tokenizer)
-    too_large = does_not_fit(f"the tokenizer of {args.model}", free_memory(processes.device))
-    with memory_named(too_large):
-        model.tokenizer.to(processes.device)
-    header = {
-        **made_from,
-        "tokenizer_sha256": files.describe()["tokenizer_sha256"],
-        "tokenizer_tensors_sha256": tokenizer,
-        "data_sha256": processes.digest(source.fingerprint),
-    }
-    with processes.holding(args.output, header, folder=True), StopRequest() as stop:
-        file = CodeFile(args.output, shape, header, processes)
-        if processes.main:
-            for note in source.notes():
-                print(f"note: {note}", file=sys.stderr)
-        if not file.finished:
-            fill(source, file, args.batch_size, args.workers, stop, too_large)
-        elif processes.main:
-            print(f"{args.output} holds these codes already; nothing is left to do")
+    output = Output.codes(args.output)
+    output.check_place({"--data": args.data})
+    play(args, output, resolve)
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     run_command(main)

@@ -25,28 +25,31 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cca.cli.main import run_command
+from cca.cli.output import Output
+from cca.config import TrainingConfig
+from cca.data.datasets import LabelledDataset
 from cca.data.image_sets import to_uint8_tensor
-from cca.data.sources import TokenSource, to_model_input
 from cca.distributed import Processes
 from cca.evaluation.features import MINI_WEIGHTS, FeatureNetwork
-from cca.training.command import train
-from cca.training.run_folder import RunFolder, describe
-from cca.training.schedule import TrainingConfig
+from cca.training.encoding import to_model_input
+from cca.training.loader import Loader
+from cca.training.loop import train
+from cca.training.run_folder import RunFolder, options_of_config
 from cca.training.trainer import Trainer
 from models.base import ARImageModel
-from models.decoding import draw_tokens
-from models.errors import UserError, run_command
-from models.llamagen import LlamaGen, LlamaGenTokenizer
-from models.loading import build_model, load_model
-from models.var import VAR
+from models.llamagen import LlamaGenTokenizer
+from models.sampling import draw_tokens
+from models.utils.errors import UserError
 from models.var_tokenizer import VARTokenizer
-from models.weights import is_constant, load_weights, save_safetensors
+from models.zoo.checkpoint_formats import is_constant, load_weights, save_safetensors
+from models.zoo.loading import build_model, load_model
 
 ASSETS = Path("assets")
 RAW = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package has them
-TRAINING, TUNING = slice(0, 50_000), slice(50_000, 60_000)
-BUNDLED_TRAINING = slice(0, 10_000)
-DEFAULT_STEPS = {"llamagen-mini": 4_000, "var-mini": 4_000}
+TRAINING, BUNDLED_TRAINING = slice(0, 50_000), slice(0, 10_000)
+PERCEPTUAL_WEIGHTS = Path("runs/perceptual.safetensors")
+STEPS = {"tokenizer": 3600, "transformer": 4000, "decoder": 1500}  # of the optimizer, where no option says
 TRANSFORMER_LR = 3e-3
 REDRAWN = 2  # levels of VAR that the decoder sees drawn, at most
 
@@ -94,12 +97,11 @@ def fit(
         lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(i - warm, 0) / (steps - warm))),
     )
     bar, smooth = tqdm(range(steps), desc=name, mininterval=2), None
-    count = TRAINING.stop
     for step in bar:
-        if step % (count // batch) == 0:
-            order = torch.randperm(count)
-        start = step % (count // batch) * batch
-        value = loss(order[start : start + batch])
+        place = step % (TRAINING.stop // batch)  # of the batch in its epoch
+        if place == 0:
+            order = torch.randperm(TRAINING.stop)
+        value = loss(order[place * batch : (place + 1) * batch])
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -165,10 +167,8 @@ def train_classifier(network: nn.Module, images: Tensor, labels: Tensor, epochs:
 
 @torch.inference_mode()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    right = sum(
-        (network(x)[1].argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500))
-    )
-    return right / len(labels)
+    batches = zip(images.split(500), labels.split(500))
+    return sum((network(x)[1].argmax(1) == y).sum().item() for x, y in batches) / len(labels)
 
 
 class SingleScale:
@@ -219,25 +219,32 @@ class MultiScale:
         return source * (1 + 0.1 * torch.randn_like(source))
 
 
-TOKENIZER_PRETRAINING = {VAR: MultiScale, LlamaGen: SingleScale}
+TOKENIZER_PRETRAINING = {"llamagen-mini": SingleScale, "var-mini": MultiScale}
+Pretraining = type[SingleScale] | type[MultiScale]
 
 
 @torch.no_grad()
-def start_codebook(model: ARImageModel, images: Tensor) -> None:
+def start_codebook(model: ARImageModel, pretraining: Pretraining, images: Tensor) -> None:
     """Codes start at latents of real images, so that none is dead from the first step."""
     latents = model.tokenizer.latents(images).permute(0, 2, 3, 1).flatten(0, 2)
     chosen = latents[torch.randperm(len(latents))[: model.vocab_size]]
-    model.tokenizer.quantize.embedding.weight.copy_(TOKENIZER_PRETRAINING[type(model)].first_codes(chosen))
+    model.tokenizer.quantize.embedding.weight.copy_(pretraining.first_codes(chosen))
 
 
 @torch.no_grad()
-def revive_codes(model: ARImageModel, used: Tensor, images: Tensor) -> int:
+def revive_codes(model: ARImageModel, pretraining: Pretraining, used: Tensor, images: Tensor) -> int:
     """Replace the codes that no recent image used; returns how many."""
     weight = model.tokenizer.quantize.embedding.weight
     dead = (used == 0).nonzero().flatten()
-    source = TOKENIZER_PRETRAINING[type(model)].fresh_codes(model.tokenizer, images, used, len(dead))
+    source = pretraining.fresh_codes(model.tokenizer, images, used, len(dead))
     weight[dead] = source[torch.randperm(len(source))[: len(dead)]]
     return len(dead)
+
+
+def load_perceptual() -> PerceptualNetwork:
+    network = PerceptualNetwork()
+    network.load_state_dict(load_file(PERCEPTUAL_WEIGHTS))
+    return network.eval().requires_grad_(False)
 
 
 def pixel_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -249,14 +256,14 @@ def encode_all(model: ARImageModel, images: Tensor) -> Tensor:
     return torch.cat([model.encode(part) for part in tqdm(images.split(250), desc="encoding")])
 
 
-def train_tokenizer(
-    model: ARImageModel, perceptual: PerceptualNetwork, images: Tensor, steps: int, name: str
-) -> None:
-    tokenizer, pretraining = model.tokenizer.train(), TOKENIZER_PRETRAINING[type(model)]
+def train_tokenizer(name: str, images: Tensor, steps: int) -> ARImageModel:
+    """Train a tokenizer from a random start, and return its model."""
+    perceptual, model = load_perceptual(), build_model(name, device="cpu")
+    tokenizer, pretraining = model.tokenizer.train(), TOKENIZER_PRETRAINING[name]
     for module in tokenizer.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-    start_codebook(model, images[:256])
+    start_codebook(model, pretraining, images[:256])
     used, done = torch.zeros(model.vocab_size), 0
 
     def loss(index: Tensor) -> Tensor:
@@ -266,7 +273,7 @@ def train_tokenizer(
         if done % 20 == 0:
             used += torch.bincount(model.encode(batch).flatten(), minlength=model.vocab_size)
         if done % 100 == 0 and done < 0.7 * steps:
-            dead = revive_codes(model, used, batch)
+            dead = revive_codes(model, pretraining, used, batch)
             tqdm.write(f"{name}: step {done}, {dead} unused codes moved")
             used.zero_()
         with torch.autocast("cpu", torch.bfloat16):
@@ -274,8 +281,8 @@ def train_tokenizer(
             perceived = perceptual.distance(reconstruction, batch).float()
         return pixel_distance(reconstruction, batch) + perceived + quantisation
 
-    fit(tokenizer.parameters(), loss, steps, 32, 1.5e-3, name)
-    tokenizer.eval()
+    fit(tokenizer.parameters(), loss, steps, 32, 1.5e-3, f"{name} tokenizer")
+    return model.eval()
 
 
 @torch.no_grad()
@@ -290,52 +297,41 @@ def redraw_last_levels(model: ARImageModel, tokens: Tensor, labels: Tensor, leve
     return tokens
 
 
-def train_decoder(
-    model: ARImageModel, perceptual: PerceptualNetwork, images: Tensor, labels: Tensor, steps: int, name: str
-) -> None:
+def train_decoder(name: str, images: Tensor, labels: Tensor, steps: int) -> ARImageModel:
     """Teach VAR's decoder the noise of levels whose tokens are drawn independently of each other.
 
     Up to REDRAWN of the last levels come from the trained transformer, the others from the image
     that the decoder has to give back (in the spirit of RobustTok, arXiv 2503.08354). Encoder and
     codebook, and with them all tokens, stay as they are.
     """
+    perceptual, model = load_perceptual(), load_model(name)
     tokens = encode_all(model, images)
     model.tokenizer.decoder.compile()
     parts = nn.ModuleList([model.tokenizer.decoder, model.tokenizer.post_quant_conv]).requires_grad_(True)
-    quantize = model.tokenizer.quantize
 
     def loss(index: Tensor) -> Tensor:
         batch, levels = images[index], int(torch.randint(REDRAWN + 1, ()))
         with torch.autocast("cpu", torch.bfloat16):
             drawn = redraw_last_levels(model, tokens[index], labels[index], levels)
         with torch.no_grad():
-            latents = quantize.partial_sums(drawn)[-1]
+            latents = model.tokenizer.quantize.partial_sums(drawn)[-1]
         with torch.autocast("cpu", torch.bfloat16):
             reconstruction = model.tokenizer.decode_latents(latents)
             perceived = perceptual.distance(reconstruction, batch).float()
         return pixel_distance(reconstruction.float(), batch) + perceived
 
-    fit(parts.parameters(), loss, steps, 32, 7e-4, name)
+    fit(parts.parameters(), loss, steps, 32, 7e-4, f"{name} decoder")
+    return model
 
 
-class TokenArray(TokenSource):
+class TokenArray(LabelledDataset):
     """Tokens of all training images, held in memory."""
 
     def __init__(self, model: ARImageModel, images: Tensor, labels: Tensor):
-        self.all_labels = labels
-        self.all = encode_all(model, images)
+        self.all_labels, self.tokens = labels, encode_all(model, images)
 
-    def __len__(self) -> int:
-        return len(self.all)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        return self.all[key[1]], -1
-
-    def labels(self, indices: np.ndarray) -> Tensor:
-        return self.all_labels[torch.from_numpy(indices)]
-
-    def tokens(self, batch: Tensor) -> Tensor:
-        return batch
+    def item(self, epoch: int, index: int) -> Tensor:
+        return self.tokens[index]
 
 
 def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, seed: int) -> ARImageModel:
@@ -344,16 +340,20 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
     load_weights(model.tokenizer, ASSETS / f"{name}-tokenizer.safetensors", f"the tokenizer of {name}")
     model.tokenizer.requires_grad_(False)
     model.transformer.init_weights()
-    data = TokenArray(model, images, labels)
     config = TrainingConfig(
         loss="sft", beta=0.0, lambda_=0.0, uncond_ratio=0.1, batch_size=64, lr=TRANSFORMER_LR, warmup=0.02,
         final_lr=0.01, weight_decay=0.05, final_weight_decay=None, grad_clip=1.0, schedule_accumulation=1,
         max_steps=steps, ema=0.0, seed=seed, dtype="bfloat16",
     )  # fmt: skip
     processes = Processes()
-    folder = RunFolder(Path(f"runs/pretrain-{name}"), processes, describe(config, {"model": name}))
+    output = Output.run(Path(f"runs/pretrain-{name}"), model.checkpoint_name)
+    options = {**options_of_config(config), "model": name}
+    output.check(output.look(), options)
+    output.begin({"options": options})
+    folder = RunFolder(output.path, processes, options)
     trainer = Trainer(model, config, config.batch_size, processes, compile=True)
-    train(trainer, data, folder, save_every=500, log_every=20)
+    loader = Loader(TokenArray(model, images, labels), config, processes, model.null_class)
+    train(trainer, loader, folder, save_every=500, log_every=20)
     if not (folder.path / model.checkpoint_name).exists():  # a signal came first
         raise UserError("pretraining was stopped; the same command goes on from there")
     return model
@@ -366,36 +366,50 @@ def save(path: Path, module: nn.Module, key: str = "") -> None:
 
 
 @torch.no_grad()
-def save_tokenizer(model: ARImageModel, path: Path) -> None:
+def save_tokenizer(name: str, model: ARImageModel) -> None:
     """Save with the decoder's three output channels averaged: grey images come out grey.
 
     The targets are grey, so the pixel losses can only fall.
     """
     for parameter in model.tokenizer.decoder.conv_out.parameters():
         parameter.copy_(parameter.mean(0, keepdim=True).expand_as(parameter))
-    save(path, model.tokenizer, model.checkpoint_key)
+    save(ASSETS / f"{name}-tokenizer.safetensors", model.tokenizer, model.checkpoint_key)
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=("data", "networks", "tokenizer", "transformer", "decoder"))
-    parser.add_argument("--model", choices=sorted(DEFAULT_STEPS), help="for the last three stages")
+    parser.add_argument("stage", choices=("data", "networks", *STEPS))
+    parser.add_argument("--model", choices=TOKENIZER_PRETRAINING, help="for the last three stages")
     parser.add_argument(
-        "--raw",
-        type=Path,
-        default=RAW,
-        help="folder of the four files (default %(default)s)",
+        "--raw", type=Path, default=RAW, help="folder of the four files (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="optimizer steps (tokenizer 3,600, decoder 1,500)")
+    parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {STEPS})")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default %(default)s)"
     )
-    args = parser.parse_args()
-    if args.stage in ("tokenizer", "transformer", "decoder") and not args.model:
-        raise UserError(f"--model: the stage {args.stage} needs one of {', '.join(sorted(DEFAULT_STEPS))}")
+    return parser
+
+
+def train_networks(raw: Path, images: Tensor, labels: Tensor, seed: int) -> None:
+    """Train and save the two classifiers, and print their accuracies on the test images."""
+    test_images, test_labels = read_raw(raw, "t10k")
+    PERCEPTUAL_WEIGHTS.parent.mkdir(exist_ok=True)
+    for build, path in ((PerceptualNetwork, PERCEPTUAL_WEIGHTS), (FeatureNetwork, MINI_WEIGHTS)):
+        torch.manual_seed(seed)
+        network = build()
+        train_classifier(network, images, labels, 8, path.stem)
+        save(path, network)
+        share = accuracy(network, to_model_input(to_uint8_tensor(test_images)), torch.from_numpy(test_labels))
+        print(f"{path.stem}: accuracy {share:.4f} on the test images")
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    if args.stage in STEPS and not args.model:
+        raise UserError(f"--model: the stage {args.stage} needs one of {', '.join(TOKENIZER_PRETRAINING)}")
     if args.stage == "decoder" and max(build_model(args.model).step_sizes) == 1:
         raise UserError(
             f"--model: the stage decoder is not for {args.model}, which draws its tokens one by one"
@@ -403,7 +417,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     raw_images, raw_labels = read_raw(args.raw, "train")
-    perceptual_path = Path("runs/perceptual.safetensors")
     if args.stage == "data":
         write_images(
             ASSETS / "fashion-mnist-train-10k.npz", raw_images[BUNDLED_TRAINING], raw_labels[BUNDLED_TRAINING]
@@ -413,35 +426,16 @@ def main() -> None:
     images = to_model_input(to_uint8_tensor(raw_images[TRAINING]))
     labels = torch.from_numpy(raw_labels[TRAINING])
     if args.stage == "networks":
-        test_images, test_labels = read_raw(args.raw, "t10k")
-        perceptual_path.parent.mkdir(exist_ok=True)
-        for build, path, epochs in (
-            (PerceptualNetwork, perceptual_path, 8),
-            (FeatureNetwork, MINI_WEIGHTS, 8),
-        ):
-            torch.manual_seed(args.seed)
-            network = build()
-            train_classifier(network, images, labels, epochs, path.stem)
-            save(path, network)
-            pixels = to_model_input(to_uint8_tensor(test_images))
-            share = accuracy(network, pixels, torch.from_numpy(test_labels))
-            print(f"{path.stem}: accuracy {share:.4f} on the test images")
-    elif args.stage in ("tokenizer", "decoder"):
-        perceptual = PerceptualNetwork()
-        perceptual.load_state_dict(load_file(perceptual_path))
-        perceptual.eval().requires_grad_(False)
-        if args.stage == "tokenizer":
-            model = build_model(args.model, device="cpu")
-            train_tokenizer(model, perceptual, images, args.steps or 3600, f"{args.model} tokenizer")
-        else:
-            model = load_model(args.model)
-            train_decoder(model, perceptual, images, labels, args.steps or 1500, f"{args.model} decoder")
-        save_tokenizer(model, ASSETS / f"{args.model}-tokenizer.safetensors")
-    else:
-        model = train_transformer(
-            args.model, images, labels, args.steps or DEFAULT_STEPS[args.model], args.seed
-        )
+        train_networks(args.raw, images, labels, args.seed)
+        return
+    steps = args.steps or STEPS[args.stage]
+    if args.stage == "transformer":
+        model = train_transformer(args.model, images, labels, steps, args.seed)
         save(ASSETS / f"{args.model}.safetensors", model.transformer, model.checkpoint_key)
+    elif args.stage == "tokenizer":
+        save_tokenizer(args.model, train_tokenizer(args.model, images, steps))
+    else:
+        save_tokenizer(args.model, train_decoder(args.model, images, labels, steps))
 
 
 if __name__ == "__main__":

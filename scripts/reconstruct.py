@@ -9,30 +9,33 @@ guided-diffusion does. Writes FILE.npz in their order (arr_0 uint8 [N, H, W, 3],
 images' .npz has them), and FILE.json with the tokenizer's hash.
 """
 
+import argparse
 import math
 import sys
-import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from cca.cli.main import play, run_command
+from cca.cli.output import Found, Output, check_space
+from cca.cli.parser import Parser, add_model_options, add_workers_option, count
+from cca.cli.parts import Parts, fill, write_npz
+from cca.cli.plan import add_dry_run_option
 from cca.data.image_sets import ImageSet, open_image_set, to_uint8_tensor
-from cca.data.sources import encoded_at_once, to_tokens
 from cca.distributed import Processes
 from cca.sampling.sampler import decoded_at_once, to_pixels
+from cca.training.encoding import encoded_at_once, to_tokens
 from models.base import ARImageModel
-from models.devices import does_not_fit, free_memory, memory_named
-from models.errors import UserError, run_command
-from models.files import atomic_write, write_json
-from models.loading import find_files
-from models.options import Parser, add_model_options, add_workers_option, count
-from models.outputs import check_output
-from models.plan import add_dry_run_option, output_text, show_plan, size_text
-from models.weights import tensors_sha256
-from models.zoo import ZOO
+from models.utils.errors import UserError
+from models.utils.files import size_text
+from models.utils.precision import DOES_NOT_FIT, memory_named
+from models.zoo.checkpoint_formats import tensors_sha256
+from models.zoo.loading import ModelFiles, find_files
+from models.zoo.registry import ZOO
 
-COPIED = 2**24  # bytes moved at once
+PART_IMAGES = 256  # images of a part
 
 
 def make_parser() -> Parser:
@@ -53,43 +56,86 @@ def make_parser() -> Parser:
     return parser
 
 
-def reconstruct(
-    model: ARImageModel, images: ImageSet, part: slice, batch_size: int, device, file, bar
-) -> None:
-    """Write the pixels of a range of images, encoded and decoded, to an open file.
+@dataclass
+class Reconstruction:
+    """Reconstructed images to be made, resolved from the options and from what was found at the output."""
 
-    Encoder and decoder work on batches of their own sizes: an image's pixels depend on it alone.
-    """
-    for batch in images.batches(part, batch_size):
-        tokens = to_tokens(model, to_uint8_tensor(batch), device, alike=True)
-        file.write(to_pixels(model, tokens, "float32").numpy().tobytes())
-        bar.update(len(batch))
+    args: argparse.Namespace
+    ranks: Processes
+    found: Found
+    files: ModelFiles
+    model: ARImageModel
+    images: ImageSet
+
+    def __post_init__(self) -> None:
+        self.output, size = Output.npz(self.args.output, "reconstructions"), self.model.image_size
+        shape = (len(self.images), size, size, 3)
+        self.parts = Parts(self.output.parts_folder, shape, np.dtype(np.uint8), PART_IMAGES)
+        self.downloads = self.files.downloads(self.model)
+        # Encoder and decoder work on batches of their own sizes: an image's pixels depend on it alone.
+        device = self.ranks.device
+        full = math.lcm(encoded_at_once(self.model, device), decoded_at_once(self.model, device))
+        self.batch_size = math.ceil(self.args.batch_size / full) * full
+
+    def known(self) -> dict:
+        return {"model": self.args.model, "image_size": self.model.image_size, "images": len(self.images)}
+
+    def plan(self) -> dict[str, str]:
+        if not self.found.is_finished:
+            check_space(self.output, self.parts.space_needed(), "its parts, then the file")
+        path, size = self.output.path, size_text(len(self.images) * self.parts.row_bytes)
+        return self.files.plan(self.model, None) | {
+            "images": f"{self.args.images}, {len(self.images):,} images",
+            "device": f"{self.ranks.devices}, batch {self.batch_size}",
+            "writes": f"{path} (~{size}), {path.with_suffix('.json')}",
+        }
+
+    def prepare(self) -> dict:
+        self.files.fill(self.model)
+        self.tokenizer = tensors_sha256(self.model.tokenizer)
+        found = self.ranks.digest(self.images.fingerprint)
+        options = {**self.known(), "images_sha256": found, "tokenizer_tensors_sha256": self.tokenizer}
+        self.content = {"options": options}
+        return self.content
+
+    def make(self, ranges: list[range]) -> Iterator[np.ndarray]:
+        device = self.ranks.device
+        with memory_named(f"--model: the tokenizer of {self.args.model} {DOES_NOT_FIT}"):
+            self.model.tokenizer.to(device)
+            # As one range where they are one: a compressed file is read from its start for each.
+            whole = range(ranges[0].start, ranges[-1].stop) if ranges else range(0)
+            for part in [whole] if len(whole) == sum(map(len, ranges)) else ranges:
+                for batch in self.images.batches(slice(part.start, part.stop), self.batch_size):
+                    tokens = to_tokens(self.model, to_uint8_tensor(batch), device, alike=True)
+                    yield to_pixels(self.model, tokens, "float32")
+
+    def work(self) -> bool:
+        if not fill(self.ranks, self.parts, self.make, "reconstructing"):
+            return False
+        self.ranks.agree(self.finish, main=True)
+        return True
+
+    def finish(self) -> None:
+        """Write the description, then the file: an output that is there has a description."""
+        images, path = self.images, self.output.path
+        report = {
+            **self.content,
+            "model": self.args.model,
+            "image_size": self.model.image_size,
+            "tokenizer_tensors_sha256": self.tokenizer,
+            "images": {"file": str(self.args.images), "sha256": images.content_hash()},
+            "notes": images.notes(),
+        }
+        labels = images.labels()
+        self.output.describe(report)
+        write_npz(path, self.parts, None if labels is None else [labels])
+        self.output.remove_parts()
+        for note in images.notes():
+            print(f"note: {note}", file=sys.stderr)
+        print(f"{path}: {len(images):,} images, encoded and decoded")
 
 
-def assemble(output: Path, parts: list[Path], shape: tuple[int, ...], labels: np.ndarray | None) -> None:
-    """The processes' pixels in order, as one .npz."""
-
-    def write(temporary: Path) -> None:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for part in parts:
-                    with open(part, "rb") as pixels:
-                        while block := pixels.read(COPIED):
-                            file.write(block)
-            if labels is not None:
-                with archive.open("arr_1.npy", "w") as file:
-                    np.lib.format.write_array(file, labels)
-
-    atomic_write(output, write)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    if args.output.suffix != ".npz":
-        raise UserError(f"--output: {args.output} does not end in .npz")
-    check_output("--output", args.output, {"--images": args.images})
+def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Reconstruction:
     files = find_files(args.model, None, args.tokenizer_weights, args.image_size)
     model = files.build()
     size = model.image_size
@@ -104,59 +150,14 @@ def main(argv: list[str] | None = None) -> None:
     labels = images.labels()
     if labels is not None and len(labels) != len(images):
         raise UserError(f"--images: {args.images} has {len(images)} images and {len(labels)} labels")
-    processes, downloads = Processes(), files.downloads(model)
-    full = math.lcm(encoded_at_once(model, processes.device), decoded_at_once(model, processes.device))
-    batch_size = math.ceil(args.batch_size / full) * full
+    return Reconstruction(args, ranks, found, files, model, images)
 
-    def show() -> None:
-        rows = {
-            "images": f"{args.images}, {len(images):,} images",
-            "device": f"{processes.devices}, batch {batch_size}",
-            "writes": f"{output_text(args.output)} (~{size_text(3 * len(images) * size * size)}), "
-            f"{args.output.with_suffix('.json')}",
-        }
-        show_plan(files.plan(model, None) | rows, downloads)
 
-    if not processes.planned(show, downloads, args.dry_run):
-        return
-    files.fill(model)
-    tokenizer = tensors_sha256(model.tokenizer)
-    too_large = does_not_fit(f"the tokenizer of {args.model}", free_memory(processes.device))
-    with memory_named(too_large):
-        model.tokenizer.to(processes.device)
-    share = processes.share(len(images))
-    parts = [args.output.with_name(f".{args.output.name}.{rank}.part") for rank in range(processes.world)]
-    own = parts[processes.rank]
-    total = share.stop - share.start
-    made_from = {"images": processes.digest(images.fingerprint), "tokenizer_tensors_sha256": tokenizer}
-
-    def work() -> None:
-        with (
-            tqdm(total=total, desc="reconstructing", unit="image", disable=not processes.main) as bar,
-            open(own, "wb") as file,
-            memory_named(too_large),
-        ):
-            reconstruct(model, images, share, batch_size, processes.device, file, bar)
-
-    with processes.holding(args.output, made_from):
-        try:
-            processes.agree(work)
-            if processes.main:
-                assemble(args.output, parts, (len(images), size, size, 3), labels)
-                report = {
-                    "model": args.model,
-                    "image_size": size,
-                    "tokenizer_tensors_sha256": tokenizer,
-                    "images": {"file": str(args.images), "sha256": images.content_hash()},
-                    "notes": images.notes(),
-                }
-                write_json(args.output.with_suffix(".json"), report)
-                for note in images.notes():
-                    print(f"note: {note}", file=sys.stderr)
-                print(f"{args.output}: {len(images):,} images, encoded and decoded")
-            processes.barrier()  # the parts stay until they are joined
-        finally:
-            own.unlink(missing_ok=True)
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    output = Output.npz(args.output, "reconstructions")
+    output.check_place({"--images": args.images}, suffix=".npz")
+    play(args, output, resolve)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,53 @@
-"""Tables and pictures of experiments: figures of one or several seeds, as Markdown and matplotlib."""
+"""The report of an experiment: tables, sentences and pictures, of one seed or several, as Markdown.
+
+A report states means ± standard deviations over the seeds.
+"""
 
 import datetime
 import platform
+import re
 import statistics
-from collections.abc import Iterable, Sequence
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
 
+from cca.cli.tables import markdown_table
 from cca.data.image_sets import NpzImages
-from models.files import atomic_write
-from models.tables import markdown_table
-from models.zoo import class_name
-from scripts.pipeline import Row
+from models import ZOO
+from models.utils.files import atomic_write
+from models.zoo.loading import build_model
+from models.zoo.registry import class_name
+from scripts.recipes import ABLATED, LOSS_LABELS, SHEET, Row, left_out, published_fid
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-Figures = dict[str, dict]  # by the key of a row
-METRICS = (
-    ("fid", "FID ↓", ".3f"), ("is", "IS ↑", ".3f"), ("sfid", "sFID ↓", ".2f"),
-    ("precision", "precision ↑", ".3f"), ("recall", "recall ↑", ".3f"),
-    ("accuracy", "class accuracy ↑", ".3f"),
+Figures = dict[str, dict]  # metrics of one seed by the key of a row
+Results = dict[str, tuple[list[Row], list[Figures]]]  # of each model: its rows, and figures of all seeds
+# Metric, title, format, and the factor that makes the title's unit of it.
+COLUMNS = (
+    ("fid", "FID ↓", ".3f", 1), ("is", "IS ↑", ".3f", 1), ("sfid", "sFID ↓", ".2f", 1),
+    ("precision", "precision ↑", ".3f", 1), ("recall", "recall ↑", ".3f", 1),
+    ("accuracy", "class accuracy ↑", ".3f", 1), ("published", "published FID", ".2f", 1),
+    ("difference", "difference", "+.3f", 1), ("seconds_per_image", "ms per image ↓", ".2f", 1000),
+    ("images_per_second", "images/s", ".1f", 1), ("training_hours", "processor-hours of training", ".3f", 1),
 )  # fmt: skip
+# Lines of the pictures: what the legend says, and matplotlib's format.
+SERIES = {
+    "guidance": ("base, guidance over its scale", "o-"),
+    "lambda": ("CCA, no guidance, over lambda", "s--"),
+    "beta": ("CCA, no guidance, over beta", "^--"),
+    "recipe": ("CCA, the recipe, no guidance", "*"),
+    "control": ("control: maximum likelihood", "x"),
+    "on top": ("CCA with guidance on top", "s-"),
+}
+CHARTS = {"tradeoff": "inception score", "with-guidance": "inception score", "quickstart": "guidance scale"}
+# In the paper: guidance-free CCA over the guided base, and over the unguided one.
+PAPER_OVER_GUIDED, PAPER_OVER_BASE = "1.02 to 1.33", "0.16 to 0.5"
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -34,52 +57,140 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form.removeprefix('+')}}"
 
 
-def cell(runs: list[dict], name: str, form: str, factor: float = 1.0) -> str:
-    values = [factor * run[name] for run in runs if run.get(name) is not None]
-    return spread(values, form) if len(values) == len(runs) else "–"
+def measured(row: Row, run: Figures) -> dict:
+    """Figures of a row in one seed, with what was published beside them."""
+    if row.published is None:
+        return run[row.key]
+    return {**run[row.key], "published": row.published, "difference": run[row.key]["fid"] - row.published}
+
+
+def cell(runs: list[dict], name: str, form: str, factor: float) -> str:
+    if not all(name in run for run in runs):
+        return "–"
+    one_value = name == "published"  # the same for every seed
+    return spread([factor * run[name] for run in (runs[:1] if one_value else runs)], form)
 
 
 def figures_table(rows: list[Row], seeds: list[Figures]) -> str:
-    """One line per row, without columns that no row has; with published figures where there are any."""
-    every = [run[row.key] for run in seeds for row in rows]
-    columns = [column for column in METRICS if any(column[0] in figures for figures in every)]
-    published = any(row.published for row in rows)
-    hours = any("training_hours" in figures for figures in every)
-    titles = ["samples", *(title for _, title, _ in columns)]
-    titles += ["published FID", "difference"] if published else []
-    titles += ["images/s"] + (["processor-hours of training"] if hours else [])
-    lines = []
-    for row in rows:
-        runs = [run[row.key] for run in seeds]
-        line = [row.label, *(cell(runs, name, form) for name, _, form in columns)]
-        if published:
-            known = row.published is not None
-            line.append(f"{row.published:.2f}" if known else "–")
-            line.append(spread([run["fid"] - row.published for run in runs], "+.3f") if known else "–")
-        line.append(cell(runs, "images_per_second", ".1f"))
-        lines.append(line + ([cell(runs, "training_hours", ".3f")] if hours else []))
-    return markdown_table(titles, lines)
+    """One line per row, without columns that no row has."""
+    found = {row.label: [measured(row, run) for run in seeds] for row in rows}
+    columns = [c for c in COLUMNS if any(c[0] in run for runs in found.values() for run in runs)]
+    lines = [
+        [label, *(cell(runs, name, form, factor) for name, _, form, factor in columns)]
+        for label, runs in found.items()
+    ]
+    return markdown_table(["samples", *(title for _, title, _, _ in columns)], lines)
 
 
-def provenance(command: str, seeds: Iterable[int]) -> str:
+def provenance(args: Namespace, processes: int, seconds: float) -> str:
     """What stands above every table: command, date, machine, versions, seeds."""
-    numbers = ", ".join(map(str, seeds))
-    return (
-        f"`{command}`, {datetime.date.today()}, {processor()}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}; seed {numbers}."
-        + (" Mean ± standard deviation over the seeds." if "," in numbers else "")
+    seeds = ", ".join(str(args.seed + i) for i in range(args.seeds))
+    text = (
+        f"`python {args.command}`, {datetime.date.today()}, {processor()}, processes: {processes}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, {seconds:.0f} s; seed {seeds}."
+        + (" Mean ± standard deviation over the seeds." if args.seeds > 1 else "")
     )
+    if args.experiment == "samples":
+        return text
+    compared = f"{args.num_samples:,} samples per row against {Path(args.reference).name}"
+    return f"{text}\n\n{compared}; features: {args.features}."
 
 
 def processor() -> str:
     """What the machine calls its first GPU, or its CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)", file.read_text() if file.exists() else "", re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def on(rows: list[Row], series: str) -> list[Row]:
+    """The rows on a line of the picture, by the value that varies along it."""
+    return sorted((row for row in rows if series in row.series), key=lambda row: row.series[series])
+
+
+def mean(seeds: list[Figures], row: Row, metric: str) -> float:
+    return statistics.mean(run[row.key][metric] for run in seeds)
+
+
+def best_guided(rows: list[Row], run: Figures) -> Row:
+    """The row of the lowest FID among those with guidance, of one seed."""
+    return min(on(rows, "guidance")[1:], key=lambda row: run[row.key]["fid"])
+
+
+def with_best_guided(rows: list[Row], seeds: list[Figures]) -> list[Row]:
+    """The rows and, second, "guided": the base at each seed's own best scale, whose figures are added."""
+    best = [best_guided(rows, run) for run in seeds]
+    scale = f" (scale {best[0].series['guidance']:g})" if len(set(best)) == 1 else ""
+    guided = Row(best[0].model, "guided", f"base, best guidance{scale}")
+    for row, run in zip(best, seeds):
+        run[guided.key] = {**run[row.key], "file": row.key}
+    return [rows[0], guided, *rows[1:]]
+
+
+def quickstart_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
+    """What was seen, and the paper's own range."""
+
+    def values(kind: str, metric: str = "fid") -> list[float]:
+        return [run[f"{rows[0].model}-{kind}"][metric] for run in seeds]
+
+    def ratio(a: str, b: str, metric: str = "fid") -> str:
+        return spread([x / y for x, y in zip(values(a, metric), values(b, metric))], ".2f")
+
+    fids = zip(values("base"), values("guided"), values("cca"))
+    gaps = [(base - cca) / (base - guided) for base, guided, cca in fids]
+    recall = [a - b for a, b in zip(values("cca", "recall"), values("guided", "recall"))]
+    remarks = [
+        f"Without guidance CCA has {ratio('cca', 'guided')} × the FID of the best guided base "
+        f"(paper: {PAPER_OVER_GUIDED}) and {ratio('cca', 'base')} × that of the unguided one "
+        f"(paper: {PAPER_OVER_BASE}), closes {spread(gaps, '.2f')} of the gap between the two, "
+        f"has {spread(recall, '+.3f')} recall, and takes "
+        f"{ratio('cca', 'guided', 'seconds_per_image')} × the time."
+    ]
+    if any(row.name == "sft" for row in rows):
+        remarks.append(f"Maximum likelihood, the control, has {ratio('sft', 'base')} × the FID of the base.")
+    return remarks
+
+
+def ablation_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
+    """The order of the losses here and in the paper's table 3, and which losses are missing."""
+    model = rows[0].model
+    names = [row.label.partition(",")[0] for row in sorted(rows, key=lambda row: mean(seeds, row, "fid"))]
+    remarks = [f"Order by FID: {' < '.join(names)}."]
+    labels = {"base": "base", **LOSS_LABELS}
+    for other in ABLATED:
+        if ZOO[other].backbone is ZOO[model].backbone:
+            known = [(fid, label) for what, label in labels.items() if (fid := published_fid(other, what))]
+            order = " < ".join(f"{label} ({fid:.2f})" for fid, label in sorted(known))
+            remarks.append(f"The paper's, {other}: {order}.")
+    return [*remarks, *filter(None, [left_out(model, rows)])]
+
+
+def with_guidance_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
+    alone, on_top = (
+        statistics.mean(min(run[row.key]["fid"] for row in on(rows, series)) for run in seeds)
+        for series in ("guidance", "on top")
+    )
+    return [f"Best FID: guidance alone {alone:.3f}, CCA with guidance on top {on_top:.3f}."]
+
+
+def tradeoff_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
+    """How far CCA's points lie from guidance's curve, in FID at equal inception score."""
+    remarks = []
+    for series in ("lambda", "beta"):
+        points, curve = on(rows, series), on(rows, "guidance")
+        distances = [distances_to_curve(pairs(curve, run), pairs(points, run)) for run in seeds]
+        means = [statistics.mean(values) for values in distances if values]
+        inside = " or ".join(str(n) for n in sorted({len(values) for values in distances}))
+        remarks.append(
+            f"{series} varied. CCA's FID less that of guidance at equal inception score: "
+            f"{spread(means, '+.3f')} (mean of the {inside} of {len(points)} points "
+            "within the curve's range; 0 or below: as good)."
+            if means
+            else f"{series} varied. No point of CCA lies within the inception scores of the guidance curve."
+        )
+    return remarks
 
 
 def distances_to_curve(curve: list[tuple[float, float]], points: list[tuple[float, float]]) -> list[float]:
@@ -107,71 +218,107 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def tradeoff_chart(
-    path: Path, panels: dict[str, dict[str, tuple[list[Row], str]]], seeds: list[Figures]
-) -> None:
-    """FID over IS, a panel per model: series by name, each of rows and a matplotlib format; seeds' means."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.6), squeeze=False)
-    for axis, (model, series) in zip(axes[0], panels.items()):
-        for name, (rows, form) in series.items():
-            means = np.mean([pairs(rows, run) for run in seeds], axis=0)
-            axis.plot(*means.T, form, label=name, markersize=7)
-            for (score, fid), row in zip(means, rows) if len(rows) > 1 else ():
-                axis.annotate(
-                    row.label.split()[-1].replace("guidance", "1"),
-                    (score, fid),
-                    textcoords="offset points",
-                    xytext=(4, 5),
-                    fontsize=7,
-                )
-        axis.set(title=model, xlabel="inception score", ylabel="FID")
+def fid_chart(path: Path, results: Results, over: str) -> None:
+    """Means of FID over the "inception score", or over the "guidance scale" (CCA's is 1): a panel a model."""
+    figure, axes = plt.subplots(1, len(results), figsize=(6.4 * len(results), 4.6), squeeze=False)
+    by_scale = over == "guidance scale"
+    for axis, (model, (rows, seeds)) in zip(axes[0], results.items()):
+        for series, (label, form) in SERIES.items():
+            points = on(rows, series)
+            fids = [mean(seeds, row, "fid") for row in points]
+            across = [row.series[series] if by_scale else mean(seeds, row, "is") for row in points]
+            if points:
+                axis.plot(across, fids, form, label=label, markersize=12 if form == "*" else 7)
+            for row, place in zip(points, zip(across, fids)) if len(points) > 1 and not by_scale else ():
+                value = row.label.split()[-1].replace("guidance", "1")
+                axis.annotate(value, place, textcoords="offset points", xytext=(4, 5), fontsize=7)
+        if by_scale:
+            axis.axhline(mean(seeds, on(rows, "recipe")[0], "fid"), color="tab:gray", linestyle=":")
+            axis.set_ylim(0)
+        axis.set(title=model, xlabel=over, ylabel="FID")
         axis.legend(fontsize=8)
     save_figure(figure, path)
 
 
 def sample_sheet(
-    path: Path, rows: list[tuple[str, Path]], columns: int, lines: int, classes: int | None = None
+    path: Path, rows: list[Row], run: Figures, columns: int, lines: int, names: Sequence[str] = ()
 ) -> None:
-    """Samples of several files side by side: image i of each is from the same random numbers.
+    """Samples of several rows side by side: image i of each is from the same random numbers.
 
-    classes: names of the first ``columns`` classes of so many stand below each panel.
+    names: what stands below the columns of each panel.
     """
     figure, axes = plt.subplots(1, len(rows), figsize=(5.6 * len(rows), 5.6 * lines / columns + 0.9))
-    for axis, (title, file) in zip(np.atleast_1d(axes), rows):
-        samples = NpzImages(file)
+    for axis, row in zip(np.atleast_1d(axes), rows):
+        figures = run.get(row.key, {})
+        samples = NpzImages(path.parent / "samples" / f"{figures.get('file', row.key)}.npz")
         (images,) = samples.batches(slice(0, columns * lines), columns * lines)
         height, width = samples.size
         sheet = images.reshape(lines, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
         axis.imshow(sheet.reshape(lines * height, columns * width, 3), interpolation="nearest")
-        axis.set_title(title)
-        axis.set_yticks([])
-        places = np.arange(columns) * width + width / 2
-        names = [class_name(i, classes) for i in range(columns)] if classes else []
-        axis.set_xticks(places if names else [], names, rotation=40, ha="right", fontsize=8)
+        fid = f"   (FID {figures['fid']:.2f})" if figures else ""
+        axis.set(title=row.label + fid, yticks=[])
+        places = np.arange(len(names)) * width + width / 2
+        axis.set_xticks(places, names, rotation=40, ha="right", fontsize=8)
     save_figure(figure, path)
 
 
-def fid_chart(path: Path, models: dict[str, dict]) -> None:
-    """FID of the base over its guidance scale beside CCA's: a panel per model of the quickstart."""
-    figure, axes = plt.subplots(1, len(models), figsize=(5.5 * len(models), 3.8), squeeze=False)
-    for axis, (model, results) in zip(axes[0], models.items()):
-        main = results["main"]
-        scales = [1.0, *(row["scale"] for row in results["sweep"])]
-        fids = [main["base"]["fid"], *(row["fid"] for row in results["sweep"])]
-        axis.plot(scales, fids, "o-", color="tab:blue", label="base, guided (two passes per image)")
-        axis.plot(
-            [1.0],
-            [main["cca"]["fid"]],
-            "*",
-            markersize=15,
-            color="tab:red",
-            label="CCA, no guidance (one pass)",
-        )
-        axis.axhline(main["cca"]["fid"], color="tab:red", linestyle=":", linewidth=1)
-        if "sft" in main:
-            axis.plot(
-                [1.0], [main["sft"]["fid"]], "x", markersize=9, color="tab:gray", label="maximum likelihood"
-            )
-        axis.set(title=model, xlabel="guidance scale", ylabel="FID (bundled feature network)", ylim=(0, None))
-        axis.legend(fontsize=8)
-    save_figure(figure, path)
+def samples_section(args: Namespace, rows: list[Row], run: Figures) -> list[str]:
+    """Draw one class from the same random numbers, three ways (figures 7 and 8)."""
+    path = args.output / f"samples-{rows[0].model}-class{args.label}.png"
+    sample_sheet(path, rows, run, *SHEET)
+    return [f"Class {args.label}, the same random numbers in each panel.", f"![samples]({path.name})"]
+
+
+def quickstart_section(args: Namespace, rows: list[Row], run: Figures) -> list[str]:
+    """Draw samples of base, guided base and CCA, a column for each class."""
+    model = rows[0].model
+    classes = build_model(model).num_classes
+    names = [class_name(i, classes) for i in range(min(classes, 10))]
+    drawn = [row for row in rows if row.name in ("base", "guided", "cca")]
+    sample_sheet(args.output / f"{model}.png", drawn, run, len(names), 4, names)
+    return [f"![the same classes (columns) and random numbers from three ways of sampling]({model}.png)"]
+
+
+def summary(rows: list[Row], run: Figures) -> dict:
+    """A model's part of a seed's summary.json; ``rows`` of the quickstart, "guided" among them."""
+    described = {row.name: {"label": row.label, "file": row.key, **run[row.key]} for row in rows}
+    sweep = [{"scale": row.series["guidance"], **described[row.name]} for row in on(rows, "guidance")[1:]]
+    return {
+        "best_scale": min(sweep, key=lambda figures: figures["fid"])["scale"],
+        "main": {name: described[name] for name in ("base", "guided", "cca", "sft") if name in described},
+        "sweep": sweep,
+        "temperature": [row for name, row in described.items() if name.startswith("base-t")],
+    }
+
+
+def write_report(args: Namespace, results: Results, processes: int, seconds: float) -> None:
+    """Write OUTPUT/EXPERIMENT.md and its pictures (of the quickstart: report.md), and print the text.
+
+    Args:
+        args: options of scripts/reproduce.py.
+        processes: on how many each command ran; seconds: how long all took.
+    """
+    name = args.experiment
+    sections = [f"# {name.replace('-', ' ').capitalize()}", provenance(args, processes, seconds)]
+    for model, (rows, seeds) in results.items():
+        sections.append(f"## {model}")
+        if name in PICTURES:
+            sections += PICTURES[name](args, rows, seeds[0])
+        if name != "samples":
+            sections.append(figures_table(rows, seeds))
+        if name in REMARKS:
+            sections += REMARKS[name](rows, seeds)
+    report, picture = ("report", "fid.png") if name == "quickstart" else (name, f"{name}.png")
+    if name in CHARTS:
+        fid_chart(args.output / picture, results, CHARTS[name])
+        sections.append(f"![FID over {CHARTS[name]}]({picture})")
+    path, text = args.output / f"{report}.md", "\n\n".join(sections) + "\n"
+    atomic_write(path, lambda temporary: temporary.write_text(text))
+    print(f"\n{text}\nwritten to {path}")
+
+
+PICTURES = {"quickstart": quickstart_section, "samples": samples_section}
+REMARKS = {
+    "quickstart": quickstart_remarks, "ablation": ablation_remarks,
+    "with-guidance": with_guidance_remarks, "tradeoff": tradeoff_remarks,
+}  # fmt: skip

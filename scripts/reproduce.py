@@ -1,352 +1,372 @@
-"""The paper's tables and figures (arXiv 2410.09347): train, sample, evaluate, put figures side by side.
+"""Train, sample and evaluate, and put the figures side by side in a report with pictures.
 
-    bash scripts/reproduce_tradeoff.sh --mini                     # the bundled models, on a CPU
-    bash scripts/reproduce_var.sh --data imagenet --reference imagenet256 --nproc 8
+    bash scripts/quickstart.sh                            # both bundled models on a CPU, about 10 minutes
+    bash scripts/reproduce_tradeoff.sh --mini             # a figure of the paper, on the bundled models
+    bash scripts/reproduce_var.sh --data IMAGENET --reference imagenet256 --nproc 8
     bash scripts/reproduce_llamagen.sh --from-released --reference imagenet256 --models llamagen-l
-    bash scripts/reproduce_ablation.sh --dry-run                  # prints every command, and stops
+    bash scripts/reproduce_ablation.sh --dry-run
 
-Steps that are done are skipped, so the same command goes on after an interruption. --data, --reference,
---output, --nproc, --nnodes and --rdzv-endpoint may be given as DATA, REFERENCE, OUTPUT, NPROC, NNODES and
-RDZV_ENDPOINT in the environment. Writes OUTPUT/EXPERIMENT.md, and a picture where the experiment has one.
+Each of these runs `python -m scripts.reproduce EXPERIMENT`, EXPERIMENT being one of quickstart, tables,
+var-tables, llamagen-tables, tradeoff, ablation, with-guidance, samples. The paper is arXiv 2410.09347. Steps
+that are done are skipped: run the same command again to resume after an interruption.
+
+What is run:
+  --mini                 the bundled models and data instead of the published ones; the quickstart always
+  --models MODEL ...     models of `python -m models` (default: those of the paper's table or figure)
+  --data FOLDER|FILE     images to train on; the bundled models have their own
+  --reference NAME|FILE  what samples are compared with, as in eval_fid.py; the bundled models have their own
+  --features NAME        of eval_fid.py (default inception; --mini: mini)
+  --num-samples N        images of each row, also --samples (default 50000; --mini: 5000)
+  --seed N, --seeds N    the first seed (default 0), and how many; the report has mean and standard deviation
+  --dry-run              print every command and stop
+
+Of single experiments:
+  --control              quickstart: also plain maximum likelihood on the same images, and lower temperature
+  --from-released        tables: the published CCA weights alone, no training
+  --loss-options LOSS OPTIONS
+                         ablation: options of a loss's training run, e.g. dpo "--beta 0.02 --lr 1e-6"
+  --class N              samples: the class (default 207, golden retriever; --mini: 5, sandal)
+  --guidance SCALE       samples: scale of the guided row (default: the published one; --mini: 2)
+
+Where it runs, and what it writes:
+  --nproc N              processes of each machine (default: GPUs; --mini without GPUs: cores, 4 at most)
+  --nnodes N, --rdzv-endpoint HOST:PORT
+                         several machines (default 1), each with this command and one shared OUTPUT
+  --output DIR           EXPERIMENT.md (quickstart: report.md and summary.json), pictures, and in DIR or, of
+                         further seeds, DIR/seed-N: runs, samples, results (default runs/quickstart,
+                         runs/reproduce, runs/reproduce-mini)
+
+--data, --reference, --output, --nproc, --nnodes and --rdzv-endpoint may be given as DATA, REFERENCE, OUTPUT,
+NPROC, NNODES and RDZV_ENDPOINT in the environment.
 """
 
-import argparse
+import importlib
 import os
+import re
 import shlex
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from argparse import Namespace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from cca.cli.main import run_command
+from cca.cli.output import Output, differing, options_of, read_marker
+from cca.cli.parser import Parser, command_line, count, number
+from cca.cli.plan import hidden_plans
+from cca.config import SampleRequest
 from cca.distributed import Processes
-from cca.training.losses import LOSSES
-from models import ZOO, UserError, zoo_entry
-from models.errors import run_command
-from models.files import atomic_write
-from models.options import Parser, count, number
-from scripts import experiments as e
-from scripts.pipeline import InProcess, Launcher, Pipeline, Row, Torchrun
-from scripts.report import (
-    distances_to_curve,
-    figures_table,
-    pairs,
-    provenance,
-    sample_sheet,
-    spread,
-    tradeoff_chart,
-)
+from cca.evaluation.references import find_reference
+from cca.losses import LOSSES
+from cca.sampling.sampler import Sampler
+from models import ARImageModel, SamplingOptions, UserError, load_model, zoo_entry
+from models.utils.files import FORMAT, parse_json, read_json, write_json
+from models.zoo.loading import build_model
+from scripts.recipes import EXPERIMENTS, Row, Run, left_out, table_rows
+from scripts.report import Figures, Results, best_guided, processor, summary, with_best_guided, write_report
 
-MINI_SAMPLES, MINI_BATCH = 5000, 128
-VAR_TABLE, LLAMAGEN_TABLE = ("var-d16", "var-d20", "var-d24", "var-d30"), (
-    "llamagen-b", "llamagen-l", "llamagen-xl", "llamagen-xxl", "llamagen-3b",
-)  # fmt: skip
-FULL_MODELS = {
-    "var-tables": VAR_TABLE,
-    "llamagen-tables": LLAMAGEN_TABLE,
-    "tradeoff": ("llamagen-l", "var-d24"),
-    "ablation": ("llamagen-l", "var-d24"),
-    "with-guidance": LLAMAGEN_TABLE,
-    "samples": ("llamagen-l", "var-d24"),
-}
-MINI_MODELS = {"var-tables": ("var-mini",), "llamagen-tables": ("llamagen-mini",)}
+# What --mini decides where no option does.
+DEFAULTS = {"data": None, "reference": None, "features": "inception", "num_samples": 50_000}
+MINI_DEFAULTS = {
+    "data": "assets/fashion-mnist-train-10k.npz", "reference": "assets/fashion-mnist-test-10k.npz",
+    "features": "mini", "num_samples": 5000,
+}  # fmt: skip
+MINI_BATCH = 128  # of sampling and of its timing
+TIMED_IMAGES, TIMED_ROUNDS = 512, 3
 
 
+# fmt: off
 def make_parser() -> Parser:
     parser = Parser(__doc__, "scripts.reproduce")
+    parser.format_help = lambda: __doc__  # scripts/setup_environment.sh prints it as well, without PyTorch
     add, given = parser.add_argument, os.environ.get
-    add("experiment", choices=FULL_MODELS, help="which table or figure; the scripts fill this in")
-    add("--mini", action="store_true", help="the bundled models and data instead of the published ones")
-    add("--models", nargs="+", metavar="MODEL", help="models (default: those of the paper's table or figure)")
-    add("--data", default=given("DATA"), metavar="IMAGENET", help="folder of class folders to train on")
-    add(
-        "--reference",
-        default=given("REFERENCE"),
-        metavar="imagenet256|FILE.npz",
-        help="what samples are held against",
-    )
-    add(
-        "--output",
-        type=Path,
-        default=given("OUTPUT"),
-        metavar="DIR",
-        help="default runs/reproduce or runs/reproduce-mini",
-    )
-    add(
-        "--from-released",
-        action="store_true",
-        help="tables: the published CCA weights alone, no training",
-    )
-    add("--seeds", type=count(), default=1, help="repeat everything with so many seeds from 0 (default 1)")
-    add("--num-samples", type=count(100), help="images of each row (default 50000; --mini: 5000)")
-    add("--loss-options", nargs=2, action="append", default=[], metavar=("LOSS", "OPTIONS"),
-        help='ablation: options of a loss\'s training run, e.g. dpo "--beta 0.02 --lr 1e-6"')  # fmt: skip
-    add(
-        "--class",
-        dest="label",
-        type=count(0),
-        help="samples: the class (default 207, golden retriever; --mini: 5, sandal)",
-    )
-    add(
-        "--guidance",
-        type=number(0),
-        help="samples: scale of the guided row (default: the published one; --mini: 2)",
-    )
-    add(
-        "--nproc",
-        type=count(),
-        default=given("NPROC"),
-        help="processes of each machine (default: GPUs; --mini: cores, 4 at most)",
-    )
-    add("--nnodes", type=count(), default=given("NNODES", "1"), help="machines (default 1)")
-    add(
-        "--rdzv-endpoint",
-        default=given("RDZV_ENDPOINT", ""),
-        metavar="HOST:PORT",
-        help="rendezvous of several machines",
-    )
-    add("--dry-run", action="store_true", help="print every command and stop")
+    add("experiment", choices=EXPERIMENTS)
+    add("--mini", action="store_true")
+    add("--models", nargs="+", metavar="MODEL")
+    add("--data", default=given("DATA"))
+    add("--reference", default=given("REFERENCE"))
+    add("--features")
+    add("--num-samples", type=count(100))
+    add("--samples", dest="num_samples", type=count(100))
+    add("--seed", type=count(0), default=0)
+    add("--seeds", type=count(), default=1)
+    add("--dry-run", action="store_true")
+    add("--control", action="store_true")
+    add("--from-released", action="store_true")
+    add("--loss-options", nargs=2, action="append", default=[], metavar=("LOSS", "OPTIONS"))
+    add("--class", dest="label", type=count(0))
+    add("--guidance", type=number(0))
+    add("--nproc", type=count(), default=given("NPROC"))
+    add("--nnodes", type=count(), default=given("NNODES", "1"))
+    add("--rdzv-endpoint", default=given("RDZV_ENDPOINT", ""))
+    add("--output", type=Path, default=given("OUTPUT"))
     return parser
 
 
-def settings(args: argparse.Namespace) -> None:
-    """Fill in what depends on --mini; raises UserError for what is missing or does not go together."""
-    names = MINI_MODELS.get(args.experiment, tuple(e.MINI)) if args.mini else FULL_MODELS[args.experiment]
-    args.models = args.models or list(names)
+# fmt: on
+
+
+def resolve(args: Namespace) -> dict[str, list[Row]]:
+    """Fill in what depends on other options, and return the rows of each model.
+
+    Raises:
+        UserError: something is missing, or does not go together.
+    """
+    experiment = EXPERIMENTS[args.experiment]
+    args.mini = args.mini or args.experiment == "quickstart"
+    args.models = args.models or list(experiment.mini if args.mini else experiment.models)
     for name in args.models:
-        zoo_entry(name)
-        if e.is_mini(name) != args.mini:
-            raise UserError(f"--models: {name} {'needs' if e.is_mini(name) else 'does not go with'} --mini")
+        entry = zoo_entry(name)
+        if entry.bundled and not args.mini:
+            raise UserError(f"--models: {name} needs --mini")
+        if entry.published and args.mini:
+            raise UserError(f"--models: {name} does not go with --mini")
     for loss, _ in args.loss_options:
         if loss not in LOSSES:
             raise UserError(f"--loss-options: {loss!r} is not one of {', '.join(LOSSES)}")
-    if args.from_released and args.experiment not in MINI_MODELS:
-        raise UserError("--from-released: goes with reproduce_var.sh and reproduce_llamagen.sh alone")
-    if args.from_released and args.mini:
-        raise UserError("--from-released: no CCA weights of the bundled models are released")
-    args.data = args.data or (e.BUNDLED_TRAIN if args.mini else None)
-    args.reference = args.reference or (e.BUNDLED_REFERENCE if args.mini else None)
-    args.output = Path(args.output or ("runs/reproduce-mini" if args.mini else "runs/reproduce"))
-    args.num_samples = args.num_samples or (MINI_SAMPLES if args.mini else 50_000)
-    if args.label is None:
-        args.label = 5 if args.mini else 207
-    classes = min(zoo_entry(name).transformer.num_classes for name in args.models)
-    if args.label >= classes:
-        raise UserError(f"--class: {args.label} goes beyond 0 … {classes - 1}")
-    needs = {"data": not args.from_released, "reference": args.experiment != "samples"}
-    for name, needed in needs.items():
-        option, value = f"--{name}", getattr(args, name)
-        if needed and value is None:
-            if not args.dry_run:
-                raise UserError(f"{option}: is required, or --mini for the bundled data")
-            setattr(args, name, name.upper())
-        elif needed and not args.dry_run and not Path(value).exists():
-            raise UserError(f"{option}: {value}: no such file or folder")
+    if args.from_released and (experiment.rows is not table_rows or args.mini):
+        raise UserError("--from-released: goes with the published models' tables alone")
     if args.nnodes > 1 and not args.rdzv_endpoint:
         raise UserError("--rdzv-endpoint: several machines need one, HOST:PORT of the first")
+    for name, value in (MINI_DEFAULTS if args.mini else DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    place = "reproduce-mini" if args.mini else "reproduce"
+    args.output = args.output or Path("runs", "quickstart" if args.experiment == "quickstart" else place)
+    Output(args.output, is_folder=True).check_place()
+    if args.experiment == "samples":
+        args.seeds = 1
+        choose_class(args)
+    rows = {name: experiment.rows(name, args) for name in args.models}
+    check_inputs(args, any(isinstance(row.weights, Run) for every in rows.values() for row in every))
+    return rows
 
 
-def launcher(args: argparse.Namespace) -> Launcher:
-    if args.mini:
-        return InProcess(Processes(), args.dry_run)
-    per_node = args.nproc or torch.cuda.device_count() or 1
-    return Torchrun(per_node, args.nnodes, args.rdzv_endpoint, args.dry_run)
+def choose_class(args: Namespace) -> None:
+    classes = min(build_model(name).num_classes for name in args.models)
+    if args.label is None:
+        args.label = 207 if classes == 1000 else min(5, classes - 1)
+    if args.label >= classes:
+        raise UserError(f"--class: {args.label} goes beyond 0 … {classes - 1}")
 
 
-def series(rows: list[Row], seeds: list[dict], curve: list[Row]) -> str:
-    """One sentence: how far CCA's points lie from guidance's curve, in FID at equal inception score."""
-    distances = [distances_to_curve(pairs(curve, run), pairs(rows, run)) for run in seeds]
-    means = [statistics.mean(values) for values in distances if values]
-    if not means:
-        return "No point of CCA lies within the inception scores of the guidance curve."
-    inside = " or ".join(str(n) for n in sorted({len(values) for values in distances}))
-    return (
-        f"CCA's FID less that of guidance at equal inception score: {spread(means, '+.3f')} "
-        f"(mean of the {inside} of {len(rows)} points within the curve's range; 0 or below: as good)."
-    )
+def check_inputs(args: Namespace, trains: bool) -> None:
+    """Raise UserError for data or a reference that is needed and not there; a dry run gets a name for it."""
+    for name, needed in (("data", trains), ("reference", args.experiment != "samples")):
+        value = getattr(args, name)
+        if needed and args.dry_run:
+            setattr(args, name, value or name.upper())
+        elif needed and value is None:
+            raise UserError(f"--{name}: is required, or --mini for the bundled data")
+        elif needed and not (name == "reference" and find_reference(value)) and not Path(value).exists():
+            raise UserError(f"--{name}: {value}: no such file or folder")
 
 
-def in_order(rows: list[tuple[float, Row]]) -> list[Row]:
-    """Rows by the value that was varied."""
-    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+class Launcher:
+    """Runs commands: in this process and those beside it (``own``, --mini), or each as a torchrun of its own.
+
+    Small commands need no start-up each. On several machines the script is started on each of them, in a
+    folder that they share.
+    """
+
+    def __init__(self, args: Namespace):
+        self.dry = args.dry_run
+        self.own = Processes() if args.mini else None
+        self.main = self.own is None or self.own.main  # prints, and writes reports
+        per_node = args.nproc or torch.cuda.device_count() or 1
+        self.processes = self.own.world if self.own else per_node * args.nnodes
+        several = f"--nnodes {args.nnodes} --rdzv-backend c10d --rdzv-endpoint {args.rdzv_endpoint}"
+        self.options = f"{several if args.nnodes > 1 else '--standalone'} --nproc_per_node {per_node}"
+
+    def run(self, module: str, arguments: list[str]) -> None:
+        """Run the command of ``module``, such as "sample" or "scripts.extract_codes". Raises UserError."""
+        line = command_line(module, arguments)
+        if self.main:
+            print(f"$ python {line}" if self.own else f"$ torchrun {self.options} {line}", flush=True)
+        if self.own and not self.dry:
+            with hidden_plans():
+                importlib.import_module(module).main(arguments)
+            self.own.barrier()
+        elif not self.dry:
+            torchrun = [sys.executable, "-m", "torch.distributed.run"]
+            if status := subprocess.call([*torchrun, *shlex.split(f"{self.options} {line}")]):
+                raise UserError(f"{module} ended with status {status}; this script goes on from there")
 
 
-class Experiment:
-    """Runs one experiment for all seeds and writes its report."""
+@dataclass
+class Pipeline:
+    """Trains, samples and evaluates rows with one seed, in ``folder``; what is done is not done again.
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.launcher = args, launcher(args)
-        self.sections: list[str] = []
-        self.pipelines = [
-            Pipeline(
-                folder=args.output / f"seed-{seed}", shared=args.output, launcher=self.launcher,
-                data=args.data, reference=args.reference, features="mini" if args.mini else "inception",
-                num_samples=args.num_samples, seed=seed,
-                batch_size=MINI_BATCH if args.mini else None,
-            )
-            for seed in range(args.seeds)
-        ]  # fmt: skip
-        for pipeline in self.pipelines:
-            pipeline.planned = self.pipelines[0].planned  # codes are shared by all seeds
-            pipeline.claim()
+    args: options of this command. planned: outputs of a dry run, those of other seeds among them.
+    """
 
-    def run(self, rows: list[Row]) -> list[dict]:
-        """Figures of the rows, one dictionary a seed; none in a dry run."""
-        found = [pipeline.run(rows) for pipeline in self.pipelines]
-        return [] if self.launcher.dry else found
+    folder: Path
+    seed: int
+    launcher: Launcher
+    args: Namespace
+    planned: set[Path] = field(default_factory=set)
 
-    def table(self, model: str, rows: list[Row], seeds: list[dict], *remarks: str) -> None:
-        self.sections += [f"## {model}", figures_table(rows, seeds), *remarks]
+    def claim(self) -> None:
+        """Note the options that all results depend on; raises UserError where others were noted."""
+        args, path = self.args, self.folder / "options.json"
+        options = {
+            "seed": self.seed, "samples": args.num_samples, "reference": args.reference, "data": args.data,
+            "features": args.features,
+        }  # fmt: skip
+        if path.exists() and (changed := differing(options_of(read_marker(path)), options)):
+            raise UserError(f"--output: {self.folder} holds results with {changed[0]}; take another folder")
+        if self.launcher.main and not self.launcher.dry:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"format": FORMAT, **options})
 
-    def tables(self) -> None:
-        for model in self.args.models:
-            rows = e.table_rows(model, self.args.from_released)
-            if seeds := self.run(rows):
-                self.table(model, rows, seeds)
+    def done(self, path: Path) -> bool:
+        """Whether the step that makes ``path`` was run; in a dry run, whether it was printed."""
+        return path in self.planned if self.launcher.dry else path.exists()
 
-    def ablation(self) -> None:
-        options = {loss: tuple(shlex.split(text)) for loss, text in self.args.loss_options}
-        for model in self.args.models:
-            left_out = [loss for loss in LOSSES if loss not in options and loss not in ZOO[model].recipes]
-            remark = ""
-            if left_out:
-                needed = (f"--{name.rstrip('_')} 0.02" for name in LOSSES[left_out[0]].hyperparameters)
-                example = f"{left_out[0]} '{' '.join(needed)} --lr 1e-6'"
-                remark = (
-                    f"Left out: {', '.join(left_out)}, whose beta, lambda and learning rate were not "
-                    f"published for {model}; give them, as in --loss-options {example}."
-                )
-            if remark and self.launcher.main:
-                print(remark, flush=True)
-            rows = e.ablation_rows(model, options)
-            if seeds := self.run(rows):
-                fids = {row.label: statistics.mean(run[row.key]["fid"] for run in seeds) for row in rows}
-                order = " < ".join(label.partition(",")[0] for label in sorted(fids, key=lambda k: fids[k]))
-                remarks = [f"Order by FID: {order}. {e.paper_order(model)}", remark]
-                self.table(model, rows, seeds, *filter(None, remarks))
+    def make(self, path: Path, output: Path, module: str, *options: str) -> None:
+        """Run the command that makes ``path``, if need be. Raises UserError where a signal stopped it."""
+        if not self.done(path):
+            self.planned.add(path)
+            self.launcher.run(module, [*options, "--output", str(output)])
+            if not self.launcher.dry and not path.exists():
+                raise UserError(f"{module} was stopped; this script goes on from there")
 
-    def tradeoff(self) -> None:
-        panels, found = {}, []
-        for model in self.args.models:
-            base, guided = e.base_row(model), e.guided_rows(model)
-            recipe, control = (
-                e.trained_row(model, e.CCA, "CCA, the recipe"),
-                e.trained_row(model, e.CONTROL, "control: maximum likelihood"),
-            )
-            lambdas, betas = e.lambda_rows(model), e.beta_rows(model)
-            rows = [base, *guided, recipe, *lambdas, *betas, control]
-            if seeds := self.run(rows):
-                curve = [base, *guided]
-                remarks = [
-                    f"lambda varied. {series([recipe, *lambdas], seeds, curve)}",
-                    f"beta varied. {series([recipe, *betas], seeds, curve)}",
-                ]
-                self.table(model, rows, seeds, *remarks)
-                settings, varied = ZOO[model].recipes["cca"], e.sweeps(model)
-                over_lambda = [(settings.lambda_, recipe), *zip(varied.lambdas, lambdas)]
-                over_beta = [*zip(varied.betas, betas)]
-                if varied.beta_lambda is None:
-                    over_beta.append((settings.beta, recipe))
-                panels[model] = {
-                    "base, guidance over its scale": (curve, "o-"),
-                    "CCA, no guidance, over lambda": (in_order(over_lambda), "s--"),
-                    "CCA, no guidance, over beta": (in_order(over_beta), "^--"),
-                    "CCA, the recipe": ([recipe], "*"),
-                    "control: maximum likelihood": ([control], "x"),
-                }
-                found.append(seeds)
-        if found:
-            self.chart(panels, found)
+    def weights(self, row: Row) -> str:
+        """Return what sample.py takes as --weights, trained if need be."""
+        if isinstance(row.weights, str):
+            return row.weights
+        backbone, folder = zoo_entry(row.model).backbone, self.folder / f"{row.model}-{row.weights.name}"
+        path = folder / backbone.checkpoint_name
+        if not self.done(path):
+            data, options = self.training_data(row.model), ["--seed", str(self.seed), *row.weights.options]
+            self.make(path, folder, backbone.training_command, "--model", row.model, *data, *options)
+        return str(path)
 
-    def with_guidance(self) -> None:
-        panels, found = {}, []
-        for model in self.args.models:
-            base, guided, cca = e.base_row(model), e.guided_rows(model), e.with_guidance_rows(model)
-            rows = [base, *guided, *cca]
-            if seeds := self.run(rows):
-                best = [
-                    statistics.mean(min(run[row.key]["fid"] for row in some) for run in seeds)
-                    for some in (guided, cca)
-                ]
-                remark = f"Best FID: guidance alone {best[0]:.3f}, CCA with guidance on top {best[1]:.3f}."
-                self.table(model, rows, seeds, remark)
-                panels[model] = {
-                    "base, guidance": ([base, *guided], "o-"),
-                    "CCA with guidance on top": (cca, "s-"),
-                }
-                found.append(seeds)
-        if found:
-            self.chart(panels, found)
+    def training_data(self, model: str) -> list[str]:
+        """Where a training command finds its data; codes, the same for all seeds, are extracted first."""
+        entry, data = zoo_entry(model), ["--data", self.args.data]
+        if not entry.backbone.trains_on_codes:
+            return data
+        codes = self.args.output / f"codes-{entry.tokenizer}-{entry.default_image_size}"
+        self.make(codes / "header.json", codes, "scripts.extract_codes", "--model", model, *data)
+        return ["--codes", str(codes)]
 
-    def samples(self) -> None:
-        columns, lines = 6, 4
-        for model in self.args.models:
-            published = ZOO[model].published
-            scale = self.args.guidance or (published.cfg_scale if published else 2.0)
-            weights = e.CCA if self.args.mini else "cca"
-            rows = e.same_noise_rows(model, self.args.label, columns * lines, weights, scale)
-            files = [self.pipelines[0].sample(row) for row in rows]
-            if self.launcher.main and not self.launcher.dry:
-                name = f"samples-{model}-class{self.args.label}.png"
-                panels = [(row.label, file) for row, file in zip(rows, files)]
-                sample_sheet(self.args.output / name, panels, columns, lines)
-                self.sections += [
-                    f"## {model}",
-                    f"Class {self.args.label}, the same random numbers in each panel.",
-                    f"![samples]({name})",
-                ]
+    def sample(self, row: Row) -> Path:
+        path = self.folder / "samples" / f"{row.key}.npz"
+        batch = ["--batch-size", str(MINI_BATCH)] if self.args.mini else []
+        number = [] if "--num-samples" in row.sampling else ["--num-samples", str(self.args.num_samples)]
+        fixed = ["--model", row.model, "--weights", self.weights(row), "--seed", str(self.seed)]
+        self.make(path, path, "sample", *fixed, *batch, *number, *row.sampling)
+        return path
 
-    def chart(self, panels: dict, found: list[list[dict]]) -> None:
-        """``found``: for each model the figures of all seeds."""
-        if self.launcher.main:
-            name = f"{self.args.experiment}.png"
-            seeds = [{key: figures for run in runs for key, figures in run.items()} for runs in zip(*found)]
-            tradeoff_chart(self.args.output / name, panels, seeds)
-            self.sections.append(f"![FID over inception score]({name})")
+    def evaluate(self, row: Row) -> Path:
+        path, reference = self.folder / "results" / f"{row.key}.json", ["--reference", self.args.reference]
+        options = ["--samples", str(self.sample(row)), *reference, "--features", self.args.features]
+        self.make(path, path, "eval_fid", *options)
+        return path
 
-    def write(self, argv: list[str]) -> None:
-        """OUTPUT/EXPERIMENT.md."""
-        if not self.sections or not self.launcher.main:
-            return
-        name = f"scripts/reproduce_{self.args.experiment.removesuffix('-tables').replace('-', '_')}.sh"
-        script = f"bash {name} {shlex.join(argv)}".strip()
-        title = f"# {self.args.experiment.replace('-', ' ').capitalize()}"
-        head = [title, provenance(script, range(self.args.seeds))]
-        if self.args.experiment != "samples":
-            reference = Path(self.args.reference).name
-            head.append(f"{self.args.num_samples:,} samples per row against {reference}.")
-        text = "\n\n".join([*head, *self.sections]) + "\n"
-        path = self.args.output / f"{self.args.experiment}.md"
-        atomic_write(path, lambda temporary: temporary.write_text(text))
-        print(f"\n{text}\nwritten to {path}")
+    def figures(self, row: Row) -> dict:
+        """Metrics of a row, with images per second of its sampling, and processor-hours of its run."""
+        sampled = read_json(self.sample(row).with_suffix(".json"))
+        figures = read_json(self.evaluate(row))["metrics"]
+        figures["images_per_second"] = sampled["images_per_second"]
+        if isinstance(row.weights, Run):
+            folder = self.folder / f"{row.model}-{row.weights.name}"
+            batch = read_json(folder / "config.json")["options"]["batch_size"]
+            steps = map(parse_json, (folder / "metrics.jsonl").read_text().splitlines())
+            seconds = sum(batch / step["images_per_second"] for step in steps)
+            figures["training_hours"] = seconds * self.launcher.processes / 3600
+        return figures
+
+    def run(self, rows: list[Row], measured: bool = True) -> Figures:
+        """Figures of all rows by key, if they are to be measured; trains all first: mistakes show early."""
+        for row in rows:
+            self.weights(row)
+        for row in rows:
+            self.evaluate(row) if measured else self.sample(row)
+        return {row.key: self.figures(row) for row in rows if measured and not self.launcher.dry}
 
 
-RUN: dict[str, Callable[[Experiment], None]] = {
-    "var-tables": Experiment.tables,
-    "llamagen-tables": Experiment.tables,
-    "tradeoff": Experiment.tradeoff,
-    "ablation": Experiment.ablation,
-    "with-guidance": Experiment.with_guidance,
-    "samples": Experiment.samples,
-}
+def add_times(pipeline: Pipeline, rows: list[Row], run: Figures) -> None:
+    """Add seconds_per_image to the figures of the base, the best guided base and what was trained.
+
+    Rank 0 samples in turn, with all threads, and takes the median.
+    """
+    best, own = best_guided(rows, run), pipeline.launcher.own
+    timed = [row for row in rows if row.name in ("base", best.name) or isinstance(row.weights, Run)]
+    seconds: dict[str, list[float]] = {row.key: [] for row in timed}
+    if own.main:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(threads * own.world)
+        models = {row.key: load_model(row.model, pipeline.weights(row)).to(own.device) for row in timed}
+        for row in (1 + TIMED_ROUNDS) * timed:
+            began = time.perf_counter()
+            sample_timed(models[row.key], row.series.get("guidance", 1.0), pipeline.seed, own.device)
+            seconds[row.key].append((time.perf_counter() - began) / TIMED_IMAGES)
+        torch.set_num_threads(threads)
+        for key, (_, *measured) in seconds.items():  # the first warms up
+            run[key]["seconds_per_image"] = statistics.median(measured)
+    own.barrier()
+
+
+def sample_timed(model: ARImageModel, cfg_scale: float, seed: int, device: torch.device) -> None:
+    """Sample TIMED_IMAGES images, as sample.py does for the quickstart."""
+    options, classes = SamplingOptions(cfg_scale, model.default_cfg_schedule), tuple(range(model.num_classes))
+    request = SampleRequest(TIMED_IMAGES, classes, "balanced", seed, None, "float32", options)
+    list(Sampler(model, request, MINI_BATCH, device).samples([range(TIMED_IMAGES)]))
+
+
+def write_summaries(pipelines: list[Pipeline], results: Results, seconds: float) -> None:
+    """Write each seed's summary.json: all figures of the quickstart, by model and kind."""
+    for i, pipeline in enumerate(pipelines):
+        write_json(pipeline.folder / "summary.json", {
+            "models": {model: summary(rows, seeds[i]) for model, (rows, seeds) in results.items()},
+            "wall_seconds": seconds, "seed": pipeline.seed, "samples": pipeline.args.num_samples,
+            "threads": torch.get_num_threads() * pipeline.launcher.processes, "processor": processor(),
+            "versions": {"torch": torch.__version__},
+        })  # fmt: skip
+
+
+def run_with_torchrun(args: Namespace, argv: list[str]) -> None:
+    """Replace this process by this command under torchrun, with --nproc processes (--mini alone)."""
+    cores = os.cpu_count() or 1
+    processes = args.nproc or torch.cuda.device_count() or min(cores, 4)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    rest = re.sub(r"--nproc[ =]\d+", "", shlex.join(argv))  # torchrun takes it for its own, abbreviated
+    os.execv(sys.executable, [sys.executable, *torchrun, "-m", "scripts.reproduce", *shlex.split(rest)])
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
+    began, argv = time.perf_counter(), sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv)
-    settings(args)
-    if args.mini and not args.dry_run and "RANK" not in os.environ:
-        cores = os.cpu_count() or 1
-        processes = args.nproc or min(cores, 4)
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        given = argv.index("--nproc") if "--nproc" in argv else len(argv)
-        rest = argv[:given] + argv[given + 2 :]  # torchrun takes it for its own, abbreviated
-        os.execv(sys.executable, [sys.executable, *torchrun, "-m", "scripts.reproduce", *rest])
-    experiment = Experiment(args)
-    RUN[args.experiment](experiment)
-    experiment.write(argv[1:])
+    rows, quickstart = resolve(args), args.experiment == "quickstart"
+    if args.mini and not args.dry_run and args.nproc != 1 and "RANK" not in os.environ:
+        run_with_torchrun(args, argv)
+    launcher, planned = Launcher(args), set()
+    folders = {args.seed + i: args.output / (f"seed-{args.seed + i}" if i else "") for i in range(args.seeds)}
+    pipelines = [Pipeline(folder, seed, launcher, args, planned) for seed, folder in folders.items()]
+    for pipeline in pipelines:
+        pipeline.claim()
+    results = {}
+    for model, every in rows.items():
+        if args.experiment == "ablation" and launcher.main:
+            print(left_out(model, every), flush=True)
+        seeds = [pipeline.run(every, args.experiment != "samples") for pipeline in pipelines]
+        if quickstart and not launcher.dry:
+            for pipeline, run in zip(pipelines, seeds):
+                add_times(pipeline, every, run)
+            every = with_best_guided(every, seeds)
+        results[model] = every, seeds
+    if launcher.main and not launcher.dry:
+        seconds = time.perf_counter() - began
+        write_report(args, results, launcher.processes, seconds)
+        if quickstart:
+            write_summaries(pipelines, results, seconds)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # LlamaGen rows of the paper's tables and figure 1: base without guidance, with it, published CCA, CCA trained here.
-#   bash scripts/reproduce_llamagen.sh --help
 source "$(dirname "${BASH_SOURCE[0]}")/setup_environment.sh"
-exec .venv/bin/python -m scripts.reproduce llamagen-tables "$@"
+exec "$python" -m scripts.reproduce llamagen-tables "$@"

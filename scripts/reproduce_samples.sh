@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # Figures 7 and 8: one class from the same random numbers: base, CCA, guided.
-#   bash scripts/reproduce_samples.sh --help
 source "$(dirname "${BASH_SOURCE[0]}")/setup_environment.sh"
-exec .venv/bin/python -m scripts.reproduce samples "$@"
+exec "$python" -m scripts.reproduce samples "$@"

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # Figures 4 and 9: FID over inception score, CCA over lambda and beta against guidance over its scale.
-#   bash scripts/reproduce_tradeoff.sh --help
 source "$(dirname "${BASH_SOURCE[0]}")/setup_environment.sh"
-exec .venv/bin/python -m scripts.reproduce tradeoff "$@"
+exec "$python" -m scripts.reproduce tradeoff "$@"

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # Figures 5 and 6: CCA with guidance on top, by its own recipe, against guidance alone.
-#   bash scripts/reproduce_with_guidance.sh --help
 source "$(dirname "${BASH_SOURCE[0]}")/setup_environment.sh"
-exec .venv/bin/python -m scripts.reproduce with-guidance "$@"
+exec "$python" -m scripts.reproduce with-guidance "$@"

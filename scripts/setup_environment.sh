@@ -1,15 +1,50 @@
-# Sourced by the other scripts: a virtual environment in the checkout that matches the requirements.
+# Sourced by the other scripts: prints the help, or finds an environment that has the requirements as $python.
 # A script that needs more than users do names its file: requirements=requirements-dev.txt
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+script=scripts/$(basename "$0")
 requirements=${requirements:-requirements.txt}
-stamp=.venv/${requirements%.txt}.sha256
-if ! { [ -f "$stamp" ] && sha256sum --status -c "$stamp"; } 2>/dev/null; then
+
+# The help is the comment at the head of the script, and what scripts/reproduce.py says of the options.
+case " $* " in *" --help "* | *" -h "*)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$script"
+    ! grep -q scripts.reproduce "$script" || { echo && sed '1s/^"""//; /^"""$/,$d' scripts/reproduce.py; }
+    exit
+esac
+
+# Whether a Python has what a requirements file lists; nothing of it is imported.
+has() {
+    "$1" - "$2" 2>/dev/null <<'EOF'
+import re, sys
+from importlib.metadata import version
+
+def numbers(text):
+    return [int(part) for part in re.match(r"\d+(\.\d+)*", text)[0].split(".")]
+
+def check(file):
+    for line in open(file):
+        name, _, least = line.partition("#")[0].strip().partition(">=")
+        if name.startswith("-r "):
+            check(name[3:])
+        elif name and numbers(version(name)) < numbers(least or "0"):
+            sys.exit(1)
+
+if sys.version_info < (3, 11):
+    sys.exit(1)
+check(sys.argv[1])
+EOF
+}
+
+# The active environment if it has all, else .venv, which gets what it lacks.
+for python in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} python3 .venv/bin/python ""; do
+    ! has "$python" "$requirements" || break
+done
+if [ -z "$python" ]; then
     python=.venv/bin/python
     [ -x $python ] || python=python3
     $python -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "error: Python 3.11 or newer is needed; $python is $($python --version)" >&2; exit 2; }
-    echo "setting up .venv (the first time this downloads PyTorch: a few minutes, about 6 GB)"
+    echo "the active environment lacks some of $requirements: installing it into $PWD/.venv (PyTorch and what it needs are about 6 GB, a few minutes)"
     [ $python = .venv/bin/python ] || python3 -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
-    sha256sum requirements.txt "$requirements" >"$stamp"
+    python=.venv/bin/python
+    $python -m pip install --quiet --disable-pip-version-check -r "$requirements"
 fi

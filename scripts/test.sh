@@ -3,8 +3,8 @@
 # (-m slow runs the long ones).
 requirements=requirements-dev.txt
 source "$(dirname "${BASH_SOURCE[0]}")/setup_environment.sh"
-.venv/bin/python -m ruff check --quiet .
-.venv/bin/python -m ruff format --check --quiet . || { echo "error: run ruff format" >&2; exit 1; }
-.venv/bin/python -m mypy --no-error-summary
+"$python" -m ruff check --quiet .
+"$python" -m ruff format --check --quiet . || { echo "error: run ruff format" >&2; exit 1; }
+"$python" -m mypy --no-error-summary
 # Two tests at a time, each on one thread.
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
+OMP_NUM_THREADS=1 exec "$python" -m pytest -n 2 --dist worksteal "$@"

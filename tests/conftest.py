@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 import torch
-from specimens import VERSION_1, register
+from specimens import SPECIMENS, register
 
 
 @pytest.fixture(autouse=True)
@@ -13,7 +13,7 @@ def _fixed_seed() -> None:
 @pytest.fixture
 def disk(tmp_path, monkeypatch):
     """The specimens copied to the current folder (their options hold relative paths), their models known."""
-    shutil.copytree(VERSION_1, tmp_path / "disk")
+    shutil.copytree(SPECIMENS, tmp_path / "disk")
     monkeypatch.chdir(tmp_path / "disk")
     register(monkeypatch)
     return tmp_path / "disk"

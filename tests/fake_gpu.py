@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.backends.compiler import GPUTarget
 
 from models import ARImageModel
-from models.loading import build_model
+from models.zoo.loading import build_model
 
 GPU = torch.device("cuda", 0)
 PRODUCT = f"{ROOT}/models", f"{ROOT}/cca"

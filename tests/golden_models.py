@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from models import llamagen, var
 from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
 from models.base import ARImageModel
-from models.decoding import SamplingOptions
-from models.weights import is_constant
+from models.sampling import SamplingOptions
+from models.zoo.checkpoint_formats import is_constant
 
 GOLDEN = Path(__file__).parent / "golden"
 LLAMAGEN_CASES = ("llamagen_tiny_vq16", "llamagen_tiny_vq8")

@@ -17,7 +17,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def answer(self, body: bool) -> None:
+    def answer(self) -> None:
         self.server.requests.append(f"{self.command} {self.path}")
         repository, _, rest = self.path[1:].partition("/resolve/")
         content = self.server.files.get(f"{repository}/{rest.partition('/')[2]}")
@@ -30,30 +30,26 @@ class Handler(BaseHTTPRequestHandler):
         size, start = content.stat().st_size, 0
         etag = f'"{hashlib.sha256(content.read_bytes() + str(content).encode()).hexdigest()}"'
         asked = self.headers.get("Range")
-        if asked and self.server.ranges and self.headers.get("If-Range", etag) == etag:
+        if asked and self.server.ranges:
             start = int(asked.removeprefix("bytes=").rstrip("-"))
         self.server.sent.append(start)
         self.send_response(206 if start else 200)
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("ETag", etag)
-        self.send_header("Content-Length", str(size - start + self.server.promised))
+        self.send_header("Content-Length", str(size - start))
         if start:
             self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
         self.end_headers()
-        if body:
+        if self.command == "GET":
             with open(content, "rb") as file:
                 file.seek(start)
                 left = (size - start) // 2 if self.server.cut else size - start
                 while left and (chunk := file.read(min(left, 2**20))):
                     self.wfile.write(chunk)
                     left -= len(chunk)
-            self.close_connection = self.server.cut or self.server.promised
+            self.close_connection = self.server.cut
 
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
+    do_HEAD = do_GET = answer
 
     def log_message(self, *_) -> None:
         pass
@@ -62,15 +58,14 @@ class Handler(BaseHTTPRequestHandler):
 class Hub(ThreadingHTTPServer):
     """``files`` maps "OWNER/REPOSITORY/FILE" to what it serves; ``cut`` breaks downloads off half-way.
 
-    ranges: whether it sends a part that is asked for. promised: bytes that it announces more than it sends.
-    sent: where each answer began.
+    ranges: whether it sends a part that is asked for. sent: where each answer began.
     """
 
     daemon_threads = True
 
     def __init__(self, files: dict[str, Path]):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.cut, self.ranges, self.promised = files, False, False, 0
+        self.files, self.cut, self.ranges = files, False, False
         self.requests, self.sent = [], []
 
     @property

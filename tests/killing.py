@@ -20,7 +20,7 @@ from pathlib import Path
 
 import matplotlib.figure  # noqa: F401, which may fill a cache of its own when it is first imported
 import torch
-from specimens import VERSION_1, register, weights
+from specimens import SPECIMENS, register, weights
 
 import sample
 import train_llamagen_cca
@@ -171,7 +171,7 @@ def try_all(scenario: str, points: list[int]) -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)
-    shutil.copytree(VERSION_1, "disk")
+    shutil.copytree(SPECIMENS, "disk")
     os.chdir("disk")
     register(Register)
     for argument in sys.argv[1:]:

@@ -1,9 +1,4 @@
-"""The two tiny models whose run folders, sample parts and codes lie frozen in ``fixtures/version-1``.
-
-They were written by the last version before ``models/`` and ``cca/`` had layers: the runs and the
-extraction killed after the third step and the first chunk, sampling after the first part;
-``expected-*`` is what that version made of them uninterrupted (one thread, x86-64, torch 2.14.1).
-"""
+"""Two tiny models, whose weights lie in ``fixtures/specimens`` with images and codes that fit them."""
 
 from pathlib import Path
 
@@ -11,9 +6,9 @@ from models import llamagen, var
 from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
 from models.llamagen import LlamaGen
 from models.var import VAR
-from models.zoo import TOKENIZERS, ZOO, Recipe, TokenizerEntry, ZooEntry
+from models.zoo.registry import TOKENIZERS, ZOO, Recipe, TokenizerEntry, ZooEntry
 
-VERSION_1 = Path(__file__).parent / "fixtures" / "version-1"
+SPECIMENS = Path(__file__).parent / "fixtures" / "specimens"
 RECIPE = Recipe(
     beta=0.1, lambda_=10, lr=1e-3, batch_size=8, grad_clip=1.0, dtype="float32", warmup=0.1, final_lr=0.1
 )

@@ -1,7 +1,7 @@
 """What CONTRIBUTING.md says of extending, done: a backbone, a loss, a metric, a data format.
 
-The third backbone is one class and its rows in the zoo; it is trained, sampled and evaluated. Nothing
-else in the code knows of any of these.
+The third backbone is one class and its rows in the zoo; it is trained, sampled and evaluated, also by
+scripts/reproduce.py. Nothing else in the code knows of any of these.
 """
 
 import json
@@ -13,18 +13,19 @@ import torch
 from torch import nn
 
 import eval_fid
-import sample
-from cca.data.sources import TokenSource, open_labelled_images
+from cca.data.datasets import LabelledDataset, open_labelled_images
 from cca.evaluation.evaluator import METRICS, Metric
-from cca.training.command import run_training
-from cca.training.losses import LOSSES, Loss
+from cca.losses import LOSSES, Loss
 from cca.training.options import training_parser
+from cca.training.setup import run_training
 from models import ZOO, load_model
 from models.base import ARImageModel, ARTransformer, ImageTokenizer
-from models.decoding import DecodingState, SamplingOptions
-from models.image_transforms import RandomCrop
-from models.weights import save_published
-from models.zoo import TOKENIZERS, Recipe, TokenizerEntry, ZooEntry
+from models.sampling import DecodingState, SamplingOptions
+from models.transforms import RandomCrop
+from models.zoo.checkpoint_formats import save_published
+from models.zoo.hub import WeightsFile
+from models.zoo.registry import TOKENIZERS, Recipe, TokenizerEntry, ZooEntry
+from scripts import reproduce
 
 SIDE, GREYS, CLASSES = 4, 8, 3
 
@@ -74,6 +75,7 @@ class Toy(ARImageModel[ToyState]):
     default_cfg_schedule = "constant"
     checkpoint_name, checkpoint_key = "model.pt", "state_dict"
     decodes_in_half_precision = False
+    training_command = "train_var_cca"
     trains_on_codes = False
     lr_scales_with_batch = False
 
@@ -117,11 +119,9 @@ def toy(tmp_path, monkeypatch):
     """The model in the zoo, its random weights on disk, and images whose grey tells their class."""
     recipe = Recipe(beta=0.5, lambda_=1.0, lr=0.3, batch_size=16, grad_clip=10.0, dtype="float32", epochs=20)
     monkeypatch.setitem(TOKENIZERS, "pixels", TokenizerEntry(Toy, None, None))
-    monkeypatch.setitem(
-        ZOO,
-        "toy",
-        ZooEntry(Toy, 16, "pixels", {SIDE: None}, {"cca": recipe, "hinge": recipe}, default_image_size=SIDE),
-    )
+    base, recipes = {SIDE: WeightsFile("base.pt")}, {"cca": recipe, "hinge": recipe}
+    monkeypatch.setitem(ZOO, "toy", ZooEntry(Toy, 16, "pixels", base, recipes, default_image_size=SIDE))
+    monkeypatch.setattr("models.zoo.hub.ASSETS", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     generator, labels = np.random.default_rng(0), np.arange(96) % CLASSES
     images = generator.integers(0, 40, (96, SIDE, SIDE), np.uint8) + (80 * labels[:, None, None]).astype(
@@ -135,42 +135,28 @@ def toy(tmp_path, monkeypatch):
 
 def train(folder, run, *options, open_data=open_labelled_images, data="images.npz"):
     """Run the training command of the toy; returns its metrics."""
-    fixed = ["--model", "toy", "--weights", str(folder / "base.pt"), "--data", data, "--output", str(run)]
-    arguments = training_parser("toy", "train_toy", Toy, "--data", "images").parse_args([*fixed, *options])
-    run_training(arguments, Toy, folder / data, open_data)
+    fixed = ["--model", "toy", "--data", data, "--output", str(run)]
+    parser = training_parser("toy", Toy.training_command, "--data", "images")
+    run_training(parser.parse_args([*fixed, *options]), folder / data, open_data)
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_backbone_trains_samples_and_is_evaluated(toy):
-    images, run = toy / "images.npz", toy / "run"
-    metrics = train(toy, run)
+def test_backbone_is_trained_sampled_and_evaluated(toy):
+    """By the commands themselves, as scripts/reproduce.py calls them for its tables."""
+    images, folder = str(toy / "images.npz"), toy / "out"
+    where = ["--data", images, "--reference", images, "--output", str(folder), "--nproc", "1"]
+    reproduce.main(["tables", "--mini", "--models", "toy", "--num-samples", "100", *where])
+    metrics = [json.loads(line) for line in (folder / "toy-cca/metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"] and metrics[-1]["rewards/margins"] > 0.5
-    assert torch.load(run / "model.pt", weights_only=True).keys() == {"state_dict"}
-    fid = {}
-    for name, weights in (("base", toy / "base.pt"), ("cca", run / "model.pt")):
-        output, result = toy / f"{name}.npz", toy / f"{name}-result.json"
-        sample.main(
-            ["--model", "toy", "--weights", str(weights), "--num-samples", "96", "--classes", "0,1,2"]
-            + ["--cfg-scale", "1.5", "--cfg-interval", "1", "--output", str(output)]
-        )
-        eval_fid.main(
-            [
-                "--samples",
-                str(output),
-                "--reference",
-                str(images),
-                "--features",
-                "mini",
-                "--output",
-                str(result),
-            ]
-        )
-        fid[name] = json.loads(result.read_text())["metrics"]["fid"]
-    assert fid["cca"] < fid["base"]
+    assert torch.load(folder / "toy-cca/model.pt", weights_only=True).keys() == {"state_dict"}
+    rows = (line.split(" | ") for line in (folder / "tables.md").read_text().splitlines() if " | " in line)
+    fids = {label.strip("| "): fid for label, fid, *_ in rows}
+    assert float(fids["CCA trained here, no guidance"]) < float(fids["base, no guidance"])
+    assert "base, guidance 2" in fids
 
 
 def test_generation_follows_teacher_forcing(toy):
-    model, labels = load_model("toy", str(toy / "base.pt")), torch.arange(CLASSES)
+    model, labels = load_model("toy"), torch.arange(CLASSES)
     tokens = model.generate(labels, torch.rand(CLASSES, SIDE * SIDE), SamplingOptions(top_k=1))
     assert torch.equal(tokens, model.logits(labels, tokens).argmax(-1))
     assert torch.equal(model.encode(model.decode(tokens)), tokens)
@@ -209,24 +195,15 @@ def test_metric(toy, monkeypatch):
     assert any(note.startswith("brightness is left out") for note in report["notes"])
 
 
-class TextFile(TokenSource):
+class TextFile(LabelledDataset):
     """One image a line: its class, then its grey levels."""
 
     def __init__(self, path, model, seed):
         rows = torch.from_numpy(np.loadtxt(path, dtype=np.int64))
         self.all_labels, self.all_tokens = rows[:, 0], rows[:, 1:]
 
-    def __len__(self):
-        return len(self.all_labels)
-
-    def __getitem__(self, key):
-        return self.all_tokens[key[1]], -1
-
-    def labels(self, indices):
-        return self.all_labels[torch.from_numpy(indices)]
-
-    def tokens(self, batch):
-        return batch
+    def item(self, epoch, index):
+        return self.all_tokens[index]
 
 
 def test_data_format(toy):

@@ -33,16 +33,16 @@ from killing import Register
 from made_data import make_codes
 from PIL import Image
 from safetensors.torch import save_file
-from specimens import VERSION_1, register, weights
+from specimens import SPECIMENS, register, weights
 
 import eval_fid
 import sample
 import train_llamagen_cca
 import train_var_cca
-from models.checkpoints import read_state_dict
-from models.errors import run_command
-from models.loading import recognise
-from models.options import Parser
+from cca.cli.main import run_command
+from cca.cli.parser import Parser
+from models.zoo.checkpoint_formats import read_state_dict
+from models.zoo.loading import recognise
 from scripts import convert_weights, extract_codes, make_reference
 
 FILES = int(os.environ.get("FUZZ_FILES", 2000))
@@ -85,8 +85,8 @@ READERS = {
         train_llamagen_cca, [*SMALL_TRAIN[:-1], "old-run", "--codes", "small-codes"],
     ),
     "unfinished-codes": (
-        ["unfinished/progress/header.json", "unfinished/codes.partial.npy"],
-        extract_codes, [*SMALL_ENCODE[:-1], "images.npz", "--output", "unfinished"],
+        ["unfinished/progress/header.json", "unfinished/progress/00000000.npy"],
+        extract_codes, [*SMALL_ENCODE, "--output", "unfinished"],
     ),
     "classes-from": (
         ["classes.json"],
@@ -128,7 +128,7 @@ READERS = {
     "weights-converted": (["w.pt", "w.safetensors"], convert_weights, ["w.pt", "out.safetensors"]),
 }  # fmt: skip
 # Read while the work is on: a damaged one stops the command, which goes on where the file is mended.
-READ_AT_WORK = re.compile(r"published/.*|parts.npz.parts/00000000.npy")
+READ_AT_WORK = re.compile(r"published/.*|(parts.npz.parts|unfinished/progress)/00000000.npy")
 COMMANDS = {
     "sample": (sample, SAMPLE),
     "eval_fid": (eval_fid, [*EVAL, "good.npz"]),
@@ -170,7 +170,7 @@ def template(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("fuzz") / "template"
     folder.mkdir()
-    for file in VERSION_1.glob("specimen-*.safetensors"):
+    for file in SPECIMENS.glob("specimen-*.safetensors"):
         shutil.copy2(file, folder)
     state = {k: v.clone() for k, v in read_state_dict(folder / "specimen-llamagen.safetensors").items()}
     torch.save({"model": state, "steps": np.float64(3), "args": {"lr": 1e-4}}, folder / "w.pt")
@@ -184,12 +184,12 @@ def template(tmp_path_factory):
         arrays = {key: file[key][:16] for key in file.files}
     np.savez(folder / "good.npz", **arrays)
     np.savez_compressed(folder / "deflated.npz", **arrays)
-    (folder / "good.json").write_text(json.dumps({"options": {"model": "var-mini", "cfg_scale": 1.0}}))
+    options = {"model": "var-mini", "cfg_scale": 1.0, "num_samples": 16}
+    (folder / "good.json").write_text(json.dumps({"format": 1, "options": options}))
     make_codes(folder, images=16)
-    with np.load(VERSION_1 / "few.npz") as file:
+    with np.load(SPECIMENS / "few.npz") as file:
         np.savez(folder / "small.npz", **{key: file[key][:16] for key in file.files})
-    shutil.copytree(VERSION_1 / "unfinished-codes", folder / "unfinished")
-    shutil.copy2(VERSION_1 / "images.npz", folder)
+    shutil.copy2(SPECIMENS / "images.npz", folder)
     for i, image in enumerate(arrays["arr_0"]):
         path = folder / "photos" / (f"dog/{i}.jpg" if i % 2 else f"cat/{i}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,9 +212,14 @@ def template(tmp_path_factory):
     (folder / "old-run" / "state" / "step-1" / "sha256-0.json").unlink()
     parts = folder / "parts.npz.parts"  # an unfinished run whose only part is made
     parts.mkdir()
-    (parts / "options.json").write_text(json.dumps(json.loads((folder / "made.json").read_text())["options"]))
+    made = json.loads((folder / "made.json").read_text())
+    (parts / "options.json").write_text(json.dumps({"format": 1, "options": made["options"]}))
     with np.load(folder / "made.npz") as file:
         np.save(parts / "00000000.npy", file["arr_0"])
+    progress = folder / "unfinished" / "progress"  # codes whose only part is made
+    progress.mkdir(parents=True)
+    shutil.copy2(folder / "small-codes" / "header.json", progress)
+    shutil.copy2(folder / "small-codes" / "codes.npy", progress / "00000000.npy")
     return folder
 
 

@@ -17,17 +17,18 @@ import eval_fid
 import sample
 import train_llamagen_cca
 import train_var_cca
-from benchmarks.gpu_rows import Row, random_batch, random_model, recipe_config, split
+from benchmarks.workloads import random_batch, random_model, recipe_config
+from cca.config import SampleRequest
 from cca.distributed import Processes
-from cca.sampling.compiled import CompiledGenerate
-from cca.sampling.fitting import default_batch_size, sampling_memory
-from cca.sampling.sampler import SampleRequest, decode_tokens, eager_generate, prepare, sample_tokens
-from cca.training.gpu import fitting_micro_batch, training_memory
-from cca.training.losses import Batch
-from cca.training.trainer import Trainer
-from models import ZOO, ARImageModel, SamplingOptions, UserError, load_model
-from models.cache import Counted, KVCache, StaticCache, StaticLayer
-from models.devices import allow_tf32
+from cca.sampling.batch_size import default_batch_size, row_bytes
+from cca.sampling.sampler import Sampler, prepare
+from cca.training.batch import Batch
+from cca.training.memory import fitting_micro_batch
+from cca.training.trainer import Trainer, make_optimizer, shard
+from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError, load_model
+from models.kv_cache import Counted, KVCache, StaticCache, StaticLayer
+from models.utils.precision import allow_tf32
+from models.zoo.loading import numbers
 from scripts import extract_codes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -67,11 +68,9 @@ def tokens_of(name, options, dtype="float32", device=GPU, images=256, batch=256,
     prepare(model, dtype, device)
     if exact:
         torch.set_float32_matmul_precision("highest")
-    generate = (
-        CompiledGenerate(model, options, dtype, batch, device) if compiled else eager_generate(model, asked)
-    )
+    sampler = Sampler(model, asked, batch, device, compiled)
     batches = [range(images)[start : start + batch] for start in range(0, images, batch)]
-    return torch.cat([sample_tokens(model, part, asked, device, generate).cpu() for part in batches])
+    return torch.cat([sampler.tokens(part).cpu() for part in batches])
 
 
 def differing(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -112,7 +111,8 @@ def test_pixels_as_on_a_cpu(name, dtype, most):
         prepare(model, dtype if device == GPU else "float32", device, compiled)
         tokens = (uniforms * model.vocab_size).long().to(device)
         wanted = asked if device == GPU else replace(asked, dtype="float32")
-        pixels[device, compiled] = decode_tokens(model, tokens, wanted).float()
+        decoded = Sampler(model, wanted, 40, device).decode(tokens)
+        pixels[device, compiled] = torch.from_numpy(decoded).float()
     expected = pixels.pop((CPU, False))
     for (_, compiled), found in pixels.items():
         error = (found - expected).abs()
@@ -180,11 +180,7 @@ def no_waits():
 def test_the_host_does_not_wait_while_tokens_are_drawn(name, compiled):
     model, options = load_model(name), OPTIONS["guided in part"]
     prepare(model, "bfloat16", GPU)
-    generate = (
-        CompiledGenerate(model, options, "bfloat16", 16, GPU)
-        if compiled
-        else eager_generate(model, request(options, "bfloat16", 16))
-    )
+    generate = Sampler(model, request(options, "bfloat16", 16), 16, GPU, compiled).generate
     labels = torch.arange(16, device=GPU) % 10
     uniforms = torch.rand(16, model.sequence_length, dtype=torch.float64, device=GPU)
     generate(labels, uniforms)
@@ -206,6 +202,16 @@ def test_the_host_does_not_wait_in_a_micro_batch(name, dtype):
         loss, _ = trainer.micro_loss(batch)
         trainer.scaler.scale(loss).backward()
     assert torch.isfinite(loss)
+
+
+def split(trainer: Trainer, processes: Processes) -> None:
+    """What the trainer does with --parallel fsdp, which it leaves out where there is one process."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    trainer.sharded = True
+    for net in filter(None, (trainer.net, trainer.reference)):
+        shard(net, processes, DTYPES[trainer.config.dtype])
+    trainer.optimizer = make_optimizer(trainer.model, trainer.config)
 
 
 @pytest.mark.parametrize("name", MINI)
@@ -325,19 +331,18 @@ BIG = {  # images at once chosen by the product, with the guidance of the publis
 def test_the_batch_chosen_for_sampling_fits(name, compiled):
     """All steps, but of LlamaGen, eager, the first ones, at which its whole cache is there."""
     options, dtype = BIG[name], ZOO[name].recipes["cca"].dtype
-    model = random_model(Row(name, "sample", name, 1, guided=True), CPU)
+    model = random_model(name, CPU)
     asked = request(options, dtype, 256, model.num_classes)
     images = default_batch_size(model, asked, GPU)
     prepare(model, dtype, GPU)
     torch.cuda.reset_peak_memory_stats()
     if not compiled:
         model.step_sizes = model.step_sizes[:12]
-    generate = (
-        CompiledGenerate(model, options, dtype, images, GPU) if compiled else eager_generate(model, asked)
-    )
+    generate = Sampler(model, asked, images, GPU, compiled).generate
     labels = torch.zeros(images, dtype=torch.int64, device=GPU)
     generate(labels, torch.rand(images, model.sequence_length, dtype=torch.float64, device=GPU))
-    peak, expected = torch.cuda.max_memory_allocated(), sampling_memory(model, asked, images)
+    weights = 2 * numbers(model.transformer) + 4 * numbers(model.tokenizer)
+    peak, expected = torch.cuda.max_memory_allocated(), weights + images * row_bytes(model, asked)
     print(
         f"{name}, compiled {compiled}: {images} images, {peak / 1e9:.1f} GB, expected {expected / 1e9:.1f} GB"
     )
@@ -348,17 +353,13 @@ def test_the_batch_chosen_for_sampling_fits(name, compiled):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llamagen-l", "var-d16"])
 def test_the_micro_batch_chosen_for_training_fits(name):
-    model = random_model(Row(name, "train", name, 1), GPU)
+    model = random_model(name, GPU)
     config = recipe_config(name, 1024, ZOO[name].recipes["cca"].dtype, ema=0.9)
     trainer = Trainer(model, config, 1, Processes())
     trainer.micro_batch_size = fitting_micro_batch(trainer, 1024)
     torch.cuda.reset_peak_memory_stats()
     trainer.optimizer_step(0, batch_of(model, 2 * trainer.micro_batch_size))
     peak = torch.cuda.max_memory_allocated()
-    expected = training_memory(model, config, trainer.micro_batch_size, 1, False)
-    print(
-        f"{name}: micro-batch of {trainer.micro_batch_size}, peak {peak / 1e9:.1f} GB, "
-        f"expected {expected / 1e9:.1f} GB"
-    )
-    assert peak < 0.95 * torch.cuda.get_device_properties(GPU).total_memory
-    assert peak == pytest.approx(expected, rel=0.25)
+    total = torch.cuda.get_device_properties(GPU).total_memory
+    print(f"{name}: micro-batch of {trainer.micro_batch_size}, peak {peak / 1e9:.1f} GB")
+    assert 0.35 * total < peak < 0.95 * total

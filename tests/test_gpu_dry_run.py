@@ -10,12 +10,12 @@ from fake_gpu import GPU, Recorder, Writer, fake_gpu, fake_model
 
 from benchmarks.workloads import random_batch, recipe_config
 from cca.distributed import Processes
-from cca.sampling.compiled import CompiledGenerate, compiled_decoding
+from cca.sampling.cuda_graphs import CompiledGenerate, compiled_decoding
 from cca.sampling.sampler import prepare
 from cca.training.trainer import Trainer
 from models import SamplingOptions, autocast
 from models.base import ARTransformer
-from models.decoding import generate_tokens
+from models.sampling import generate_tokens
 
 pytestmark = pytest.mark.skipif(not torch.version.cuda, reason="the dry run needs a CUDA build of PyTorch")
 
@@ -40,13 +40,13 @@ SAMPLING = {
     "VAR in float32, guided for four levels": ("var-d30", 8, "float32", SamplingOptions(2.5, cfg_interval=4)),
     "VAR at 512, shared AdaLN": ("var-d36", 4, "bfloat16", SamplingOptions()),
 }  # fmt: skip
-TRAINING = {
-    "LlamaGen": ("llamagen-b", "bfloat16", "cca", {}),
-    "LlamaGen in float32": ("llamagen-l", "float32", "unlearning", {}),
-    "LlamaGen, heads of 100": ("llamagen-3b", "float16", "sft", {"checkpointing": True}),
-    "VAR": ("var-d16", "float16", "cca", {}),
-    "VAR, stochastic depth": ("var-d20", "bfloat16", "dpo", {"checkpointing": True}),
-    "VAR at 512, shared AdaLN": ("var-d36", "float32", "cca", {}),
+TRAINING = {  # model, precision, loss, and whether blocks are computed again in the backward pass
+    "LlamaGen": ("llamagen-b", "bfloat16", "cca", False),
+    "LlamaGen in float32": ("llamagen-l", "float32", "unlearning", False),
+    "LlamaGen, heads of 100": ("llamagen-3b", "float16", "sft", True),
+    "VAR": ("var-d16", "float16", "cca", False),
+    "VAR, stochastic depth": ("var-d20", "bfloat16", "dpo", True),
+    "VAR at 512, shared AdaLN": ("var-d36", "float32", "cca", False),
 }
 
 
@@ -76,12 +76,14 @@ def test_sampling(case):
 @cases(TRAINING)
 def test_training(case):
     """The second of two optimizer steps on two micro-batches of two images, in a model of two blocks."""
-    name, dtype, loss, options = case
+    name, dtype, loss, checkpointing = case
     processes, config = Processes(), recipe_config(name, 4, dtype, loss=loss, ema=0.99)
     processes.device = GPU
     with fake_gpu():
-        trainer = Trainer(fake_model(name, layers=2), config, 2, processes, **options)
-        batch = random_batch(trainer.model, torch.zeros(4, dtype=torch.bool))
+        model = fake_model(name, layers=2)
+        model.transformer.checkpointing = checkpointing
+        trainer = Trainer(model, config, 2, processes)
+        batch = random_batch(model, torch.zeros(4, dtype=torch.bool))
         for step in range(2):
             with Recorder() as recorder:
                 metrics = trainer.optimizer_step(step, batch)

@@ -24,7 +24,7 @@ def killed(tmp_path, *points):
 
 def test_a_few_moments(tmp_path):
     """Early, in the middle, and among the last changes."""
-    killed(tmp_path, "sampling=5,17,32", "extraction=6,22", "training=60")
+    killed(tmp_path, "sampling=5,16,29", "extraction=6,22", "training=60")
 
 
 @pytest.mark.slow

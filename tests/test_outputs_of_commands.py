@@ -10,7 +10,8 @@ from commands import ROOT, TRAIN
 import eval_fid
 import sample
 import train_var_cca
-from models.errors import UserError, run_command
+from cca.cli.main import run_command
+from models.utils.errors import UserError
 from scripts import convert_weights, extract_codes, make_reference, reconstruct
 
 SAMPLE = ["--model", "var-mini", "--num-samples", "5", "--output"]

@@ -14,7 +14,7 @@ import eval_fid
 import sample
 import train_llamagen_cca
 import train_var_cca
-from models.errors import run_command
+from cca.cli.main import run_command
 from scripts import convert_weights, extract_codes, make_reference, reconstruct, reproduce
 
 SAMPLE = ["--model", "var-mini", "--num-samples", "5", "--output", "out/s.npz"]
@@ -210,6 +210,8 @@ CASES = [
         "'foo' is not",
     ),
     (reproduce, ["samples", "--mini", "--class", "11", "--output", "out"], "--class: 11 goes beyond 0 … 9"),
+    (reproduce, ["quickstart", "--samples", "-3", "--output", "out"], "--samples: -3 must be at least 100"),
+    (reproduce, ["quickstart", "--output", "good.npz"], "--output: good.npz cannot be written (it is a file"),
     (eval_fid, [*EVAL, "unlabelled.npz", "--metrics", "accuracy"], "--metrics: nothing can be computed; acc"),
     (
         extract_codes,
@@ -238,15 +240,6 @@ def test_in_a_process_of_its_own(script):
     )
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
-
-
-@pytest.mark.parametrize("options", [("--samples", "-3"), ("--output", "README.md")])
-def test_the_plan_that_the_quickstart_makes_first(options):
-    """Before torchrun starts it: the script ends with what this says."""
-    command = command_line(["-m", "scripts.quickstart", *options, "--dry-run"])
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert result.returncode == 2 and not result.stdout
-    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith(f"error: {options[0]}: ")
 
 
 def test_codes_of_another_model_are_refused(folder, capsys):

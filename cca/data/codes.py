@@ -8,15 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cca.data.classes import check_labels, class_folders
-from cca.data.folders import fingerprint
-from cca.data.sources import TokenSource
-from cca.streams import CROPS, stream
+from cca.data.datasets import LabelledDataset
+from cca.data.image_folders import fingerprint
+from cca.data.labels import check_labels, class_folders
+from cca.random_streams import CROPS, stream
 from models import ARImageModel, UserError
-from models.files import file_sha256, read_array, read_json
-from models.weights import tensors_sha256
+from models.utils.files import file_sha256, read_array, read_json
+from models.zoo.checkpoint_formats import tensors_sha256
 
 CHECKED_AT_ONCE = 4096  # images
+
+
+def check_codes(codes: np.ndarray, path: Path, length: int, vocab_size: int) -> None:
+    """Raise UserError unless codes [..., length] are whole numbers of the vocabulary."""
+    if codes.dtype.kind not in "iu" or codes.size == 0 or codes.shape[-1:] != (length,):
+        raise UserError(
+            f"--codes: {path} holds {codes.dtype} codes {list(codes.shape)}; "
+            f"expected whole numbers, the model takes {length} per image"
+        )
+    for part in (codes[i : i + CHECKED_AT_ONCE] for i in range(0, len(codes), CHECKED_AT_ONCE)):
+        if part.min() < 0 or part.max() >= vocab_size:
+            raise UserError(
+                f"--codes: {path} holds codes from {part.min()} to {part.max()}, "
+                f"the vocabulary is 0 … {vocab_size - 1}; extract them again"
+            )
 
 
 class PackedCodes:
@@ -26,10 +41,9 @@ class PackedCodes:
     """
 
     def __init__(self, path: Path, model: ARImageModel):
-        self.path, self.model = path, model
+        self.path = path
         try:
-            self.header = read_json(path / "header.json")
-            self.classes = class_folders(self.header)
+            header = read_json(path / "header.json")
             self.codes = read_array(path / "codes.npy", "r")
             labels = read_array(path / "labels.npy")
         except UserError as error:
@@ -37,31 +51,19 @@ class PackedCodes:
                 f"--codes: {path} is not a folder of packed codes ({error}); "
                 "scripts/extract_codes.py makes one"
             ) from None
-        vocabulary = self.header.get("vocab_size")
-        if (
-            self.codes.dtype.kind not in "iu"
-            or self.codes.ndim != 3
-            or self.codes.shape[1] < 1
-            or self.codes.shape[2] != model.sequence_length
-            or vocabulary != model.vocab_size
-        ):
+        self.classes, self.tokenizer = class_folders(header), header.get("tokenizer_tensors_sha256")
+        if self.codes.ndim != 3 or header.get("vocab_size") != model.vocab_size:
             raise UserError(
-                f"--codes: {path} holds {self.codes.dtype} codes {list(self.codes.shape)} "
-                f"of a vocabulary of {vocabulary}, "
+                f"--codes: {path} holds codes {list(self.codes.shape)} of a vocabulary of "
+                f"{header.get('vocab_size')}, "
                 f"the model takes {model.sequence_length} per image of {model.vocab_size}"
             )
-        self.all_labels = check_labels(labels, model, f"--codes: {path}/labels.npy")
+        check_codes(self.codes, path / "codes.npy", model.sequence_length, model.vocab_size)
+        self.all_labels = check_labels(labels, model.num_classes, f"--codes: {path}/labels.npy")
         if len(labels) != len(self.codes):
             raise UserError(
                 f"--codes: {path} holds codes of {len(self.codes)} images and {len(labels)} labels"
             )
-        for start in range(0, len(self.codes), CHECKED_AT_ONCE):
-            part = self.codes[start : start + CHECKED_AT_ONCE]
-            if part.min() < 0 or part.max() >= model.vocab_size:
-                raise UserError(
-                    f"--codes: {path}/codes.npy holds codes from {part.min()} to {part.max()}, "
-                    f"the vocabulary is 0 … {model.vocab_size - 1}; extract them again"
-                )
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -73,109 +75,73 @@ class PackedCodes:
     def labels(self, indices: np.ndarray) -> Tensor:
         return self.all_labels[torch.from_numpy(indices)]
 
-    def check_tokenizer(self) -> None:
-        own = self.header.get("tokenizer_tensors_sha256")
-        if own is not None and own != tensors_sha256(self.model.tokenizer):
-            raise UserError(
-                f"--codes: {self.path} was made with other tokenizer weights than the model has; "
-                "give those with --tokenizer-weights, or extract the codes again"
-            )
-
-    def notes(self) -> list[str]:
-        if "tokenizer_tensors_sha256" in self.header:
-            return []
-        return [
-            f"{self.path}/header.json does not tell the tokenizer's weights: that they fit is not checked"
-        ]
-
     def fingerprint(self) -> str:
         return file_sha256(self.path / "codes.npy") + file_sha256(self.path / "labels.npy")
 
 
 class NpyCodes:
-    """The published layout: ``imagenet384_codes/N.npy`` [1, 10, L] and ``imagenet384_labels/N.npy`` [1]."""
+    """The published layout: ``imagenet384_codes/N.npy`` [1, 10, L] and ``imagenet384_labels/N.npy`` [1].
 
-    classes: dict[str, int] | None = None
+    A file is checked when it is read: there are 1.28 million. Nothing tells whose codes they are.
+    """
+
+    classes = tokenizer = None
 
     def __init__(self, path: Path, model: ARImageModel):
-        stem = f"imagenet{model.image_size}"
-        self.codes_folder, self.labels_folder, self.model = (
-            path / f"{stem}_codes",
-            path / f"{stem}_labels",
-            model,
-        )
+        self.path, stem = path, f"imagenet{model.image_size}"
+        self.codes_folder, self.labels_folder = path / f"{stem}_codes", path / f"{stem}_labels"
+        self.length, self.vocab_size = model.sequence_length, model.vocab_size
+        self.num_classes = model.num_classes
         names = {name for name in os.listdir(self.codes_folder) if name.endswith(".npy")}
-        self.size = len(names)
-        if not self.size or f"{self.size - 1}.npy" not in names:
+        self.size, last = len(names), f"{len(names) - 1}.npy"
+        if last not in names or not (self.labels_folder / last).exists():
             raise UserError(
-                f"--codes: {self.codes_folder} has {self.size} .npy files that are not numbered from 0"
-            )
-        if not (self.labels_folder / f"{self.size - 1}.npy").exists():
-            raise UserError(
-                f"--codes: {self.labels_folder} does not hold a label for each of {self.size} codes"
+                f"--codes: {path} needs files 0.npy, 1.npy, … in {stem}_codes and in {stem}_labels, "
+                f"a label for each of {self.size} codes"
             )
 
     def __len__(self) -> int:
         return self.size
 
     def crops(self, index: int) -> np.ndarray:
-        codes = self._read(self.codes_folder / f"{index}.npy")
-        if codes.dtype.kind not in "iu" or codes.ndim < 1 or codes.size == 0:
-            raise UserError(
-                f"--codes: {self.codes_folder}/{index}.npy holds {codes.dtype} {list(codes.shape)}; "
-                f"expected whole numbers [1, 10, {self.model.sequence_length}]"
-            )
-        if (
-            codes.shape[-1] != self.model.sequence_length
-            or codes.min() < 0
-            or codes.max() >= self.model.vocab_size
-        ):
-            raise UserError(
-                f"--codes: {self.codes_folder}/{index}.npy holds {list(codes.shape)} codes "
-                f"up to {codes.max()}, "
-                f"the model takes {self.model.sequence_length} per image of {self.model.vocab_size}"
-            )
-        return codes.reshape(-1, self.model.sequence_length)
+        path = self.codes_folder / f"{index}.npy"
+        codes = _read(path)
+        check_codes(codes, path, self.length, self.vocab_size)
+        return codes.reshape(-1, self.length)
+
+    def label(self, index: int) -> object:
+        """What the file of a label holds: a class, unless ``labels`` refuses it."""
+        path = self.labels_folder / f"{index}.npy"
+        label = _read(path)
+        if label.size != 1:
+            raise UserError(f"--codes: {path} does not hold one label")
+        return label.item()
 
     def labels(self, indices: np.ndarray) -> Tensor:
-        values = [self._read(self.labels_folder / f"{i}.npy") for i in indices]
-        wrong = next((i for i, value in zip(indices, values) if value.size != 1), None)
-        if wrong is not None:
-            raise UserError(f"--codes: {self.labels_folder}/{wrong}.npy does not hold one label")
-        return check_labels(np.array([value.item() for value in values]), self.model, self.labels_folder)
-
-    def check_tokenizer(self) -> None:
-        pass  # nothing tells whose codes they are
-
-    def notes(self) -> list[str]:
-        return []
+        labels = np.array([self.label(index) for index in indices])
+        return check_labels(labels, self.num_classes, f"--codes: {self.labels_folder}")
 
     def fingerprint(self) -> str:
-        self._read_odd_ones()
-        folders = (self.codes_folder, self.labels_folder)
-        files = [f"{folder.name}/{name}" for folder in folders for name in sorted(os.listdir(folder))]
-        return fingerprint(self.codes_folder.parent, files)
-
-    def _read_odd_ones(self) -> None:
-        """Read the files of another size than the first: what was cut off is found before the work."""
-        for folder, read in (
-            (self.codes_folder, self.crops),
-            (self.labels_folder, lambda index: self.labels(np.array([index]))),
-        ):
+        """Hash names and sizes; files of another size than the first are read: damage is found early."""
+        files = []
+        for folder, read in ((self.codes_folder, self.crops), (self.labels_folder, self.label)):
             with os.scandir(folder) as entries:
                 sizes = {entry.name: entry.stat().st_size for entry in entries}
             for index in range(self.size):
                 if index == 0 or sizes.get(f"{index}.npy") != sizes["0.npy"]:
                     read(index)
-
-    def _read(self, path: Path) -> np.ndarray:
-        try:
-            return read_array(path)
-        except UserError as error:
-            raise UserError(f"--codes: {error}") from None
+            files += [f"{folder.name}/{name}" for name in sorted(sizes)]
+        return fingerprint(self.path, files)
 
 
-class Codes(TokenSource):
+def _read(path: Path) -> np.ndarray:
+    try:
+        return read_array(path)
+    except UserError as error:
+        raise UserError(f"--codes: {error}") from None
+
+
+class Codes(LabelledDataset):
     """Tokens extracted beforehand; one of the crops of an image is drawn each time.
 
     A sister folder whose name has ``_105`` after it (crops of range 1.05) is drawn half of the time.
@@ -194,24 +160,28 @@ class Codes(TokenSource):
     def __len__(self) -> int:
         return len(self.readers[0])
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
+    def item(self, epoch: int, index: int) -> Tensor:
         generator = stream(self.seed, CROPS, epoch, index)
         crops = self.readers[int(generator.integers(len(self.readers)))].crops(index)
-        return torch.from_numpy(crops[int(generator.integers(len(crops)))].astype(np.int64)), -1
+        return torch.from_numpy(crops[int(generator.integers(len(crops)))].astype(np.int64))
 
     def labels(self, indices: np.ndarray) -> Tensor:
         return self.readers[0].labels(indices)
 
-    def tokens(self, batch: Tensor) -> Tensor:
-        return batch
-
-    def check_tokenizer(self) -> None:
+    def check_tokenizer(self, model: ARImageModel) -> None:
         for reader in self.readers:
-            reader.check_tokenizer()
+            if reader.tokenizer is not None and reader.tokenizer != tensors_sha256(model.tokenizer):
+                raise UserError(
+                    f"--codes: {reader.path} was made with other tokenizer weights than the model has; "
+                    "give those with --tokenizer-weights, or extract the codes again"
+                )
 
     def notes(self) -> list[str]:
-        return [note for reader in self.readers for note in reader.notes()]
+        return [
+            f"{reader.path} does not tell the tokenizer's weights: that they fit is not checked"
+            for reader in self.readers
+            if reader.tokenizer is None
+        ]
 
     def fingerprint(self) -> str:
         return hashlib.sha256("".join(reader.fingerprint() for reader in self.readers).encode()).hexdigest()

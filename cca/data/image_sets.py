@@ -3,23 +3,30 @@
 import hashlib
 import os
 import zipfile
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cca.data.classes import number_classes, whole_numbers
-from cca.data.folders import IMAGE_SUFFIXES, find_images, fingerprint, read_image, reading, shown, subfolders
-from cca.data.sampling_report import read_sampling_report
+from cca.data.image_folders import (
+    IMAGE_SUFFIXES,
+    find_images,
+    fingerprint,
+    read_image,
+    shown,
+    subfolders,
+)
+from cca.data.labels import number_classes, whole_numbers
 from models import ZOO, UserError
-from models.files import file_sha256
-from models.image_transforms import centre_crop
-from models.loading import build_model
+from models.transforms import centre_crop
+from models.utils.files import file_sha256, finite_or_none, read_own_json
+from models.zoo.loading import build_model
 
 LARGEST_STATISTIC = 1e100  # of features in float32, and their squares; beyond, distances overflow
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
@@ -31,132 +38,135 @@ def to_uint8_tensor(images: np.ndarray) -> Tensor:
     return pixels[:, None].expand(-1, 3, -1, -1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
 
 
-class ImageSet(ABC):
-    """Images of one size in a fixed order, with what else is known of them."""
-
-    path: Path
-    size: tuple[int, int]  # height and width in pixels
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def batches(self, part: slice, batch_size: int) -> Iterator[np.ndarray]:
-        """Images of a range in order, uint8 [n, H, W, 3] or grey [n, H, W], n <= batch_size at a time.
-
-        Raises UserError for images that cannot be read or are of another size.
-        """
-
-    @abstractmethod
-    def content_hash(self) -> str:
-        """SHA-256 of the images as they lie on disk; the name of the set does not count."""
-
-    def fingerprint(self) -> str:
-        """SHA-256 that tells other images from these, without reading them all where that can be had."""
-        return self.content_hash()
-
-    def labels(self) -> np.ndarray | None:
-        """Classes [N] int64 if they are known."""
-        return None
-
-    def classes(self) -> dict[str, int] | None:
-        """Class of each class folder, where labels come from such."""
-        return None
-
-    def why_unlabelled(self) -> str | None:
-        """What class folders lack to say the classes of their images."""
-        return None
-
-    def statistics(self) -> dict[str, np.ndarray]:
-        """Those of mu, sigma, mu_s, sigma_s that come with the set, float64."""
-        return {}
-
-    def sampling_report(self) -> dict:
-        """What ``sample.py`` wrote of the images; empty where it did not make them."""
-        return read_sampling_report(self.path)
-
-    def notes(self) -> list[str]:
-        """What of these images makes figures not comparable with published ones."""
-        return []
+@contextmanager
+def reading(path: Path, problem: str) -> Iterator[None]:
+    """Turn whatever a reader of damaged, encrypted or unknown data raises into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{shown(path)}: no such file") from None
+    except Exception as error:  # zipfile, its decompressors and numpy raise some ten kinds
+        kinds: dict[type, str] = {
+            RuntimeError: " (encrypted)",
+            NotImplementedError: " (its compression is not supported)",
+        }
+        raise UserError(f"{shown(path)}: {problem}{kinds.get(type(error), '')}") from None
 
 
-class NpzImages(ImageSet):
+def report_path(samples: Path) -> Path:
+    """Where ``sample.py`` describes an .npz of samples, or the folder that it was unpacked to."""
+    path = Path(os.path.abspath(samples))
+    return path.with_name(f"{path.name.removesuffix('.npz')}.json")
+
+
+def read_sampling_options(samples: Path) -> dict:
+    """The options that samples were made with, as ``sample.py`` wrote them beside an .npz (or what was
+    unpacked of it); empty where there is no such file, or another JSON."""
+    options = (read_own_json(report_path(samples)) or {}).get("options", {})
+    fits = isinstance(options.get("model", ""), str) and type(options.get("cfg_scale", 1)) in (int, float)
+    return options if fits and "num_samples" in options and finite_or_none(options) == options else {}
+
+
+class NpzImages:
     """``arr_0`` uint8 [N, H, W, 3] (or grey [N, H, W]) of an .npz, compressed or not, never whole in memory.
 
-    ``arr_1`` holds the classes, ``mu`` and the like statistics; one without ``arr_0`` has length 0.
+    ``arr_1`` holds the classes, ``mu`` and the like statistics; a file without ``arr_0`` has length 0.
+    Raises UserError where the file is damaged or holds something else.
     """
+
+    # Of class folders, which an .npz does not have.
+    classes: dict[str, int] | None = None
+    why_unlabelled: str | None = None
 
     def __init__(self, path: Path):
         self.path = path
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{shown(path)}: is not a file")  # opening a pipe would wait for ever
+        self.shape: tuple[int, ...] = (0, 0, 0)
         with reading(path, "not a readable .npz file"), zipfile.ZipFile(path) as archive:
             self.names = [name.removesuffix(".npy") for name in archive.namelist()]
-            self.shape: tuple[int, ...] = (0,)
             if "arr_0" in self.names:
                 with archive.open("arr_0.npy") as file:
-                    self.shape, fortran, dtype = _array_header(file)
+                    self.shape = self._shape_of_images(file)
         if "arr_0" not in self.names and not set(STATISTICS[:2]) <= set(self.names):
             held = shown(", ".join(self.names[:4])) or "nothing"
             raise UserError(f"{path}: holds {held}; expected arr_0 (images) or mu and sigma")
-        if "arr_0" in self.names:
-            fits = len(self.shape) in (3, 4) and self.shape[3:] in ((), (3,)) and 0 not in self.shape[1:]
-            if dtype != np.uint8 or not fits or fortran:
-                order = " in Fortran order" if fortran else ""
-                raise UserError(
-                    f"{path}: arr_0 is {dtype} {list(self.shape)}{order}; "
-                    "expected uint8 [N, H, W, 3] or [N, H, W]"
-                )
-            self.size = (self.shape[1], self.shape[2])
+        self.size = self.shape[1:3]  # height and width in pixels
+
+    @contextmanager
+    def _opened(self, name: str, problem: str) -> Iterator[IO[bytes]]:
+        """The bytes of an array; whatever is wrong with them, also inside the block, is that problem."""
+        with (
+            reading(self.path, problem),
+            zipfile.ZipFile(self.path) as archive,
+            archive.open(f"{name}.npy") as file,
+        ):
+            yield file
+
+    def _shape_of_images(self, file: IO[bytes]) -> tuple[int, ...]:
+        shape, fortran, dtype = _read_header(file)
+        fits = len(shape) in (3, 4) and shape[3:] in ((), (3,)) and 0 not in shape[1:]
+        if dtype != np.uint8 or not fits or fortran:
+            order = " in Fortran order" if fortran else ""
+            raise UserError(
+                f"{self.path}: arr_0 is {dtype} {list(shape)}{order}; "
+                "expected uint8 [N, H, W, 3] or [N, H, W]"
+            )
+        return shape
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def batches(self, part: slice, batch_size: int) -> Iterator[np.ndarray]:
-        row = int(np.prod(self.shape[1:]))
-        with (
-            reading(self.path, "arr_0 is cut off or damaged"),
-            zipfile.ZipFile(self.path) as archive,
-            archive.open("arr_0.npy") as file,
-        ):
-            _array_header(file)
-            file.seek(part.start * row, 1)
+        """Images of a range in order, uint8 [n, H, W, 3] or grey [n, H, W], n <= batch_size at a time."""
+        image_bytes = int(np.prod(self.shape[1:]))
+        with self._opened("arr_0", "arr_0 is cut off or damaged") as file:
+            _read_header(file)
+            file.seek(part.start * image_bytes, 1)
             for start in range(part.start, part.stop, batch_size):
                 count = min(batch_size, part.stop - start)
-                data = file.read(count * row)
-                if len(data) != count * row:
+                data = file.read(count * image_bytes)
+                if len(data) != count * image_bytes:
                     raise EOFError
                 yield np.frombuffer(bytearray(data), np.uint8).reshape(count, *self.shape[1:])
 
     def labels(self) -> np.ndarray | None:
+        """Classes [N] int64 if the file holds them."""
         if "arr_1" not in self.names:
             return None
-        return whole_numbers(self._array("arr_1"), f"{self.path} (arr_1)")
+        labels = whole_numbers(self._array("arr_1"), f"{self.path} (arr_1)")
+        if len(labels) != len(self):
+            raise UserError(f"{self.path}: holds {len(self)} images (arr_0) and {len(labels)} labels (arr_1)")
+        return labels
 
+    @cached_property
     def statistics(self) -> dict[str, np.ndarray]:
-        """Raises UserError for a mean or covariance that cannot be one."""
+        """Those of mu [D], sigma [D, D], mu_s and sigma_s that the file holds, float64."""
         found = {name: self._array(name) for name in STATISTICS if name in self.names}
         for name, values in found.items():
-            shape = f"{name} is {values.dtype} {list(values.shape)}"
-            if values.dtype.kind not in "fiu" or values.ndim != (2 if name.startswith("sigma") else 1):
-                expected = "[D, D]" if name.startswith("sigma") else "[D]"
-                raise UserError(f"{self.path}: {shape}; expected real numbers {expected}")
-            mean = found.get(name.replace("sigma", "mu"), values)
-            square = values.ndim == 1 or values.shape == (len(values),) * 2
-            if not len(values) or not square or len(mean) != len(values):
-                raise UserError(f"{self.path}: {shape}, its mean {list(mean.shape)}; they do not fit")
-            if not np.isfinite(values).all():
+            covariance, mean = name.startswith("sigma"), found.get(name.replace("sigma", "mu"), values)
+            fits = values.ndim == 1 + covariance and values.shape == mean.shape[:1] * values.ndim
+            if values.dtype.kind not in "fiu" or not values.size or not fits:
+                raise UserError(
+                    f"{self.path}: {name} is {values.dtype} {list(values.shape)}: mean and covariance do not "
+                    "fit; expected real numbers [D] and [D, D]"
+                )
+            largest = np.abs(values.astype(np.float64)).max()
+            if not np.isfinite(largest):
                 raise UserError(f"{self.path}: {name} holds numbers that are not finite")
-            if (largest := np.abs(values.astype(np.float64)).max()) > LARGEST_STATISTIC:
+            if largest > LARGEST_STATISTIC:
                 raise UserError(f"{self.path}: {name} holds {largest:g}, which is out of all proportion")
-            close = 1e-6 * np.abs(values).max()
-            if values.ndim == 2 and not np.allclose(values, values.T, rtol=1e-4, atol=close):
-                raise UserError(f"{self.path}: {name} is not symmetric, so it is no covariance")
-            if values.ndim == 2 and values.diagonal().min() < -close:
-                raise UserError(f"{self.path}: {name} has negative variances, so it is no covariance")
+            close = 1e-6 * largest
+            symmetric = not covariance or np.allclose(values, values.T, rtol=1e-4, atol=close)
+            if not symmetric or (covariance and values.diagonal().min() < -close):
+                why = "has negative variances" if symmetric else "is not symmetric"
+                raise UserError(f"{self.path}: {name} {why}, so it is no covariance")
         return {name: values.astype(np.float64) for name, values in found.items()}
 
     def notes(self) -> list[str]:
+        """What of these images makes figures not comparable with published ones."""
         pairs = [("mu", "sigma"), ("sigma", "mu"), ("mu_s", "sigma_s"), ("sigma_s", "mu_s")]
         return [
             f"{self.path} holds {own} and no {other}: it is not used"
@@ -165,76 +175,87 @@ class NpzImages(ImageSet):
         ]
 
     def _array(self, name: str) -> np.ndarray:
-        with (
-            reading(self.path, f"{name} is not readable"),
-            zipfile.ZipFile(self.path) as archive,
-            archive.open(f"{name}.npy") as file,
-        ):
+        with self._opened(name, f"{name} is not readable") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
 
     def content_hash(self) -> str:
-        with reading(self.path, "not a readable .npz file"):
-            return file_sha256(self.path)
+        """SHA-256 of the file; its name does not count."""
+        return file_sha256(self.path)
 
     def fingerprint(self) -> str:
-        """Of the checksums that the file holds of its arrays."""
+        """SHA-256 of the checksums that the file holds of its arrays, which takes no time."""
         with reading(self.path, "not a readable .npz file"), zipfile.ZipFile(self.path) as archive:
             noted = [(entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist()]
         return hashlib.sha256(repr(noted).encode()).hexdigest()
 
 
-def _array_header(file) -> tuple:
+def _read_header(file: IO[bytes]) -> tuple:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)
 
 
-class FolderOfImages(ImageSet):
-    """All images below a folder, in the order of their paths.
+class FolderOfImages(Dataset):
+    """All images below a folder, in the order of their paths; item i is image i, uint8 [H, W, 3].
 
     Args:
         side: cut each to a square of that side as guided-diffusion does it; None takes them as they are.
         workers: processes that read images ahead; 0 reads them as they are needed.
-        given: the user's own class of each class folder; None: as ``number_classes`` for the record's model.
+        given: the user's own class of each class folder; None: as ``number_classes`` says for the model that
+            made the images, where a description beside the folder names it.
+
+    Raises UserError where there are no images, or ``given`` does not name the class folders.
     """
 
     def __init__(
         self, path: Path, side: int | None = None, workers: int = 0, given: Mapping[str, int] | None = None
     ):
-        self.path, self.side, self.workers, self.given = path, side, workers, given
+        self.path, self.side, self.workers = path, side, workers
         files, self.left_out = find_images(path)
         self.files = sorted(files, key=lambda file: file.split("/"))
         if not self.files:
             left_out = f"; {self.left_out}" if self.left_out else ""
             raise UserError(f"{shown(path)}: holds no images ({', '.join(IMAGE_SUFFIXES)}){left_out}")
-        height, width = self.read(self.files[0]).shape[:2]
-        self.size = (height, width)
+        self.size = self._read(0).shape[:2]  # height and width in pixels
+        self.statistics: dict[str, np.ndarray] = {}  # which a folder does not hold
+        self.classes, self.why_unlabelled = self._number_classes(given)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, file: str) -> np.ndarray:
-        """An image as uint8 [H, W, 3]; ``file`` is one of ``files``."""
-        image = read_image(self.path / file)
+    def _read(self, index: int) -> np.ndarray:
+        file = self.path / self.files[index]
+        image = read_image(file)
         try:
-            return np.asarray(centre_crop(image, self.side) if self.side else image)
+            return np.array(centre_crop(image, self.side) if self.side else image)
         except ValueError as error:
-            raise UserError(f"{shown(self.path / file)}: {error}") from None
+            raise UserError(f"{shown(file)}: {error}") from None
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Raises UserError for an image that cannot be read, or is of another size than the first."""
+        image = self._read(index)
+        if image.shape[:2] != self.size:
+            own, other = (f"{side[0]} x {side[1]}" for side in (image.shape, self.size))
+            raise UserError(
+                f"{shown(self.path / self.files[index])}: is {own}, other images are {other}; "
+                "--resize (of make_reference: --image-size) cuts all to one size"
+            )
+        return torch.from_numpy(image)
 
     def batches(self, part: slice, batch_size: int) -> Iterator[np.ndarray]:
-        starts = range(part.start, part.stop, batch_size)
-        ranges = [range(start, min(start + batch_size, part.stop)) for start in starts]
+        """Images of a range in order, uint8 [n, H, W, 3], n <= batch_size at a time."""
         loader = DataLoader(
-            _Batches(self),
-            batch_size=None,
-            sampler=ranges,
-            num_workers=min(self.workers, len(ranges)),
-            multiprocessing_context="fork" if self.workers and ranges else None,
+            self,
+            batch_size,
+            sampler=range(part.start, part.stop),
+            num_workers=self.workers,
+            multiprocessing_context="fork" if self.workers else None,
         )
         for images in loader:
             yield images.numpy()
 
     def content_hash(self) -> str:
+        """SHA-256 of the images as they lie on disk and of how they are cut; their place does not count."""
         digest = hashlib.sha256(b"" if self.side is None else b"side %d" % self.side)
         for file in self.files:
             with reading(self.path / file, "cannot be read"):
@@ -243,69 +264,44 @@ class FolderOfImages(ImageSet):
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
+        """SHA-256 that tells other images from these without reading them."""
         return fingerprint(self.path, self.files)
 
-    @cached_property
-    def _numbered(self) -> tuple[dict[str, int] | None, str | None]:
-        """Class of each class folder, or why it is not known."""
+    def _number_classes(self, given: Mapping[str, int] | None) -> tuple[dict[str, int] | None, str | None]:
+        """The class of each class folder, or why it is not known; neither without class folders."""
         names = subfolders(self.path)
         if not names or not all("/" in file for file in self.files):
-            if self.given is not None:
+            if given is not None:
                 raise UserError(f"--classes-from: not all images of {shown(self.path)} lie in class folders")
             return None, None
-        if self.given is not None:
-            return number_classes(self.path, names, None, self.given), None
-        model = self.sampling_report().get("options", {}).get("model")
+        model = read_sampling_options(self.path).get("model")
+        num_classes = build_model(model).num_classes if model in ZOO and given is None else None
         try:
-            num_classes = build_model(model).num_classes if model in ZOO else None
-            return number_classes(self.path, names, num_classes), None
+            return number_classes(self.path, names, num_classes, given), None
         except UserError as error:
+            if given is not None:
+                raise
             return None, str(error)
 
     def labels(self) -> np.ndarray | None:
-        numbers = self.classes()
-        if numbers is None:
+        """Classes [N] int64 if those of the class folders are known."""
+        if self.classes is None:
             return None
-        return np.array([numbers[file.split("/")[0]] for file in self.files], np.int64)
-
-    def classes(self) -> dict[str, int] | None:
-        return self._numbered[0]
-
-    def why_unlabelled(self) -> str | None:
-        return self._numbered[1]
+        return np.array([self.classes[file.split("/")[0]] for file in self.files], np.int64)
 
     def notes(self) -> list[str]:
+        """What of these images makes figures not comparable with published ones."""
         lossy = sum(file.lower().endswith((".jpg", ".jpeg", ".webp")) for file in self.files)
-        said = [self.left_out]
-        if self.side:
-            said.append(
-                f"{shown(self.path)}: images are resized and cut to {self.side} x {self.side} (centre)"
-            )
-        if lossy:
-            said.append(
-                f"{lossy:,} of {len(self):,} images of {self.path} are JPEG or WebP: "
-                "lossy compression changes FID"
-            )
-        return [note for note in said if note]
+        cut = f"{shown(self.path)}: images are resized and cut to {self.side} x {self.side} (centre)"
+        compressed = (
+            f"{lossy:,} of {len(self):,} images of {self.path} are JPEG or WebP: "
+            "lossy compression changes FID"
+        )
+        remarks = [self.left_out, cut if self.side else None, compressed if lossy else None]
+        return [remark for remark in remarks if remark]
 
 
-class _Batches(Dataset):
-    """Ranges of a folder's images, each uint8 [n, H, W, 3], for the loader's processes."""
-
-    def __init__(self, images: FolderOfImages):
-        self.images = images
-
-    def __getitem__(self, part: range) -> Tensor:
-        found = []
-        for file in self.images.files[part.start : part.stop]:
-            found.append(self.images.read(file))
-            if found[-1].shape[:2] != self.images.size:
-                own, other = (f"{side[0]} x {side[1]}" for side in (found[-1].shape, self.images.size))
-                raise UserError(
-                    f"{shown(self.images.path / file)}: is {own}, other images are {other}; "
-                    "--resize (of make_reference: --image-size) cuts all to one size"
-                )
-        return torch.from_numpy(np.stack(found))
+ImageSet = NpzImages | FolderOfImages
 
 
 def open_image_set(

@@ -4,53 +4,55 @@ from pathlib import Path
 
 import numpy as np
 
-from cca.data.image_sets import ImageSet
-from cca.evaluation.evaluator import METRICS, Reference
-from cca.evaluation.features import Extractor, Features
+from cca.cli.tables import markdown_table
+from cca.data.image_sets import ImageSet, read_sampling_options
+from cca.evaluation.evaluator import METRICS, Comparison
+from cca.evaluation.features import Extractor
 from cca.evaluation.references import REFERENCE_IMAGES
 from models import ZOO, UserError
-from models.files import parse_json
-from models.tables import markdown_table
+from models.utils.files import parse_json
 
 PUBLISHED_SAMPLES = 50_000
 
 
 def comparability(
-    samples: ImageSet,
-    labels: np.ndarray | None,
-    found: Features,
-    reference: Reference,
-    extractor: Extractor,
-    reference_images: ImageSet,
+    compared: Comparison, samples: ImageSet, reference: ImageSet, extractor: Extractor
 ) -> list[str]:
     """What makes the figures not comparable with published ones."""
-    notes = [*samples.notes(), *reference_images.notes()]
-    if unlabelled := samples.why_unlabelled():
-        notes.append(f"the samples' classes are not known: {unlabelled}")
-    if not extractor.is_inception:
-        notes.append(f"features are '{extractor.name}', not Inception: figures compare with each other only")
-    if len(samples) < PUBLISHED_SAMPLES:
-        notes.append(f"{len(samples):,} samples instead of 50,000: FID is biased upwards")
-    if not reference.whole_set_statistics:
-        notes.append(
+    own, other = (f"{images.size[0]} x {images.size[1]}" for images in (samples, reference))
+    whole_set = {"mu", "sigma"} <= reference.statistics.keys()
+    scale = read_sampling_options(samples.path).get("cfg_scale", 1.0)
+    remarks = [
+        (samples.why_unlabelled, f"the samples' classes are not known: {samples.why_unlabelled}"),
+        (
+            not extractor.is_inception,
+            f"features are '{extractor.name}', not Inception: figures compare with each other only",
+        ),
+        (
+            len(samples) < PUBLISHED_SAMPLES,
+            f"{len(samples):,} samples instead of 50,000: FID is biased upwards",
+        ),
+        (
+            not whole_set,
             "the reference has no mu and sigma of a whole training set: "
-            f"FID is against its {reference.images:,} images"
-        )
-    elif reference.images and reference.images != REFERENCE_IMAGES:
-        notes.append(
-            f"precision and recall are against {reference.images:,} images, published ones against 10,000"
-        )
-    if len(reference_images) and samples.size != reference_images.size:
-        own, other = (f"{size[0]} x {size[1]}" for size in (samples.size, reference_images.size))
-        notes.append(f"samples are {own}, reference images {other}")
-    scale = samples.sampling_report().get("options", {}).get("cfg_scale", 1.0)
-    if scale != 1.0:
-        notes.append(f"samples were made with guidance (--cfg-scale {scale:g}; VAR writes {scale - 1:g})")
-    classes = labels
-    if classes is None and found.probabilities is not None:
-        classes = found.probabilities.argmax(1).numpy()
+            f"FID is against its {len(reference):,} images",
+        ),
+        (
+            whole_set and len(reference) not in (0, REFERENCE_IMAGES),
+            f"precision and recall are against {len(reference):,} images, published ones against 10,000",
+        ),
+        (len(reference) and own != other, f"samples are {own}, reference images {other}"),
+        (
+            scale != 1,
+            f"samples were made with guidance (--cfg-scale {scale:g}; VAR writes {scale - 1:g})",
+        ),
+    ]
+    notes = [*samples.notes(), *reference.notes(), *(remark for holds, remark in remarks if holds)]
+    classes, probabilities = compared.labels, compared.samples.probabilities
+    if classes is None and probabilities is not None:
+        classes = probabilities.argmax(1).numpy()
     if classes is not None:
-        notes += class_order_notes(classes, labels is not None)
+        notes += class_order_notes(classes, compared.labels is not None)
     return notes
 
 
@@ -70,29 +72,35 @@ def class_order_notes(classes: np.ndarray, known: bool) -> list[str]:
 
 
 def compare(paths: list[Path]) -> str:
-    """Results of several evaluations side by side, with each model's published figure and the difference."""
+    """A table of several evaluations, with each model's published FID and the difference from it.
+
+    Raises UserError for a file that eval_fid.py did not write.
+    """
     columns = [name for name in METRICS if name != "accuracy"]
     rows = []
     for path in paths:
-        try:
-            content = parse_json(path.read_text())
-            values = {column: float(value) for column, value in content["metrics"].items()}
-            sampling = dict(content["samples"].get("sampling") or {})
-            name = Path(content["samples"]["file"]).name
-            published = ZOO[sampling["model"]].published if sampling.get("model") in ZOO else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"--compare: {path} is not a result of eval_fid.py") from None
-        figure = None
-        if published and sampling.get("cfg_scale", 1.0) != 1.0:
-            figure = published.fid("guided")
-        elif published:
-            figure = published.fid("base" if sampling.get("weights") == "base" else "cca")
+        name, values, published = read_result(path)
         cells = [
             f"{values[column]:.{METRICS[column].digits}f}" if column in values else "–" for column in columns
         ]
-        if figure is not None and "fid" in values:
-            cells += [f"{figure:.2f}", f"{values['fid'] - figure:+.3f}"]
-        else:
-            cells += ["–", "–"]
-        rows.append([name, *cells])
+        difference = ["–", "–"]
+        if published is not None and "fid" in values:
+            difference = [f"{published:.2f}", f"{values['fid'] - published:+.3f}"]
+        rows.append([name, *cells, *difference])
     return markdown_table(["samples", *columns, "published FID", "difference"], rows)
+
+
+def read_result(path: Path) -> tuple[str, dict[str, float], float | None]:
+    """Return the name of the samples, their metrics and the published FID. Raises UserError."""
+    try:
+        content = parse_json(path.read_text())
+        if content["format"] != 1:
+            raise ValueError
+        values = {column: float(value) for column, value in content["metrics"].items()}
+        name, sampling = Path(content["samples"]["file"]).name, content["samples"]["sampling"] or {}
+        guided, weights = sampling.get("cfg_scale", 1.0) != 1.0, sampling.get("weights")
+        published = ZOO[sampling["model"]].published if sampling.get("model") in ZOO else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"--compare: {path} is not a result of eval_fid.py") from None
+    kind = "guided" if guided else "base" if weights == "base" else "cca"
+    return name, values, published.fid(kind) if published else None

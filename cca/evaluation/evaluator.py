@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cca.cli.main import refuse_other_options
+from cca.cli.output import Output
 from cca.data.image_sets import ImageSet, to_uint8_tensor
 from cca.distributed import Processes
 from cca.evaluation.features import Extractor, Features
@@ -32,44 +34,31 @@ from cca.evaluation.metrics import (
 )
 from cca.evaluation.references import cache_folder
 from models import UserError
-from models.devices import ELSEWHERE, memory_named
-from models.files import write_binary, writing
+from models.utils.files import write_binary
+from models.utils.precision import ELSEWHERE, memory_named
 
 CACHED_IMAGES = 50_000  # features of larger references are not kept
 PIXELS_VERSION = "2"  # changes when a file gives other pixels than before: 2 scales 16-bit grey
 
 
-class Stopwatch:
-    """Seconds by part of an evaluation, in ``parts``."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - began
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Context manager that notes how long its block takes, as ``seconds[name]``."""
+    began = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - began
 
 
-def check_count(images: ImageSet, processes: Processes) -> None:
-    """Raise UserError for too few images to evaluate."""
-    if len(images) < max(5, processes.world):
-        raise UserError(
-            f"{images.path}: holds {len(images)} images; at least {max(5, processes.world)} are needed"
-        )
+def extract_batches(
+    images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes
+) -> Iterator[tuple[np.ndarray, Features]]:
+    """Yield this rank's share of the images, a batch at a time, with their features.
 
-
-def extract(images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes) -> Features | None:
-    """Features of a whole set, dealt out over the processes; on the main one (None elsewhere).
-
-    Raises UserError for too few images, and where a node has other ones.
+    Raises UserError where a node has other images or weights.
     """
-    check_count(images, processes)
     files = {f"{images.path}": processes.digest(images.fingerprint), "features": extractor.weights_sha256}
-    processes.same(files)
+    refuse_other_options(processes, files)
     share = processes.share(len(images))
-    parts: list[Features] = []
     with tqdm(
         total=share.stop - share.start,
         desc=f"features of {images.path.name}",
@@ -78,27 +67,29 @@ def extract(images: ImageSet, extractor: Extractor, batch_size: int, processes: 
         disable=not processes.main,
     ) as bar:
         for batch in images.batches(share, batch_size):
-            parts.append(extractor(to_uint8_tensor(batch)))
+            yield batch, extractor(to_uint8_tensor(batch))
             bar.update(len(batch))
 
-    def gather(column: list[Tensor | None]) -> Tensor | None:
-        known = [part for part in column if part is not None]
-        return processes.gather(torch.cat(known)) if known else None
 
-    pooled, spatial = gather([f.pooled for f in parts]), gather([f.spatial for f in parts])
-    probabilities = gather([f.probabilities for f in parts])
+def extract(images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes) -> Features | None:
+    """Features of a whole set, shared out over the ranks; on rank 0 (None elsewhere). Raises UserError."""
+    parts = [features for _, features in extract_batches(images, extractor, batch_size, processes)]
+
+    def gather(field: str) -> Tensor | None:
+        values = [getattr(part, field) for part in parts]
+        return None if values[0] is None else processes.gather(torch.cat(values))
+
+    pooled, spatial, probabilities = gather("pooled"), gather("spatial"), gather("probabilities")
     return None if pooled is None else Features(pooled, spatial, probabilities)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are held against: Gaussians of the whole set, and features of (some of) its images."""
+    """What samples are compared with: Gaussians of a whole set, and features [n, D] of its images."""
 
     pooled: Gaussian | None
     spatial: Gaussian | None
     features: np.ndarray | None
-    whole_set_statistics: bool
-    images: int
 
 
 def cache_path(images: ImageSet, extractor: Extractor) -> Path:
@@ -118,6 +109,15 @@ def read_cache(path: Path) -> dict[str, Any] | None:
     return arrays if "pooled" in arrays else None
 
 
+def write_cache(path: Path, arrays: dict[str, Any]) -> None:
+    """Keep features; where that fails a warning says so, since the evaluation can do without."""
+    try:
+        with Output(path, option="cache").locked():
+            write_binary(path, lambda file: np.savez(file, **arrays))
+    except UserError as error:
+        print(f"warning: the reference's features are not kept: {error}", file=sys.stderr)
+
+
 def reference_features(
     images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes
 ) -> dict[str, Any]:
@@ -134,12 +134,7 @@ def reference_features(
     if found.spatial is not None:
         arrays["spatial"] = found.spatial.numpy()
     if len(images) <= CACHED_IMAGES:
-        try:
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            write_binary(path, lambda file: np.savez(file, **arrays))
-        except UserError as error:  # the work is done: it is not lost for want of a cache
-            print(f"warning: the reference's features are not kept: {error}", file=sys.stderr)
+        write_cache(path, arrays)
     return arrays
 
 
@@ -148,9 +143,9 @@ def load_reference(
 ) -> Reference:
     """Statistics of the file where it has them, else of its images.
 
-    Raises UserError for statistics that are none, or of other features.
+    Raises UserError for statistics of other features.
     """
-    statistics = images.statistics()
+    statistics = images.statistics
     for name, width in zip(("mu", "mu_s"), extractor.widths if statistics else ()):
         if width and name in statistics and len(statistics[name]) != width:
             raise UserError(
@@ -164,13 +159,8 @@ def load_reference(
             return Gaussian(statistics[mu], statistics[sigma])
         return Gaussian.of(arrays[features]) if features in arrays else None
 
-    return Reference(
-        gaussian("mu", "sigma", "pooled"),
-        gaussian("mu_s", "sigma_s", "spatial"),
-        arrays.get("pooled"),
-        {"mu", "sigma"} <= statistics.keys(),
-        len(images),
-    )
+    pooled, spatial = gaussian("mu", "sigma", "pooled"), gaussian("mu_s", "sigma_s", "spatial")
+    return Reference(pooled, spatial, arrays.get("pooled"))
 
 
 @dataclass(frozen=True)
@@ -192,16 +182,10 @@ class Comparison:
         return precision_recall(self.samples.pooled.numpy(), self.reference.features, device=self.device)
 
 
-def fid(compared: Comparison) -> float | None:
-    reference, pooled = compared.reference.pooled, compared.samples.pooled.numpy()
-    return None if reference is None else frechet_distance(Gaussian.of(pooled), reference)
-
-
-def sfid(compared: Comparison) -> float | None:
-    spatial, reference = compared.samples.spatial, compared.reference.spatial
-    if spatial is None or reference is None:
+def distance(features: Tensor | None, reference: Gaussian | None) -> float | None:
+    if features is None or reference is None:
         return None
-    return frechet_distance(Gaussian.of(spatial.numpy()), reference)
+    return frechet_distance(Gaussian.of(features.numpy()), reference)
 
 
 def inception(compared: Comparison) -> float | None:
@@ -239,8 +223,10 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "fid": Metric(fid),
-    "sfid": Metric(sfid, always=False),
+    "fid": Metric(lambda compared: distance(compared.samples.pooled, compared.reference.pooled)),
+    "sfid": Metric(
+        lambda compared: distance(compared.samples.spatial, compared.reference.spatial), always=False
+    ),
     "is": Metric(inception),
     "precision": Metric(lambda compared: compared.precision_and_recall[0]),
     "recall": Metric(lambda compared: compared.precision_and_recall[1]),
@@ -250,17 +236,18 @@ METRICS: dict[str, Metric] = {
 
 
 def evaluate(
-    compared: Comparison, asked: tuple[str, ...] | None, stopwatch: Stopwatch
+    compared: Comparison, asked: tuple[str, ...] | None, seconds: dict[str, float]
 ) -> tuple[dict[str, float], list[str]]:
-    """The metrics asked for (None: all that can be had), and a note for each that these files do not give.
+    """Return the metrics asked for (None: all), and a note for each that these files do not give.
 
+    ``seconds`` gets the time that each one took.
     Raises UserError for a metric that is not finite, or that the GPU's memory does not suffice for.
     """
     values: dict[str, float] = {}
     notes: list[str] = []
     for name in asked or METRICS:
         too_much = f"--metrics: {name} does not fit in the GPU's memory; leave it out, or {ELSEWHERE}"
-        with stopwatch.measure(name), memory_named(too_much):
+        with timed(seconds, name), memory_named(too_much):
             value = METRICS[name].measure(compared)
         if value is not None and not math.isfinite(value):
             raise UserError(f"--metrics: {name} is {value}: features or statistics out of all proportion")

@@ -2,9 +2,10 @@
 
 import argparse
 import functools
-import tempfile
+import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +16,14 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
+from cca.cli.parser import add_workers_option, count
 from models import UserError
-from models.checkpoints import read_state_dict
-from models.devices import ELSEWHERE, EXTRACTED_IMAGES, memory_named
-from models.hub import ASSETS
-from models.options import add_workers_option, count
-from models.plan import Download
-from models.weights import not_finite, save_published, tensors_sha256
+from models.utils.precision import ELSEWHERE, EXTRACTED_IMAGES, memory_named
+from models.zoo.checkpoint_formats import not_finite, read_state_dict, tensors_sha256
+from models.zoo.hub import ASSETS, Download
 
 MINI_WEIGHTS = ASSETS / "features-mini.safetensors"
 INCEPTION = "inception-v3-compat"
-FEATURE_BYTES = 4 * (
-    2048 + 2023 + 1008
-)  # of an image: Inception's pooled and spatial features, probabilities
 INCEPTION_BYTES = 95_000_000  # of its weights file, about
 
 
@@ -75,10 +71,6 @@ class MiniFeatures(FeatureExtractorBase):
     def get_default_feature_layer_for_metric(metric: str) -> str:
         return "logits" if metric == "isc" else "96"
 
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         pixels = images.float() / 127.5 - 1
         if pixels.shape[-2:] != (32, 32):
@@ -106,23 +98,28 @@ class Extractor:
     ``spatial`` (for sFID; Nash et al., 2021, arXiv 2103.03841) exists for Inception alone: the
     first 7 channels of the 1 x 1 branch of Mixed_6d, 17 x 17, flattened channels last to 2023
     numbers as in guided-diffusion's evaluator.
+
+    Args:
+        name: "inception", "mini", any that torch-fidelity has, or a path of Inception weights.
+        inception_weights: a file of Inception's weights; None takes torch-fidelity's own.
+
+    Raises UserError for an unknown name, and for weights that are missing or broken.
     """
 
-    def __init__(self, name: str, weights: str | None, device: torch.device):
-        self.name, self.device = name, device
-        kind = FEATURE_EXTRACTORS_REGISTRY[name]
+    def __init__(self, name: str, inception_weights: Path | None, device: torch.device):
+        self.name, weights = resolve_features(name, inception_weights)
+        self.device = device
+        kind = FEATURE_EXTRACTORS_REGISTRY[self.name]
         self.layer = kind.get_default_feature_layer_for_metric("fid")
         try:
             self.logits_layer = kind.get_default_feature_layer_for_metric("isc")
         except KeyError:
             self.logits_layer = None
         layers = list(dict.fromkeys(filter(None, (self.layer, self.logits_layer))))
-        self.module = create_feature_extractor(
-            name, layers, cuda=False, verbose=False, feature_extractor_weights_path=weights
-        )
-        with memory_named(f"--features: {name} does not fit in the GPU's memory; {ELSEWHERE}"):
+        self.module = build_network(self.name, layers, weights)
+        with memory_named(f"--features: {self.name} does not fit in the GPU's memory; {ELSEWHERE}"):
             self.module.to(device)
-        self.is_inception = name == INCEPTION
+        self.is_inception = self.name == INCEPTION
         if self.is_inception:
             self.module.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 
@@ -153,6 +150,38 @@ class Extractor:
         return tensors_sha256(self.module)
 
 
+def build_network(name: str, layers: list[str], inception_weights: Path | None) -> Any:
+    """torch-fidelity's network of that name, which gives those layers. Raises UserError without weights."""
+    copy = read_inception_weights(inception_weights) if inception_weights else None
+    try:
+        return create_feature_extractor(
+            name, layers, cuda=False, verbose=False, feature_extractor_weights_path=copy
+        )
+    except Exception as error:  # whatever download and unpickling let through
+        reason = " ".join(str(error).split())[:100]
+    if inception_weights:
+        raise UserError(
+            f"--inception-weights: {inception_weights} does not hold "
+            f"torch-fidelity's Inception weights ({reason})"
+        )
+    by_hand = f"; fetch {URL_INCEPTION_V3} by hand and give its path with --inception-weights"
+    raise UserError(
+        f"--features: the weights of {name} are not in the cache and cannot be downloaded "
+        f"({reason}){by_hand if name == INCEPTION else ''}"
+    )
+
+
+def read_inception_weights(path: Path) -> io.BytesIO:
+    """A file for torch-fidelity, which executes what it loads: the tensors of ``path`` and nothing else."""
+    weights = read_state_dict(path)
+    if wrong := not_finite(weights):
+        raise UserError(f"{path}: holds weights that are not finite: {wrong}")
+    file = io.BytesIO()
+    torch.save(weights, file)
+    file.seek(0)
+    return file
+
+
 def add_features_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that extracts features: which ones, and how images come to them."""
     add = parser.add_argument
@@ -178,13 +207,13 @@ def add_features_options(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve_features(name: str, inception_weights: Path | None) -> tuple[str, Path | None]:
-    """torch-fidelity's name of an extractor, and the weights given by the user; see ``make_extractor``."""
-    if name not in FEATURE_EXTRACTORS_REGISTRY and name != "inception":
+    """torch-fidelity's name of an extractor, and the weights given by the user; see ``Extractor``."""
+    name = INCEPTION if name == "inception" else name
+    if name not in FEATURE_EXTRACTORS_REGISTRY:
         if not Path(name).exists():
             known = ", ".join(["inception", *sorted(FEATURE_EXTRACTORS_REGISTRY)])
             raise UserError(f"--features: {name!r} is neither a file of Inception weights nor one of {known}")
-        name, inception_weights = "inception", Path(name)
-    name = INCEPTION if name == "inception" else name
+        name, inception_weights = INCEPTION, Path(name)
     if inception_weights and name != INCEPTION:
         raise UserError(f"--inception-weights: goes with --features inception, not {name}")
     if inception_weights and not inception_weights.exists():
@@ -198,40 +227,7 @@ def features_plan(name: str, inception_weights: Path | None) -> tuple[str, list[
     if name != INCEPTION:
         return name, []
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
-    here = weights or (cached if cached.exists() else None)
+    if weights or cached.exists():
+        return f"{name}, {weights or cached}", []
     missing = Download(URL_INCEPTION_V3, INCEPTION_BYTES, cached.parent, "--inception-weights")
-    return f"{name}, {here or 'to be downloaded'}", [] if here else [missing]
-
-
-def make_extractor(name: str, inception_weights: Path | None, device: torch.device) -> Extractor:
-    """Extractor by name: "inception", "mini", any that torch-fidelity has, or a path of Inception weights.
-
-    Raises UserError for an unknown name, and for weights that are missing or broken.
-    """
-    name, inception_weights = resolve_features(name, inception_weights)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = None
-        if inception_weights:
-            # torch-fidelity loads with weights_only=False, so it gets the tensors that were read, and no more
-            copy = f"{folder}/inception.pth"
-            state = read_state_dict(inception_weights)
-            if wrong := not_finite(state):
-                raise UserError(f"{inception_weights}: holds weights that are not finite: {wrong}")
-            save_published(state, Path(copy))
-        try:
-            return Extractor(name, copy, device)
-        except UserError:
-            raise
-        except Exception as error:  # whatever download and unpickling let through
-            reason = " ".join(str(error).split())[:100]
-            if inception_weights:
-                raise UserError(
-                    f"--inception-weights: {inception_weights} does not hold "
-                    f"torch-fidelity's Inception weights ({reason})"
-                ) from None
-            if name != INCEPTION:
-                raise UserError(f"--features: the weights of {name} cannot be had ({reason})") from None
-            raise UserError(
-                "--inception-weights: Inception weights are not in the cache and cannot be downloaded "
-                f"({reason}); fetch {URL_INCEPTION_V3} by hand and give its path"
-            ) from None
+    return f"{name}, to be downloaded", [missing]

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models import UserError
-from models.downloads import begun, fetch
-from models.plan import Download
+from models.zoo.hub import Download, download, part_of
 
 REFERENCE_IMAGES = 10_000  # of a published reference; as many are kept of others
 BATCHES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
@@ -35,7 +34,8 @@ class PublishedReference:
         if not self.path.exists():
             statistics = sum(8 * (width**2 + width) for width in (2048, 2023))
             size = REFERENCE_IMAGES * 3 * self.side**2 + statistics
-            size = max(size - begun(self.path), 0)  # what is left of it
+            part = part_of(self.path)
+            size = max(size - (part.stat().st_size if part.exists() else 0), 0)  # what is left of it
             return [Download(self.address, size, self.path.parent, "--reference")]
         if not is_batch(self.path):
             raise UserError(f"--reference: {self.path} is damaged; delete it to have it downloaded again")
@@ -43,7 +43,7 @@ class PublishedReference:
 
     def fetch(self) -> Path:
         """The file, downloaded if need be. Raises UserError where it cannot be had."""
-        return fetch(self.address, self.path, lambda part: is_batch(part, every_byte=True), "--reference")
+        return download(self.address, self.path, lambda part: is_batch(part, every_byte=True), "--reference")
 
 
 REFERENCES = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from models.files import atomic_write
+from models.utils.files import atomic_write
 
 
 def draw_grid(images: np.ndarray, columns: int, captions: list[str] | None = None) -> Image.Image:

@@ -3,43 +3,42 @@
 Image i is a function of (seed, i, its class, the model, the options) alone.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cca.sampling.compiled import ROUNDED_AS_EAGER
-from cca.streams import CLASSES, TOKENS, stream
-from models import DTYPES, ARImageModel, SamplingOptions, autocast
-from models.decoding import generate_tokens, require_finite
-from models.devices import DECODED_PIXELS, allow_tf32, full_parts
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """What is to be sampled; ``classes`` lists the classes in use, ``eval_size`` resizes (bicubic)."""
-
-    num_samples: int
-    classes: tuple[int, ...]
-    class_order: str
-    seed: int
-    eval_size: int | None
-    dtype: str
-    sampling: SamplingOptions
+from cca.config import SampleRequest
+from cca.random_streams import CLASSES, TOKENS, stream, uniform_numbers
+from cca.sampling.cuda_graphs import ROUNDED_AS_EAGER, CompiledGenerate
+from models import DTYPES, ARImageModel, autocast
+from models.sampling import generate_tokens, require_finite
+from models.utils.precision import (
+    DECODED_PIXELS,
+    DOES_NOT_FIT,
+    TOO_MANY_IMAGES,
+    allow_tf32,
+    full_parts,
+    memory_named,
+)
 
 
 def class_of(index: int, request: SampleRequest) -> int:
-    """Class of image ``index``: in turn (balanced and interleaved), or drawn uniformly."""
+    """Return the class of image ``index``: in turn (balanced and interleaved), or sampled uniformly."""
     if request.class_order == "balanced":
         return request.classes[index % len(request.classes)]
     return request.classes[int(stream(request.seed, CLASSES, index).integers(len(request.classes)))]
 
 
-def token_noise(index: int, length: int, seed: int) -> np.ndarray:
-    """The uniform numbers [length] that decide the tokens of image ``index``."""
-    return stream(seed, TOKENS, index).random(length)
+class Samples(NamedTuple):
+    """Images of consecutive indices from ``start``: uint8 [n, H, W, 3], and their classes [n] int64."""
+
+    start: int
+    images: np.ndarray
+    classes: np.ndarray
 
 
 # Labels [n], uniforms [n, L] -> tokens [n, L], NOT_FINITE among them where logits were not.
@@ -54,45 +53,36 @@ def eager_generate(model: ARImageModel, request: SampleRequest) -> Generate:
     return generate
 
 
-def sample_tokens(
-    model: ARImageModel,
-    indices: Sequence[int],
-    request: SampleRequest,
-    device: torch.device,
-    generate: Generate,
-) -> Tensor:
-    """Tokens [n, L] of these indices, as one batch. Raises UserError where the logits are not finite."""
-    labels = torch.tensor([class_of(i, request) for i in indices], device=device)
-    noise = np.stack([token_noise(i, model.sequence_length, request.seed) for i in indices])
-    tokens = generate(labels, torch.from_numpy(noise).to(device))
-    return require_finite(tokens, DTYPES[request.dtype])
-
-
 def prepare(model: ARImageModel, dtype: str, device: torch.device, compile: bool = False) -> None:
-    """Put a model on the device for sampling alone: matrices in the run's precision, and on a GPU what
-    its convolutions like, compiled if asked. Autocast gives the same numbers, at a cast for each use.
+    """Put a model on the device for sampling alone.
+
+    Its linear layers get the run's precision, with the numbers of autocast. On a GPU its convolutions get
+    the layout that is fast there, and are compiled if asked.
+
+    Raises UserError where the GPU's memory does not suffice.
     """
-    model.transformer.store_matrices(DTYPES[dtype])
-    model.to(device)
-    if device.type != "cuda":
-        return
-    allow_tf32(device)
-    model.tokenizer.to(memory_format=torch.channels_last)
-    for part in model.tokenizer.modules():
-        if isinstance(part, nn.Conv2d) and model.decodes_in_half_precision:
-            part.to(DTYPES[dtype])
-    for child in model.tokenizer.children() if compile else ():
-        child.compile(dynamic=False, options=ROUNDED_AS_EAGER)
+    with memory_named(f"--model: the model {DOES_NOT_FIT}"):
+        model.transformer.store_matrices(DTYPES[dtype])
+        model.to(device)
+        if device.type != "cuda":
+            return
+        allow_tf32(device)
+        model.tokenizer.to(memory_format=torch.channels_last)
+        for part in model.tokenizer.modules():
+            if isinstance(part, nn.Conv2d) and model.decodes_in_half_precision:
+                part.to(DTYPES[dtype])
+        for child in model.tokenizer.children() if compile else ():
+            child.compile(dynamic=False, options=ROUNDED_AS_EAGER)
 
 
 def decoded_at_once(model: ARImageModel, device: torch.device) -> int:
-    """Images of every batch of the tokenizer's decoder."""
+    """Return the number of images in every batch of the tokenizer's decoder."""
     return max(1, min(64, DECODED_PIXELS[device.type] // model.image_size**2))
 
 
 @torch.inference_mode()
-def to_pixels(model: ARImageModel, tokens: Tensor, dtype: str, size: int | None = None) -> Tensor:
-    """Tokens [n, L] -> uint8 images [n, H, W, 3] on the CPU, resized to side ``size`` if given.
+def to_pixels(model: ARImageModel, tokens: Tensor, dtype: str, size: int | None = None) -> np.ndarray:
+    """Decode tokens [n, L] to uint8 images [n, H, W, 3], resized to ``size`` pixels if given.
 
     Decoding runs in batches of one fixed size, whatever n is; see ``full_parts``.
     """
@@ -101,20 +91,70 @@ def to_pixels(model: ARImageModel, tokens: Tensor, dtype: str, size: int | None 
         with autocast(tokens.device, dtype):
             decoded = model.decode(part, size)
         images.append(model.to_uint8(decoded[:count]).permute(0, 2, 3, 1).cpu())
-    return torch.cat(images)
+    return torch.cat(images).numpy()
 
 
-def decode_tokens(model: ARImageModel, tokens: Tensor, request: SampleRequest) -> Tensor:
-    """``to_pixels`` as the request has it, in the precision of the published sampling."""
-    dtype = request.dtype if model.decodes_in_half_precision else "float32"
-    return to_pixels(model, tokens, dtype, request.eval_size)
+class Sampler:
+    """Samples images of a request by their indices; the model is on ``device`` already.
 
+    compile: decode with ``CompiledGenerate``.
+    """
 
-def sample_images(
-    model: ARImageModel, indices: range, request: SampleRequest, batch_size: int, device: torch.device
-) -> Tensor:
-    """uint8 images [n, H, W, 3] of these indices."""
-    generate, tokens = eager_generate(model, request), []
-    for start in range(0, len(indices), batch_size):
-        tokens.append(sample_tokens(model, indices[start : start + batch_size], request, device, generate))
-    return decode_tokens(model, torch.cat(tokens), request)
+    def __init__(
+        self,
+        model: ARImageModel,
+        request: SampleRequest,
+        batch_size: int,
+        device: torch.device,
+        compile: bool = False,
+    ):
+        self.model, self.request, self.batch_size, self.device = model, request, batch_size, device
+        self.batch_too_large = f"--batch-size: {batch_size} {TOO_MANY_IMAGES}"
+        # Compiled, the caches of a batch lie beside the decoder.
+        self.decoder_too_large = self.batch_too_large if compile else f"--model: decoding {DOES_NOT_FIT}"
+        self.decoder_dtype = request.dtype if model.decodes_in_half_precision else "float32"
+        self.generate = eager_generate(model, request)
+        if compile:
+            with memory_named(self.batch_too_large):
+                self.generate = CompiledGenerate(model, request.sampling, request.dtype, batch_size, device)
+
+    def tokens(self, indices: Sequence[int]) -> Tensor:
+        """Sample the tokens [n, L] of these indices, n at most the batch size.
+
+        Raises UserError where the logits are not finite, or the GPU's memory does not suffice.
+        """
+        request = self.request
+        labels = torch.tensor([class_of(i, request) for i in indices], device=self.device)
+        noise = uniform_numbers(request.seed, TOKENS, indices, self.model.sequence_length)
+        with memory_named(self.batch_too_large):
+            tokens = self.generate(labels, torch.from_numpy(noise).to(self.device))
+            return require_finite(tokens, DTYPES[request.dtype])
+
+    def decode(self, tokens: Tensor) -> np.ndarray:
+        """Decode tokens [n, L] to uint8 images [n, H, W, 3]. Raises UserError as above."""
+        with memory_named(self.decoder_too_large):
+            return to_pixels(self.model, tokens, self.decoder_dtype, self.request.eval_size)
+
+    def samples(self, ranges: Iterable[range]) -> Iterator[Samples]:
+        """Yield the images of these ranges of indices in order, in pieces of any length.
+
+        After every batch of tokens comes an empty piece, so that the caller may stop. A piece ends where
+        its range ends: only then is a batch of the decoder filled up.
+        """
+        ranges = list(ranges)
+        indices, at_once = chain.from_iterable(ranges), decoded_at_once(self.model, self.device)
+        tokens = torch.empty(0, self.model.sequence_length, dtype=torch.int64, device=self.device)
+        for part in ranges:
+            while part:
+                whole_batches = len(tokens) - len(tokens) % at_once
+                count = len(part) if len(tokens) >= len(part) else whole_batches
+                if not count:
+                    tokens = torch.cat([tokens, self.tokens(list(islice(indices, self.batch_size)))])
+                yield self._samples(part[:count], tokens[:count])
+                tokens, part = tokens[count:], part[count:]
+
+    def _samples(self, indices: range, tokens: Tensor) -> Samples:
+        classes = np.array([class_of(i, self.request) for i in indices], np.int64)
+        size = self.request.eval_size or self.model.image_size
+        images = self.decode(tokens) if indices else np.empty((0, size, size, 3), np.uint8)
+        return Samples(indices.start, images, classes)

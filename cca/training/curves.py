@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.files import atomic_write
+from models.utils.files import atomic_write
 
 if TYPE_CHECKING:  # importing it takes longer than all that a training command needs before its first step
     from matplotlib.axes import Axes

@@ -1,63 +1,76 @@
-"""Items of the global batches as one process takes them, and images that cannot be read."""
+"""The batches of a run: pixels or codes together with their classes, one batch for each optimizer step."""
 
 import sys
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cca.data.sources import TokenSource
+from cca.config import TrainingConfig
+from cca.data.datasets import LabelledDataset
 from cca.distributed import Processes, children_ignore_signals
-from cca.training.schedule import TrainingConfig, global_batches
+from cca.losses import LOSSES, pair_labels
+from cca.training.batch import Batch
+from cca.training.schedule import global_batch, unconditional_rows
 from models import UserError
 
 UNREADABLE_SHARE = 0.001  # of all images; beyond it the run stops
 
 
-def own_items(
-    data: TokenSource, config: TrainingConfig, done: int, share: slice, workers: int
-) -> Iterator[list[Tensor]]:
-    """This process's part of every global batch from step ``done``: (items, unreadable indices)."""
-    batches = (
-        [(epoch, int(i)) for i in indices[share]]
-        for epoch, indices in global_batches(len(data), config, done)
-    )
-    loader = DataLoader(
-        data,
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="fork" if workers else None,
-    )
-    with children_ignore_signals():
-        return iter(loader)
+class Loader(Dataset):
+    """The batches of this rank, one for each optimizer step, made in data-loading workers.
 
+    Null-class draws and negatives are those of the global batch, so that they do not depend on the number
+    of ranks. Images that cannot be read are reported, and counted in ``unreadable``.
+    """
 
-class Unreadable:
-    """Images that could not be read, by path, over all processes."""
+    def __init__(
+        self,
+        data: LabelledDataset,
+        config: TrainingConfig,
+        processes: Processes,
+        null_class: int,
+        workers: int = 0,
+    ):
+        self.data, self.config, self.null_class, self.workers = data, config, null_class, workers
+        self.share = processes.share(config.batch_size)
+        self.unreadable: set[int] = set()  # indices of images that this rank could not read so far
 
-    def __init__(self, data: TokenSource, processes: Processes):
-        self.data, self.processes = data, processes
-        self.own: set[int] = set()
-        self.total = 0
+    def __getitem__(self, step: int) -> tuple[Batch, list[int]]:
+        """Return the batch of ``step``, and the indices of its images that others stand in for."""
+        epoch, indices = global_batch(step, len(self.data), self.config)
+        uncond = unconditional_rows(indices, epoch, self.config)
+        negatives_of = LOSSES[self.config.loss].negatives
+        labels, negatives = pair_labels(self.data.labels(indices), uncond, self.null_class, negatives_of)
+        own = self.share
+        items, replaced = zip(*(self.data[epoch, int(index)] for index in indices[own]))
+        batch = Batch(torch.stack(items), labels[own], negatives[own], uncond[own])
+        return batch, indices[own][list(replaced)].tolist()
 
-    def report(self, flags: Tensor) -> int:
-        """Note one batch's unreadable indices (-1: readable); returns how many are new here."""
-        new = set(flags[flags >= 0].tolist()) - self.own
-        self.own |= new
-        for index in new:
-            tqdm.write(
-                f"unreadable, replaced by another image of its class: {self.data.name(index)}",
-                file=sys.stderr,
-            )
-        return len(new)
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Yield the batch of each step from ``start`` to the last one."""
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(start, self.config.max_steps),
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context="fork" if self.workers else None,
+        )
+        with children_ignore_signals():
+            steps = iter(loader)
+        for batch, replaced in steps:
+            for index in set(replaced) - self.unreadable:
+                name = self.data.name(index)
+                tqdm.write(f"unreadable, replaced by another image of its class: {name}", file=sys.stderr)
+            self.unreadable.update(replaced)
+            yield batch
 
-    def add(self, count: int) -> None:
-        self.total += count
-        if self.total > UNREADABLE_SHARE * len(self.data):
+    def check_unreadable(self, count: int) -> None:
+        """Raise UserError if ``count``, the unreadable images of all ranks, is too many."""
+        if count > UNREADABLE_SHARE * len(self.data):
             raise UserError(
-                f"--data: {self.total} of {len(self.data)} images cannot be read, "
+                f"--data: {count} of {len(self.data)} images cannot be read, "
                 f"more than {UNREADABLE_SHARE:.1%}; their paths are above"
             )

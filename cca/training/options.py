@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
-from cca.training.losses import LOSSES
-from cca.training.schedule import TrainingConfig
-from models import DTYPES, ARImageModel, Recipe, UserError, model_names
-from models.options import Parser, add_model_options, add_workers_option, count, number
-from models.plan import add_dry_run_option
-from models.zoo import ZooEntry
+from cca.cli.parser import Parser, add_model_options, add_workers_option, count, number
+from cca.cli.plan import add_dry_run_option
+from cca.config import TrainingConfig
+from cca.losses import LOSSES
+from models import DTYPES, ZOO, Recipe, UserError
+from models.zoo.registry import ZooEntry
 
 # Optimizer steps of a run from which on compilation pays on a GPU: on an H100 it took LlamaGen-L and VAR-d16
 # 21 and 33 s, and saved 0.2 s of a step of 32 images.
@@ -17,13 +17,14 @@ COMPILED_FROM = 200
 
 # fmt: off
 def training_parser(
-    description: str, module: str, backbone: type[ARImageModel], data_option: str, data_help: str
+    description: str, module: str, data_option: str, data_help: str
 ) -> Parser:
-    """The parser of a backbone's training command; ``data_option`` is where its data comes from."""
+    """Return the parser of the training command ``module``; ``data_option`` says where its data is."""
     parser = Parser(description, module)
     add = parser.add_argument
     recipe = "default: the model's recipe"
-    add_model_options(parser, model_names(backbone), "base|PATH")
+    models = [name for name, entry in ZOO.items() if entry.backbone.training_command == module]
+    add_model_options(parser, models, "base|PATH")
     add(data_option, required=True, type=Path, metavar="PATH", help=data_help)
     add("--output", required=True, type=Path, metavar="DIR",
         help="run folder; the same command again resumes it")

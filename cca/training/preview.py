@@ -5,14 +5,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from cca.config import SampleRequest
 from cca.sampling.grid import write_grid
-from cca.sampling.sampler import SampleRequest, sample_images
+from cca.sampling.sampler import Sampler
 from cca.training.trainer import Trainer
 from models import SamplingOptions, UserError
-from models.devices import memory_named
+from models.utils.precision import memory_named
 
 GRID_ROWS, GRID_COLUMNS = 4, 10
 
@@ -32,33 +34,36 @@ def training_paused(trainer: Trainer) -> Iterator[None]:
 
 
 def grid_drawer(
-    trainer: Trainer, folder: Path, folders: Mapping[str, int] | None = None
+    trainer: Trainer, folder: Path, every: int, folders: Mapping[str, int] | None = None
 ) -> Callable[[int], None]:
-    """A function that samples a grid without guidance, always from the same random numbers.
+    """Return a function of the step that samples a grid without guidance, from the same random numbers.
 
-    Its columns are classes of ``folders`` (class folder -> class), or of the model where there are none.
+    It does so at multiples of ``every`` (0: never). The columns are classes of ``folders`` (class folder ->
+    class), or of the model where there are none.
     """
     model, processes = trainer.model, trainer.processes
     trained = sorted(set(folders.values())) if folders else range(model.num_classes)
     columns = min(GRID_COLUMNS, len(trained))
     classes = tuple(trained[int(i)] for i in torch.linspace(0, len(trained) - 1, columns).long())
-    request = SampleRequest(
-        GRID_ROWS * columns, classes, "balanced", 0, None, trainer.config.dtype, SamplingOptions()
-    )
+    images = GRID_ROWS * columns
+    request = SampleRequest(images, classes, "balanced", 0, None, trainer.config.dtype, SamplingOptions())
     too_many = (
-        f"{request.num_samples} images do not fit in the GPU's memory beside the training; "
+        f"{images} images do not fit in the GPU's memory beside the training; "
         "a smaller --micro-batch-size leaves more of it"
     )
 
+    def sample_grid(path: Path) -> None:
+        with memory_named(too_many), training_paused(trainer):
+            pieces = list(Sampler(model, request, images, processes.device).samples([range(images)]))
+        folder.mkdir(exist_ok=True)
+        write_grid(np.concatenate([piece.images for piece in pieces]), path, columns)
+
     def draw(step: int) -> None:
+        if not every or step % every:
+            return
         if processes.main:
             try:
-                with memory_named(too_many), training_paused(trainer):
-                    images = sample_images(
-                        model, range(request.num_samples), request, request.num_samples, processes.device
-                    )
-                folder.mkdir(exist_ok=True)
-                write_grid(images.numpy(), folder / f"step-{step:06d}.png", columns)
+                sample_grid(folder / f"step-{step:06d}.png")
             except UserError as error:  # a picture is not worth the run
                 tqdm.write(f"no sample grid of step {step}: {error}", file=sys.stderr)
         processes.barrier()

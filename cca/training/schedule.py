@@ -4,37 +4,15 @@ Everything here is a function of the options and the step, so a resumed run, or 
 processes, plans the same.
 """
 
+import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cca.streams import DATA_ORDER, UNCONDITIONAL, stream
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Every option that decides what is trained; see ``--help`` of the commands."""
-
-    loss: str
-    beta: float
-    lambda_: float
-    uncond_ratio: float
-    batch_size: int
-    lr: float
-    weight_decay: float
-    final_weight_decay: float | None
-    grad_clip: float
-    warmup: float
-    final_lr: float
-    schedule_accumulation: int
-    max_steps: int
-    ema: float
-    seed: int
-    dtype: str
+from cca.config import TrainingConfig
+from cca.random_streams import DATA_ORDER, UNCONDITIONAL, stream
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -70,17 +48,22 @@ def _tick(step: int, config: TrainingConfig) -> int:
     return (step + 1) * config.schedule_accumulation - 1
 
 
-def global_batches(size: int, config: TrainingConfig, start: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(epoch, image indices [batch_size]) of every step from ``start``; the rest of an epoch is dropped."""
-    steps_per_epoch = size // config.batch_size
-    for step in range(start, config.max_steps):
-        epoch, position = divmod(step, steps_per_epoch)
-        if step == start or position == 0:
-            order = stream(config.seed, DATA_ORDER, epoch).permutation(size)
-        yield epoch, order[position * config.batch_size : (position + 1) * config.batch_size]
+def global_batch(step: int, size: int, config: TrainingConfig) -> tuple[int, np.ndarray]:
+    """Return the epoch of a step and the indices [batch_size] of its images, of ``size`` in all.
+
+    What is left of an epoch after its last whole batch is dropped.
+    """
+    epoch, position = divmod(step, size // config.batch_size)
+    order = _epoch_order(config.seed, epoch, size)
+    return epoch, order[position * config.batch_size : (position + 1) * config.batch_size]
+
+
+@functools.lru_cache(maxsize=1)
+def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    return stream(seed, DATA_ORDER, epoch).permutation(size)
 
 
 def unconditional_rows(indices: np.ndarray, epoch: int, config: TrainingConfig) -> Tensor:
-    """Which images lose their class: drawn per (seed, epoch, image), bool [B]."""
+    """Return which images lose their class, drawn for each (seed, epoch, image): bool [B]."""
     draws = [stream(config.seed, UNCONDITIONAL, epoch, int(i)).random() for i in indices]
     return torch.tensor(draws) < config.uncond_ratio

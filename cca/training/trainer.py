@@ -1,6 +1,6 @@
 """The training step of both backbones: reward of policy over reference, one loss, one optimizer step.
 
-Crops and null-class draws belong to an image or an epoch (see ``cca.streams``), and negatives are
+Crops and null-class draws belong to an image or an epoch (see ``cca.random_streams``), and negatives are
 rolled over the global batch, so neither the micro-batch size nor the number of processes changes what
 is trained, but for rounding. Of models with dropout or stochastic depth (``ARImageModel.stochastic``)
 both change the masks, not their distribution: a step has a seed for each process, and its micro-batches
@@ -11,7 +11,9 @@ import copy
 import inspect
 import math
 import warnings
+from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,13 +29,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from cca.config import TrainingConfig
 from cca.distributed import Processes
-from cca.streams import DROPOUT, stream
-from cca.training.losses import LOSSES, Batch, Sums, diagnostics, summed
-from cca.training.schedule import TrainingConfig, learning_rate, weight_decay
+from cca.losses import LOSSES
+from cca.random_streams import DROPOUT, stream
+from cca.training.batch import Batch, Sums, diagnostics, summed
+from cca.training.encoding import to_tokens
+from cca.training.schedule import learning_rate, weight_decay
 from models import DTYPES, ARImageModel, ARTransformer, UserError, autocast
-from models.devices import upload
-from models.weights import not_finite
+from models.utils.precision import upload
+from models.zoo.checkpoint_formats import not_finite
 
 # Our buffers are constants. PyTorch 2.14 gave the option its new name, and warns of the old one.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -57,7 +62,7 @@ def pair_logprobs(net: nn.Module, inputs: Tensor, batch: Batch, rows: Tensor) ->
 
     ``rows`` [n] int64 are those run under their negative class as well; in the others the two are one number.
     """
-    labels, tokens = batch.labels, batch.tokens
+    labels, tokens = batch.labels, batch.images
     logp = net(
         torch.cat([labels, batch.negatives[rows]]),
         torch.cat([inputs, inputs[rows]]),
@@ -106,7 +111,10 @@ def _finite(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class Trainer:
-    """Holds policy, reference and optimizer; ``optimizer_step`` is one on a global batch."""
+    """Holds policy, reference and optimizer; ``optimizer_step`` is one on a global batch.
+
+    Of a model whose ``transformer.checkpointing`` is set, the blocks are computed again in backward passes.
+    """
 
     def __init__(
         self,
@@ -116,13 +124,11 @@ class Trainer:
         processes: Processes,
         parallel: str = "ddp",
         compile: bool = False,
-        checkpointing: bool = False,
     ):
         self.model, self.config, self.processes = model.to(processes.device), config, processes
         self.micro_batch_size = micro_batch_size
         self.net = model.transformer.train()
         self.stochastic = model.stochastic
-        self.forward_flops, self.flops = model.forward_flops(), 0  # the latter: of this process's last step
         self.sharded = parallel == "fsdp" and processes.world > 1
         self.objective = LOSSES[config.loss].objective
         self.reward_scale = LOSSES[config.loss].reward_scale(config.beta)
@@ -131,7 +137,6 @@ class Trainer:
             # The reference keeps training mode, as in the published runs: its dropout is on.
             self.reference = copy.deepcopy(self.net).requires_grad_(False)
             self.reference.store_matrices(DTYPES[config.dtype])  # half the memory
-        self.net.checkpointing = checkpointing
         if compile:
             # It would cut the blocks' graphs, to reduce parts of a block's gradients earlier.
             torch._dynamo.config.optimize_ddp = False
@@ -152,20 +157,25 @@ class Trainer:
         self.ema = {k: p.detach().clone() for k, p in self.net.named_parameters()} if config.ema else {}
         self.skipped = self.skipped_in_a_row = 0
 
+    def paired_rows(self, batch: Batch) -> Tensor:
+        """Return the rows [n] int64 of a batch that are run under their negative class as well.
+
+        Where c- equals c, one forward pass gives both likelihoods, but with dropout they differ.
+        """
+        return (~batch.same_label | self.stochastic).nonzero().flatten()
+
     def micro_loss(self, batch: Batch) -> tuple[Tensor, Sums]:
-        """Mean loss [] of one micro-batch and its diagnostics; nothing here waits for the device."""
+        """Return the mean loss [] of a micro-batch of tokens and its diagnostics.
+
+        Nothing here waits for the device.
+        """
         config, device = self.config, self.processes.device
-        # Where c- equals c, one forward pass gives both likelihoods, but with dropout they differ.
-        pairs = (~batch.same_label | self.stochastic).nonzero().flatten()
-        null_rows = batch.uncond.nonzero().flatten()
+        pairs, null_rows = self.paired_rows(batch), batch.uncond.nonzero().flatten()
         batch, pairs, null_rows = batch.to(device), upload(pairs, device), upload(null_rows, device)
-        inputs = self.model.inputs(batch.tokens)
-        pairs_run = len(pairs) if self.objective else 0
-        # Forward and backward pass of the policy are three forward passes, the reference's is a fourth.
-        self.flops += (len(batch) + pairs_run) * self.forward_flops * (4 if self.objective else 3)
+        inputs = self.model.inputs(batch.images)
         if self.objective is None or self.reference is None:
             with self.autocast:
-                logp = self.policy(batch.labels, inputs, batch.tokens)
+                logp = self.policy(batch.labels, inputs, batch.images)
                 return -logp.mean(), summed({"logps/chosen": logp.detach()})
         # FSDP's unsharded parameters must not become inference tensors.
         with torch.no_grad() if self.sharded else torch.inference_mode(), self.autocast:
@@ -188,7 +198,7 @@ class Trainer:
         )
 
     def optimizer_step(self, step: int, batch: Batch) -> dict[str, float]:
-        """Step ``step``, from 0, on this process's part of the global batch.
+        """Do step ``step``, from 0, on this rank's part of the global batch, of pixels or of tokens.
 
         Returns:
             metrics of the whole global batch. A step without a finite gradient leaves the weights
@@ -203,32 +213,29 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.param_groups[0]["weight_decay"] = decay
-        self.flops = done = 0
-        total_loss = zero = torch.zeros((), dtype=torch.float64, device=device)
-        sums: Sums = {}
-        for part in batch.micro_batches(self.micro_batch_size):
-            done += len(part)
-            share = len(part) / config.batch_size
-            with self.synchronise(last=done == len(batch)):
+        if batch.images.dtype == torch.uint8:
+            batch = replace(batch, images=to_tokens(self.model, batch.images, device))
+        sums: dict[str, Tensor] = {}
+        counts = Counter[str]()
+        parts = list(batch.micro_batches(self.micro_batch_size))
+        for part in parts:
+            with self.synchronise(last=part is parts[-1]):
                 loss, found = self.micro_loss(part)
+                share = len(part) / config.batch_size
                 self.scaler.scale(loss * share * self.processes.world).backward()
-            total_loss = total_loss + loss.detach().double() * share
-            for name, (value, count) in found.items():
-                old = sums.get(name, (zero, 0))
-                sums[name] = (old[0] + value, old[1] + count)
-        counts = torch.tensor([count for _, count in sums.values()], dtype=torch.float64)
-        values = torch.stack([total_loss, *(value for value, _ in sums.values())])
-        totals = self.processes.sum(torch.cat([values, upload(counts, device)]))
+            loss_sum = loss.detach().double() * len(part)
+            for name, (value, count) in {"loss": (loss_sum, len(part)), **found}.items():
+                sums[name] = sums[name] + value if name in sums else value
+                counts[name] += count
+        values, shares = torch.stack([*sums.values()]), torch.tensor([*counts.values()], dtype=torch.float64)
+        totals = self.processes.sum(torch.cat([values, upload(shares, device)]))
         # The one moment of a step at which the host waits for a GPU.
-        mean_loss, *found_totals, norm = torch.cat([totals, self.clip()[None].double()]).tolist()
-        means = {
-            name: total / count
-            for name, total, count in zip(sums, found_totals, found_totals[len(sums) :])
-            if count
-        }
-        self.update(mean_loss, norm)
+        *found_totals, norm = torch.cat([totals, self.clip()[None].double()]).tolist()
+        pairs = zip(found_totals, found_totals[len(sums) :])
+        means = {name: total / count for name, (total, count) in zip(sums, pairs) if count}
+        self.update(means["loss"], norm)
         learned = {"grad_norm": norm, "lr": lr, "weight_decay": decay, "skipped_steps": self.skipped}
-        return {"loss": mean_loss, **means, **learned}
+        return {**means, **learned}
 
     def clip(self) -> Tensor:
         """Clip the gradients; returns their norm [] before that, on the device."""

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from commands import ROOT, command_line, environment, run
 
-from cca.distributed import Processes, Stopped, StopRequest
-from models.errors import UserError
+from cca.distributed import Processes, StopRequest
+from models.utils.errors import UserError
 
 COLLECTIVES = """
 import torch
@@ -37,9 +37,9 @@ def test_three_processes(tmp_path):
 def test_hosts_tell_each_other_nothing_by_way_of_their_gpus(monkeypatch):
     """The other of two processes sends zeros; this machine has no GPU that a tensor could be made on."""
     backends, exchanged = [], []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    answers = {"is_available": True, "device_count": 2, "set_device": None}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr("atexit.register", lambda function: None)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -53,7 +53,6 @@ def test_hosts_tell_each_other_nothing_by_way_of_their_gpus(monkeypatch):
     assert processes.agree(lambda: done.append(True), True, 3.0) == [3.0] and done
     assert processes.from_main("two\nlines, ü") == "two\nlines, ü"
     assert processes.digest(lambda: "abc") == "abc"
-    processes.same({"seed": 1})
     processes.barrier()
     assert processes.gather(torch.ones(3, 2)).tolist() == [[1.0, 1.0]] * 3
     assert len(exchanged) >= 12 and set(exchanged) == {"cpu"}
@@ -68,24 +67,6 @@ def test_a_gpu_without_room_for_a_context(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", full)
     with pytest.raises(UserError, match="^CUDA_VISIBLE_DEVICES: GPU 0 has no free memory; end what else"):
         Processes()
-
-
-def test_shares_cover_everything_once():
-    alone = Processes()
-    assert alone.main and alone.share(5) == slice(0, 5)
-    for count in (0, 1, 7, 100):
-        shares = []
-        for alone.rank in range(3):
-            alone.world = 3
-            shares.append(alone.share(count))
-        assert [i for share in shares for i in range(share.start, share.stop)] == list(range(count))
-        sizes = [share.stop - share.start for share in shares]
-        assert max(sizes) - min(sizes) <= 1
-
-
-def test_alone_nothing_is_exchanged():
-    values = torch.ones(2)
-    assert Processes().sum(values) is values and Processes().gather(values) is values
 
 
 @pytest.mark.parametrize(
@@ -116,7 +97,7 @@ def test_a_rank_without_a_rendezvous_is_refused(variables, message, monkeypatch)
 def test_an_interface_that_gloo_does_not_have(tmp_path):
     """What NCCL is told holds for gloo, which would else choose one itself."""
     (tmp_path / "meet.py").write_text(
-        "import os\nfrom models.errors import run_command\nfrom cca.distributed import Processes\n"
+        "import os\nfrom models.utils.errors import run_command\nfrom cca.distributed import Processes\n"
         "run_command(lambda: Processes() and print(os.environ['GLOO_SOCKET_IFNAME']))\n"
     )
     found = run(tmp_path / "meet.py", processes=2, PYTHONPATH=".", NCCL_SOCKET_IFNAME="lo")
@@ -133,22 +114,16 @@ def test_an_interface_that_gloo_does_not_have(tmp_path):
     assert "none0" in line
 
 
-def test_signals_are_noted_and_those_ignored_stay_ignored():
+def test_signals_that_are_ignored_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
-    with StopRequest() as stop:
+    with StopRequest():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        stop.check()
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(Stopped):
-            stop.check()
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     signal.signal(signal.SIGHUP, before)
 
 
 REFUSAL = """
 from cca.distributed import Processes
-from models.errors import UserError, run_command
+from models.utils.errors import UserError, run_command
 processes = Processes()
 def refuse():
     if processes.rank == 1:

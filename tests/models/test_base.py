@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from golden_models import LLAMAGEN_CASES, VAR_CASES, build, golden
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.autoencoder import nearest_code
-from models.decoding import SamplingOptions
-from models.loading import load_model
+from models.sampling import SamplingOptions
+from models.zoo.loading import load_model
 
 ALL = LLAMAGEN_CASES + VAR_CASES
 
@@ -66,13 +65,8 @@ def test_llamagen_greedy(name):
         tokens = greedy(model, scale)
         assert torch.equal(tokens, expected[f"greedy_tokens_cfg{scale}"].long())
         close(model.tokenizer.decode(tokens), expected[f"greedy_image_cfg{scale}"])
-
-
-@pytest.mark.parametrize("name", LLAMAGEN_CASES)
-def test_llamagen_guidance_interval(name):
     # The published interval 5 counts decode steps 0 to 5 after the first token: 7 tokens in all.
-    expected = golden(name)["greedy_tokens_cfg4.0_interval5"].long()
-    assert torch.equal(greedy(build(name), 4.0, interval=7), expected)
+    assert torch.equal(greedy(model, 4.0, interval=7), expected["greedy_tokens_cfg4.0_interval5"].long())
 
 
 @pytest.mark.parametrize("name", VAR_CASES)
@@ -120,22 +114,6 @@ def test_operations_are_counted_as_the_framework_does(name):
     expected = 2 * model.forward_flops()
     assert forward.get_total_flops() == pytest.approx(expected, rel=1e-3)
     assert backward.get_total_flops() == pytest.approx(2 * expected, rel=5e-3)
-
-
-def test_the_mask_is_cast_once_for_all_layers(monkeypatch):
-    model, masks = build("var_tiny_a"), []
-    own = F.scaled_dot_product_attention
-
-    def noted(*given, attn_mask=None, **options):
-        masks.append(attn_mask)
-        return own(*given, attn_mask=attn_mask, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
-    tokens = torch.zeros(2, model.sequence_length, dtype=torch.int64)
-    with torch.autocast("cpu", torch.bfloat16):
-        model.sequence_logprob(torch.zeros(2, dtype=torch.int64), tokens)
-    assert len(masks) == len(model.transformer.blocks) > 1
-    assert masks[0].dtype == torch.bfloat16 and all(mask is masks[0] for mask in masks)
 
 
 def test_the_nearest_code_is_searched_in_float32():

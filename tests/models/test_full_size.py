@@ -14,11 +14,11 @@ from commands import run
 from golden_models import GOLDEN, named_tensor
 from hub_server import hub_variables, serving
 
-from cca.sampling.compiled import CompiledGenerate
+from cca.sampling.cuda_graphs import CompiledGenerate
 from models import load_model
-from models.decoding import SamplingOptions
-from models.loading import build_model
-from models.weights import is_constant
+from models.sampling import SamplingOptions
+from models.zoo.checkpoint_formats import is_constant
+from models.zoo.loading import build_model
 
 
 def official_file(path, manifest, constants, llamagen):
@@ -54,11 +54,10 @@ MODELS = [
 @pytest.mark.parametrize("name, size, manifests, published", MODELS)
 def test_official_files_sample_greedily(tmp_path, name, size, manifests, published):
     empty = build_model(name, size)
-    paths = []
-    for module, manifest in zip((empty.transformer, empty.tokenizer), manifests):
-        paths.append(
-            official_file(tmp_path / manifest, manifest, module.state_dict(), name.startswith("llamagen"))
-        )
+    paths = [
+        official_file(tmp_path / manifest, manifest, module.state_dict(), name.startswith("llamagen"))
+        for module, manifest in zip((empty.transformer, empty.tokenizer), manifests)
+    ]
     command = [
         "sample.py",
         "--model",

@@ -7,7 +7,7 @@ from golden_models import VAR_CASES, build, golden, logits_error
 
 from models.autoencoder import PixelConv
 from models.var_tokenizer import MultiScaleQuantizer, bicubic_taps, resize_lines
-from models.zoo import TOKENIZERS
+from models.zoo.registry import TOKENIZERS
 
 SIDES = [
     (side, entry.config.patch_nums[-1])

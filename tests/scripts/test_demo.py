@@ -1,35 +1,33 @@
-"""The page's requests without the page: what it shows, refuses and says, against sample.py."""
+"""The page's requests against sample.py, its refusals, and a served page asked by Gradio's client."""
 
-import os
+import re
 import shlex
+import signal
 import socket
+import subprocess
 import sys
 import types
 
 import numpy as np
 import pytest
 import torch
+from commands import ROOT, command_line, environment
+from PIL import Image
 
 import sample
+from cca.cli.main import run_command
+from cca.sampling import sampler
+from cca.sampling.grid import draw_grid
 from models import ZOO, UserError, load_model, zoo_entry
-from models.errors import run_command
-from models.weights import save_published
+from models.zoo.checkpoint_formats import save_published
+from models.zoo.registry import FASHION_CLASSES
 from scripts import demo
 
 MODEL = "llamagen-mini"
 OPTIONS = {
-    "--classes": "3,7", "--num-samples": "5", "--seed": " 11", "--cfg-scale": "2.5", "--temperature": "0.9",
+    "--classes": "3,7", "--seed": "11", "--num-samples": "5", "--cfg-scale": "2.5", "--temperature": "0.9",
     "--top-k": "50", "--top-p": "0.95",
 }  # fmt: skip
-
-
-def tuned_weights(path):
-    """Weights that are not the base's."""
-    generator = torch.Generator().manual_seed(1)
-    state = load_model(MODEL).transformer.state_dict()
-    moved = {k: v + 0.02 * torch.randn(v.shape, generator=generator) for k, v in state.items()}
-    path.parent.mkdir(exist_ok=True)
-    save_published(moved, path, "model")
 
 
 def made(*arguments):
@@ -37,56 +35,57 @@ def made(*arguments):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    tuned_weights(folder / "a run" / "model.pt")
-    return folder
+def tuned(tmp_path_factory):
+    """A run with weights that are not the base's, at a path that would be markup in HTML."""
+    path = tmp_path_factory.mktemp("demo") / "<b>a run" / "model.pt"
+    path.parent.mkdir()
+    generator = torch.Generator().manual_seed(1)
+    state = load_model(MODEL).transformer.state_dict()
+    moved = {k: v + 0.02 * torch.randn(v.shape, generator=generator) for k, v in state.items()}
+    save_published(moved, path, "model")
+    return path
 
 
 @pytest.fixture(scope="module")
-def three_ways(folder):
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        return made("--weights", "a run", "--batch-size", "2")
-    finally:
-        os.chdir(before)
+def three_ways(tuned):
+    return made("--weights", str(tuned.parent), "--batch-size", "2")
 
 
-def test_commands_make_the_same_pixels(three_ways, folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    *_, last = three_ways.sample(OPTIONS)
-    assert [panel.title for panel in last.panels] == [
+def sampled(line):
+    """Images and classes of the file that this sample.py command makes."""
+    python, file, *arguments = shlex.split(line)
+    assert (python, file) == ("python", "sample.py")
+    sample.main(arguments)
+    with np.load(arguments[-1]) as samples:
+        return samples["arr_0"], samples["arr_1"].tolist()
+
+
+def test_commands_make_the_same_pixels(three_ways, tuned, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    panels, shown = three_ways.plan(OPTIONS), []
+    assert [panel.title for panel in panels] == [
         "Base, no guidance", "Base, guidance 2.5", "CCA, no guidance",
     ]  # fmt: skip
-    for line, panel in zip(demo.commands(last.panels).splitlines(), last.panels, strict=True):
-        python, file, *arguments = shlex.split(line)
-        assert (python, file) == ("python", "sample.py")
-        sample.main(arguments)
-        with np.load(f"{panel.name}.npz") as samples:
-            assert np.array_equal(samples["arr_0"], panel.images)
-            assert samples["arr_1"].tolist() == [3, 7, 3, 7, 3]
-        assert 0 < panel.token_seconds < panel.seconds
-    first, *others = [panel.images for panel in last.panels]
+    for panel in panels:
+        sizes = []
+        for images in three_ways.sample(panel):
+            sizes.append(len(images))
+        assert sizes == [2, 4, 5]  # batch by batch
+        expected, classes = sampled(panel.command)
+        assert np.array_equal(expected, np.stack(images)) and classes == [3, 7, 3, 7, 3]
+        shown.append(expected)
+    first, *others = shown
     assert all((images != first).any() for images in others)
-    assert "--weights 'a run/model.pt'" in last.panels[2].command
-    assert "--cfg-scale" not in last.panels[0].command + last.panels[2].command
+    assert f"--weights '{tuned}'" in panels[2].command
+    assert "--cfg-scale" not in panels[0].command + panels[2].command
 
 
-def test_a_request_goes_on_batch_by_batch(three_ways):
-    steps = list(three_ways.sample(OPTIONS))
-    assert [step.made for step in steps] == [0, 2, 4, 5, 7, 9, 10, 12, 14, 15]
-    assert {step.total for step in steps} == {15}
-    assert [len(step.panels) for step in steps] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
-    widths = [panel.picture.width for panel in steps[-1].panels]
-    assert (
-        demo.comparison(steps[-1].panels).width > sum(widths) and steps[-1].panels[0].picture.height > 3 * 96
-    )
-
-
-def test_without_weights_two_ways():
-    *_, last = made().sample(OPTIONS)
-    assert [panel.name for panel in last.panels] == ["base", "guided"]
+def test_without_weights_two_ways_and_as_many_images_as_wanted():
+    few = made("--max-images", "5")
+    assert [panel.title for panel in few.plan(OPTIONS)] == ["Base, no guidance", "Base, guidance 2.5"]
+    with pytest.raises(UserError, match="^--num-samples: 6 must be at most 5 here"):
+        few.plan({**OPTIONS, "--num-samples": "6"})
+    assert few.defaults["--num-samples"] == "5"
 
 
 @pytest.mark.parametrize(
@@ -109,13 +108,8 @@ def test_without_weights_two_ways():
 )
 def test_wrong_values_are_refused_before_anything_is_made(three_ways, option, value, message):
     with pytest.raises(UserError) as caught:
-        next(three_ways.sample({**OPTIONS, option: value}))
+        three_ways.plan({**OPTIONS, option: value})
     assert str(caught.value).startswith(message)
-
-
-def test_other_options_are_refused(three_ways):
-    with pytest.raises(UserError, match="wanted are --classes, "):
-        next(three_ways.sample({**OPTIONS, "--output": "x.npz"}))
 
 
 def full(*_, **__):
@@ -125,34 +119,19 @@ def full(*_, **__):
 @pytest.mark.parametrize(
     "place, message",
     [
-        ("sample_tokens", "--batch-size: 2 images at once do not fit in the GPU's memory; 1 should"),
-        (
-            "decode_tokens",
-            "--model: decoding images of llamagen-mini, beside the weights, does not fit in the",
-        ),
+        ("generate_tokens", "--batch-size: 2 images at once do not fit in the GPU's memory"),
+        ("to_pixels", "--model: decoding does not fit in the GPU's memory"),
     ],
 )
 def test_memory_that_runs_out_ends_a_request_and_not_the_page(place, message, three_ways, monkeypatch):
+    panel = three_ways.plan(OPTIONS)[2]
     with monkeypatch.context() as patch:
-        patch.setattr(demo, place, full)
+        patch.setattr(sampler, place, full)
         with pytest.raises(UserError) as caught:
-            list(three_ways.sample(OPTIONS))
+            list(three_ways.sample(panel))
     assert str(caught.value).startswith(message)
-    *_, last = three_ways.sample(OPTIONS)
-    assert len(last.panels) == 3
-
-
-def test_models_that_do_not_fit(monkeypatch):
-    monkeypatch.setattr(demo, "prepare", full)
-    with pytest.raises(UserError, match="^--model: llamagen-mini in bfloat16, ~[34] MB of weights, does not"):
-        made("--dtype", "bfloat16")
-
-
-def test_large_images_are_fewer():
-    with_limit = made("--max-images", "3")
-    with pytest.raises(UserError, match="5 must be at most 3 here"):
-        next(with_limit.sample(OPTIONS))
-    assert with_limit.defaults["--num-samples"] == "3"
+    *_, images = three_ways.sample(panel)
+    assert len(images) == 5
 
 
 @pytest.mark.parametrize("model", sorted(ZOO))
@@ -182,15 +161,15 @@ def test_of_a_run_the_state_is_named_that_is_shown(tmp_path):
 
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
-    """The one line of a command that is refused; the page itself is not there."""
-    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "GRADIO_RUN_HISTORY"):
+    """The one line of a command that is refused, which leaves nothing; Gradio need not be there."""
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    page = types.SimpleNamespace(serve=lambda *_: None)
-    monkeypatch.setitem(sys.modules, "scripts.demo_page", page)
+    newest = types.SimpleNamespace(__version__="99.0.0")
 
-    def message(*arguments):
+    def message(*arguments, gradio=newest):
+        monkeypatch.setitem(sys.modules, "gradio", gradio)
         with pytest.raises(SystemExit) as caught:
             run_command(lambda: demo.main(["--model", MODEL, *arguments]))
         (line,) = capsys.readouterr().err.splitlines()
@@ -203,20 +182,84 @@ def refused(monkeypatch, capsys, tmp_path):
 def test_wrong_command_lines(refused, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert f"--host, --port: 127.0.0.1:{port} cannot be served (Address already in use" in refused(
-            "--port", port
-        )
-    assert "--host, --port: 192.0.2.1:0 cannot be served" in refused("--host", "192.0.2.1", "--port", "0")
-    assert "--port: 70000 must be" in refused("--port", "70000")
-    assert "--weights: nothing.pt: no such file" in refused("--weights", "nothing.pt", "--port", "0")
-    assert "--weights: no cca weights are published" in refused("--weights", "cca", "--port", "0")
-    assert "--max-images: 0 must be at least 1" in refused("--max-images", "0")
-    with monkeypatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "0")
-        assert "WORLD_SIZE" in refused()
+        message = f"--host, --port: 127.0.0.1:{port} cannot be served (Address already in use"
+        assert message in refused("--port", port)
+    for arguments, message in (
+        (("--host", "192.0.2.1", "--port", "0"), "--host, --port: 192.0.2.1:0 cannot be served"),
+        (("--port", "70000"), "--port: 70000 must be"),
+        (("--weights", "nothing.pt", "--port", "0"), "--weights: nothing.pt: no such file"),
+        (("--weights", "cca", "--port", "0"), "--weights: no cca weights are published"),
+        (("--max-images", "0"), "--max-images: 0 must be at least 1"),
+    ):
+        assert message in refused(*arguments)
+    monkeypatch.setenv("WORLD_SIZE", "0")
+    assert "WORLD_SIZE" in refused()
 
 
-def test_without_gradio_one_line_says_what_to_install(refused, monkeypatch):
-    monkeypatch.delitem(sys.modules, "scripts.demo_page")
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    assert refused() == "error: the page needs Gradio: pip install -r requirements-demo.txt"
+def test_without_gradio_or_with_an_old_one_a_line_says_what_to_install(refused):
+    install = "pip install -r requirements-demo.txt"
+    assert refused(gradio=None) == f"error: the page needs Gradio: {install}"
+    old = types.SimpleNamespace(__version__="6.4.0rc1")
+    assert refused(gradio=old) == f"error: the page needs Gradio 6.31 or newer, not 6.4.0rc1: {install}"
+
+
+@pytest.fixture(scope="module")
+def url(tuned, tmp_path_factory):
+    """A page that is served; it ends when it is told to, says nothing and leaves nothing."""
+    pytest.importorskip("gradio", reason="pip install -r requirements-demo.txt")
+    temporary = tmp_path_factory.mktemp("temporary")
+    errors = temporary / "errors"
+    line = command_line(["-m", "scripts.demo", "--model", MODEL, "--weights", tuned, "--port", 0])
+    variables = environment(TMPDIR=str(temporary), PYTHONUNBUFFERED="1")
+    with (
+        open(errors, "w") as stderr,
+        subprocess.Popen(
+            line, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=stderr, text=True
+        ) as server,
+    ):
+        try:
+            address = next((text for text in server.stdout if text.startswith("http://127.0.0.1:")), "")
+            assert address, errors.read_text()
+            yield address.split()[0]
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
+    assert errors.read_text() == "" and not list(temporary.glob("cca-demo-*"))
+
+
+def test_the_page_shows_what_sample_py_makes(url, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    client = pytest.importorskip("gradio_client").Client(url, verbose=False, download_files=tmp_path)
+    job = client.submit([3, 7], "11", 5, 2.5, 0.9, 50, 0.95, api_name="/sample")
+    *_, download, commands = job.result(timeout=600)
+    steps = job.outputs()
+    for place, line in enumerate(commands.splitlines(), 1):
+        expected, classes = sampled(line)
+        names = [FASHION_CLASSES[label] for label in classes]
+        (picture,) = [step[place] for step in steps if step[place].get("value")]
+        assert " s per image" in picture["label"]
+        with Image.open(picture["value"]) as image:
+            assert np.array_equal(np.asarray(image), np.asarray(draw_grid(expected, 2, names)))
+    with Image.open(download["value"]) as image:
+        assert place == 3 and image.width > 3 * 2 * 96
+
+
+def test_what_is_wrong_is_a_line_on_the_page(url):
+    client = pytest.importorskip("gradio_client").Client(url, verbose=False)
+    for values, message in (
+        (([], "<i>", 5, 2.5, 0.9, 50, 0.95), "Seed: &#x27;&lt;i&gt;&#x27; is not an integer"),
+        (([], "1", 1_000_000, 2.5, 0.9, 50, 0.95), "Images: 1000000 must be at most 64 here"),
+        (([], "1", 5, 2.5, 0.9, None, 0.95), "Top-k: &#x27;&#x27; is not an integer"),
+    ):
+        status, *_ = client.predict(*values, api_name="/sample")
+        assert status == f"<p class='error' role='alert'>{message}</p>"
+
+
+def test_the_page_asks_nobody_else_and_samples_in_its_queue_alone(url):
+    httpx = pytest.importorskip("httpx")
+    html, config = (httpx.get(url + path).text for path in ("", "config"))
+    assert "&lt;b&gt;a run" in config and "<b>a run" not in html + config
+    assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", html)
+    past_the_queue = httpx.post(f"{url}gradio_api/run/sample", json={"data": []})
+    assert past_the_queue.is_error and "Please join the queue" in past_the_queue.text

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 
 import numpy as np
@@ -11,10 +10,10 @@ import torch
 from commands import after_plan, expect_error, run
 from limits import largest_file
 from made_data import make_image_folder
-from specimens import VERSION_1
 
+from cca.cli.parts import Parts
 from models.base import ARImageModel
-from models.errors import UserError
+from models.utils.errors import UserError
 from scripts import extract_codes
 
 
@@ -33,7 +32,7 @@ def test_extraction_from_a_folder(tmp_path):
     labels = np.load(tmp_path / "one" / "labels.npy")
     assert len(labels) == 60 and (np.diff(labels) >= 0).all()
     again = run(*common, "--output", tmp_path / "one")
-    assert "holds these codes already; nothing is left to do" in again.stdout
+    assert "is finished already, with these options; nothing is left to do" in again.stdout
     expect_error(
         [*common, "--crop-range", 1.05, "--output", tmp_path / "one"],
         "holds finished codes with crop_range 1.1 instead of 1.05",
@@ -77,16 +76,16 @@ def content(folder):
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGHUP]], ids=str)
 def test_a_signal_ends_with_one_line_and_keeps_finished_chunks(numbers, disk, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        finish_chunk = extract_codes.CodeFile.finish_chunk
+        write = Parts.write
 
-        def pretend(self, chunk):
-            finish_chunk(self, chunk)
-            for number in numbers if chunk.start == 256 else ():
+        def pretend(self, part, rows):
+            write(self, part, rows)
+            for number in numbers if part.start == 256 else ():
                 os.kill(os.getpid(), number)
 
-        patch.setattr(extract_codes.CodeFile, "finish_chunk", pretend)
+        patch.setattr(Parts, "write", pretend)
         extract("new")
-    line = "stopped; 2 chunks of 256 images are done, the same command goes on from there\n"
+    line = "stopped; 512 of 1100 images are stored, the same command goes on from there\n"
     assert after_plan(capsys.readouterr().out) == line and not (disk / "new" / "header.json").exists()
     extract("new")
     extract("whole")
@@ -103,35 +102,15 @@ def test_workers_do_not_matter(tmp_path):
     assert content(tmp_path / "0") == content(tmp_path / "2")
 
 
-def test_extraction_killed_before_its_header_goes_on(disk):
-    """As earlier versions left it: codes and labels have their names, the notes are there."""
-    extract("whole")
-    shutil.copytree(VERSION_1 / "unfinished-codes", disk / "new")
-    with np.load(VERSION_1 / "expected-codes.npz") as file:
-        np.save(disk / "new" / "codes.npy", file["codes"])
-        np.save(disk / "new" / "labels.npy", file["labels"])
-    (disk / "new" / "codes.partial.npy").unlink()
-    (disk / "new" / "progress" / "1024").touch()
-    extract("new")
-    assert sorted(content(disk / "new")) == ["codes.npy", "header.json", "labels.npy"]
-    assert (np.load("new/codes.npy") != np.load("whole/codes.npy")).mean() < 1e-3
-
-
-def test_the_space_is_there_before_the_work(disk, monkeypatch):
-    """Filling a hole of a mapped file on a full disk ends the process without a word."""
-    with largest_file(3000), pytest.raises(UserError, match="codes.partial.npy: cannot be written .File too"):
+def test_a_full_disk(disk, monkeypatch):
+    with largest_file(300), pytest.raises(UserError, match="new/progress/.*: cannot be written .File too"):
         extract("new")
+    assert not (disk / "new").exists()
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000, "total": 10**12}))
         with pytest.raises(UserError, match="--output: new has 0.0 GB free, the run needs"):
             extract("new")
     assert not (disk / "new").exists()
-    blocks = []
-    with monkeypatch.context() as patch:
-        patch.setattr(extract_codes, "encode", lambda *rest: blocks.append(os.stat("new/codes.partial.npy")))
-        patch.setattr(extract_codes.CodeFile, "finish", lambda *rest: None)
-        extract("new")
-    assert blocks[0].st_blocks * 512 >= blocks[0].st_size > 1100 * 16 * 2
 
 
 def test_codes_that_are_in_the_way(disk):
@@ -143,16 +122,17 @@ def test_codes_that_are_in_the_way(disk):
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "other"])
-def test_a_damaged_unfinished_file(damage, disk):
-    shutil.copytree(VERSION_1 / "unfinished-codes", disk / "new")
-    path = disk / "new" / "codes.partial.npy"
-    if damage == "missing":
-        path.unlink()
-    elif damage == "cut":
-        path.write_bytes(path.read_bytes()[:500])
-    else:
-        np.save(path, np.zeros((3, 1, 16), np.uint16))
-    with pytest.raises(
-        UserError, match=r"--output: new/codes.*npy(: is missing or damaged| holds \[3, 1, 16\])"
-    ):
+def test_a_damaged_part_is_made_again(damage, disk, monkeypatch):
+    extract("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(extract_codes.Extraction, "finish", lambda self: None)
         extract("new")
+    part = disk / "new" / "progress" / "00000256.npy"
+    if damage == "missing":
+        part.unlink()
+    elif damage == "cut":
+        part.write_bytes(part.read_bytes()[:500])
+    else:
+        np.save(part, np.zeros((3, 1, 16), np.uint16))
+    extract("new")
+    assert content(disk / "new") == content(disk / "whole")

@@ -11,8 +11,8 @@ from PIL import Image
 import eval_fid
 from models import load_model
 from models.base import ARImageModel
-from models.devices import DECODED_PIXELS, ENCODED_PIXELS
-from models.errors import UserError, one_line
+from models.utils.errors import UserError, one_line
+from models.utils.precision import DECODED_PIXELS, ENCODED_PIXELS
 from scripts import reconstruct
 
 
@@ -79,7 +79,8 @@ def test_memory_that_runs_out_is_one_line(place, tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         reconstruct.main([*common, "--output", str(tmp_path / "b.npz")])
     assert one_line(caught.value) == (
-        "--model: the tokenizer of var-mini does not fit in the GPU's memory; "
+        "--model: the tokenizer of var-mini does not fit in the GPU's memory "
+        "(CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`); "
         "end what else uses that GPU, or choose another with CUDA_VISIBLE_DEVICES"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]

@@ -1,17 +1,22 @@
-"""The reproduction scripts: every command that they would run, and that they go on where they stopped."""
+"""The experiments: every command that they would run, going on where they stopped, and their reports."""
 
+import hashlib
 import importlib
 import json
+import os
+import re
 import shlex
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import scripts.reproduce as reproduce
-from models.errors import UserError
-from scripts.experiments import CCA, ablation_rows, base_row
-from scripts.pipeline import Launcher, Pipeline, Row
+from models.utils.errors import UserError
+from scripts.recipes import CCA, EXPERIMENTS, Row, base_row
 from scripts.report import distances_to_curve, figures_table
+from scripts.reproduce import Pipeline
 
 GIVEN = (("dpo", "--beta 1 --lr 1e-6"), ("unlearning", "--lambda 1 --lr 1e-7"))
 OPTIONS = {
@@ -42,11 +47,12 @@ def planned(capsys, *arguments):
 
 
 @pytest.mark.parametrize("mini", [False, True])
-@pytest.mark.parametrize("experiment", OPTIONS)
+@pytest.mark.parametrize("experiment", [*OPTIONS, "quickstart"])
 def test_every_planned_command_is_understood(experiment, mini, capsys, tmp_path, monkeypatch):
     """By the parsers of the commands themselves; nothing is written, and no step stands there twice."""
     monkeypatch.chdir(tmp_path)
-    commands = planned(capsys, experiment, *(["--mini"] if mini else OPTIONS[experiment]))
+    options = ["--mini", "--seeds", "2"] if mini else OPTIONS.get(experiment, ["--control"])
+    commands = planned(capsys, experiment, *options)
     for module, arguments in commands:
         parsed = importlib.import_module(module).make_parser().parse_args(arguments)
         assert parsed.output.is_relative_to("runs")
@@ -58,7 +64,8 @@ def test_every_planned_command_is_understood(experiment, mini, capsys, tmp_path,
 def test_losses_without_published_values_are_left_out(capsys):
     commands = planned(capsys, "ablation", "--models", "var-d24")
     assert {"cca", "sft"} == {a[a.index("--loss") + 1] for module, a in commands if module == "train_var_cca"}
-    assert [row.name for row in ablation_rows("var-mini", {})] == ["base", "cca", "dpo", "unlearning", "sft"]
+    rows = EXPERIMENTS["ablation"].rows("var-mini", Namespace(loss_options=[]))
+    assert [row.name for row in rows] == ["base", "cca", "dpo", "unlearning", "sft"]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +76,7 @@ def test_losses_without_published_values_are_left_out(capsys):
         (["tradeoff", "--models", "var-mini"], "var-mini needs --mini"),
         (["ablation", "--from-released"], "--from-released: goes with"),
         (["var-tables", "--data", "nowhere", "--reference", "none.npz"], "--data: nowhere: no such file"),
+        (["var-tables", "--data", ".", "--reference", "none.npz"], "--reference: none.npz: no such file"),
         (["var-tables", "--nnodes", "2", "--dry-run"], "--rdzv-endpoint: several machines need one"),
         (["with-guidance", "--models", "var-d24", "--dry-run"], "no recipe for CCA with guidance on top"),
     ],
@@ -80,10 +88,38 @@ def test_wrong_options(arguments, message, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-class Pretender(Launcher):
-    """Writes what the commands would, and stops at the n-th of them."""
+def test_a_published_reference_needs_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["var-tables", "--data", ".", "--reference", "imagenet256"]
+    rows = reproduce.resolve(reproduce.make_parser().parse_args(arguments))
+    assert len(rows) == 4
+    (tmp_path / "imagenet256").mkdir()
+    with pytest.raises(UserError, match="write ./imagenet256 for that"):
+        reproduce.main(arguments)
 
-    dry, processes = False, 2
+
+def test_the_help_names_every_option():
+    parser = reproduce.make_parser()
+    options = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
+    assert all(re.search(rf"{name}\b(?!-)", parser.format_help()) for name in options | EXPERIMENTS.keys())
+
+
+def test_small_models_run_under_torchrun(monkeypatch, tmp_path):
+    """Started once; the options that torchrun would take for its own are not handed on."""
+    started = []
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command) or exit())
+    for given in (["--nproc", "3"], ["--nproc=3"]):
+        with pytest.raises(SystemExit):
+            reproduce.main(["quickstart", *given, "--output", str(tmp_path), "--control"])
+        command = started.pop()
+        assert command[command.index("--nproc_per_node") + 1] == "3"
+        assert command[-5:] == ["scripts.reproduce", "quickstart", "--output", str(tmp_path), "--control"]
+
+
+class Pretender:
+    """Launcher that writes what the commands would, and stops at the n-th of them."""
+
+    main, dry, processes = True, False, 2
 
     def __init__(self, stop_at=0):
         self.done, self.stop_at = [], stop_at
@@ -95,20 +131,25 @@ class Pretender(Launcher):
         options = dict(zip(arguments[::2], arguments[1::2]))
         output = Path(options["--output"])
         output.parent.mkdir(parents=True, exist_ok=True)
-        if module.startswith("train"):
+        if module == "sample":
+            np.savez(output, arr_0=np.zeros((40, 32, 32, 3), np.uint8))
+            output.with_suffix(".json").write_text(json.dumps({"images_per_second": 7.0}))
+        elif module == "eval_fid":
+            output.write_text(json.dumps({"metrics": self.metrics(output)}))
+        else:
             output.mkdir()
             (output / "config.json").write_text(json.dumps({"options": {"batch_size": 10}}))
             (output / "metrics.jsonl").write_text('{"images_per_second": 5.0}\n' * 3)
-            (output / "model.pth").touch()
-        elif module == "sample":
-            output.touch()
-            output.with_suffix(".json").write_text(json.dumps({"images_per_second": 7.0}))
-        else:
-            output.write_text(json.dumps({"metrics": {"fid": 1.5, "is": 2.0}}))
+            for name in ("model.pth", "model.pt", "header.json"):
+                (output / name).touch()
+
+    def metrics(self, output):
+        return {"fid": 1.5, "is": 2.0}
 
 
 def pipeline(folder, launcher, seed=0):
-    return Pipeline(folder, folder, launcher, "data.npz", "reference.npz", "mini", 100, seed)
+    options = {"data": "data.npz", "reference": "reference.npz", "features": "mini", "num_samples": 100}
+    return Pipeline(folder, seed, launcher, Namespace(**options, output=folder, mini=False))
 
 
 ROWS = [
@@ -139,8 +180,78 @@ def test_goes_on_after_every_command(tmp_path):
 def test_results_of_other_options_are_refused(tmp_path):
     pipeline(tmp_path, Pretender()).claim()
     pipeline(tmp_path, Pretender()).claim()
-    with pytest.raises(UserError, match="holds results with seed 0, not 1"):
+    with pytest.raises(UserError, match="holds results with seed 0 instead of 1"):
         pipeline(tmp_path, Pretender(), seed=1).claim()
+    noted = json.loads((tmp_path / "options.json").read_text())
+    (tmp_path / "options.json").write_text(json.dumps({**noted, "format": 2}))
+    with pytest.raises(UserError, match="holds format 2 instead of 1"):
+        pipeline(tmp_path, Pretender()).claim()
+
+
+@pytest.fixture
+def pretended(monkeypatch, tmp_path):
+    """Run an experiment whose commands are pretended, with figures of each row and seed; its folder."""
+
+    class Launcher(Pretender):
+        def metrics(self, output):
+            generator = np.random.default_rng(list(hashlib.sha256(str(output).encode()).digest()))
+            names = ("fid", "is", "precision", "recall", "accuracy")
+            return dict(zip(names, generator.uniform(1, 2, len(names))))
+
+    def add_times(pipeline, rows, run):
+        for row in rows:
+            run[row.key]["seconds_per_image"] = 0.004
+
+    monkeypatch.setattr(reproduce, "Launcher", lambda args: Launcher())
+    monkeypatch.setattr(reproduce, "add_times", add_times)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "given.npz").touch()
+
+    def run(experiment, *options):
+        inputs = ["--data", "given.npz", "--reference", "given.npz", "--output", "out", "--nproc", "1"]
+        reproduce.main([experiment, "--mini", *inputs, *options])
+        return tmp_path / "out"
+
+    return run
+
+
+def test_quickstart(pretended):
+    folder = pretended("quickstart", "--control", "--seeds", "3")
+    report = (folder / "report.md").read_text()
+    files = [folder / name / "summary.json" for name in (".", "seed-1", "seed-2")]
+    summaries = [json.loads(file.read_text()) for file in files]
+    assert [content["seed"] for content in summaries] == [0, 1, 2]
+    for model in ("llamagen-mini", "var-mini"):
+        seeds = [content["models"][model] for content in summaries]
+        for found in seeds:
+            best = min(found["sweep"], key=lambda row: row["fid"])
+            assert found["main"]["guided"]["fid"] == best["fid"] and found["best_scale"] == best["scale"]
+            assert found["temperature"][0]["label"] == "control: base at temperature 0.8"
+        fids = [[found["main"][kind]["fid"] for found in seeds] for kind in ("base", "guided", "cca", "sft")]
+        for values in fids:
+            assert f"| {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} |" in report
+        gaps = [(base - cca) / (base - guided) for base, guided, cca in zip(*fids[:3])]
+        assert f"closes {np.mean(gaps):.2f} ± {np.std(gaps, ddof=1):.2f} of the gap" in report
+    assert "(paper: 1.02 to 1.33)" in report and "| base, best guidance" in report
+    assert report.count("| control: maximum likelihood, no guidance |") == 2
+    for picture in ("llamagen-mini.png", "var-mini.png", "fid.png"):
+        assert (folder / picture).read_bytes()[:4] == b"\x89PNG" and f"({picture})" in report
+
+
+@pytest.mark.parametrize("experiment", OPTIONS)
+def test_reports_of_the_paper(experiment, pretended):
+    folder = pretended(experiment, "--seeds", "2", "--models", "llamagen-mini")
+    report = (folder / f"{experiment}.md").read_text()
+    assert f"scripts.reproduce {experiment} --mini" in report and "## llamagen-mini" in report
+    assert ("seed 0, 1. Mean ±" in report) != (experiment == "samples")
+    for picture in re.findall(r"!\[.*\]\((.*)\)", report):
+        assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
+    expected = {
+        "tradeoff": "beta varied. ", "with-guidance": "Best FID: guidance alone 1.",
+        "ablation": "The paper's, llamagen-l: CCA (3.43) < unlearning (12.22) < base (19.00) < DPO (61.69).",
+        "samples": "(samples-llamagen-mini-class5.png)",
+    }  # fmt: skip
+    assert expected.get(experiment, "| base, guidance 2 | 1.") in report
 
 
 def test_distances_to_the_guidance_curve():

@@ -11,8 +11,8 @@ from made_data import make_codes
 import train_llamagen_cca
 from cca.data.codes import Codes
 from models import load_model
-from models.errors import UserError
-from models.weights import save_published, tensors_sha256
+from models.utils.errors import UserError
+from models.zoo.checkpoint_formats import save_published, tensors_sha256
 
 
 @pytest.fixture(scope="module")
@@ -20,30 +20,20 @@ def model():
     return load_model("llamagen-mini")
 
 
-def test_sister_folder_is_drawn_half_of_the_time(tmp_path, model):
+def test_sister_folder_is_drawn_half_of_the_time(tmp_path, model, monkeypatch):
     path = make_codes(tmp_path)
-    shutil.copytree(path, tmp_path / "codes_105")
     shifted = np.load(path / "codes.npy") % 256
     np.save(path / "codes.npy", shifted)
-    np.save(tmp_path / "codes_105" / "codes.npy", shifted + 256)
-    source = Codes(path, model)
-    sister = [bool(source[epoch, index][0][0] >= 256) for epoch in range(10) for index in range(40)]
-    assert 160 < sum(sister) < 240
-
-
-def test_the_sister_of_the_current_folder(tmp_path, model, monkeypatch):
-    path = make_codes(tmp_path)
     monkeypatch.chdir(path)
-    assert len(Codes(Path(), model).readers) == 1
     shutil.copytree(path, tmp_path / "codes_105")
-    assert len(Codes(Path(), model).readers) == len(Codes(Path("../codes"), model).readers) == 2
+    np.save(tmp_path / "codes_105" / "codes.npy", shifted + 256)
+    for name in (path, Path(), Path("../codes")):  # the current folder has a sister, too
+        data = Codes(name, model)
+        sister = [bool(data.item(epoch, index)[0] >= 256) for epoch in range(10) for index in range(40)]
+        assert 160 < sum(sister) < 240
 
 
-def edit(path, **arrays):
-    for name, array in arrays.items():
-        np.save(path / f"{name}.npy", array)
-
-
+NO_ARRAY = b"\x93NUMPY\x01\x00v\x00{(((((("
 BEYOND = np.zeros((40, 10, 64), np.uint16)
 BEYOND[39, 9, 63] = 512
 BROKEN = [
@@ -54,43 +44,42 @@ BROKEN = [
     ({"codes": BEYOND}, "codes from 0 to 512, the vocabulary is 0 … 511"),
     ({"codes": np.full((40, 10, 64), -1)}, "codes from -1"),
     ({"codes": np.zeros((40, 10, 64), np.float32)}, "holds float32 codes"),
+    ({"codes": np.zeros((40, 64), np.int64)}, r"codes \[40, 64\]"),
+    ({"codes": np.zeros((40, 10, 63), np.int64)}, "the model takes 64 per image"),
 ]
 
 
 @pytest.mark.parametrize("arrays, message", BROKEN, ids=lambda value: None)
 def test_broken_codes_are_refused_when_opened(tmp_path, model, arrays, message):
     path = make_codes(tmp_path)
-    edit(path, **arrays)
+    for name, array in arrays.items():
+        np.save(path / f"{name}.npy", array)
     with pytest.raises(UserError, match=message):
         Codes(path, model)
 
 
-@pytest.mark.parametrize("name", ["codes", "labels"])
-def test_an_array_with_a_broken_header_is_refused(tmp_path, model, name):
-    path = make_codes(tmp_path)
-    file = path / f"{name}.npy"
-    file.write_bytes(file.read_bytes().replace(b"(40,", b"(((("))
-    with pytest.raises(UserError, match=rf"--codes: .*{name}\.npy: is missing or damaged"):
-        Codes(path, model)
+HEADERS = [("header.json", text) for text in (b"[]", b"{", b'"x"', b"[" * 50_000, b'{"vocab_size": 16}')]
 
 
-@pytest.mark.parametrize("header", ["[]", "{", '"x"', "[" * 50_000])
-def test_broken_header_is_refused(tmp_path, model, header):
+@pytest.mark.parametrize("name, content", [("codes.npy", NO_ARRAY), ("labels.npy", NO_ARRAY), *HEADERS])
+def test_a_broken_file_is_refused(tmp_path, model, name, content):
     path = make_codes(tmp_path)
-    (path / "header.json").write_text(header)
-    with pytest.raises(UserError, match="--codes: "):
+    (path / name).write_bytes(content)
+    why = rf"{name}: is missing or damaged" if content == NO_ARRAY else ""
+    with pytest.raises(UserError, match=f"--codes: .*{why}"):
         Codes(path, model)
 
 
 def test_codes_of_another_tokenizer_are_refused(tmp_path, model):
     path = make_codes(tmp_path)
-    assert any("not checked" in note for note in Codes(path, model).notes())  # as earlier versions wrote it
-    header = {"vocab_size": 512, "tokenizer_tensors_sha256": tensors_sha256(model.tokenizer)}
+    assert any("not checked" in note for note in Codes(path, model).notes())
+    header = {"format": 1, "vocab_size": 512, "tokenizer_tensors_sha256": tensors_sha256(model.tokenizer)}
     (path / "header.json").write_text(json.dumps(header))
-    assert Codes(path, model).notes() == []
+    data = Codes(path, model)
+    assert data.notes() == []
     state = {key: value.clone() for key, value in model.tokenizer.state_dict().items()}
     save_published(state, tmp_path / "same.pt", "model")
-    Codes(path, load_model("llamagen-mini", tokenizer_weights=str(tmp_path / "same.pt"))).check_tokenizer()
+    data.check_tokenizer(load_model("llamagen-mini", tokenizer_weights=str(tmp_path / "same.pt")))
     next(iter(state.values())).view(-1)[0] += 1
     save_published(state, tmp_path / "other.pt", "model")
     other = ["--tokenizer-weights", str(tmp_path / "other.pt"), "--output", str(tmp_path / "run")]
@@ -104,13 +93,11 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path, model):
 def test_fingerprint_changes_with_codes_and_labels(tmp_path, model):
     path = make_codes(tmp_path)
     prints = [Codes(path, model).fingerprint()]
-    path.rename(tmp_path / "moved")
-    assert Codes(tmp_path / "moved", model).fingerprint() == prints[0]
     for name in ("codes", "labels"):
-        edit(tmp_path / "moved", **{name: np.load(tmp_path / "moved" / f"{name}.npy")[::-1]})
-        prints.append(Codes(tmp_path / "moved", model).fingerprint())
-    shutil.copytree(tmp_path / "moved", tmp_path / "moved_105")
-    prints.append(Codes(tmp_path / "moved", model).fingerprint())
+        np.save(path / f"{name}.npy", np.load(path / f"{name}.npy")[::-1])
+        prints.append(Codes(path, model).fingerprint())
+    shutil.copytree(path, tmp_path / "codes_105")
+    prints.append(Codes(path, model).fingerprint())
     assert len(set(prints)) == 4
 
 
@@ -122,27 +109,24 @@ def test_published_files_cut_off_are_found_before_training(tmp_path, model, name
     if damage == "missing":
         file.rename(file.with_name("40.npy"))
     else:
-        file.write_bytes(file.read_bytes()[:-1] if damage == "cut" else b"\x93NUMPY\x01\x00v\x00{((((((")
+        file.write_bytes(file.read_bytes()[:-1] if damage == "cut" else NO_ARRAY)
     with pytest.raises(UserError, match=rf"--codes: .*{name}\.npy: is missing or damaged"):
         Codes(path, model).fingerprint()
 
 
-def test_published_codes_and_labels_are_checked(tmp_path, model):
-    path = make_codes(tmp_path, published=True)
-    source = Codes(path, model)
-    for file, array, read, message in (
-        (
-            "imagenet32_labels/3.npy",
-            np.eye(10),
-            lambda: source.labels(np.array([3])),
-            "does not hold one label",
-        ),
-        ("imagenet32_codes/3.npy", np.zeros((1, 10, 64)), lambda: source[0, 3], "holds float64"),
-        ("imagenet32_codes/4.npy", np.array(3), lambda: source[0, 4], "expected whole numbers"),
-    ):
-        np.save(path / file, array)
-        with pytest.raises(UserError, match=message):
-            read()
-    (path / "imagenet32_labels" / "39.npy").unlink()
+@pytest.mark.parametrize(
+    "file, array, message",
+    [
+        ("imagenet32_labels/3.npy", np.eye(10), "does not hold one label"),
+        ("imagenet32_codes/3.npy", np.zeros((1, 10, 64)), "holds float64"),
+        ("imagenet32_codes/3.npy", np.array(3), "expected whole numbers"),
+    ],
+)
+def test_published_codes_and_labels_are_checked(tmp_path, model, file, array, message):
+    data = Codes(make_codes(tmp_path, published=True), model)
+    np.save(tmp_path / "codes" / file, array)
+    with pytest.raises(UserError, match=message):
+        data.item(0, 3), data.labels(np.array([3]))
+    (tmp_path / "codes" / "imagenet32_labels" / "39.npy").unlink()
     with pytest.raises(UserError, match="a label for each of 40 codes"):
-        Codes(path, model)
+        Codes(tmp_path / "codes", model)

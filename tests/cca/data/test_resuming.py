@@ -12,7 +12,8 @@ from specimens import weights
 
 import train_llamagen_cca
 import train_var_cca
-from models.errors import UserError
+from models.base import ARImageModel
+from models.utils.errors import UserError
 from scripts import extract_codes
 
 
@@ -23,95 +24,71 @@ def train(family, data, *options, output="run"):
     return json.loads(Path(output, "config.json").read_text())
 
 
+def extract(data):
+    tokenizer = ["--tokenizer-weights", "specimen-llamagen-tokenizer.safetensors"]
+    with torch.no_grad():
+        extract_codes.main(["--model", "specimen-llamagen", *tokenizer, "--data", data, "--output", "new"])
+
+
 def make_folder(path, names):
     for i, name in enumerate(names):
+        (path / name).mkdir(parents=True)
         for j in range(4):
-            (path / name).mkdir(parents=True, exist_ok=True)
             Image.new("L", (8, 8), 30 * i + j).save(path / name / f"{j}.png")
 
 
 def reverse(path):
-    with np.load(path) as file:
-        arrays = {name: file[name][::-1] for name in file.files}
-    np.savez(path, **arrays)
+    if path.is_dir():
+        np.save(path / "codes.npy", np.load(path / "codes.npy")[::-1])
+    else:
+        with np.load(path) as file:
+            np.savez(path, **{name: file[name][::-1] for name in file.files})
 
 
-def test_npz_may_move_but_not_change(disk):
-    train("var", "few.npz")
-    (disk / "few.npz").rename(disk / "moved.npz")
-    train("var", "moved.npz")
-    reverse(disk / "moved.npz")
+@pytest.mark.parametrize("family, data", [("var", "few.npz"), ("llamagen", "codes")])
+def test_data_may_move_but_not_change(disk, family, data):
+    train(family, data)
+    (disk / data).rename(disk / f"moved-{data}")
+    train(family, f"moved-{data}")
+    reverse(disk / f"moved-{data}")
     with pytest.raises(UserError, match="data_sha256"):
-        train("var", "moved.npz")
+        train(family, f"moved-{data}")
 
 
 def test_folder_may_move_but_not_change(disk):
     make_folder(disk / "data", ("3", "1"))
-    config = train("var", "data")
-    assert config["data"] == {"path": "data", "classes": {"1": 1, "3": 3}}
+    assert train("var", "data")["data"] == {"path": "data", "classes": {"1": 1, "3": 3}}
     (disk / "data").rename(disk / "moved")
     train("var", "moved")
     (disk / "classes.json").write_text('{"1": 2, "3": 3}')
     with pytest.raises(UserError, match="data_sha256"):
         train("var", "moved", "--classes-from", "classes.json")
+    image = disk / "moved" / "1" / "0.png"
+    content = image.read_bytes()
+    image.write_bytes(content + b"longer")
+    with pytest.raises(UserError, match="data_sha256"):
+        train("var", "moved")
+    image.write_bytes(content)
+    train("var", "moved")
     (disk / "moved" / "1").rename(disk / "moved" / "0")
     with pytest.raises(UserError, match="data_sha256"):
         train("var", "moved")
 
 
-def test_run_with_classes_by_position_is_not_resumed(disk):
-    """As an earlier version began it: its config.json has no classes, and the path among the options."""
-    for names, resumes in ((("3", "1"), False), (("0", "1"), True)):
-        shutil.rmtree("data", ignore_errors=True)
-        make_folder(disk / "data", names)
-        config = train("var", "data", output=f"run{resumes}")
-        del config["data"], config["options"]["data_sha256"]
-        config["options"]["data"] = "data"
-        (disk / f"run{resumes}" / "config.json").write_text(json.dumps(config))
-        if resumes:
-            train("var", "data", output=f"run{resumes}")
-        else:
-            with pytest.raises(UserError, match="numbered by position"):
-                train("var", "data", output=f"run{resumes}")
+def test_extraction_does_not_go_on_with_other_images(disk, monkeypatch):
+    encode, calls = ARImageModel.encode, []
 
-
-def test_codes_may_move_but_not_change(disk):
-    train("llamagen", "codes")
-    (disk / "codes").rename(disk / "moved")
-    train("llamagen", "moved")
-    codes = np.load(disk / "moved" / "codes.npy")
-    np.save(disk / "moved" / "codes.npy", codes[::-1])
-    with pytest.raises(UserError, match="data_sha256"):
-        train("llamagen", "moved")
-
-
-def extract(data, *options):
-    tokenizer = ["--tokenizer-weights", "specimen-llamagen-tokenizer.safetensors"]
-    with torch.no_grad():
-        extract_codes.main(
-            ["--model", "specimen-llamagen", *tokenizer, "--data", data, "--output", "new", *options]
-        )
-
-
-def stop_after_one_chunk(monkeypatch):
-    whole, calls = extract_codes.encode, []
-
-    def once(*arguments, **keywords):
-        calls.append(1)
-        if len(calls) > 1:
+    def interrupted(model, images):
+        calls.append(images)
+        if len(calls) == 2:  # the first part is stored
             raise KeyboardInterrupt
-        whole(*arguments, **keywords)
+        return encode(model, images)
 
     monkeypatch.setattr(extract_codes, "CHUNK", 8)
-    monkeypatch.setattr(extract_codes, "encode", once)
-    return lambda: monkeypatch.setattr(extract_codes, "encode", whole)
-
-
-def test_extraction_does_not_go_on_with_other_images(disk, monkeypatch):
-    go_on = stop_after_one_chunk(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        extract("few.npz")
-    go_on()
+    with monkeypatch.context() as patch:
+        patch.setattr(ARImageModel, "encode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            extract("few.npz")
     shutil.copy("few.npz", "other.npz")
     reverse(disk / "other.npz")
     with pytest.raises(UserError, match="unfinished run with data_sha256"):
@@ -121,23 +98,12 @@ def test_extraction_does_not_go_on_with_other_images(disk, monkeypatch):
     assert len(np.load(disk / "new" / "codes.npy")) == 64
 
 
-def test_classes_of_extracted_codes_are_told(disk):
-    make_folder(disk / "data", ("3", "1"))
-    extract("data")
-    header = json.loads((disk / "new" / "header.json").read_text())
-    assert header["classes"] == {"1": 1, "3": 3} and len(header["data_sha256"]) == 64
-    assert np.load(disk / "new" / "labels.npy").tolist() == [1] * 4 + [3] * 4
-    train("llamagen", "new")  # its tokenizer is the model's
-
-
 @pytest.mark.parametrize("options", [["--batch-size", "1"], []])
 def test_missing_negatives_are_said(disk, capsys, options):
     with np.load("few.npz") as file:
         np.savez("one.npz", arr_0=file["arr_0"], arr_1=np.zeros(len(file["arr_0"]), np.int64))
-    data = "few.npz" if options else "one.npz"
-    train("var", data, *options)
+    train("var", "few.npz" if options else "one.npz", *options)
     said = capsys.readouterr().err
     assert said.count("without negatives") == 1 and "note: " in said
-    capsys.readouterr()
     train("var", "few.npz", output="usual")
     assert "without negatives" not in capsys.readouterr().err

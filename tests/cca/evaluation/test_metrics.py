@@ -5,7 +5,14 @@ import pytest
 import torch
 from golden_models import golden
 
-from cca.evaluation.metrics import Gaussian, ball_radii, frechet_distance, inception_score, precision_recall
+from cca.evaluation.metrics import (
+    Gaussian,
+    RunningGaussian,
+    ball_radii,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
 
 FIGURES = {key: value.numpy() for key, value in golden("metrics").items()}
 REFERENCE, SAMPLES = FIGURES["reference_features"], FIGURES["sample_features"]
@@ -47,3 +54,12 @@ def test_identical_sets_with_a_singular_covariance():
     flat = np.concatenate([SAMPLES, SAMPLES[:, :5]], axis=1)
     assert frechet_distance(Gaussian.of(flat), Gaussian.of(flat)) == pytest.approx(0, abs=1e-6)
     assert precision_recall(flat, flat) == (1.0, 1.0)
+
+
+def test_running_gaussian_far_from_zero():
+    features = np.random.default_rng(0).normal(1e4, 1, (1000, 5))
+    running = RunningGaussian()
+    for part in np.array_split(features, 7):
+        running.add(part)
+    np.testing.assert_allclose(running.fit().sigma, np.cov(features, rowvar=False), rtol=1e-9)
+    np.testing.assert_allclose(Gaussian.of(features).mu, features.mean(0), rtol=1e-12)

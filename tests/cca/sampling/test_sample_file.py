@@ -10,18 +10,17 @@ import pytest
 from commands import after_plan
 from limits import largest_file
 
-import cca.sampling.sample_file as sample_file
 import sample
-from models.checkpoints import read_state_dict
-from models.errors import UserError
-from models.weights import save_published
+from cca.sampling.sampler import Sampler
+from models.utils.errors import UserError
+from models.zoo.checkpoint_formats import read_state_dict, save_published
 
 PART = 16  # images, instead of 256
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr("cca.sampling.parts.PART_IMAGES", PART)
+    monkeypatch.setattr(sample, "PART_IMAGES", PART)
 
 
 def make(path, *options, samples=40):
@@ -36,16 +35,16 @@ def images(path):
 
 def stopped_after(monkeypatch, parts, number=signal.SIGTERM, times=1):
     """Signals reach the process while it makes the part after so many, each a batch."""
-    original, made = sample_file.sample_tokens, []
+    original, made = Sampler.tokens, []
 
-    def pretend(model, part, *rest):
-        made.append(part)
+    def pretend(self, indices):
+        made.append(indices)
         if len(made) == parts + 1:
             for _ in range(times):
                 os.kill(os.getpid(), number)
-        return original(model, part, *rest)
+        return original(self, indices)
 
-    monkeypatch.setattr(sample_file, "sample_tokens", pretend)
+    monkeypatch.setattr(Sampler, "tokens", pretend)
 
 
 @pytest.mark.parametrize(
@@ -67,24 +66,13 @@ def test_a_signal_ends_with_one_line_and_keeps_what_is_made(number, times, tmp_p
     assert sorted(os.listdir(tmp_path)) == ["s.json", "s.npz", "whole.json", "whole.npz"]
 
 
-def test_parts_without_a_marker_are_never_taken(tmp_path, monkeypatch):
-    """As an interrupted removal left them in earlier versions."""
-    path = tmp_path / "s.npz"
-    with monkeypatch.context() as patch:
-        stopped_after(patch, 2)
-        make(path, "--seed", "1")
-    (tmp_path / "s.npz.parts" / "options.json").unlink()
-    make(path)
-    make(tmp_path / "fresh.npz")
-    assert np.array_equal(images(path), images(tmp_path / "fresh.npz"))
-
-
-def test_a_folder_of_somebody_else_is_not_removed(tmp_path):
+@pytest.mark.parametrize("name", ["00000000.npy", "thesis.txt"])
+def test_parts_without_a_marker_are_neither_taken_nor_removed(name, tmp_path):
     (tmp_path / "s.npz.parts").mkdir()
-    (tmp_path / "s.npz.parts" / "thesis.txt").touch()
-    with pytest.raises(UserError, match=r"s\.npz\.parts is in the way, it holds thesis\.txt"):
+    (tmp_path / "s.npz.parts" / name).touch()
+    with pytest.raises(UserError, match=rf"s\.npz\.parts is in the way, it holds {name} and no options"):
         make(tmp_path / "s.npz")
-    assert os.listdir(tmp_path) == ["s.npz.parts"]
+    assert [*tmp_path.rglob("*.*")] == [tmp_path / "s.npz.parts", tmp_path / "s.npz.parts" / name]
 
 
 def test_a_damaged_part_is_made_again(tmp_path, monkeypatch):
@@ -94,6 +82,8 @@ def test_a_damaged_part_is_made_again(tmp_path, monkeypatch):
         make(path)
     first, second = sorted((tmp_path / "s.npz.parts").glob("*.npy"))
     first.write_bytes(first.read_bytes()[:-5])
+    with pytest.raises(UserError, match="unfinished run with seed 0 instead of 5"):
+        make(path, "--seed", "5")
     content = second.read_bytes()
     make(path)
     assert json.loads((tmp_path / "s.json").read_text())["images_made_by_this_run"] == 24
@@ -105,7 +95,8 @@ def test_a_finished_file(tmp_path, capsys):
     make(path, "--grid", str(tmp_path / "g.png"), samples=5)
     before = {p.name: (p.read_bytes(), p.stat().st_ino) for p in tmp_path.iterdir()}
     capsys.readouterr()
-    make(path, "--batch-size", "2", samples=5)
+    # The same weights under another path are the same options.
+    make(path, "--batch-size", "2", "--weights", "assets/var-mini.safetensors", samples=5)
     assert after_plan(capsys.readouterr().out) == (
         f"{path} is finished already, with these options; nothing is left to do\n"
     )
@@ -123,12 +114,6 @@ def test_a_finished_file(tmp_path, capsys):
     path.write_bytes(before["s.npz"][0].replace(b"(5, 32, 32, 3)", b"(((((((((((((("))
     with pytest.raises(UserError, match=r"is not what s\.json describes; remove it"):
         make(path, "--seed", "1", samples=5)
-
-
-def test_the_same_weights_under_another_path_are_the_same_options(tmp_path, capsys):
-    make(tmp_path / "s.npz", samples=5)
-    make(tmp_path / "s.npz", "--weights", "assets/var-mini.safetensors", samples=5)
-    assert "is finished already" in capsys.readouterr().out
 
 
 def test_what_sample_did_not_write_is_not_overwritten(tmp_path):
@@ -153,7 +138,8 @@ def test_logits_that_are_not_finite_leave_nothing(tmp_path):
     state = read_state_dict("assets/llamagen-mini.safetensors")
     save_published({**state, "output.weight": state["output.weight"].float() * 1e7}, tmp_path / "w.pt")
     model = ["--model", "llamagen-mini", "--weights", str(tmp_path / "w.pt")]
-    with pytest.raises(UserError, match="not finite"):
+    message = "--dtype: the logits of 5 of 5 images are not finite; float16 overflow is the likely cause"
+    with pytest.raises(UserError, match=message):
         make(tmp_path / "new" / "s.npz", *model, "--dtype", "float16", samples=5)
     assert os.listdir(tmp_path) == ["w.pt"]
     with pytest.raises(UserError, match="not finite"):

@@ -1,21 +1,19 @@
 """The picture of a run: what is drawn, of which steps, and when."""
 
-import ast
 import json
 import os
 
 import numpy as np
 import pytest
-from commands import ROOT
+from commands import run
 from PIL import Image
 from specimens import weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cca.training.run_folder as run_folder
 import train_var_cca
-from cca.training.curves import draw_curves, moving_mean, values_of
-from cca.training.losses import LOSSES
-from models.errors import UserError
+from cca.training.curves import draw_curves
+from models.utils.errors import UserError
 
 
 def train(output, *options, steps=4):
@@ -26,19 +24,6 @@ def train(output, *options, steps=4):
 def rows(count):
     drawn = np.random.default_rng(0).normal(size=(count, 2)).tolist()
     return [{"step": i + 1, "loss": loss, "rewards/chosen": chosen} for i, (loss, chosen) in enumerate(drawn)]
-
-
-def test_moving_mean():
-    values = np.array([1.0, 2.0, np.nan, 6.0, 10.0])
-    np.testing.assert_allclose(moving_mean(values, 3), [1.5, 1.5, 4.0, 8.0, 8.0])
-    assert np.isnan(moving_mean(np.full(5, np.nan), 3)).all()
-
-
-def test_what_is_no_number_is_a_gap():
-    found = values_of(
-        [{"loss": 1}, {"loss": None}, {}, {"loss": "2"}, {"loss": 1e999}, {"loss": 0.5}], "loss"
-    )
-    np.testing.assert_array_equal(found, [1, np.nan, np.nan, np.nan, np.nan, 0.5])
 
 
 @pytest.mark.parametrize("values", [(1e308, -1e308), (3e38, -3e38), (1e-320, 0), (2**63, 1), (None, None)])
@@ -57,9 +42,6 @@ def test_a_panel_for_what_was_logged(count, tmp_path):
     draw_curves(tmp_path / "one.png", [{"step": r["step"], "loss": r["rewards/chosen"]} for r in made], "t")
     two, one = (Image.open(tmp_path / name) for name in ("two.png", "one.png"))
     assert two.size == (2 * one.width, one.height)
-    for picture in (two, one):
-        ink = np.asarray(picture.convert("L")) < 250
-        assert not ink[:, 0].any() and not ink[:, -1].any() and not ink[0].any() and not ink[-1].any()
 
 
 @pytest.fixture
@@ -95,14 +77,6 @@ def test_a_finished_run_is_left_as_it_is(disk, drawn, capsys):
     for options in ((), ("--micro-batch-size", "2")):
         train("run", *options)
         assert {path: path.read_bytes() for path in before} == before
-    # As an earlier version left it, which did not note the size.
-    config = disk / "run" / "config.json"
-    noted = json.loads(config.read_text())
-    del noted["micro_batch_size"]
-    config.write_text(json.dumps(noted))
-    train("run")
-    assert json.loads(config.read_text()) == noted
-    config.write_bytes(before[config])
     assert (disk / "run" / "curves.png").stat().st_mtime == 1 and len(drawn) == 1
     # Killed between the last state and the model, it was not finished.
     (disk / "run" / "model.pth").unlink()
@@ -116,12 +90,6 @@ def test_a_finished_run_is_left_as_it_is(disk, drawn, capsys):
 def test_title_says_what_the_loss_depends_on(loss, options, title, disk, drawn):
     train("run", "--loss", loss, *options, "--lr", "1e-3", steps=2)
     assert drawn[0][2] == f"specimen-var, {title}, batch 8"
-    # As an earlier version took it, which did not refuse what the loss does not have.
-    config = disk / "run" / "config.json"
-    noted = json.loads(config.read_text())
-    noted["options"] |= dict.fromkeys(LOSSES[loss].absent, 123.0)
-    config.write_text(json.dumps(noted))
-    train("run", "--loss", loss, *options, "--lr", "1e-3", steps=2)
 
 
 def test_a_picture_is_not_worth_the_run(disk, monkeypatch, capsys):
@@ -143,11 +111,5 @@ def test_tensorboard_has_the_same_names(disk):
 
 
 def test_training_starts_without_matplotlib():
-    """It takes as long to import as a short run; what is imported with a module stands at its top."""
-    for path in [*(ROOT / "cca").rglob("*.py"), *(ROOT / "models").rglob("*.py")]:
-        top = [
-            node
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, (ast.Import, ast.ImportFrom))
-        ]
-        assert not any("matplotlib" in ast.unparse(node) for node in top), path
+    """It takes as long to import as a short run."""
+    run("-c", "import sys, train_var_cca; assert 'matplotlib' not in sys.modules")

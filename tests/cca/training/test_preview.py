@@ -5,10 +5,9 @@ import weakref
 import torch
 from specimens import weights
 
-import cca.training.command as command
-import cca.training.preview as preview
+import cca.training.loop as command
 import train_llamagen_cca
-from cca.sampling.sampler import sample_images
+from cca.sampling.sampler import Sampler
 
 
 def train(output, *options):
@@ -17,11 +16,11 @@ def train(output, *options):
 
 
 def test_memory_that_runs_out_costs_a_picture_and_not_the_run(disk, monkeypatch, capsys):
-    held, alive = [], []
+    held, alive, tokens = [], [], Sampler.tokens
 
     def full(*arguments):
         if len(held) == 1:
-            return sample_images(*arguments)
+            return tokens(*arguments)
         cache = torch.zeros(1)
         held.append(weakref.ref(cache))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
@@ -32,7 +31,7 @@ def test_memory_that_runs_out_costs_a_picture_and_not_the_run(disk, monkeypatch,
         alive.extend(cache() for cache in held)
         log(*arguments)
 
-    monkeypatch.setattr(preview, "sample_images", full)
+    monkeypatch.setattr(Sampler, "tokens", full)
     monkeypatch.setattr(command.RunFolder, "log", noted)
     train("run", "--sample-every", "1")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "no sample grid" in line]

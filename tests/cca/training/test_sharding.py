@@ -13,9 +13,10 @@ from itertools import product
 import torch
 from torch._dynamo import lookup_backend
 
-import models.logprob
+import models.log_likelihood
 from cca.distributed import Processes
-from cca.training.losses import Batch, pair_labels
+from cca.training.batch import Batch
+from cca.losses import pair_labels
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
 from models import autocast, load_model
@@ -33,7 +34,7 @@ def backend(graph, inputs):
 
 compile_block = torch.nn.Module.compile
 torch.nn.Module.compile = lambda block: compile_block(block, backend=backend)
-models.logprob.compiled_function = cache(partial(torch.compile, backend=backend, fullgraph=True))
+models.log_likelihood.compiled_function = cache(partial(torch.compile, backend=backend, fullgraph=True))
 config = TrainingConfig(
     loss="cca", beta=0.1, lambda_=10.0, uncond_ratio=0.1, batch_size=8, lr=1e-4, weight_decay=0.05,
     final_weight_decay=None, ema=0.9, grad_clip=1.0, warmup=0.0, final_lr=1.0, schedule_accumulation=1,
@@ -49,16 +50,18 @@ for name, checkpointing in (("var-mini", True), ("llamagen-mini", False)):
     found = {}
     for compile, parallel in product((False, True), ("ddp", "fsdp")):
         graphs.clear()
-        trainer = Trainer(load_model(name), config, 2, processes, parallel, compile, checkpointing)
+        model = load_model(name)
+        model.transformer.checkpointing = checkpointing
+        trainer = Trainer(model, config, 2, processes, parallel, compile)
         dtypes = set()
         for key, module in trainer.net.transformer_blocks()[0].named_modules():
             if getattr(module, "weight", None) is not None and not compile:
                 module.register_forward_pre_hook(
                     lambda module, _, key=key: dtypes.add(("norm" in key, module.weight.dtype))
                 )
-        inputs = trainer.model.inputs(batch.tokens)
+        inputs = trainer.model.inputs(batch.images)
         with autocast(processes.device, config.dtype):
-            logprob = trainer.policy(batch.labels, inputs, batch.tokens).detach()
+            logprob = trainer.policy(batch.labels, inputs, batch.images).detach()
         lines = [trainer.optimizer_step(step, batch) for step in range(2)]
         found[compile, parallel] = logprob, lines, {**trainer.full_weights()}, {**trainer.full_ema()}
         if parallel == "ddp":  # views of its buckets, in the later steps' first micro-batches too
@@ -81,7 +84,9 @@ for name, checkpointing in (("var-mini", True), ("llamagen-mini", False)):
             assert all(p.dtype == torch.float32 for p in trainer.net.parameters())
             matrices = [p for p in trainer.reference.transformer_blocks().parameters() if p.ndim == 2]
             assert all(p.dtype == torch.bfloat16 for p in matrices)
-            other = Trainer(load_model(name), config, 2, processes, parallel, checkpointing=checkpointing)
+            other = load_model(name)
+            other.transformer.checkpointing = checkpointing
+            other = Trainer(other, config, 2, processes, parallel)
             other.load_state(trainer.state())
             assert other.optimizer_step(1, batch) == trainer.optimizer_step(1, batch)
 

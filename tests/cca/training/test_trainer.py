@@ -10,19 +10,22 @@ import torch
 from commands import TRAIN
 from golden_models import build, golden
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import models.devices
-import models.logprob
-from cca.data.sources import ImageArray
+import models.log_likelihood
+import models.utils.precision
+from cca.cli.output import Output
+from cca.config import TrainingConfig
+from cca.data.datasets import ImageArray
 from cca.distributed import Processes
-from cca.training.command import train
-from cca.training.losses import Batch, pair_labels
-from cca.training.run_folder import RunFolder, describe
-from cca.training.schedule import TrainingConfig, lr_factor
+from cca.losses import pair_labels
+from cca.training.batch import Batch
+from cca.training.loader import Loader
+from cca.training.loop import train
+from cca.training.run_folder import RunFolder, options_of_config
+from cca.training.schedule import lr_factor
 from cca.training.trainer import Trainer
 from models import ARImageModel, UserError, load_model
-from models.zoo import TOKENIZERS, ZOO
+from models.zoo.registry import TOKENIZERS, ZOO
 
 
 def config_of(backbone: str, loss: str) -> TrainingConfig:
@@ -72,36 +75,6 @@ def test_training_trace(backbone, model_name, loss):
             )
 
 
-class Reads(TorchDispatchMode):
-    """Numbers that the host takes from tensors, one by one or by how many of them are set."""
-
-    counted = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function._schema.name in self.counted:
-            self.found.append(function._schema.name)
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_micro_batch_reads_nothing_from_the_device(dtype):
-    """Rows of the batch are counted where its labels are; sums stay on the device until the step's end."""
-    model = build("var_tiny_a")
-    config = replace(config_of("var", "cca"), dtype=dtype)
-    trainer = Trainer(model, config, micro_batch_size=4, processes=Processes())
-    labels, uncond = torch.tensor([0, 1, 1, 3, 4, 5, 6, 2]), torch.arange(8) % 4 == 0
-    labels, negatives = pair_labels(labels, uncond, 7)
-    batch = Batch(torch.zeros(8, model.sequence_length, dtype=torch.int64), labels, negatives, uncond)
-    with Reads() as reads:
-        trainer.optimizer_step(0, batch)
-    # Two micro-batches, each with the rows of pairs and of the null class, of tensors of the CPU.
-    assert reads.found == ["aten::nonzero"] * 4
-
-
 def deep(family: str, rate: float) -> ARImageModel:
     """Ten blocks, more than PyTorch compiles, on few tokens; ``rate`` of stochastic depth or dropout."""
     entry = ZOO[f"{family}-mini"]
@@ -133,8 +106,8 @@ def test_one_compilation_serves_all_blocks(family, rate, monkeypatch):
     own = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: own(module, backend=backend, fullgraph=True))
     compiler = partial(torch.compile, backend=backend, fullgraph=True)
-    monkeypatch.setattr(models.logprob, "compiled_function", cache(compiler))
-    monkeypatch.setitem(models.devices.LIKELIHOOD_LOGITS, "cpu", 512 * 5)
+    monkeypatch.setattr(models.log_likelihood, "compiled_function", cache(compiler))
+    monkeypatch.setitem(models.utils.precision.LIKELIHOOD_LOGITS, "cpu", 512 * 5)
 
     def losses(compile: bool) -> list[float]:
         torch._dynamo.reset()
@@ -159,7 +132,7 @@ def test_schedule_of_every_micro_step():
 
 
 class InterruptedProcesses(Processes):
-    """SIGTERM arrives just after the n-th sum over the processes."""
+    """SIGTERM arrives just after the n-th sum over the ranks."""
 
     interrupt_at = sums = 0
 
@@ -173,18 +146,15 @@ class InterruptedProcesses(Processes):
 
 def test_no_moment_of_a_step_loses_a_signal(tmp_path):
     def run(interrupt_at: int) -> tuple[list[str], int]:
-        model = load_model("var-mini")
-        processes = InterruptedProcesses()
+        model, processes = load_model("var-mini"), InterruptedProcesses()
         config = replace(config_of("var", "cca"), batch_size=2)
-        folder = RunFolder(tmp_path / str(interrupt_at), processes, describe(config, {"model": "var-mini"}))
+        output = Output.run(tmp_path / str(interrupt_at), model.checkpoint_name)
+        options = {**options_of_config(config), "model": "var-mini"}
+        output.begin({"options": options})
+        folder = RunFolder(output.path, processes, options)
         processes.interrupt_at, processes.sums = interrupt_at, 0  # a run listens from its start on
-        train(
-            Trainer(model, config, 2, processes),
-            ImageArray(Path(TRAIN), model),
-            folder,
-            save_every=100,
-            log_every=100,
-        )
+        loader = Loader(ImageArray(Path(TRAIN), model), config, processes, model.null_class)
+        train(Trainer(model, config, 2, processes), loader, folder, save_every=100, log_every=100)
         return [state.name for state in (folder.path / "state").iterdir()], processes.sums
 
     states, sums = run(0)

@@ -1,0 +1,1 @@
+"""What all commands share: options, plan, output, and the order in which they run."""

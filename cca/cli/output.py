@@ -1,0 +1,344 @@
+"""What one run of a command writes: where it may be, by which options it is known, and its lock.
+
+A command writes a marker first, JSON with the options of the run, then its parts, and last the file with
+which the output is finished. So whoever finds the output knows whose it is, and what is missing.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from models.utils.errors import UserError
+from models.utils.files import (
+    FORMAT,
+    existing_part,
+    read_json,
+    read_own_json,
+    reason,
+    remove_folder,
+    write_json,
+    writing,
+)
+
+LONGEST_SUFFIX = 24  # bytes that names of temporary files and folders have more than the output's
+NOT_COMPARED = ("weights",)  # how the path was spelled; the hash of the weights counts
+HELD = (errno.EACCES, errno.EAGAIN)
+# Seconds within which another machine sees a new file: NFS keeps what it knows of a folder for 60.
+SEEN_SECONDS = 90
+
+
+class Found(NamedTuple):
+    """What lies at an output: the content of its marker or description, and whether it is finished."""
+
+    content: dict | None = None
+    is_finished: bool = False
+
+    @property
+    def options(self) -> dict:
+        """The options of the run that began or finished the output; empty where there is none."""
+        return options_of(self.content or {})
+
+
+def options_of(content: Mapping) -> dict:
+    """Return the options in a marker or description; a header of codes consists of them."""
+    return content.get("options") or {name: value for name, value in content.items() if name != "format"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a run writes.
+
+    path: the file or folder that the user named; is_folder: which of the two.
+    noun: what a finished output is called in messages.
+    marker: JSON that is written before the first part; None: one file, which replaces what is there.
+    parts: the folder of what is made so far.
+    last: the file that is written last.
+    description: JSON with the options of a finished output.
+    products: files that are written before the last one.
+    """
+
+    path: Path
+    is_folder: bool = False
+    noun: str = "results"
+    marker: Path | None = None
+    parts: Path | None = None
+    last: Path | None = None
+    description: Path | None = None
+    products: tuple[Path, ...] = ()
+    option: str = "--output"
+
+    @classmethod
+    def npz(cls, path: Path, noun: str) -> "Output":
+        """FILE.npz, described in FILE.json, with its parts in FILE.npz.parts/."""
+        parts = path.with_name(f"{path.name}.parts")
+        return cls(path, False, noun, parts / "options.json", parts, path, path.with_suffix(".json"))
+
+    @classmethod
+    def codes(cls, folder: Path) -> "Output":
+        """DIR/codes.npy and DIR/labels.npy, described in DIR/header.json, with the parts in DIR/progress/."""
+        parts, header = folder / "progress", folder / "header.json"
+        products = (folder / "codes.npy", folder / "labels.npy")
+        return cls(folder, True, "finished codes", parts / "header.json", parts, header, header, products)
+
+    @classmethod
+    def run(cls, folder: Path, checkpoint_name: str) -> "Output":
+        """A run folder: DIR/config.json, checkpoints in DIR/state/, last the exported model."""
+        config = folder / "config.json"
+        return cls(folder, True, "a run", config, folder / "state", folder / checkpoint_name, config)
+
+    def check_place(self, inputs: Mapping[str, Path | None] | None = None, suffix: str = "") -> None:
+        """Refuse a place that cannot be written to or that is an input. Writes nothing.
+
+        Args:
+            inputs: files and folders that the command reads, by option.
+            suffix: with which the name has to end.
+
+        Raises:
+            UserError: names the option and what to do.
+        """
+        if suffix and self.path.suffix != suffix:
+            raise UserError(f"{self.option}: {self.path} does not end in {suffix}")
+        try:
+            self._check_place()
+            for name, given in (inputs or {}).items():
+                if given is not None and given.exists() and self.path.resolve() == given.resolve():
+                    raise UserError(f"{self.option}: {self.path} is what {name} reads; take another name")
+        except OSError as error:
+            raise self.cannot_write(reason(error)) from None
+
+    def _check_place(self) -> None:
+        path = self.path
+        there = existing_part(path.absolute().parent)
+        if not there.is_dir():
+            raise self.cannot_write(f"{there} is not a folder")
+        longest = os.pathconf(there, "PC_NAME_MAX") - LONGEST_SUFFIX
+        if len(os.fsencode(path.name)) > longest:
+            raise UserError(f"{self.option}: the name of the output is too long; at most {longest} bytes fit")
+        if path.exists() and path.is_dir() != self.is_folder:
+            wanted = "a file, a folder is wanted" if self.is_folder else "a folder, a file is wanted"
+            raise self.cannot_write(f"it is {wanted}")
+        place = path if self.is_folder and path.exists() else there
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise self.cannot_write(f"{place} may not be written to")
+
+    def cannot_write(self, why: str) -> UserError:
+        """Return the error of an output that cannot be written."""
+        return UserError(f"{self.option}: {self.path} cannot be written ({why})")
+
+    def look(self) -> Found:
+        """Return what lies there. Writes nothing.
+
+        Raises UserError for files in the way that no run of this command left, or left in another format.
+        """
+        if self.marker is None or self.parts is None or self.last is None or self.description is None:
+            return Found()
+        begun = read_marker(self.marker) if self.marker.exists() else None
+        if begun is None and (names := _names(self.parts)):
+            raise UserError(
+                f"{self.option}: {self.parts} is in the way, it holds {min(names)} "
+                f"and no {self.marker.name}; move it, or take another name"
+            )
+        described = self._read_description()
+        if self.last.exists() and described is None:
+            raise UserError(
+                f"{self.option}: {self.last} exists, and {self.description.name} does not say how it was "
+                "made; take another name, or remove it"
+            )
+        in_the_way = next((path for path in self.products if path.exists()), None)
+        if in_the_way and begun is None and described is None:
+            raise UserError(
+                f"{self.option}: {in_the_way} is there without a {self.description.name}; "
+                "remove it, or take another folder"
+            )
+        finished = self.last.exists()
+        return Found(described if finished else begun, finished)
+
+    def _read_description(self) -> dict | None:
+        """Return the content of the description, None where there is none; another's file is refused."""
+        assert self.description is not None
+        if not self.description.exists():
+            return None
+        if self.is_folder:
+            return read_marker(self.description)
+        content = read_own_json(self.description)
+        if content is None:
+            raise UserError(
+                f"{self.option}: {self.description}, where the {self.noun} are described, is a file that "
+                "this command did not write; take another name"
+            )
+        return content
+
+    def check(self, found: Found, options: Mapping) -> None:
+        """Raise UserError where the output is of a run with other options than these."""
+        changed = differing(found.options, options)
+        if changed:
+            what, remedy = self.noun, "take another name, or remove it"
+            if not found.is_finished:
+                what, remedy = "an unfinished run", "repeat its command, or take another name"
+            raise UserError(f"{self.option}: {self.path} holds {what} with {', '.join(changed)}; {remedy}")
+
+    @property
+    def parts_folder(self) -> Path:
+        assert self.parts is not None
+        return self.parts
+
+    def describe(self, content: Mapping) -> None:
+        """Write the description of a finished output. Raises UserError."""
+        assert self.description is not None
+        write_json(self.description, {"format": FORMAT, **content})
+
+    def begin(self, content: Mapping) -> None:
+        """Write the marker, if the output is not begun yet, before the first part."""
+        if self.marker is None or self.parts is None or self.marker.exists():
+            return
+        with writing(self.parts):
+            self.parts.mkdir(parents=True, exist_ok=True)
+            if self.description != self.marker and self.description is not None:
+                self.description.unlink(missing_ok=True)  # it describes an output that is gone
+        write_json(self.marker, {"format": FORMAT, **content})
+
+    @property
+    def _has_removable_parts(self) -> bool:
+        """Whether the parts go once the output is there; the checkpoints of a run stay."""
+        return self.marker is not None and self.marker.parent == self.parts
+
+    def remove_parts(self) -> None:
+        """Remove the parts of a finished output."""
+        if self.parts is not None and self._has_removable_parts:
+            remove_folder(self.parts)
+
+    def leave(self) -> None:
+        """Remove the folder of parts if it holds none: what was asked for may have been impossible."""
+        if self.marker is not None and not _names(self.marker.parent) - {self.marker.name}:
+            self.remove_parts()
+
+    def _lock_path(self) -> Path:
+        real = self.path.resolve()
+        return real / ".lock" if self.is_folder else real.with_name(f".{real.name}.lock")
+
+    @contextmanager
+    def locked(self) -> Iterator[str]:
+        """Hold the output against other runs, with a lock that ends with this process.
+
+        Missing folders are made, and removed again where nothing was written to them. Yields what the lock
+        file holds, by which other ranks of the run know it (``check_seen``). A file system that has no
+        locks gets a warning. Raises UserError where another run holds the output, or it cannot be written.
+        """
+        made: list[Path] = []
+        try:
+            try:
+                lock = self._lock_path()
+                for parent in reversed([p for p in (lock.parent, *lock.parent.parents) if not p.exists()]):
+                    parent.mkdir(exist_ok=True)
+                    made.append(parent)
+                file = self._open_lock(lock)
+                note = f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(16)}\n"
+                file.truncate(0)
+                file.write(note)
+                file.flush()
+                os.fsync(file.fileno())  # for other machines
+            except OSError as error:
+                raise self.cannot_write(reason(error)) from None
+            try:
+                yield note
+            finally:
+                with suppress(OSError):
+                    lock.unlink()
+                file.close()
+        finally:
+            for parent in reversed(made):
+                with suppress(OSError):
+                    parent.rmdir()
+
+    def _open_lock(self, lock: Path):
+        """Return the lock file, open and locked.
+
+        The lock is the process's own (POSIX): a data-loading worker that was forked from it, and that may
+        live on for seconds after its parent was killed, does not hold it.
+        """
+        while True:
+            file = open(lock, "a+")  # noqa: SIM115, open for as long as it is held
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in HELD:
+                    print(
+                        f"warning: {self.option}: locks do not work at {self.path} ({reason(error)}); "
+                        "see to it that no other run writes there",
+                        file=sys.stderr,
+                    )
+                    return file
+                file.seek(0)
+                holder = file.readline(200).strip() or "another process"
+                file.close()
+                raise UserError(
+                    f"{self.option}: {self.path} is being written by {holder}; wait for it to end, or end it"
+                ) from None
+            with suppress(FileNotFoundError):  # the run before may have removed it in between
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                    return file
+            file.close()
+
+    def check_seen(self, note: str) -> None:
+        """Raise UserError unless this is the output that rank 0 has locked.
+
+        note: what ``locked`` gave there. Another machine may see it with delay, and is given the time.
+        """
+        holder, own = note.splitlines()[0], socket.gethostname()
+        end = time.monotonic() + (0 if holder.endswith(f" on {own}") else SEEN_SECONDS)
+        while True:
+            with suppress(OSError):  # it is not there, or not yet
+                if self._lock_path().read_text() == note:
+                    return
+            if time.monotonic() >= end:
+                break
+            time.sleep(1)
+        raise UserError(
+            f"{self.option}: {self.path} on {own} is not the folder that {holder} writes to; "
+            "all nodes need one folder that they share"
+        )
+
+
+def read_marker(path: Path) -> dict:
+    """Return the content of a marker. Raises UserError for another format, or none."""
+    content = read_json(path)
+    found = content.get("format")
+    if found != FORMAT:
+        raise UserError(f"{path}: holds format {found!r} instead of {FORMAT}; take another output")
+    if not isinstance(content.get("options", {}), dict):
+        raise UserError(f"{path}: holds no options of a run; take another output")
+    return content
+
+
+def _names(folder: Path) -> set[str]:
+    """Return the names in a folder, if it is there, without hidden ones."""
+    return {name for name in os.listdir(folder) if not name.startswith(".")} if folder.is_dir() else set()
+
+
+def check_space(output: Output, needed: int, what: str) -> None:
+    """Raise UserError where fewer than ``needed`` bytes are free; ``what`` says what they are for."""
+    usage = shutil.disk_usage(existing_part(output.path))
+    if needed > usage.free and usage.total:  # some file systems, /proc among them, have no sizes
+        raise UserError(
+            f"{output.option}: {output.path} has {usage.free / 1e9:.1f} GB free, "
+            f"the run needs {needed / 1e9:.1f} GB ({what})"
+        )
+
+
+def differing(before: Mapping, now: Mapping) -> list[str]:
+    """Return the options that differ, each as "NAME BEFORE instead of NOW"; one side may know fewer."""
+    now = json.loads(json.dumps(now))  # as it reads back: tuples become lists
+    both = [name for name in now if name in before and name not in NOT_COMPARED]
+    changed = [name for name in both if before[name] != now[name]]
+    return [f"{name} {before[name]} instead of {now[name]}" for name in changed]

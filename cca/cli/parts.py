@@ -1,0 +1,157 @@
+"""Rows of a large array, made in parts by several ranks and stored as they come; then one file."""
+
+import math
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from tqdm import tqdm
+
+from cca.distributed import Processes, StopRequest
+from models.utils.errors import UserError
+from models.utils.files import atomic_write, read_array, write_binary
+
+HEADER_BYTES = 128  # of a part's file: np.save pads to this
+
+# Ranges of rows -> these rows in order, in pieces of any number, empty ones among them.
+MakeRows = Callable[[list[range]], Iterator[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of an array of ``shape`` [N, ...] and ``dtype``, ``rows_per_part`` rows in each file."""
+
+    folder: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    rows_per_part: int
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def part(self, start: int) -> range:
+        """Return the rows of the part that begins with row ``start``."""
+        return range(start, min(start + self.rows_per_part, self.shape[0]))
+
+    def all(self) -> Iterator[range]:
+        return map(self.part, range(0, self.shape[0], self.rows_per_part))
+
+    def path(self, part: range) -> Path:
+        return self.folder / f"{part.start:08d}.npy"
+
+    def is_stored(self, part: range) -> bool:
+        """Return whether a part is there, whole."""
+        try:
+            size = self.path(part).stat().st_size
+        except OSError:
+            return False
+        return size == HEADER_BYTES + len(part) * self.row_bytes
+
+    def missing(self) -> list[range]:
+        return [part for part in self.all() if not self.is_stored(part)]
+
+    def rows_stored(self) -> int:
+        starts = [int(path.stem) for path in self.folder.glob("*.npy") if path.stem.isdecimal()]
+        return sum(len(self.part(start)) for start in starts if self.is_stored(self.part(start)))
+
+    def space_needed(self) -> int:
+        """Return the bytes that are still to be written: the missing parts, then the file of all."""
+        return (2 * self.shape[0] - self.rows_stored()) * self.row_bytes
+
+    def write(self, part: range, rows: np.ndarray) -> None:
+        write_binary(self.path(part), lambda file: np.save(file, rows.astype(self.dtype, copy=False)))
+
+    def _read(self, part: range) -> np.ndarray:
+        try:
+            rows = read_array(self.path(part))
+        except UserError:
+            rows = np.empty(0)
+        if rows.shape != (len(part), *self.shape[1:]) or rows.dtype != self.dtype:
+            raise UserError(f"--output: {self.path(part)} is damaged; remove it, and repeat the command")
+        return rows
+
+    def copy_to(self, file: IO[bytes]) -> None:
+        """Write the whole array as .npy, with one part in memory at a time. Raises UserError."""
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in self.all():
+            file.write(self._read(part).tobytes())
+
+
+def fill(ranks: Processes, parts: Parts, make: MakeRows, description: str, begun_with: str = "") -> bool:
+    """Make the parts that are missing, dealt out over the ranks.
+
+    Args:
+        make: makes the rows of some ranges.
+        description: of the progress bar.
+        begun_with: what the bar says until the first rows are there.
+
+    Returns:
+        False where a signal came first: all ranks stop, and the same command resumes. An error of one
+        rank ends all of them.
+    """
+    # Rank 0 looks, before any rank writes: on other nodes, a file that is there may not be seen yet.
+    missing = ranks.look_once(lambda: [part.start for part in parts.missing()])
+    own = [parts.part(start) for start in missing[ranks.share(len(missing))]]
+    pieces, waiting, to_store = make(own), [], own.copy()
+    with (
+        StopRequest() as stop,
+        tqdm(total=sum(map(len, own)), desc=description, unit="image", disable=not ranks.main) as bar,
+    ):
+        bar.set_postfix_str(begun_with)
+
+        def advance() -> None:
+            if not to_store:
+                return
+            rows = next(pieces)
+            if stop.asked:
+                return  # a part of a part is not kept
+            if len(rows):
+                bar.set_postfix_str("", refresh=False)
+            bar.update(len(rows))
+            waiting.append(rows)
+            while to_store and sum(map(len, waiting)) >= len(to_store[0]):
+                part, made = to_store.pop(0), np.concatenate(waiting)
+                parts.write(part, made[: len(part)])
+                waiting[:] = [made[len(part) :]]
+
+        # Signals reach the ranks at different moments, and one may have a part more than another.
+        while ranks.any(bool(to_store)) and not ranks.any(stop.asked):
+            ranks.agree(advance)
+        stopped = ranks.any(stop.asked)
+    if stopped and ranks.main:
+        print(
+            f"stopped; {parts.rows_stored()} of {parts.shape[0]} images are stored, "
+            "the same command goes on from there"
+        )
+    return not stopped
+
+
+def write_npy(path: Path, parts: Parts) -> None:
+    """Join parts into one .npy. Raises UserError."""
+    write_binary(path, parts.copy_to)
+
+
+def write_npz(path: Path, parts: Parts, labels: Iterable[np.ndarray] | None) -> None:
+    """Join parts into the .npz that guided-diffusion's evaluator reads, the same bytes for the same rows.
+
+    labels: classes [n] int64 in pieces, in the order of the rows; None leaves arr_1 out. Raises UserError.
+    """
+
+    def write(temporary: Path) -> None:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            # Entries without a date: the same samples are the same bytes.
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+                parts.copy_to(file)
+            if labels is not None:
+                with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as file:
+                    header = {"descr": "<i8", "fortran_order": False, "shape": parts.shape[:1]}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for some in labels:
+                        file.write(some.astype("<i8").tobytes())
+
+    atomic_write(path, write)

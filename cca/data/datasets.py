@@ -1,0 +1,177 @@
+"""Labelled images as training and extraction read them: the interface of all data sets, and pixels.
+
+An item belongs to (epoch, image index): its crop is drawn from that image's own random stream, so
+neither the number of ranks nor of data-loading workers changes what is trained.
+"""
+
+import os
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cca.data.image_folders import find_images, fingerprint, read_image, shown, subfolders
+from cca.data.image_sets import NpzImages, to_uint8_tensor
+from cca.data.labels import check_labels, number_classes
+from cca.random_streams import CROPS, stream
+from models import ARImageModel, UserError
+from models.transforms import Transform
+
+
+class LabelledDataset(Dataset):
+    """Images with their classes, as pixels or as codes; a data format gives ``all_labels`` and ``item``."""
+
+    all_labels: Tensor  # classes [N] int64, on the CPU
+    crops: int = 1  # views that an item holds; the trainer takes data sets of one
+    classes: dict[str, int] | None = None  # class of each class folder, where there are such
+    unreadable: set[int] | frozenset[int] = frozenset()  # images that this process could not read so far
+
+    @abstractmethod
+    def item(self, epoch: int, index: int) -> Tensor:
+        """Return pixels uint8 [3, H, W] ([crops, 3, H, W] if ``crops`` is above 1), or codes int64 [L].
+
+        Runs in data-loading workers: no device, and no random numbers except those of (seed, epoch, index).
+        """
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, bool]:
+        """Return the item of (epoch, index), and whether it stands in for an image that cannot be read."""
+        return self.item(*key), key[1] in self.unreadable
+
+    def __len__(self) -> int:
+        return len(self.all_labels)
+
+    def labels(self, indices: np.ndarray) -> Tensor:
+        """Return the classes [n] int64 of these images, on the CPU."""
+        return self.all_labels[torch.from_numpy(indices)]
+
+    def same_class(self) -> bool:
+        """Whether all images are of one class; looks at no more labels than it has to."""
+        first = self.labels(np.arange(1))
+        parts = (np.arange(i, min(i + 1024, len(self))) for i in range(0, len(self), 1024))
+        return all(bool((self.labels(part) == first).all()) for part in parts)
+
+    def name(self, index: int) -> str:
+        """What to call image ``index`` in a message."""
+        return f"image {index}"
+
+    def notes(self) -> list[str]:
+        """What to tell the user of the data: what was left out, what could not be checked."""
+        return []
+
+    def check_tokenizer(self, model: ARImageModel) -> None:
+        """Raise UserError where the items are codes of another tokenizer than the model's.
+
+        Called when the model has its weights.
+        """
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 that changes with images or labels and not with the path; None: not known.
+
+        It may read all of the data: one process takes it.
+        """
+        return None
+
+
+class ImageArray(LabelledDataset):
+    """An ``.npz`` of labelled images at the model's size, held in memory."""
+
+    def __init__(self, path: Path, model: ARImageModel):
+        self.file = file = NpzImages(path)
+        labels = file.labels()
+        if labels is None:
+            raise UserError(f"{path}: holds {len(file)} images (arr_0) and no labels (arr_1)")
+        if len(file) and file.size != (model.image_size, model.image_size):
+            raise UserError(
+                f"--data: {path} has images of {file.size[0]} x {file.size[1]}, "
+                f"the model takes {model.image_size} x {model.image_size}"
+            )
+        self.all_labels = check_labels(labels, model.num_classes, path)
+        (images,) = file.batches(slice(0, len(file)), len(file))
+        self.images = to_uint8_tensor(images)
+
+    def item(self, epoch: int, index: int) -> Tensor:
+        return self.images[index]
+
+    def fingerprint(self) -> str:
+        return self.file.content_hash()
+
+
+class FolderImages(LabelledDataset):
+    """An ImageNet-style folder, one subfolder per class (``number_classes`` has the rules).
+
+    The class folders may lie in ``train/`` below it. An unreadable image is replaced by the next
+    readable one of its class and noted. ``given``: the user's own class of each folder.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        model: ARImageModel,
+        transform: Transform,
+        seed: int = 0,
+        given: Mapping[str, int] | None = None,
+    ):
+        inner = path / "train"
+        self.root = root = inner if inner.is_dir() and subfolders(inner) else path
+        files, self.left_out = find_images(root)
+        self.outside = sum("/" not in file for file in files)
+        # Class by class, then by folder and name: an image keeps its index from version to version.
+        self.files = sorted(
+            (file for file in files if "/" in file),
+            key=lambda file: (file.split("/")[0], *file.rsplit("/", 1)),
+        )
+        if not self.files:
+            raise UserError(f"--data: {shown(root)} is not a folder of class folders with images")
+        self.classes = classes = number_classes(root, subfolders(root), model.num_classes, given)
+        labels = np.array([classes[file.split("/")[0]] for file in self.files])
+        self.all_labels = check_labels(labels, model.num_classes, root)
+        self.transform, self.seed, self.crops = transform, seed, transform.crops
+        self.unreadable: set[int] = set()
+
+    def item(self, epoch: int, index: int) -> Tensor:
+        candidate = index
+        for _ in range(100):
+            try:
+                image = read_image(self.name(candidate))
+                return self.transform(image, stream(self.seed, CROPS, epoch, index))
+            except (UserError, ValueError):
+                self.unreadable.add(index)
+                candidate = (candidate + 1) % len(self)
+                if self.all_labels[candidate] != self.all_labels[index]:
+                    candidate = int((self.all_labels == self.all_labels[index]).nonzero()[0])
+        raise UserError(f"--data: {shown(self.name(index))} and the 99 images after it cannot be read")
+
+    def name(self, index: int) -> str:
+        return f"{self.root}/{self.files[index]}"
+
+    def notes(self) -> list[str]:
+        notes = [self.left_out] if self.left_out else []
+        if self.outside:
+            notes.append(f"{self.root}: {self.outside:,} images in no class folder are left out")
+        return notes
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.root, self.files, self.all_labels.tolist())
+
+
+def open_labelled_images(
+    path: Path,
+    model: ARImageModel,
+    seed: int = 0,
+    transform: Transform | None = None,
+    classes: Mapping[str, int] | None = None,
+) -> LabelledDataset:
+    """``--data``: an ``.npz`` of images at the model's size, or a folder of class folders.
+
+    Photographs of a folder go through ``transform``, by default the model's own of training;
+    ``classes`` is the user's own class of each folder.
+    """
+    if os.path.isdir(path):  # False for a name that cannot be one, too
+        return FolderImages(path, model, transform or model.training_transform(), seed, classes)
+    if classes is not None:
+        raise UserError(f"--classes-from: goes with class folders; the labels of {path} are its arr_1")
+    return ImageArray(path, model)

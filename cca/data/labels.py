@@ -1,0 +1,152 @@
+"""Labels: which class a class folder is, by one set of rules for all that read such; what labels may be."""
+
+import argparse
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import UserError
+from models.utils.files import parse_json
+from models.zoo.hub import ASSETS
+
+WORDNET_IDS = ASSETS / "imagenet1k-wordnet-ids.txt"
+WHOLE_NUMBER = re.compile("-?[0-9]{1,18}")
+HINT = "--classes-from FILE.json says which class each folder is"
+
+
+def add_classes_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--classes-from",
+        type=Path,
+        metavar="FILE.json",
+        help='class of each class folder, such as {"cat": 281, "dog": 207} (default: names that are '
+        "numbers or WordNet ids, or sorted names if there are as many as classes)",
+    )
+
+
+def read_classes(path: Path | None) -> dict[str, int] | None:
+    """The mapping of ``--classes-from``, folder -> class; None without a path. Raises UserError."""
+    if path is None:
+        return None
+
+    try:
+        pairs = parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=tuple)
+    except FileNotFoundError:
+        raise UserError(f"--classes-from: {path}: no such file") from None
+    except (OSError, ValueError):
+        raise UserError(f"--classes-from: {path} is not a readable JSON file") from None
+    if not isinstance(pairs, tuple) or not pairs or not all(type(label) is int for _, label in pairs):
+        raise UserError(
+            f'--classes-from: {path} is not an object of folder and class, such as {{"cat": 281}}'
+        )
+    name, times = Counter(name for name, _ in pairs).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"--classes-from: {path} names {name!r} twice")
+    return dict(pairs)
+
+
+@functools.cache
+def wordnet_classes() -> dict[str, int]:
+    """ImageNet-1k: WordNet id -> class."""
+    return {name: number for number, name in enumerate(WORDNET_IDS.read_text().split())}
+
+
+def number_classes(
+    folder: Path, names: Sequence[str], num_classes: int | None, given: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """The class of each class folder.
+
+    Without ``given``: names that are whole numbers are the class; of 1,000 classes, WordNet ids of
+    ImageNet-1k are looked up; other names are numbered in sorted order if there are ``num_classes``.
+
+    Args:
+        folder: where the class folders lie, for messages.
+        names: of the class folders.
+        num_classes: of the model; None where it is not known: then ``given`` is needed.
+        given: the user's own mapping, which may name other folders too.
+
+    Raises:
+        UserError: a class outside 0 … num_classes - 1, or folders of which these rules do not tell it.
+    """
+    names = sorted(names)
+    known = wordnet_classes() if num_classes == len(wordnet_classes()) else {}
+    own = [name for name in names if name not in known and not WHOLE_NUMBER.fullmatch(name)]
+    if given is not None:
+        if missing := [name for name in names if name not in given]:
+            raise UserError(f"--classes-from: does not name {_some(missing)} of {folder}")
+        numbers = {name: given[name] for name in names}
+    elif num_classes is None:
+        raise UserError(f"{folder}: of how many classes these are is not known; {HINT}")
+    elif all(WHOLE_NUMBER.fullmatch(name) for name in names):
+        numbers = {name: int(name) for name in names}
+    elif all(name in known for name in names):
+        numbers = {name: known[name] for name in names}
+    elif len(own) == len(names) == num_classes:
+        numbers = {name: number for number, name in enumerate(names)}
+    else:
+        rules = f"numbers 0 … {num_classes - 1}" + (", WordNet ids" if known else "")
+        raise UserError(
+            f"{folder}: the {len(names)} class folders ({_some(names)}) are neither {rules} "
+            f"nor {num_classes} other names; {HINT}"
+        )
+    limits = f"0 … {num_classes - 1}" if num_classes else "0, 1, …"
+    for name, number in numbers.items():
+        if not 0 <= number < (num_classes or math.inf):
+            text = f"class {number} of the folder {_some([name])} of {folder} is outside {limits}"
+            raise UserError(f"--classes-from: {text}" if given else f"{text}; {HINT}")
+    return numbers
+
+
+def class_folders(noted: object) -> dict[str, int] | None:
+    """The class of each class folder that a file keeps under ``classes``; None where it keeps no such."""
+    classes = noted.get("classes") if isinstance(noted, dict) else None
+    if not isinstance(classes, dict) or not all(type(label) is int for label in classes.values()):
+        return None
+    return classes
+
+
+def own_names(folders: Mapping[str, int], num_classes: int) -> dict[int, str]:
+    """Names that class folders give to their classes: class -> name, or names of several folders of one.
+
+    ``folders``: folder -> class. Numbers and, of 1,000 classes, WordNet ids name nothing of their own.
+    """
+    known = wordnet_classes() if num_classes == len(wordnet_classes()) else {}
+    names: dict[int, list[str]] = {}
+    for name, label in sorted(folders.items()):
+        if not WHOLE_NUMBER.fullmatch(name) and name not in known:
+            names.setdefault(label, []).append(name)
+    return {label: ", ".join(several) for label, several in names.items() if 0 <= label < num_classes}
+
+
+def whole_numbers(labels: np.ndarray, path: str | Path) -> np.ndarray:
+    """Labels [N] as int64. Raises UserError for another shape, or for what are no whole numbers."""
+    if labels.ndim != 1:
+        hint = "; take argmax(1) of one-hot labels" if labels.ndim == 2 and labels.shape[1] > 1 else ""
+        raise UserError(f"{path}: labels are {list(labels.shape)}; expected classes [N]{hint}")
+    whole = labels.dtype.kind in "iu" or (
+        labels.dtype.kind == "f"
+        and bool((np.abs(labels) < 2**31).all() and (labels == np.rint(labels)).all())
+    )
+    if not whole:
+        raise UserError(f"{path}: labels are {labels.dtype}; expected whole numbers")
+    return np.ascontiguousarray(labels, np.int64)
+
+
+def check_labels(labels: np.ndarray, num_classes: int, path: str | Path) -> Tensor:
+    """Return labels [N] as int64. Raises UserError for another shape or kind, and for other classes."""
+    values = whole_numbers(labels, path)
+    if len(values) == 0 or not 0 <= int(values.min()) <= int(values.max()) < num_classes:
+        raise UserError(f"{path}: labels must lie in 0 … {num_classes - 1}")
+    return torch.from_numpy(values)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = [name if name.isprintable() else ascii(name) for name in names[:3]]
+    return ", ".join(shown) + (", …" if len(names) > 3 else "")

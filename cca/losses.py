@@ -1,0 +1,134 @@
+"""Condition Contrastive Alignment and the losses it is compared with (arXiv 2410.09347).
+
+Notation: x is the tokens of an image, c its class, c- another class; B images are a batch. All losses act
+on sequence log-likelihoods log p(x|c), summed over the tokens of an image, through the implicit reward
+
+    r(x, c) = log p_theta(x|c) - log p_ref(x|c)
+
+of the trained model over the frozen pretrained one. s is the logistic function.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cca_loss(
+    reward: Tensor, negative_reward: Tensor, same_label: Tensor, beta: float, lambda_: float
+) -> Tensor:
+    """Return the CCA loss: noise-contrastive alignment (NCA, arXiv 2402.05369) with classes as prompts.
+
+    L = [-mean_i log s(beta r(x_i, c_i)) - mean_i w_i log s(sign_i beta r(x_i, c_i-))] / max(lambda_, 1)
+
+    with sign_i = -1 and w_i = lambda_, but sign_i = +1 and w_i = 1 where c_i- equals c_i: such a pair is a
+    positive one.
+
+    Args:
+        reward: r(x_i, c_i) of the true classes [B], in nats.
+        negative_reward: r(x_i, c_i-) of the other classes [B].
+        same_label: bool [B], where c_i- equals c_i (the null class included).
+        beta: inverse temperature of the reward, > 0.
+        lambda_: weight of the negatives, >= 0.
+
+    Returns:
+        scalar loss.
+    """
+    sign, weight = _negative_terms(same_label, negative_reward, lambda_)
+    positive = -F.logsigmoid(beta * reward).mean()
+    negative = -(weight * F.logsigmoid(sign * beta * negative_reward)).mean()
+    return (positive + negative) / max(lambda_, 1.0)
+
+
+def dpo_loss(
+    reward: Tensor, negative_reward: Tensor, same_label: Tensor, beta: float, lambda_: float
+) -> Tensor:
+    """Return the loss of Direct Preference Optimization (arXiv 2305.18290, eq. 7), the true class preferred.
+
+    L = -mean_i log s(beta (r(x_i, c_i) - r(x_i, c_i-)))
+
+    Arguments as in ``cca_loss``; ``same_label`` and ``lambda_`` play no part.
+    """
+    return -F.logsigmoid(beta * (reward - negative_reward)).mean()
+
+
+def unlearning_loss(
+    reward: Tensor, negative_reward: Tensor, same_label: Tensor, beta: float, lambda_: float
+) -> Tensor:
+    """Return the paper's unlearning baseline: likelihood up for true classes, down for the others.
+
+    L = [-mean_i r(x_i, c_i) - mean_i w_i sign_i r(x_i, c_i-)] / max(lambda_, 1)
+
+    Arguments, signs and weights as in ``cca_loss``; ``beta`` plays no part.
+    """
+    sign, weight = _negative_terms(same_label, negative_reward, lambda_)
+    return (-reward.mean() - (weight * sign * negative_reward).mean()) / max(lambda_, 1.0)
+
+
+def _negative_terms(same_label: Tensor, like: Tensor, lambda_: float) -> tuple[Tensor, Tensor]:
+    """Return sign_i and w_i of ``cca_loss``, each [B] of the kind of ``like``."""
+    one = torch.ones_like(like)
+    return torch.where(same_label, one, -one), torch.where(same_label, one, lambda_ * one)
+
+
+def next_label(labels: Tensor) -> Tensor:
+    """Return c-, the label of the next image in the data order, of each image: [B] -> [B]."""
+    return labels.roll(-1)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One way of training.
+
+    objective: the loss [] of (reward [B], negative reward [B], same_label [B], beta, lambda_), as in
+        ``cca_loss``; None is plain maximum likelihood, which needs no reference model.
+    negatives: labels [B] of a global batch, in the data order -> the classes [B] to contrast with.
+    hyperparameters: those of beta and lambda_ that the objective depends on.
+    """
+
+    objective: Callable[[Tensor, Tensor, Tensor, float, float], Tensor] | None
+    negatives: Callable[[Tensor], Tensor] = next_label
+    hyperparameters: tuple[str, ...] = ("beta", "lambda_")
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Those of beta and lambda_ that it does not depend on."""
+        return tuple(name for name in ("beta", "lambda_") if name not in self.hyperparameters)
+
+    def reward_scale(self, beta: float) -> float:
+        """What a reward is multiplied by where it is reported: ``beta``, or 1 if the loss has none."""
+        return beta if "beta" in self.hyperparameters else 1.0
+
+
+LOSSES: dict[str, Loss] = {
+    "cca": Loss(cca_loss),
+    "dpo": Loss(dpo_loss, hyperparameters=("beta",)),
+    "unlearning": Loss(unlearning_loss, hyperparameters=("lambda_",)),
+    "sft": Loss(None, hyperparameters=()),
+}
+
+
+def pair_labels(
+    labels: Tensor, uncond: Tensor, null_class: int, negatives: Callable[[Tensor], Tensor] = next_label
+) -> tuple[Tensor, Tensor]:
+    """Return c and c- of each image of a global batch: labels [B], uncond bool [B] -> [B], [B].
+
+    Rows of ``uncond`` get the null class on both sides, which keeps the unconditional model alive.
+    """
+    null = torch.full_like(labels, null_class)
+    return torch.where(uncond, null, labels), torch.where(uncond, null, negatives(labels))
+
+
+def missing_negatives(loss: str, batch_size: int, same_class: Callable[[], bool]) -> str | None:
+    """Return why no image has another class to contrast with, if so; ``same_class`` tells it of the data."""
+    if LOSSES[loss].objective is None or LOSSES[loss].negatives is not next_label:
+        return None
+    if batch_size == 1:
+        return (
+            f"--batch-size 1 leaves {loss} without negatives: they are the classes of a batch's other images"
+        )
+    if same_class():
+        return f"all images are of one class, which leaves {loss} without negatives: it needs two or more"
+    return None

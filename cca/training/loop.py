@@ -1,0 +1,71 @@
+"""The training loop of both backbones: batches in, optimizer steps, metrics out, saving, stopping."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+from tqdm import tqdm
+
+from cca.distributed import StopRequest
+from cca.training.loader import Loader
+from cca.training.memory import peak_rate, step_flops
+from cca.training.run_folder import RunFolder
+from cca.training.trainer import Trainer
+
+
+def train(
+    trainer: Trainer,
+    loader: Loader,
+    folder: RunFolder,
+    save_every: int,
+    log_every: int,
+    draw_samples: Callable[[int], None] = lambda step: None,
+) -> bool:
+    """Run or resume training up to ``max_steps``, then leave model and checkpoint in ``folder``.
+
+    Args:
+        draw_samples: called after each step with the number of steps done.
+
+    Returns:
+        False where a signal came first.
+    """
+    config, processes = trainer.config, trainer.processes
+    peak = peak_rate(processes.device)
+    with StopRequest() as request:
+        done = folder.resume(trainer)
+        title = f"{config.loss} {folder.path.name}"
+        with tqdm(total=config.max_steps, initial=done, desc=title, disable=not processes.main) as bar:
+            began = time.perf_counter()
+            for batch in loader.batches(done):
+                metrics = trainer.optimizer_step(done, batch)
+                seconds = time.perf_counter() - began
+                metrics["images_per_second"] = config.batch_size / seconds
+                if peak:
+                    metrics["mfu"] = step_flops(trainer, batch) / seconds / peak
+                done += 1
+                if processes.main:
+                    show(bar, metrics, done % log_every == 0)
+                # A signal reaches the ranks at different moments; they agree on the step to stop at.
+                own = float(request.asked), float(len(loader.unreadable))
+                stop, unreadable = processes.agree(partial(folder.log, done, metrics), True, *own)
+                loader.check_unreadable(int(unreadable))
+                if stop or done % save_every == 0 or done == config.max_steps:
+                    folder.save(trainer, done)
+                draw_samples(done)
+                if stop:
+                    break
+                began = time.perf_counter()
+        if done == config.max_steps:
+            folder.export(trainer)
+        elif processes.main:
+            print(f"stopped and saved after step {done}; the same command goes on from there")
+    return done == config.max_steps
+
+
+def show(bar: tqdm, metrics: dict[str, float], refresh: bool) -> None:
+    """Move the progress bar on by a step; ``refresh``: show the step's metrics beside it."""
+    bar.update()
+    if refresh:
+        shown = ["loss", "rewards/accuracies", "rewards/margins", "images_per_second", "mfu"]
+        shown += ["skipped_steps"] if metrics["skipped_steps"] else []
+        bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown if name in metrics})

@@ -1,0 +1,190 @@
+"""A training run, from parsed options to the loop: what the training commands share."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cca.cli.main import play
+from cca.cli.output import Found, Output
+from cca.config import TrainingConfig
+from cca.data.datasets import LabelledDataset
+from cca.distributed import Processes
+from cca.losses import LOSSES, missing_negatives
+from cca.training.checkpoints import ema_name, saved_steps
+from cca.training.loader import Loader
+from cca.training.loop import train
+from cca.training.memory import MICRO_BATCH_TOO_LARGE, MODEL_TOO_LARGE, fitting_micro_batch
+from cca.training.options import COMPILED_FROM, chosen_recipe, training_config
+from cca.training.preview import grid_drawer
+from cca.training.run_folder import MICRO_BATCH, RunFolder, options_of_config
+from cca.training.trainer import Trainer
+from models import ARImageModel, Recipe, UserError, find_files, zoo_entry
+from models.utils.files import size_text
+from models.utils.precision import TRAINED_IMAGES, allow_tf32, compute_deterministically, memory_named
+from models.zoo.loading import ModelFiles, numbers
+
+PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
+# Path, model, seed -> what is trained on.
+OpenData = Callable[[Path, ARImageModel, int], LabelledDataset]
+
+
+def run_training(args: argparse.Namespace, path: Path, open_data: OpenData) -> None:
+    """Train as the options say; ``path``: of the data. Raises UserError."""
+    entry = zoo_entry(args.model)
+    recipe = chosen_recipe(args, entry)
+    if args.weights == "cca":
+        raise UserError("--weights: training starts from base or from a path")
+    output = Output.run(args.output, entry.backbone.checkpoint_name)
+    output.check_place({"the data": path})
+    if args.deterministic:
+        compute_deterministically()
+
+    def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Training:
+        allow_tf32(ranks.device)
+        files = find_files(args.model, args.weights, args.tokenizer_weights, args.image_size)
+        model = files.build()
+        data = open_data(path, model, args.seed)
+        config = training_config(args, recipe, len(data), model.lr_scales_with_batch)
+        return Training(args, ranks, found, files, model, path, data, config, recipe)
+
+    play(args, output, resolve)
+
+
+@dataclass
+class Training:
+    """A run to be trained or resumed, resolved from the options and from what was found at the output."""
+
+    args: argparse.Namespace
+    ranks: Processes
+    found: Found
+    files: ModelFiles
+    model: ARImageModel
+    path: Path
+    data: LabelledDataset
+    config: TrainingConfig
+    recipe: Recipe
+
+    def __post_init__(self) -> None:
+        args, config, ranks = self.args, self.config, self.ranks
+        on_gpu = ranks.device.type == "cuda"
+        self.downloads = self.files.downloads(self.model)
+        self.parallel = args.parallel or self.recipe.parallel
+        check_parallel(args, config, self.parallel, ranks)
+        self.compile = on_gpu and config.max_steps >= COMPILED_FROM if args.compile is None else args.compile
+        self.most = math.ceil(config.batch_size / ranks.world)  # images of a step on this rank
+        # A run that is resumed elsewhere keeps its micro-batch, which decides the masks of dropout.
+        self.kept = 0 if args.micro_batch_size else noted_micro_batch(args.output, self.found)
+        asked = args.micro_batch_size or self.kept
+        published = config.batch_size // (PUBLISHED_GPUS * self.recipe.published_accumulation)
+        if self.recipe.published_accumulation == 1:
+            published = TRAINED_IMAGES[ranks.device.type]
+        self.micro_batch_size = max(min(asked or published, config.batch_size), 1)
+        # Else as many images as fit into the GPU's memory.
+        is_sharded = self.parallel == "fsdp" and ranks.world > 1
+        self.is_fixed = bool(asked or args.deterministic or is_sharded or not on_gpu)
+
+    def known(self) -> dict:
+        return self.options({"images": len(self.data)})
+
+    def options(self, data: dict) -> dict:
+        """Return everything that decides what is trained, under its names in config.json."""
+        computed = {"deterministic": self.args.deterministic, "compile": self.compile}
+        return {**options_of_config(self.config), **self.files.known(), **data, **computed}
+
+    def plan(self) -> dict[str, str]:
+        config, data = self.config, self.data
+        values = [f"{name} {getattr(config, name):g}" for name in LOSSES[config.loss].hyperparameters]
+        classes = "" if data.classes is None else f" in {len(data.classes)} class folders"
+        epochs = config.max_steps * config.batch_size / len(data)
+        micro = f"a micro-batch of {min(self.micro_batch_size, self.most)} images"
+        micro += (" as before" if self.kept else "") + ("" if self.is_fixed else " or what fits")
+        rows = {
+            "data": f"{self.path}, {len(data):,} images{classes}",
+            "training": ", ".join([config.loss, *values, f"learning rate {config.lr:g}"]).replace("_ ", " "),
+            "steps": f"{config.max_steps:,} of {config.batch_size} images ({epochs:.3g} epochs), "
+            f"seed {config.seed}",
+            "device": f"{self.ranks.devices} ({self.parallel}), {config.dtype}, "
+            f"{'compiled' if self.compile else 'eager'}, {micro}",
+            "writes": f"{self.args.output}/: {self.written()}",
+        }
+        if done := saved_steps(self.args.output):
+            rows["resumes"] = f"after step {done[-1]:,} of {config.max_steps:,}"
+        return self.files.plan(self.model, self.args.weights) | rows
+
+    def written(self) -> str:
+        """Return what the run leaves in its folder."""
+        name, ema = self.model.checkpoint_name, bool(self.config.ema)
+        files = [name, ema_name(name) if ema else "", "config.json", "metrics.jsonl", "curves.png"]
+        # AdamW's moments beside the weights; a new checkpoint is whole before an old one goes.
+        size = size_text(4 * numbers(self.model.transformer) * (3 + ema))
+        state = f"state (~{size} each, up to {self.args.keep_states + 1} at a time)"
+        files += ["tensorboard", "samples" if self.args.sample_every else "", state]
+        return ", ".join(filter(None, files))
+
+    def prepare(self) -> dict:
+        self.files = self.files.fill(self.model)
+        self.data.check_tokenizer(self.model)
+        digest = self.ranks.digest(self.data.fingerprint)
+        self.all_options = self.options({"images": len(self.data), "data_sha256": digest})
+        return {
+            "command": self.ranks.command(self.args.command),
+            "options": self.all_options,
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+            "data": {"path": str(self.path), "classes": self.data.classes},
+        }
+
+    def work(self) -> bool:
+        args, config, ranks = self.args, self.config, self.ranks
+        folder = RunFolder(args.output, ranks, self.all_options, args.keep_states)
+        if ranks.main:
+            without = missing_negatives(config.loss, config.batch_size, self.data.same_class)
+            for note in [*self.data.notes(), *filter(None, [without])]:
+                print(f"note: {note}", file=sys.stderr)
+        with memory_named(MODEL_TOO_LARGE):
+            self.model.transformer.checkpointing = args.checkpointing
+            trainer = Trainer(self.model, config, self.micro_batch_size, ranks, self.parallel, self.compile)
+        if not self.is_fixed:
+            trainer.micro_batch_size = min(ranks.each(fitting_micro_batch(trainer, self.most)))
+            if ranks.main:
+                print(f"micro-batch of {trainer.micro_batch_size} images, which the memory holds", flush=True)
+        draw = grid_drawer(trainer, folder.path / "samples", args.sample_every, self.data.classes)
+        loader = Loader(self.data, config, ranks, self.model.null_class, args.workers)
+        with memory_named(MICRO_BATCH_TOO_LARGE):
+            return train(trainer, loader, folder, args.save_every, args.log_every, draw)
+
+
+def noted_micro_batch(run: Path, found: Found) -> int:
+    """Return the images of a micro-batch with which a run was trained last; 0: it has no checkpoint.
+
+    Raises UserError for a note that is no such number.
+    """
+    noted = (found.content or {}).get(MICRO_BATCH, 0)
+    if type(noted) is not int or (noted < 1 and found.content and MICRO_BATCH in found.content):
+        raise UserError(
+            f"{run}/config.json: {MICRO_BATCH} is {noted!r}, not a number of images; delete that entry"
+        )
+    return noted
+
+
+def check_parallel(args: argparse.Namespace, config: TrainingConfig, parallel: str, ranks: Processes) -> None:
+    """Raise UserError for options that do not go with the number of ranks, or with sharding."""
+    if config.batch_size < ranks.world:
+        raise UserError(f"--batch-size: {config.batch_size} is less than the {ranks.world} processes")
+    if parallel == "fsdp" and config.batch_size % ranks.world:
+        raise UserError(
+            f"--batch-size: with --parallel fsdp it must be a multiple of the {ranks.world} processes, "
+            f"{config.batch_size} is not"
+        )
+    if parallel == "fsdp" and config.dtype == "float16":
+        raise UserError("--dtype: --parallel fsdp takes bfloat16 or float32, not float16")
+    if parallel == "fsdp" and args.sample_every and ranks.world > 1:
+        raise UserError(
+            "--sample-every: a sharded model cannot draw samples; "
+            "use --parallel ddp, or sample.py on a finished run"
+        )

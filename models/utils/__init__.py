@@ -1,0 +1,1 @@
+"""What the models need of the machine: errors, files, precision."""

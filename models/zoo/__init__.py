@@ -1,0 +1,1 @@
+"""Which models exist, and how their weights are found, read and written."""

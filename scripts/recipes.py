@@ -1,0 +1,234 @@
+"""The experiments as data: which samples the quickstart and each table and figure of the paper need.
+
+The paper is arXiv 2410.09347; numbers of tables and figures are its own. Each function ``*_rows`` takes a
+model of the zoo and the options of scripts/reproduce.py, and returns the rows of a report in their order.
+"""
+
+import shlex
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from cca.losses import LOSSES
+from models import ZOO, UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """A fine-tuning; ``options`` are those of the training command."""
+
+    name: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A set of samples and its figures.
+
+    weights: "base", "cca" (as published), or the run that makes them.
+    sampling: options of sample.py.
+    published: FID-50k of the paper, where it has one.
+    series: the lines of a picture that the row is a point of (``report.SERIES``), each with the value
+        that varies along it.
+    """
+
+    model: str
+    name: str
+    label: str
+    weights: str | Run = "base"
+    sampling: tuple[str, ...] = ()
+    published: float | None = None
+    series: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def key(self) -> str:
+        """Name of the row's files."""
+        return f"{self.model}-{self.name}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is varied: guidance (as in --cfg-scale), lambda at the recipe's beta, beta at ``beta_lambda``.
+
+    beta_lambda: None is the recipe's. usual: a good guidance scale.
+    """
+
+    scales: tuple[float, ...]
+    lambdas: tuple[float, ...]
+    betas: tuple[float, ...]
+    beta_lambda: float | None = None
+    usual: float = 2.0
+
+
+# Figure 4: guidance from 0 to 3, lambda from 1 to 10,000 at beta 0.02; figure 9: beta at lambda 1,000.
+PUBLISHED = Sweep(
+    scales=(1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0),
+    lambdas=(1, 10, 100, 300, 1000, 10_000),
+    betas=(2, 0.5, 0.1, 0.02, 0.005),
+    beta_lambda=1000,
+)
+SMALLER = {
+    "llamagen-mini": Sweep(scales=(1.25, 1.5, 2.0, 2.5, 3.0), lambdas=(1, 100, 1000), betas=(1, 0.05)),
+    "var-mini": Sweep(scales=(1.5, 2.0, 3.0, 4.0, 5.0), lambdas=(1, 100, 1000), betas=(0.5, 0.02), usual=3.0),
+}
+LOSS_LABELS = {"cca": "CCA", "dpo": "DPO", "unlearning": "unlearning", "sft": "control: maximum likelihood"}
+CCA, CONTROL = Run("cca"), Run("sft", ("--loss", "sft"))
+
+
+def sweep(model: str) -> Sweep:
+    return SMALLER.get(model, PUBLISHED)
+
+
+def sampled(model: str, guidance: float | None = None) -> tuple[str, ...]:
+    """Options of sample.py: the published settings where there are some, guided at that scale."""
+    preset = ("--preset", "published") if ZOO[model].published else ()
+    return preset if guidance is None else (*preset, "--cfg-scale", f"{guidance:g}")
+
+
+def published_fid(model: str, what: str) -> float | None:
+    published = ZOO[model].published
+    return published and published.fid(what)
+
+
+def base_row(model: str) -> Row:
+    fid = published_fid(model, "base")
+    return Row(model, "base", "base, no guidance", "base", sampled(model), fid, {"guidance": 1.0})
+
+
+def guided_row(model: str, scale: float) -> Row:
+    return Row(
+        model, f"base-cfg{scale:g}", f"base, guidance {scale:g}",
+        sampling=sampled(model, scale), series={"guidance": scale},
+    )  # fmt: skip
+
+
+def guided_rows(model: str) -> list[Row]:
+    """The base over its guidance scales."""
+    return [guided_row(model, scale) for scale in sweep(model).scales]
+
+
+def trained_row(model: str, run: Run, label: str, **other) -> Row:
+    """What a run of this project gives, without guidance."""
+    return Row(model, run.name, label, run, sampled(model), **other)
+
+
+def quickstart_rows(model: str, options: Namespace) -> list[Row]:
+    """The main job: base, CCA, the base over its guidance scales; with --control the controls."""
+    rows = [base_row(model), trained_row(model, CCA, "CCA, no guidance", series={"recipe": 1.0})]
+    if not options.control:
+        return [*rows, *guided_rows(model)]
+    label = "control: maximum likelihood, no guidance"
+    control = trained_row(model, CONTROL, label, series={"control": 1.0})
+    cooler = (*sampled(model), "--temperature", "0.8")
+    cooler_row = Row(model, "base-t0.8", "control: base at temperature 0.8", sampling=cooler)
+    return [*rows, control, *guided_rows(model), cooler_row]
+
+
+def table_rows(model: str, options: Namespace) -> list[Row]:
+    """Tables 1 and 2, and figure 1: base and CCA without guidance, the base with it."""
+    cca, published = published_fid(model, "cca"), ZOO[model].published
+    own = trained_row(model, CCA, "CCA trained here, no guidance", published=cca)
+    if published is None:
+        return [base_row(model), guided_row(model, sweep(model).usual), own]
+    guided = Row(
+        model, "base-guided", f"base, guidance {published.cfg_scale:g}",
+        sampling=("--preset", "published-cfg"), published=published.fid("guided"),
+    )  # fmt: skip
+    released = Row(model, "cca-released", "CCA as published, no guidance", "cca", sampled(model), cca)
+    return [base_row(model), guided, released, *([] if options.from_released else [own])]
+
+
+def ablation_rows(model: str, options: Namespace) -> list[Row]:
+    """Table 3: the losses side by side, and plain maximum likelihood.
+
+    A loss whose settings nobody has published for the model needs --loss-options, else it is left out.
+    """
+    rows, given = [base_row(model)], dict(options.loss_options)
+    for loss in LOSSES:
+        if loss in given or loss in ZOO[model].recipes:
+            run = Run(loss, ("--loss", loss, *shlex.split(given.get(loss, ""))))
+            label, fid = f"{LOSS_LABELS.get(loss, loss)}, no guidance", published_fid(model, loss)
+            rows.append(trained_row(model, run, label, published=fid))
+    return rows
+
+
+def left_out(model: str, rows: list[Row]) -> str:
+    """A sentence on the losses that are not among the rows of an ablation; "" where all are."""
+    missing = [loss for loss in LOSSES if loss not in {row.name for row in rows}]
+    if not missing:
+        return ""
+    needed = " ".join(f"--{name.rstrip('_')} 0.02" for name in LOSSES[missing[0]].hyperparameters)
+    return (
+        f"Left out: {', '.join(missing)}, whose beta, lambda and learning rate were not published for "
+        f"{model}; give them, as in --loss-options {missing[0]} '{needed} --lr 1e-6'."
+    )
+
+
+def tradeoff_rows(model: str, options: Namespace) -> list[Row]:
+    """Figures 4 and 9: CCA over lambda and over beta against guidance over its scale."""
+    recipe, varied = ZOO[model].recipes["cca"], sweep(model)
+    fixed = () if varied.beta_lambda is None else ("--lambda", f"{varied.beta_lambda:g}")
+    series = {"recipe": 1.0, "lambda": recipe.lambda_} | ({} if fixed else {"beta": recipe.beta})
+    rows = [base_row(model), *guided_rows(model), trained_row(model, CCA, "CCA, the recipe", series=series)]
+    for name, values, more in (("lambda", varied.lambdas, ()), ("beta", varied.betas, fixed)):
+        for value in values:
+            run = Run(f"cca-{name}{value:g}", (f"--{name}", f"{value:g}", *more))
+            rows.append(trained_row(model, run, f"CCA, {name} {value:g}", series={name: value}))
+    return [*rows, trained_row(model, CONTROL, "control: maximum likelihood", series={"control": 1.0})]
+
+
+def with_guidance_rows(model: str, options: Namespace) -> list[Row]:
+    """Figures 5 and 6: CCA by the recipe for it, with guidance on top."""
+    if "with-guidance" not in ZOO[model].recipes:
+        raise UserError(f"--models: {model} has no recipe for CCA with guidance on top")
+    run = Run("with-guidance", ("--recipe", "with-guidance"))
+    rows = [trained_row(model, run, "CCA, no guidance", series={"on top": 1.0})]
+    rows += [
+        Row(
+            model, f"with-guidance-cfg{scale:g}", f"CCA, guidance {scale:g}", run,
+            sampled(model, scale), series={"on top": scale},
+        )
+        for scale in sweep(model).scales
+    ]  # fmt: skip
+    return [base_row(model), *guided_rows(model), *rows]
+
+
+SHEET = (6, 4)  # columns and lines of the pictures of figures 7 and 8
+
+
+def same_noise_rows(model: str, options: Namespace) -> list[Row]:
+    """Figures 7 and 8: one class from the same random numbers, three ways."""
+    published = ZOO[model].published
+    guidance = options.guidance or (published.cfg_scale if published else 2.0)
+    weights = "cca" if ZOO[model].cca else CCA
+    fixed = ("--classes", str(options.label), "--num-samples", str(SHEET[0] * SHEET[1]))
+    ways = (("base", "base, no guidance", "base", None), ("cca", "CCA, no guidance", weights, None),
+            ("guided", f"base, guidance {guidance:g}", "base", guidance))  # fmt: skip
+    return [
+        Row(model, f"class{options.label}-{name}", title, source, (*sampled(model, scale), *fixed))
+        for name, title, source, scale in ways
+    ]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The rows of each model, and which models they are by default: published, and bundled (--mini)."""
+
+    rows: Callable[[str, Namespace], list[Row]]
+    models: tuple[str, ...]
+    mini: tuple[str, ...] = ("llamagen-mini", "var-mini")
+
+
+VAR_TABLE = ("var-d16", "var-d20", "var-d24", "var-d30")
+LLAMAGEN_TABLE = ("llamagen-b", "llamagen-l", "llamagen-xl", "llamagen-xxl", "llamagen-3b")
+ABLATED = ("llamagen-l", "var-d24")  # the models of table 3
+EXPERIMENTS = {
+    "quickstart": Experiment(quickstart_rows, ()),
+    "tables": Experiment(table_rows, (*VAR_TABLE, *LLAMAGEN_TABLE)),
+    "var-tables": Experiment(table_rows, VAR_TABLE, ("var-mini",)),
+    "llamagen-tables": Experiment(table_rows, LLAMAGEN_TABLE, ("llamagen-mini",)),
+    "tradeoff": Experiment(tradeoff_rows, ABLATED),
+    "ablation": Experiment(ablation_rows, ABLATED),
+    "with-guidance": Experiment(with_guidance_rows, LLAMAGEN_TABLE),
+    "samples": Experiment(same_noise_rows, ABLATED),
+}

@@ -1,0 +1,101 @@
+"""What may be written where, and by one run at a time."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT
+
+from cca.cli.output import Output
+from models.utils.errors import UserError
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from cca.cli.output import Output
+with Output(Path(sys.argv[1])).locked():
+    if os.fork() == 0:  # as a data loader's process
+        time.sleep(60)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # who runs the tests may write anywhere
+    with pytest.raises(UserError, match="may not be written to"):
+        Output(tmp_path / "s.npz").check_place()
+
+
+def test_inputs_are_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.npz").touch()
+    (tmp_path / "link.npz").symlink_to(tmp_path / "a.npz")
+    for output in ("a.npz", "./a.npz", "link.npz"):
+        with pytest.raises(UserError, match="--output: .* is what --images reads; take another name"):
+            Output(Path(output)).check_place({"--images": tmp_path / "a.npz"})
+    Output(tmp_path / "b.npz").check_place({"--images": tmp_path / "a.npz", "--other": None})
+
+
+def test_an_output_belongs_to_one_run_and_not_to_a_dead_one(tmp_path):
+    path = tmp_path / "s.npz"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert holder.stdout.readline() == b"held\n"
+    with (
+        pytest.raises(UserError, match=f"s.npz is being written by process {holder.pid} on "),
+        Output(path).locked(),
+    ):
+        pass
+    assert os.listdir(tmp_path) == [".s.npz.lock"]
+    holder.kill()
+    holder.wait()
+    with Output(path).locked():  # its child lives on, and holds nothing
+        assert os.listdir(tmp_path) == [".s.npz.lock"]
+    os.killpg(holder.pid, 9)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_folders_made_for_nothing_are_removed(folder, tmp_path):
+    with pytest.raises(UserError, match="refused"), Output(tmp_path / "a" / "b", folder).locked():
+        raise UserError("refused")
+    assert not os.listdir(tmp_path)
+    with Output(tmp_path / "a" / "b", folder).locked():
+        (tmp_path / "a" / "kept").touch()
+    assert os.listdir(tmp_path / "a") == ["kept"]
+
+
+def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with Output(tmp_path / "s.npz").locked():
+        pass
+    assert "warning: --output: locks do not work" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("found", ["", '"format": 2, ', '"format": "1", '])
+@pytest.mark.parametrize("kind", ["samples", "described samples", "codes", "finished codes", "run"])
+def test_nothing_of_another_format_is_resumed(kind, found, tmp_path):
+    output, marker = {
+        "samples": (Output.npz(tmp_path / "s.npz", "samples"), "s.npz.parts/options.json"),
+        "described samples": (Output.npz(tmp_path / "s.npz", "samples"), "s.json"),
+        "codes": (Output.codes(tmp_path), "progress/header.json"),
+        "finished codes": (Output.codes(tmp_path), "header.json"),
+        "run": (Output.run(tmp_path, "model.pt"), "config.json"),
+    }[kind]
+    path = tmp_path / marker
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f'{{{found}"options": {{"seed": 0}}}}')
+    with pytest.raises(UserError, match=f"{path.name}.* (holds format|is a file that this command did not)"):
+        output.look()
+    path.write_text('{"format": 1, "options": {"seed": 0}}')
+    assert output.look().options in ({}, {"seed": 0})  # {} where the described samples are gone

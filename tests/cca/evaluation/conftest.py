@@ -1,0 +1,51 @@
+"""What the tests of the evaluator share: some of the bundled images, and the command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import REFERENCE, ROOT, TRAIN
+from PIL import Image
+
+import eval_fid
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch, request):
+    """Run the command; returns the results that it wrote.
+
+    The current folder holds samples.npz and reference.npz, with the module's number of images.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("samples", TRAIN), ("reference", REFERENCE)):
+        with np.load(ROOT / source) as file:
+            some = {key: file[key][: request.module.IMAGES] for key in ("arr_0", "arr_1")}
+        np.savez(f"{name}.npz", **some)
+
+    def run(
+        samples="samples.npz",
+        *options,
+        reference="reference.npz",
+        features=("--features", "mini"),
+        output="out.json",
+    ):
+        files = ["--samples", samples, "--reference", reference, "--output", output]
+        eval_fid.main([*features, *files, *options])
+        return json.loads(Path(output).read_text(), parse_constant=pytest.fail)
+
+    return run
+
+
+@pytest.fixture
+def write_folder(evaluate):
+    """Write images to a folder, each to a class folder where labels are given."""
+
+    def write(path, images, labels=None, suffix=".png"):
+        for i, image in enumerate(images):
+            place = Path(path, f"{i:03d}{suffix}" if labels is None else f"{labels[i]}/{i:03d}{suffix}")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place)
+
+    return write

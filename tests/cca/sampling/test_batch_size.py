@@ -1,0 +1,93 @@
+"""What fits in a GPU's memory, on a machine that has none."""
+
+import os
+
+import pytest
+import torch
+
+import sample
+from cca.config import SampleRequest
+from cca.sampling import sampler
+from cca.sampling.batch_size import (
+    COMPILED_FROM,
+    CPU_BATCH,
+    compiles_by_default,
+    default_batch_size,
+    row_bytes,
+)
+from models import SamplingOptions, UserError
+from models.base import ARTransformer
+from models.utils.errors import one_line
+from models.zoo.loading import build_model
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+MODELS = {name: build_model(name) for name in ("llamagen-3b", "llamagen-b", "var-d16")}
+
+
+def request(dtype="bfloat16", cfg_scale=1.0, images=50_000):
+    return SampleRequest(images, (0,), "balanced", 0, None, dtype, SamplingOptions(cfg_scale))
+
+
+def pretend(monkeypatch, free: float) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), 2**40))
+
+
+def test_the_caches_of_a_known_model(monkeypatch):
+    """llamagen-3b in 24 GB: 6 GB of weights in bfloat16, and of a guided image 0.2 GB of keys and values."""
+    model = MODELS["llamagen-3b"]
+    cache = 2 * 577 * 24 * 3200 * 2  # keys and values of 577 positions (the class, 576 tokens) and 24 blocks
+    assert row_bytes(model, request()) == pytest.approx(cache, rel=0.02)
+    pretend(monkeypatch, 24e9)
+    sizes = [default_batch_size(model, request(dtype, scale), GPU)
+             for dtype in ("bfloat16", "float32") for scale in (1, 2)]  # fmt: skip
+    assert sizes == [32, 16, 16, 8]
+    pretend(monkeypatch, 1e9)  # less than the weights
+    assert default_batch_size(model, request(), GPU) == 1
+    pretend(monkeypatch, 1e12)
+    assert default_batch_size(model, request(), GPU) == 256
+    assert default_batch_size(model, request(), CPU) == CPU_BATCH == 64
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_runs_that_are_compiled(name):
+    """By the images of the whole run that fall to a process; a CPU's never are."""
+    model = MODELS[name]
+    least = COMPILED_FROM[model.steps_alike]
+    assert least == (10_000 if name.startswith("var") else 1_000)
+    for images, device, processes, compiled in (
+        (least, GPU, 1, True),
+        (least - 1, GPU, 1, False),
+        (8 * least, GPU, 8, True),
+        (8 * least - 1, GPU, 8, False),
+        (10**6, CPU, 1, False),
+    ):
+        assert compiles_by_default(model, request(images=images), device, processes) == compiled
+
+
+def full(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@pytest.mark.parametrize(
+    "place, options, message",
+    [
+        ("store_matrices", (), "--model: the model does not fit in"),
+        ("generate_tokens", (), "--batch-size: 8 images at once do not fit in"),
+        ("to_pixels", (), "--model: decoding does not fit in"),
+        ("to_pixels", ("--compile",), "--batch-size: 8 images at once do not fit in"),
+        ("CompiledGenerate", ("--compile",), "--batch-size: 8 images at once do not fit in"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(place, options, message, tmp_path, monkeypatch):
+    """It names the option, and nothing is left on the disk."""
+    if place == "to_pixels":  # what is compiled is not looked at here
+        eager = lambda model, *_: sampler.eager_generate(model, request("float32"))  # noqa: E731
+        monkeypatch.setattr(sampler, "CompiledGenerate", eager)
+    owner = ARTransformer if place == "store_matrices" else sampler
+    monkeypatch.setattr(owner, place, full)
+    fixed = ["--model", "llamagen-mini", "--num-samples", "24", "--batch-size", "8"]
+    with pytest.raises(UserError) as caught:
+        sample.main([*fixed, "--output", str(tmp_path / "s.npz"), *options])
+    why = " the GPU's memory (CUDA out of memory. Tried to allocate 20.00 GiB); "
+    assert one_line(caught.value).startswith(message + why)
+    assert not os.listdir(tmp_path)

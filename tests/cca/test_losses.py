@@ -1,0 +1,63 @@
+"""Losses and their gradients against the figures of the published code, in float64."""
+
+import pytest
+import torch
+from golden_models import golden
+
+from cca.losses import LOSSES, pair_labels
+from cca.training.batch import diagnostics
+
+FIGURES = golden("losses")
+GOLDEN_LOSSES = ["cca", "dpo", "unlearning"]
+SETTINGS = [(0.02, 50.0), (0.02, 1000.0), (0.1, 0.5)]
+
+
+@pytest.mark.parametrize("beta, lam", SETTINGS)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("name", GOLDEN_LOSSES)
+def test_loss_and_gradient(name, masked, beta, lam):
+    mask = FIGURES["uncond_mask"] & masked
+    labels, negatives = pair_labels(FIGURES["labels"], mask, int(FIGURES["num_classes"]))
+    positive, negative = (FIGURES[k].clone().requires_grad_() for k in ("positive_logp", "negative_logp"))
+    rewards = positive - FIGURES["ref_positive_logp"], negative - FIGURES["ref_negative_logp"]
+    loss = LOSSES[name].objective(*rewards, labels == negatives, beta, lam)
+    loss.backward()
+    key = f"{name}_{'masked' if masked else 'nomask'}_beta{beta}_lambda{lam}"
+    for actual, part in ((loss, "loss"), (positive.grad, "grad_positive"), (negative.grad, "grad_negative")):
+        torch.testing.assert_close(actual, FIGURES[f"{key}_{part}"], rtol=0, atol=1e-9)
+
+
+def test_pair_labels():
+    null = int(FIGURES["num_classes"])
+    labels, negatives = pair_labels(FIGURES["labels"], FIGURES["uncond_mask"], null)
+    assert torch.equal(labels, FIGURES["labels_masked"])
+    assert torch.equal(negatives, FIGURES["negative_labels_masked"])
+    nobody = torch.zeros_like(FIGURES["uncond_mask"])
+    assert torch.equal(pair_labels(FIGURES["labels"], nobody, null)[1], FIGURES["negative_labels"])
+
+
+def test_diagnostics():
+    """Rewards and their difference times beta; the share of rows in which the true class is preferred."""
+    reward = FIGURES["positive_logp"] - FIGURES["ref_positive_logp"]
+    negative = FIGURES["negative_logp"] - FIGURES["ref_negative_logp"]
+    logps = FIGURES["positive_logp"], FIGURES["negative_logp"]
+    null_rows = FIGURES["uncond_mask"].nonzero().flatten()
+    sums = diagnostics(logps, (reward, negative), null_rows, scale=0.02)
+    found = {name: total.item() / count for name, (total, count) in sums.items()}
+    assert found == pytest.approx(
+        {
+            "rewards/accuracies": float(FIGURES["metric_accuracy"]),
+            "rewards/margins": 0.02 * float(FIGURES["metric_margin"]),
+            "rewards/chosen": 0.02 * float(FIGURES["metric_chosen_reward"]),
+            "rewards/rejected": 0.02 * float(FIGURES["metric_rejected_reward"]),
+            "rewards/null": 0.02 * reward[null_rows].mean().item(),
+            "logps/chosen": logps[0].mean().item(),
+            "logps/rejected": logps[1].mean().item(),
+        },
+        abs=1e-9,
+    )
+    assert sums["rewards/null"][1] == len(null_rows)
+
+
+def test_rewards_are_scaled_where_the_loss_has_beta():
+    assert [LOSSES[name].reward_scale(0.02) for name in GOLDEN_LOSSES] == [0.02, 0.02, 1.0]

@@ -1,0 +1,388 @@
+"""Training as users run it: processes, micro-batches, interruption, resume."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT, TRAIN, after_plan, command_line, environment, expect_error, run
+from made_data import make_codes, make_image_folder
+
+import train_var_cca
+from models import UserError, load_model
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("codes")
+    run("-m", "scripts.extract_codes", "--model", "llamagen-mini", "--data", TRAIN, "--output", folder)
+    return folder
+
+
+@pytest.fixture(params=["var", "llamagen"])
+def command(request, codes):
+    data = ["--data", TRAIN] if request.param == "var" else ["--codes", codes]
+    return [
+        f"train_{request.param}_cca.py",
+        "--model",
+        f"{request.param}-mini",
+        *data,
+        "--batch-size",
+        16,
+        "--max-steps",
+        5,
+        "--save-every",
+        1,
+    ]
+
+
+PAIR_METRICS = (
+    *("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"),
+    *("logps/chosen", "logps/rejected"),
+)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def model_file(folder):
+    return next(folder.glob("model.pt*"))
+
+
+def weights(folder):
+    content = torch.load(model_file(folder), weights_only=True)
+    return content.get("model", content)
+
+
+def same_losses(a, b):
+    for x, y in zip(metrics(a), metrics(b), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-5), x["step"]
+        for name in (*PAIR_METRICS, "grad_norm"):
+            assert x[name] == pytest.approx(y[name], rel=1e-4, abs=1e-4), name
+
+
+def cut_differently(command, tmp_path, cuts):
+    run(*command, "--output", tmp_path / "one")
+    for name, processes, options in cuts:
+        run(*command, *options, "--output", tmp_path / name, processes=processes)
+        same_losses(tmp_path / "one", tmp_path / name)
+    assert [m["step"] for m in metrics(tmp_path / "one")] == [1, 2, 3, 4, 5]
+    first = metrics(tmp_path / "one")[0]
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)  # policy and reference start as one
+    assert first["logps/chosen"] > first["logps/rejected"]
+
+
+def test_processes_and_micro_batches_do_not_matter(command, tmp_path):
+    cut_differently(
+        command,
+        tmp_path,
+        [
+            ("two", 2, ["--micro-batch-size", 3]),
+            ("sharded", 2, ["--parallel", "fsdp", "--micro-batch-size", 4]),
+        ],
+    )
+    model = load_model(command[2], str(model_file(tmp_path / "one")))
+    assert torch.equal(next(model.transformer.parameters()), next(iter(weights(tmp_path / "one").values())))
+    assert list((tmp_path / "one" / "tensorboard").iterdir())
+    whole, sharded = weights(tmp_path / "one"), weights(tmp_path / "sharded")
+    assert list(whole) == list(sharded)
+    assert all(torch.allclose(whole[k], sharded[k], atol=1e-4) for k in whole)
+
+
+@pytest.mark.slow
+def test_four_processes(command, tmp_path):
+    cut_differently(
+        command, tmp_path, [("four", 4, []), ("sharded", 4, ["--parallel", "fsdp", "--checkpointing"])]
+    )
+
+
+def wait_for_progress(process, output, wanted):
+    """Until so many steps or parts are there; what is waited for has work for minutes more."""
+
+    def made():
+        path = output / "metrics.jsonl"
+        if path.exists():
+            return len(path.read_text().splitlines())
+        return len(list(output.with_suffix(".npz.parts").glob("*.npy")))
+
+    while process.poll() is None and made() < wanted:
+        time.sleep(0.01)
+
+
+def start(command, folder, processes=1, **options):
+    return subprocess.Popen(
+        command_line([*command, "--output", folder], processes),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+KILLED = """
+import os, signal, sys, time
+import cca.training.loop as loop
+from importlib import import_module
+command, part_of_a_step, *arguments = sys.argv[1:]
+show, shown = loop.show, []
+def show_and_be_killed(*given):
+    show(*given)
+    shown.append(time.monotonic())
+    if len(shown) == 2:
+        signal.setitimer(signal.ITIMER_REAL, float(part_of_a_step) * (shown[1] - shown[0]))
+    if len(shown) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+loop.show = show_and_be_killed
+import_module(command.removesuffix(".py")).main(arguments)
+"""
+
+
+def kill_at_random(command, folder, kills, generator):
+    """The kernel ends each try at a random moment of its third step, SIGALRM being left as it is."""
+    for _ in range(kills):
+        driver = ["-c", KILLED, command[0], generator.uniform(0, 1), *command[1:], "--output", folder]
+        killed = subprocess.run(command_line(driver), cwd=ROOT, env=environment(), capture_output=True)
+        assert killed.returncode in (-signal.SIGALRM, -signal.SIGKILL), killed.stderr
+
+
+def ends_as_if_uninterrupted(command, tmp_path, kills, steps):
+    command = [*command, "--max-steps", steps, "--save-every", 1]
+    run(*command, "--output", tmp_path / "whole")
+    kill_at_random(command, tmp_path / "cut", kills, random.Random(0))
+    run(*command, "--output", tmp_path / "cut")
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert [m["step"] for m in metrics(tmp_path / "cut")] == list(range(1, steps + 1))
+    assert (
+        not list((tmp_path / "cut").rglob("*.tmp")) and len(list((tmp_path / "cut" / "state").iterdir())) == 1
+    )
+
+
+def test_killed_run_ends_where_an_uninterrupted_one_does(command, tmp_path):
+    ends_as_if_uninterrupted(command, tmp_path, kills=2, steps=8)
+
+
+@pytest.mark.slow
+def test_ten_kills(command, tmp_path):
+    ends_as_if_uninterrupted(command, tmp_path, kills=10, steps=40)
+
+
+def test_signals_save_and_end_with_one_line(command, tmp_path):
+    """As schedulers send them, to the whole process group, loaders among it; or a user, twice."""
+    numbers = [signal.SIGTERM] if "--data" in command else [signal.SIGINT, signal.SIGINT, signal.SIGHUP]
+    long = ["--max-steps", 10**9, "--save-every", 1000, "--workers", 1]
+    process = start([*command, *long], tmp_path, start_new_session=True)
+    try:
+        wait_for_progress(process, tmp_path, 2)
+        for number in numbers:
+            os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # what should have ended would train for ever
+            os.killpg(process.pid, signal.SIGKILL)
+    steps = len(metrics(tmp_path))
+    assert process.returncode == 0, err
+    assert after_plan(out) == f"stopped and saved after step {steps}; the same command goes on from there\n"
+    # Besides the progress bar, nothing.
+    assert not [line for line in err.splitlines() if line.strip() and not re.search("it/s|s/it", line)]
+    assert [path.name for path in (tmp_path / "state").iterdir()] == [f"step-{steps}"]
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["training", "sampling"])
+def test_sigterm_to_one_process_stops_all(kind, command, tmp_path):
+    if kind == "sampling":
+        command, output = ["sample.py", "--model", command[2], "--num-samples", 200_000], tmp_path / "s.npz"
+    else:
+        command, output = [*command, "--max-steps", 10**6, "--save-every", 1000], tmp_path
+    process = start(command, output, processes=2)
+    wait_for_progress(process, output, 2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Traceback" not in err, err
+    assert sum(line.startswith("stopped") for line in out.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
+    command = [
+        "train_var_cca.py", "--model", "var-mini", "--data", TRAIN, "--batch-size", 4, "--max-steps", 10**6
+    ]  # fmt: skip
+    process = start(command, tmp_path)
+    wait_for_progress(process, tmp_path, 1)
+    expect_error([*command, "--output", tmp_path], "--output", f"is being written by process {process.pid}")
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+
+
+def test_ten_steps_without_a_finite_gradient_stop_the_run(tmp_path):
+    common = [
+        "train_llamagen_cca.py",
+        "--model",
+        "llamagen-mini",
+        "--codes",
+        make_codes(tmp_path),
+        "--batch-size",
+        4,
+        "--max-steps",
+        20,
+    ]
+    expect_error(
+        [*common, "--lr", "1e30", "--save-every", 1, "--output", tmp_path / "run"],
+        "10 steps in a row had no finite gradient",
+        "--lr",
+    )
+    # The step that failed last is neither logged nor saved; the nine before it are counted.
+    assert metrics(tmp_path / "run")[-1]["skipped_steps"] == 9
+
+
+def test_published_code_folders_equal_packed_ones(tmp_path):
+    common = ["train_llamagen_cca.py", "--model", "llamagen-mini", "--batch-size", 8, "--max-steps", 6]
+    for name, published in (("packed", False), ("published", True)):
+        (tmp_path / name).mkdir()
+        run(
+            *common,
+            "--codes",
+            make_codes(tmp_path / name, published=published),
+            "--output",
+            tmp_path / f"{name}-run",
+        )
+    same_losses(tmp_path / "packed-run", tmp_path / "published-run")
+
+
+def test_image_folder(tmp_path):
+    data = tmp_path / "data"
+    broken = make_image_folder(data, 1100)
+    common = [
+        "train_var_cca.py",
+        "--model",
+        "var-mini",
+        "--loss",
+        "sft",
+        "--data",
+        data,
+        "--batch-size",
+        550,
+        "--micro-batch-size",
+        64,
+        "--lr",
+        0,
+    ]
+    result = run(*common, "--workers", 2, "--output", tmp_path / "run")
+    assert result.stderr.count(str(broken)) == 1
+    broken.with_name("another.png").write_bytes(b"no image")
+    expect_error([*common, "--output", tmp_path / "other"], "2 of 1101 images cannot be read, more than 0.1%")
+
+
+def test_workers_do_not_matter(tmp_path):
+    """Crops are drawn in the loader's processes."""
+    make_image_folder(tmp_path / "data", 40).unlink()
+    common = [
+        "--model",
+        "var-mini",
+        "--data",
+        str(tmp_path / "data"),
+        "--batch-size",
+        "8",
+        "--max-steps",
+        "6",
+    ]
+    for workers in ("0", "2"):
+        torch.manual_seed(int(workers))
+        train_var_cca.main([*common, "--workers", workers, "--output", str(tmp_path / workers)])
+    none, two = weights(tmp_path / "0"), weights(tmp_path / "2")
+    assert all(torch.equal(none[name], two[name]) for name in none)
+
+
+def test_losses_and_options(codes, tmp_path):
+    common = [
+        "train_llamagen_cca.py",
+        "--model",
+        "llamagen-mini",
+        "--codes",
+        codes,
+        "--batch-size",
+        16,
+        "--max-steps",
+        2,
+    ]
+    options = {
+        "dpo": ["--ema", 0.9],
+        "unlearning": ["--sample-every", 2],
+        "sft": ["--checkpointing", "--final-weight-decay", 0.1],
+    }
+    for loss, more in options.items():
+        run(
+            *common,
+            "--loss",
+            loss,
+            "--uncond-ratio",
+            0,
+            "--dtype",
+            "bfloat16",
+            *more,
+            "--output",
+            tmp_path / loss,
+        )
+        found = metrics(tmp_path / loss)[-1]
+        assert all(value == value for value in found.values())
+        logged = {name for name in found if "/" in name}  # no row is of the null class here
+        assert logged == ({"logps/chosen"} if loss == "sft" else set(PAIR_METRICS))
+        assert loss != "sft" or found["loss"] == pytest.approx(-found["logps/chosen"])
+        assert (tmp_path / loss / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    start, end, average = (
+        load_model("llamagen-mini", w).transformer.output.weight
+        for w in ("base", str(tmp_path / "dpo/model.pt"), str(tmp_path / "dpo/model_ema.pt"))
+    )
+    assert 0 < (average - start).norm() < (end - start).norm()
+    assert (tmp_path / "unlearning" / "samples" / "step-000002.png").read_bytes()[:4] == b"\x89PNG"
+    assert [m["weight_decay"] for m in metrics(tmp_path / "sft")] == pytest.approx([0.05, 0.1])
+
+
+@pytest.mark.parametrize("option", ["--checkpointing", pytest.param("--compile", marks=pytest.mark.slow)])
+def test_other_ways_of_computing_do_not_matter(option, command, tmp_path):
+    run(*command, "--output", tmp_path / "plain")
+    run(*command, option, "--output", tmp_path / "again")
+    same_losses(tmp_path / "plain", tmp_path / "again")
+
+
+IN_ONE_PROCESS = """
+import os, sys, torch, train_var_cca
+train_var_cca.main(sys.argv[1:])
+assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+assert not torch.is_deterministic_algorithms_warn_only_enabled()
+assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+import torch._inductor.config as compiler
+assert getattr(compiler, "deterministic", True)
+"""
+
+
+def test_deterministic_runs_are_equal_bit_for_bit(tmp_path):
+    common = ["--model", "var-mini", "--data", TRAIN, "--batch-size", 8, "--max-steps", 3]
+    for name in ("one", "two"):
+        options = ["--deterministic", "--sample-every", 2, "--output", tmp_path / name]
+        run("-c", IN_ONE_PROCESS, *common, *options)
+    one, two = tmp_path / "one", tmp_path / "two"
+    state, again = weights(one), weights(two)
+    assert state.keys() == again.keys() and all(torch.equal(state[key], again[key]) for key in state)
+    drawn, drawn_again = ((folder / "samples" / "step-000002.png").read_bytes() for folder in (one, two))
+    assert drawn == drawn_again
+    for line, other in zip(metrics(one), metrics(two), strict=True):
+        del line["images_per_second"], other["images_per_second"]
+        assert line == other
+    assert json.loads((one / "config.json").read_text())["options"]["deterministic"] is True
+    with pytest.raises(UserError, match="deterministic True instead of False"):
+        train_var_cca.main([*map(str, common), "--output", str(one)])

@@ -1,0 +1,129 @@
+"""What is told of a GPU, on a machine that has none."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from specimens import weights
+
+import cca.training.loop as command
+import train_llamagen_cca
+from cca.training.memory import fitting_micro_batch, peak_rate
+from cca.training.trainer import Trainer
+from models.utils.errors import UserError, one_line
+
+GPU = torch.device("cuda", 0)
+FULL = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which "
+    "1.00 GiB is free. Process 1 has 78.00 GiB memory in use."
+)
+
+
+def train(*options):
+    fixed = ["--codes=codes", "--max-steps", "2", "--batch-size", "8", "--micro-batch-size", "4"]
+    train_llamagen_cca.main([*weights("llamagen"), *fixed, *options])
+
+
+@pytest.mark.parametrize(
+    "name, rate",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_rates_of_gpus(name, rate, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_rate(GPU) == rate and peak_rate(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("loss, passes", [("cca", 4), ("sft", 3)])
+def test_share_of_the_rate(loss, passes, disk, monkeypatch):
+    monkeypatch.setattr(command, "peak_rate", lambda device: 1e12)
+    shown, own = [], command.show
+    monkeypatch.setattr(command, "show", lambda *given: (shown.append(given[1]), own(*given)))
+    train("--loss", loss, "--output", "run", *(["--lr", "1e-3"] if loss == "sft" else []))
+    dim, length, matrices = 32, 16, 2 * (4 * 32 * 32 + 3 * 32 * 256) + 32 * 16
+    forward = 2 * length * matrices + 2 * 4 * length**2 * dim
+    for line in (disk / "run" / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        seconds = 8 / metrics["images_per_second"]
+        # With dropout all pairs are run, the reference's as well.
+        sequences = 16 if loss == "cca" else 8
+        assert metrics["mfu"] * seconds * 1e12 == pytest.approx(passes * sequences * forward)
+    assert all("mfu" in metrics for metrics in shown)
+
+
+@pytest.mark.parametrize(
+    "place, option, remedy",
+    [
+        ("__init__", "--model", "more GPUs"),
+        ("optimizer_step", "--micro-batch-size", "a smaller one, --checkpointing, or more GPUs"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(place, option, remedy, disk, monkeypatch):
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(Trainer, place, full)
+    with pytest.raises(UserError) as caught:
+        train("--output", "run")
+    assert one_line(caught.value) == (
+        f"{option}: the memory does not suffice (CUDA out of memory. Tried to allocate 20.00 GiB); "
+        f"take {remedy} with --parallel fsdp. The same command resumes from the last checkpoint"
+    )
+
+
+def test_the_smallest_of_what_fits_the_gpus(monkeypatch, capsys):
+    """Each process measures, at most its share of the batch."""
+    asked, two = [], SimpleNamespace(each=lambda own: [own, 3], device=GPU, main=True)
+    monkeypatch.setattr(command, "fitting_micro_batch", lambda trainer, most: asked.append(most) or most)
+    trainer = SimpleNamespace(processes=two)
+    command.choose_micro_batch(trainer, 8)
+    assert asked == [8] and trainer.micro_batch_size == 3
+    assert "micro-batch of 3 images, which the memory holds" in capsys.readouterr().out
+
+
+def pretend_memory(monkeypatch, each: float, total: float):
+    """A GPU that a micro-batch takes so many bytes of for each image."""
+    run = []
+    micro_loss = Trainer.micro_loss
+
+    def noted(trainer, batch):
+        run.append(len(batch))
+        if each * len(batch) > total:
+            raise torch.OutOfMemoryError(FULL)
+        return micro_loss(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "micro_loss", noted)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: int(each * run[-1]))
+    properties = SimpleNamespace(total_memory=total)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return run
+
+
+@pytest.mark.parametrize("each, chosen, tried", [(15e6, 4, [2, 2, 4]), (60e6, 1, [2])])
+def test_the_chosen_micro_batch(each, chosen, tried, disk, monkeypatch):
+    """It is measured before the first step, which it leaves as it was."""
+    run = pretend_memory(monkeypatch, each, 100e6)
+    monkeypatch.setattr(
+        command,
+        "choose_micro_batch",
+        lambda trainer, most: setattr(trainer, "micro_batch_size", fitting_micro_batch(trainer, most)),
+    )
+    arguments = ["--codes=codes", "--max-steps", "2", "--batch-size", "8", "--output", "measured"]
+    train_llamagen_cca.main([*weights("llamagen"), *arguments])
+    assert run == [*tried, *[chosen] * (2 * 8 // chosen)]
+    assert "mfu" not in (disk / "measured" / "metrics.jsonl").read_text()  # nothing is known of a CPU
+    if chosen == 4:  # as given: the same numbers to the last bit
+        train("--output", "given")
+        given, measured = (
+            torch.load(f"{name}/model.pt", weights_only=True) for name in ("given", "measured")
+        )
+        assert all(torch.equal(given["model"][key], measured["model"][key]) for key in given["model"])

@@ -1,0 +1,88 @@
+"""The chunked log-likelihood against the plain one, and compiled."""
+
+from functools import cache, partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import models.log_likelihood
+import models.utils.precision
+from models.log_likelihood import linear_sequence_logprob, sequence_logprob
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_chunked_logprob_equals_the_plain_one(monkeypatch, bias):
+    # 7 rows at a time: chunks cut through sequences.
+    monkeypatch.setitem(models.utils.precision.LIKELIHOOD_LOGITS, "cpu", 101 * 7)
+    hidden, weight, offset = torch.randn(3, 13, 16), torch.randn(101, 16), torch.randn(101)
+    tokens, outer = torch.randint(0, 101, (3, 13)), torch.randn(3)
+    results = []
+    for function in (
+        linear_sequence_logprob,
+        lambda h, w, b, t: sequence_logprob(torch.nn.functional.linear(h, w, b), t),
+    ):
+        inputs = [t.clone().requires_grad_() for t in (hidden, weight, offset)]
+        value = function(inputs[0], inputs[1], inputs[2] if bias else None, tokens)
+        (value * outer).sum().backward()
+        results.append((value, *(t.grad for t in inputs if t.grad is not None)))
+    for chunked, plain in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-5)
+
+
+def one_pass(hidden: Tensor, layer: list[Tensor], tokens: Tensor, compiled: bool):
+    """Log-likelihoods, those of a reference, the gradients of their sum, and what is kept for these."""
+    kept: list[tuple[torch.Size, torch.dtype]] = []
+    inputs = [t.clone().requires_grad_() for t in (hidden, *layer)]
+    arguments = (*inputs, *[None] * (2 - len(layer)), tokens, compiled)
+    with torch.inference_mode():
+        reference = linear_sequence_logprob(*arguments)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append((t.shape, t.dtype)) or t, lambda t: t
+    ):
+        value = linear_sequence_logprob(*arguments)
+    (value * torch.linspace(-1, 1, len(value))).sum().backward()
+    return [value.detach(), reference, *(t.grad for t in inputs)], kept
+
+
+def compiled_and_eager(monkeypatch, backend: str, dtype: torch.dtype, bias: bool):
+    """Pairs of ``one_pass`` for batches of several sizes, in chunks of 7 tokens; three graphs serve all."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiler = partial(torch.compile, fullgraph=True, backend=backend)
+    monkeypatch.setattr(models.log_likelihood, "compiled_function", cache(compiler))
+    monkeypatch.setitem(models.utils.precision.LIKELIHOOD_LOGITS, "cpu", 512 * 7)
+    torch.manual_seed(0)
+    layer = [t.to(dtype) for t in (torch.randn(512, 16), torch.randn(512))[: 2 if bias else 1]]
+    for images, length in ((3, 13), (3, 13), (2, 17), (4, 14), (1, 5)):
+        hidden, tokens = torch.randn(images, length, 16, dtype=dtype), torch.randint(512, (images, length))
+        yield [one_pass(hidden, layer, tokens, compiled) for compiled in (True, False)]
+        # Of policy and reference forward, and of the gradients.
+        assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("dtype, bias", [(torch.float32, False), (torch.bfloat16, True)])
+def test_compiled_as_traced(dtype, bias, monkeypatch):
+    """Equal to the bit, nothing more is kept, and no other graph for the last chunk or another batch."""
+    for (compiled, kept), (eager, kept_by_eager) in compiled_and_eager(monkeypatch, "aot_eager", dtype, bias):
+        assert all(map(torch.equal, compiled, eager)) and len(compiled) == len(eager)
+        assert kept == kept_by_eager
+        assert max(shape.numel() for shape, _ in kept) == 512 * 16  # the weight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generated_code(dtype, bias, monkeypatch):
+    """By the compiler that users get, for which a C++ compiler is needed.
+
+    Measured: log-likelihoods to 1e-7, relative; gradients to 1e-7 in float32, and to the bit in bfloat16.
+    """
+    for (compiled, _), (eager, _) in compiled_and_eager(monkeypatch, "inductor", dtype, bias):
+        for ours, expected in zip(compiled[:2], eager[:2], strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+        for ours, expected in zip(compiled[2:], eager[2:], strict=True):
+            assert ours.dtype == expected.dtype
+            distance = (ours.double() - expected.double()).norm() / expected.double().norm()
+            assert distance <= (1e-6 if dtype == torch.float32 else 1e-3)

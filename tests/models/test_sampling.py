@@ -1,0 +1,161 @@
+"""Filters and noise of the draw, and frequencies of whole samples against enumerated probabilities."""
+
+import itertools
+import math
+import struct
+
+import pytest
+import torch
+from golden_models import golden
+from scipy.stats import chi2
+
+from cca.config import SampleRequest
+from cca.sampling.sampler import Sampler
+from models import llamagen, var
+from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
+from models.sampling import (
+    LOWEST_TEMPERATURE,
+    NOT_FINITE,
+    SamplingOptions,
+    exponential_noise,
+    filter_logits,
+    generate_tokens,
+    require_finite,
+)
+from models.utils.errors import UserError
+
+SAMPLES = 200_000
+CPU = torch.device("cpu")
+OPTIONS = {
+    "plain": SamplingOptions(),
+    "filtered": SamplingOptions(top_k=3, top_p=0.9, temperature=0.8),
+    "guided": SamplingOptions(cfg_scale=2.0, cfg_schedule="linear"),
+    "guided in part": SamplingOptions(cfg_scale=3.0, cfg_interval=1, top_k=3),
+}
+
+
+def tiny(backbone):
+    torch.manual_seed(0)
+    if backbone == "var":
+        model = var.VAR(
+            var.TransformerConfig(dim=32, depth=2, heads=2, vocab_size=4, num_classes=2),
+            var.TokenizerConfig(AutoencoderConfig(32, (1,), 4, VAR_KEYS, blocks=1), (1, 2), vocab_size=4),
+        )
+    else:
+        model = llamagen.LlamaGen(
+            llamagen.TransformerConfig(
+                dim=32, layers=2, heads=2, grid=2, vocab_size=4, num_classes=2, dropout=0.0
+            ),
+            llamagen.TokenizerConfig(AutoencoderConfig(32, (1,), 32, LLAMAGEN_KEYS, blocks=1), vocab_size=4),
+        )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@torch.no_grad()
+def probabilities(model, label, options):
+    """log p of every sequence, from teacher-forced logits of the conditional and the unconditional model."""
+    sequences = torch.tensor(list(itertools.product(range(4), repeat=model.sequence_length)))
+    labels = torch.full((len(sequences),), label)
+    cond = model.logits(labels, sequences)
+    uncond = model.logits(torch.full_like(labels, model.null_class), sequences)
+    steps = len(model.step_sizes)
+    scales = torch.cat(
+        [torch.full((size,), options.scale_at(step, steps)) for step, size in enumerate(model.step_sizes)]
+    )
+    logits = uncond + scales[:, None] * (cond - uncond)
+    chosen = filter_logits(logits, options).log_softmax(-1).gather(-1, sequences[..., None])
+    return chosen.double().sum((1, 2)).exp()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backbone", ["var", "llamagen"])
+def test_frequencies(backbone, name):
+    model, options = tiny(backbone), OPTIONS[name]
+    expected = SAMPLES * probabilities(model, 1, options)
+    assert expected.sum() == pytest.approx(SAMPLES, rel=1e-5) and expected.max() < 0.5 * SAMPLES
+    request = SampleRequest(SAMPLES, (1,), "balanced", 7, None, "float32", options)
+    counts = torch.zeros(len(expected), dtype=torch.float64)
+    place = 4 ** torch.arange(model.sequence_length - 1, -1, -1)
+    for start in range(0, SAMPLES, 20_000):
+        tokens = Sampler(model, request, 20_000, CPU).tokens(range(start, start + 20_000))
+        counts += torch.bincount((tokens * place).sum(1), minlength=len(expected))
+    assert counts[expected == 0].sum() == 0
+    rare = expected < 5  # too few for the chi-square: taken together
+    observed, wanted = (torch.cat([t[~rare], t[rare].sum()[None]]) for t in (counts, expected))
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    statistic = ((observed - wanted) ** 2 / wanted).sum().item()
+    assert statistic < chi2.ppf(0.999, len(wanted) - 1)
+
+
+def test_sampling_filters():
+    figures = golden("sampling_filters")
+    for name, expected in figures.items():
+        if name != "logits":
+            _, k, p, t = name.split("_")
+            options = SamplingOptions(top_k=int(k[1:]), top_p=float(p[1:]), temperature=float(t[1:]))
+            torch.testing.assert_close(
+                filter_logits(figures["logits"], options).softmax(-1), expected, rtol=0, atol=1e-6
+            )
+
+
+def keyed_triple_32(counter, uniform):
+    """The hash in Python's unbounded integers."""
+    mask = 2**32 - 1
+    (key,) = struct.unpack("<Q", struct.pack("<d", uniform))
+    z = (counter * 0x9E3779B9 + key) & mask
+    z = ((z ^ (z >> 17)) * 0xED5AD4BB ^ (key >> 20)) & mask
+    z = (z ^ (z >> 11)) * 0xAC4C1B51 & mask
+    z = (z ^ (z >> 15)) * 0x31848BAB & mask
+    return z ^ (z >> 14)
+
+
+def test_noise_is_the_hash():
+    for uniform in (0.0, 0.3, 1 - 2**-53):
+        expected = [((keyed_triple_32(i, uniform) >> 1) + 0.5) * 2**-31 for i in range(1000)]
+        noise = exponential_noise(torch.tensor(uniform, dtype=torch.float64), 1000)
+        assert [-math.expm1(-n) for n in noise.tolist()] == pytest.approx(expected, rel=1e-6)
+
+
+def test_noise_is_independent():
+    uniforms = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = exponential_noise(uniforms, 16).double()
+    assert (noise.mean(0) - 1).abs().max() < 4.5 / 100_000**0.5  # of deviation 1
+    pairs = torch.cat([noise, noise.roll(1, 0)], 1)  # with each other and the row before
+    correlation = torch.corrcoef(pairs.T)
+    assert (correlation - torch.eye(32)).abs().max() < 5.5 / 100_000**0.5
+
+
+@pytest.mark.parametrize("backbone", ["var", "llamagen"])
+@pytest.mark.parametrize("options", [SamplingOptions(), SamplingOptions(cfg_scale=2.0, top_k=2, top_p=0.5)])
+def test_logits_that_are_not_finite_mark_their_row(backbone, options):
+    """One class is broken: its rows are marked, others drawn as ever, and the API refuses the batch."""
+    model, labels = tiny(backbone), torch.tensor([0, 1, 0])
+    uniforms = torch.rand(3, model.sequence_length, dtype=torch.float64)
+    whole = generate_tokens(model, labels, uniforms, options)
+    embedding = next(m for m in model.transformer.modules() if isinstance(m, torch.nn.Embedding))
+    assert embedding.num_embeddings == 3  # classes, and none
+    with torch.no_grad():
+        embedding.weight[1, 0] = torch.nan
+    tokens = generate_tokens(model, labels, uniforms, options)
+    assert (tokens[1] == NOT_FINITE).all() and torch.equal(tokens[[0, 2]], whole[[0, 2]])
+    with pytest.raises(UserError, match="the logits of 1 of 3 images are not finite; in float32 the weights"):
+        model.generate(labels, uniforms, options)
+    with pytest.raises(UserError, match="float16 overflow is the likely cause"):
+        require_finite(tokens, torch.float16)
+
+
+@pytest.mark.parametrize("options", [{"cfg_scale": 1e300}, {"temperature": 1e-45}])
+def test_options_that_overflow(options):
+    model = tiny("llamagen")
+    with pytest.raises(UserError, match="not finite"):
+        model.generate(torch.tensor([0]), torch.rand(1, 4), SamplingOptions(**options))
+
+
+@pytest.mark.parametrize("backbone", ["var", "llamagen"])
+def test_the_lowest_temperature_is_greedy(backbone):
+    model, labels = tiny(backbone), torch.arange(64) % 2
+    uniforms = torch.rand(64, model.sequence_length, dtype=torch.float64)
+    coldest = model.generate(labels, uniforms, SamplingOptions(temperature=LOWEST_TEMPERATURE))
+    assert torch.equal(coldest, model.generate(labels, uniforms, SamplingOptions(top_k=1)))

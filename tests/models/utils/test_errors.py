@@ -1,0 +1,81 @@
+"""What reaches the terminal: one line whatever the message holds, and streams that close or lack letters."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT, environment
+
+from models.utils.errors import UserError, one_line
+
+PRINTS = """
+from models.utils.errors import UserError, run_command
+def main():
+    for i in range(20_000):
+        print("line \\u2013", i, flush=i % 100 == 0)
+    open({done!r}, "w").close()
+    if {wrong}:
+        raise UserError("goes beyond 0 \\u2026 9")
+run_command(main)
+"""
+
+
+def start(done, wrong=False, **options):
+    code = PRINTS.format(done=str(done), wrong=wrong)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves(tmp_path, unbuffered):
+    """As ``| head -1``: nothing on stderr, and the work is done."""
+    process = start(tmp_path / "done", stdout=subprocess.PIPE, env=environment(PYTHONUNBUFFERED=unbuffered))
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+    process.stderr.close()
+    assert (tmp_path / "done").exists()
+
+
+def test_no_standard_output(tmp_path):
+    command = f"exec {sys.executable} -m models >&-"
+    result = subprocess.run(command, shell=True, cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+    assert result.returncode == 0 and result.stderr == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_standard_output(tmp_path):
+    with open("/dev/full", "wb") as full:
+        _, errors = start(tmp_path / "done", stdout=full, env=environment()).communicate()
+    assert errors.decode() == "error: standard output cannot be written (No space left on device)\n"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "latin-1:strict"},
+    ],
+)
+def test_a_terminal_without_these_letters(tmp_path, variables):
+    process = start(tmp_path / "done", True, stdout=subprocess.PIPE, env=environment(**variables))
+    output, errors = process.communicate()
+    assert process.returncode == 2 and errors.decode() == "error: goes beyond 0 \\u2026 9\n"
+    assert output.startswith(b"line \\u2013 0\n") and output.count(b"\n") == 20_000
+
+
+def test_what_no_check_foresaw_of_the_disk_is_one_line(tmp_path):
+    path = str(tmp_path / ("x" * 300))
+    code = f"from models.utils.errors import run_command; run_command(lambda: open({path!r}, 'w'))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ") and "File name too long" in result.stderr
+
+
+def test_one_line():
+    assert one_line(UserError("a\nb.npz: no such file\n")) == r"a\nb.npz: no such file"
+    assert one_line(UserError("\x1b[31mred\udcff … ü")) == r"\x1b[31mred\udcff … ü"
+    # What a data loader's worker process hands on.
+    handed = "Caught UserError in worker 0.\nTraceback:\nmodels.utils.errors.UserError: --data: a\nb is bad\n"
+    assert one_line(UserError(handed)) == r"--data: a\nb is bad"
