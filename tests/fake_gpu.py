@@ -128,7 +128,7 @@ def tensors_of(tree: object) -> list[Tensor]:
 
 class Recorder(TorchDispatchMode):
     """While it is entered, notes why and where the host waits for the GPU, and counts the kernels of
-    operators that are one each; answers 0 where the host asks for a number."""
+    operators that are one each; answers 1 where the host asks for a number."""
 
     def __init__(self):
         super().__init__()
@@ -148,7 +148,7 @@ class Recorder(TorchDispatchMode):
                 self.note(name)
             if name == "nonzero":  # as many as there could be
                 return inputs[0].new_empty((inputs[0].numel(), inputs[0].dim()), dtype=torch.int64)
-            return False if inputs[0].dtype == torch.bool else 0
+            return False if inputs[0].dtype == torch.bool else 1
         result = func(*args, **kwargs)
         outputs = tensors_of(result)
         self.kernels += on_gpu and bool(outputs) and not func.is_view
