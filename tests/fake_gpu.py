@@ -6,24 +6,44 @@ the GPU itself for is answered here. It needs a CUDA build of PyTorch, and canno
 memory, streams, graphs or NCCL.
 """
 
+import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from commands import ROOT
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, fx, nn
+from torch._inductor import compile_fx, config, graph
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.backends.compiler import GPUTarget
 
 from models import ARImageModel
 from models.zoo.loading import build_model
 
 GPU = torch.device("cuda", 0)
 PRODUCT = f"{ROOT}/models", f"{ROOT}/cca"
+KERNELS = {"sort": 4, "topk": 4}  # of a call where it is not one, from ATen's CUDA sources
+EXTERNAL = re.compile(r"(?:extern_kernels|torch\.ops\.\w+|aten)\.(\w+)[\w.]*\(")
+H100 = SimpleNamespace(
+    name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32, total_memory=80 * 2**30,
+    L2_cache_size=50 * 2**20, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
+)  # fmt: skip
+
+
+DRIVER = SimpleNamespace(  # what Triton asks while code is written
+    utils=SimpleNamespace(),
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0,
+)
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None) -> Tensor:
@@ -56,13 +76,9 @@ def _apply(root: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool 
 def _backward(root: Tensor) -> None:
     """In place of autograd's engine, which would ask the GPU for its streams: the backward passes that are
     written in Python, and gradients without numbers."""
-    seen, stack = {None}, [root.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        stack += [following for following, _ in node.next_functions]
+    nodes = [root.grad_fn]
+    for node in nodes:  # which grow meanwhile
+        nodes += {following for following, _ in node.next_functions if following} - set(nodes)
         if hasattr(node, "variable"):
             node.variable.grad = torch.zeros_like(node.variable)
         elif hasattr(node, "_forward_cls"):
@@ -71,9 +87,16 @@ def _backward(root: Tensor) -> None:
 
 
 @contextmanager
-def fake_gpu() -> Iterator[None]:
+def entered(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+def fake_gpu() -> AbstractContextManager[None]:
     """Inside, tensors may be made on, or moved to, the device "cuda"."""
-    contexts = [
+    return entered([
         warnings.catch_warnings(action="ignore"),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
@@ -82,19 +105,19 @@ def fake_gpu() -> Iterator[None]:
         mock.patch.object(nn.Module, "_apply", _apply),
         mock.patch.object(Tensor, "backward", _backward),
         mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor),
+        # One wait, and not one for each number.
+        mock.patch.object(FakeTensor, "tolist", lambda tensor: [tensor.sum().item()] * len(tensor)),
+        mock.patch("torch.set_float32_matmul_precision"),  # which the product sets for good
         FakeTensorMode(allow_non_fake_inputs=True),
-    ]
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
+    ])  # fmt: skip
 
 
 def fake_model(name: str, layers: int | None = None) -> ARImageModel:
     """A model of the zoo without numbers on the GPU, with at most ``layers`` blocks; see ``fake_gpu``."""
     with _disable_current_modes():
         model = build_model(name)
-    del model.transformer.transformer_blocks()[layers:]
+    if layers:
+        del model.transformer.transformer_blocks()[layers:]
     model.tokenizer.requires_grad_(False)
     return model.to_empty(device=GPU).eval()
 
@@ -104,19 +127,17 @@ def tensors_of(tree: object) -> list[Tensor]:
 
 
 class Recorder(TorchDispatchMode):
-    """While it is entered, notes why and where the host waits for the GPU; answers 0 where the host asks for
-    a number."""
+    """While it is entered, notes why and where the host waits for the GPU, and counts the kernels of
+    operators that are one each; answers 1 where the host asks for a number."""
 
     def __init__(self):
         super().__init__()
         self.waits: list[str] = []
+        self.kernels = 0
 
     def note(self, why: str) -> None:
-        """A wait, and where in the product; the numbers that one line asks for (tolist) are one."""
         frames = [f for f in traceback.extract_stack() if f.filename.startswith(PRODUCT)]
-        wait = f"{frames[-1].filename}:{frames[-1].lineno}: {why}" if frames else why
-        if "item" not in why and "scalar" not in why or self.waits[-1:] != [wait]:
-            self.waits.append(wait)
+        self.waits.append(f"{why} in {frames[-1] if frames else 'autograd'}")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -127,11 +148,64 @@ class Recorder(TorchDispatchMode):
                 self.note(name)
             if name == "nonzero":  # as many as there could be
                 return inputs[0].new_empty((inputs[0].numel(), inputs[0].dim()), dtype=torch.int64)
-            return False if inputs[0].dtype == torch.bool else 0
+            return False if inputs[0].dtype == torch.bool else 1
         result = func(*args, **kwargs)
+        outputs = tensors_of(result)
+        self.kernels += on_gpu and bool(outputs) and not func.is_view
         moved = name in ("to", "_to_copy")  # in other operators a single number of the CPU is a constant
-        used = {t.device.type for t in (*inputs, *tensors_of(result)) if t.dim() or moved}
+        used = {t.device.type for t in (*inputs, *outputs) if t.dim() or moved}
         queued = kwargs.get("non_blocking") or any(argument is True for argument in args)
         if len(used) > 1 and not queued:
             self.note(f"{name} of CPU and GPU")
         return result
+
+
+def _inductor_sees_an_h100() -> AbstractContextManager[None]:
+    properties = {"get_device_properties": H100, "current_device": 0, "device_count": 1}
+    more = {**properties, "is_available": True, "is_bf16_supported": True}
+    module = "torch._dynamo.device_interface"
+    return entered([
+        *(mock.patch(f"{module}.CudaInterface.{key}", return_value=value) for key, value in more.items()),
+        *(mock.patch(f"torch.cuda.{key}", return_value=value) for key, value in properties.items()),
+        mock.patch.dict(f"{module}.caching_worker_device_properties", {"cuda": [H100]}),
+        mock.patch("torch._inductor.scheduler.has_triton", return_value=True),
+        mock.patch.object(compile_fx, "has_triton", return_value=True),
+        mock.patch("triton.runtime.driver.driver._active", DRIVER),
+        config.patch(
+            shape_padding=False, fx_graph_cache=False, compile_threads=1, joint_graph_constant_folding=False
+        ),
+    ])  # fmt: skip
+
+
+class Writer:
+    """A backend of torch.compile inside ``fake_gpu``: code is written, and eager operators are run.
+
+    graphs: how many kernels each graph has that was compiled. kernels: of all calls so far.
+    """
+
+    def __init__(self):
+        self.graphs: list[int] = []
+        self.kernels = 0
+
+    def __call__(
+        self, module: fx.GraphModule, inputs: Sequence[Any], options: dict | None = None
+    ) -> Callable:
+        """``options``: those of torch.compile."""
+        written: list[str] = []
+
+        def stop(lowering: graph.GraphLowering) -> None:
+            written.append(lowering.codegen()[0].value)
+            raise NotImplementedError  # here the code would be run
+
+        stopped = mock.patch.object(graph.GraphLowering, "_compile_to_module", stop)
+        with _inductor_sees_an_h100(), stopped, suppress(torch._inductor.exc.InductorError):
+            compile_fx.compile_fx(module, list(inputs), config_patches=options or {})
+        body = written[0][written[0].index("def call") :]
+        kernels = len(re.findall(r"\.run\(", body)) + sum(KERNELS.get(n, 1) for n in EXTERNAL.findall(body))
+        self.graphs.append(kernels)
+
+        def run(*arguments: Any) -> Any:
+            self.kernels += kernels
+            return module(*arguments)
+
+        return run
