@@ -102,7 +102,7 @@ def test_every_command_of_the_pages(page, line, folder, capsys):
 
 def test_sizes_and_room(folder, capsys, monkeypatch):
     """The size of what is downloaded follows from the parameters; a disk that is too small is named."""
-    command = ["--model", "var-d16", "--output", "s.npz"]
+    command = ["--model", "var-d16", "--num-samples", "8", "--output", "s.npz"]
     sample.main([*command, "--dry-run"])
     out = capsys.readouterr().out
     assert "~1.2 GB: FoundationVision/var/var_d16.pth" in out and "which is enough" in out
