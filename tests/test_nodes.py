@@ -61,8 +61,8 @@ def test_what_is_not_shared_is_refused_by_all(nodes, tmp_path):
         "reconstruct": ([*codes, "--images", data, output, "r.npz"], place.format("r.npz")),
         "train on other data": ([*train, "other.npz", output, "run"], files),
         "train of other weights": ([*train, data, "--weights", "weights.safetensors", output, "run"], files),
-        "eval": (["--samples", "other.npz", "--reference", data, *mini, output, "e.json"], files),
-        "reference": (["--images", "other.npz", *mini, output, "reference.npz"], files),
+        "eval": (["--samples", "other.npz", "--reference", data, *mini], files),
+        "reference": (["--images", data, *mini, output, "reference.npz"], place.format("reference.npz")),
     }
     before = [content(node) for node in nodes]
     arguments = json.dumps([(name, line) for name, (line, _) in calls.items()])

@@ -6,7 +6,7 @@ from pathlib import Path
 from cca.data.labels import class_folders, own_names
 from cca.training.checkpoints import load_run_weights, weights_of_run
 from models import ARImageModel, UserError, find_files, zoo_entry
-from models.utils.files import read_own_json
+from models.utils.files import read_json, read_own_json
 from models.zoo.loading import ModelFiles
 from models.zoo.registry import class_name
 
@@ -78,7 +78,10 @@ def choose_weights(
 
 def refuse_other_models(path: Path, name: str, weights: str) -> None:
     """Raise UserError where a run's state, or its exported file, is of another model than ``name``."""
-    config = read_own_json((path.parent.parent if path.is_dir() else path.parent) / "config.json")
+    file = (path.parent.parent if path.is_dir() else path.parent) / "config.json"
+    if file.is_file():
+        read_json(file)  # refuses a damaged one, whose class names would be missing
+    config = read_own_json(file)
     made = config["options"].get("model", name) if config else name
     if made != name:
         raise UserError(f"--weights: {weights} is a run of {made}, not of {name}")
