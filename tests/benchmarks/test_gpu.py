@@ -1,7 +1,5 @@
 """``python -m benchmarks.gpu`` on the mini models and a CPU, and the limits against what the code does."""
 
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,10 +42,8 @@ def test_what_is_asked_for(tmp_path, monkeypatch, capsys):
 
 def test_a_row_that_takes_too_long_is_ended():
     row = gpu.rows(small=True)["decode-var-mini"]
-    began = time.monotonic()
     ((name, cells),) = gpu.run_group([row], Card(1, 1, 1), 0.1)
     assert name == row.name and cells == [str(row.images), "failed: took more than its time"]
-    assert time.monotonic() - began < 60
 
 
 def attention(q, k, v, attn_mask=None, scale=None, **_):
