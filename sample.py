@@ -13,7 +13,6 @@ again with the same command, goes on where it stopped; a finished one is left as
 
 import argparse
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from cca.cli.main import play, run_command
-from cca.cli.output import Found, Output, check_space
+from cca.cli.output import Found, Output
 from cca.cli.parser import Parser, add_model_options, count, number
 from cca.cli.parts import Parts, fill, write_npz
 from cca.cli.plan import add_dry_run_option
@@ -181,11 +180,12 @@ class Sampling:
         shape = (request.num_samples, size, size, 3)
         self.output = Output.npz(args.output, "samples")
         self.parts = Parts(self.output.parts_folder, shape, np.dtype(np.uint8), PART_IMAGES)
-        self.batch_size = args.batch_size or default_batch_size(self.model, request, device)
-        self.downloads = self.weights.files.downloads(self.model)
         before = self.found.options.get("compile")  # a run that is resumed keeps its way
+        self.downloads = self.weights.files.downloads(self.model)
+        self.batch_size = args.batch_size or default_batch_size(self.model, request, device)
         default = compiles_by_default(self.model, request, device, self.ranks.world)
-        self.compile = next(way for way in (args.compile, before, default) if way is not None)
+        asked = before if args.compile is None else args.compile
+        self.compile = default if asked is None else asked
 
     def known(self) -> dict:
         return self.options(self.weights.known())
@@ -200,8 +200,6 @@ class Sampling:
         count, height, width, _ = self.parts.shape
         if self.found.is_finished:
             self.check_finished()
-        else:
-            check_space(self.output, self.parts.space_needed(), "its parts, then the file")
         guidance = "no guidance"
         if options.cfg_scale != 1:
             guidance = f"guidance {options.cfg_scale:g} ({options.cfg_schedule})"
@@ -211,16 +209,13 @@ class Sampling:
         classes = f"{len(request.classes)} classes {request.class_order}"
         size = size_text(count * self.parts.row_bytes)
         written = [f"{self.output.path} (~{size})", self.output.path.with_suffix(".json"), self.args.grid]
-        rows = {
+        return self.weights.plan(self.model) | {
             "samples": f"{count:,} of {width} x {height} pixels, {classes}, seed {request.seed}",
             "drawing": f"{guidance}, {filters}",
             "device": f"{self.ranks.devices}, {request.dtype}, "
             f"batch {self.batch_size}, {'compiled' if self.compile else 'eager'}",
             "writes": ", ".join(str(path) for path in written if path),
         }
-        if self.found.content and not self.found.is_finished:
-            rows["resumes"] = f"with the {self.parts.rows_stored():,} of {count:,} images that are stored"
-        return self.weights.plan(self.model) | rows
 
     def check_finished(self) -> None:
         """Raise UserError where the file is not what its description says."""
@@ -240,16 +235,12 @@ class Sampling:
         return self.content
 
     def work(self) -> bool:
-        ranks, began, stored = self.ranks, time.perf_counter(), self.parts.rows_stored()
+        ranks, began = self.ranks, time.perf_counter()
         ready: list[Sampler] = []
         ranks.agree(lambda: ready.append(self.make_sampler()))
-        loaded = time.perf_counter()
-
-        def make(ranges: list[range]) -> Iterator[np.ndarray]:
-            return (piece.images for piece in ready[0].samples(ranges))
-
-        started = "compiling" if self.compile else ""
-        if not fill(ranks, self.parts, make, f"sampling {self.output.path.name}", started):
+        loaded, stored = time.perf_counter(), self.parts.rows_stored()
+        title, started = f"sampling {self.args.output.name}", "compiling" if self.compile else ""
+        if not fill(ranks, self.parts, ready[0].images, title, started):
             return False
         made, ended = self.parts.shape[0] - stored, time.perf_counter()
         report = {

@@ -1,6 +1,6 @@
 """What a run is: the options that decide its results."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from models.sampling import SamplingOptions
 
@@ -38,3 +38,7 @@ class TrainingConfig:
     ema: float
     seed: int
     dtype: str
+
+    def options(self) -> dict:
+        """Return the options under their names in config.json."""
+        return {"lam" if name == "lambda_" else name: value for name, value in asdict(self).items()}

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cca.cli.main import play, run_command
-from cca.cli.output import Found, Output, check_space
+from cca.cli.output import Found, Output
 from cca.cli.parser import Parser, add_workers_option, count, number
 from cca.cli.parts import Parts, fill, write_npy
 from cca.cli.plan import add_dry_run_option
@@ -140,19 +140,14 @@ class Extraction:
         }
 
     def plan(self) -> dict[str, str]:
-        args, source, stored = self.args, self.source, self.parts.rows_stored()
-        if not self.found.is_finished:
-            check_space(self.output, self.parts.space_needed(), "its parts, then the codes")
+        args, source = self.args, self.source
         crops = f", {source.crops} crops of each" if source.crops > 1 else ""
         size = size_text(len(source) * self.parts.row_bytes)
-        rows = {
+        return self.files.plan(self.model, None) | {
             "data": f"{args.data}, {len(source):,} images{crops}",
             "device": self.ranks.devices,
             "writes": f"{args.output}/ (codes.npy ~{size}, labels.npy, header.json)",
         }
-        if self.found.content and not self.found.is_finished:
-            rows["resumes"] = f"with the {stored:,} of {len(source):,} images that are encoded"
-        return self.files.plan(self.model, None) | rows
 
     def prepare(self) -> dict:
         self.files = self.files.fill(self.model)

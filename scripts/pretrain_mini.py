@@ -35,7 +35,7 @@ from cca.evaluation.features import MINI_WEIGHTS, FeatureNetwork
 from cca.training.encoding import to_model_input
 from cca.training.loader import Loader
 from cca.training.loop import train
-from cca.training.run_folder import RunFolder, options_of_config
+from cca.training.run_folder import RunFolder
 from cca.training.trainer import Trainer
 from models.base import ARImageModel
 from models.llamagen import LlamaGenTokenizer
@@ -347,7 +347,7 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
     )  # fmt: skip
     processes = Processes()
     output = Output.run(Path(f"runs/pretrain-{name}"), model.checkpoint_name)
-    options = {**options_of_config(config), "model": name}
+    options = {**config.options(), "model": name}
     output.check(output.look(), options)
     output.begin({"options": options})
     folder = RunFolder(output.path, processes, options)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from cca.cli.main import play, run_command
-from cca.cli.output import Found, Output, check_space
+from cca.cli.output import Found, Output
 from cca.cli.parser import Parser, add_model_options, add_workers_option, count
 from cca.cli.parts import Parts, fill, write_npz
 from cca.cli.plan import add_dry_run_option
@@ -81,8 +81,6 @@ class Reconstruction:
         return {"model": self.args.model, "image_size": self.model.image_size, "images": len(self.images)}
 
     def plan(self) -> dict[str, str]:
-        if not self.found.is_finished:
-            check_space(self.output, self.parts.space_needed(), "its parts, then the file")
         path, size = self.output.path, size_text(len(self.images) * self.parts.row_bytes)
         return self.files.plan(self.model, None) | {
             "images": f"{self.args.images}, {len(self.images):,} images",

@@ -189,7 +189,7 @@ def test_what_the_output_holds_already(folder, capsys):
             "resumes    with the 44 of 300 images that are stored",
         ),
         (train_var_cca.main, [*TRAIN, "1", "--output", "run"], "resumes    after step 2 of 3"),
-        (extract_codes.main, [*CODES, "begun"], "resumes    with the 1,476 of 2,500 images that are encoded"),
+        (extract_codes.main, [*CODES, "begun"], "resumes    with the 1,476 of 2,500 images that are stored"),
         (extract_codes.main, [*CODES, "made"], "finished   made is there already, with these options"),
     ):
         main([*options, "--dry-run"])

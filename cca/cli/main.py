@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from cca.cli.output import Found, Output, differing, options_of
+from cca.cli.output import Found, Output, check_space, differing, options_of
+from cca.cli.parts import Parts
 from cca.cli.plan import show_plan
 from cca.distributed import Processes
 from models.utils.errors import UserError, one_line
@@ -36,6 +37,7 @@ class OnePart:
     rows: dict[str, str]
     make: Callable[[], None]
     downloads: Sequence[Download] = ()
+    parts: Parts | None = None
 
     def known(self) -> dict:
         return {}
@@ -61,6 +63,7 @@ def play(
         output: what the command writes; None: nothing.
         resolve: makes the job from the options and from what was found at the output. A job has
             ``known()``, the options that its output is known by, as far as they are known without network;
+            ``parts`` of the output, if it is made in such;
             ``plan()``, what is shown before the work, which refuses what cannot be done; ``downloads``;
             ``prepare()``, which gets what the work needs and returns the content of the marker; and
             ``work()``, which makes the output, and returns False where a signal came first.
@@ -97,6 +100,11 @@ def show(output: Output | None, found: Found, job: Any) -> None:
     rows = job.plan()
     if output and found.is_finished:
         rows["finished"] = f"{output.path} is there already, with these options"
+    elif output and job.parts:
+        check_space(output, job.parts.space_needed(), "its parts, then all of them in one file")
+        if found.content:
+            stored, count = job.parts.rows_stored(), job.parts.shape[0]
+            rows["resumes"] = f"with the {stored:,} of {count:,} images that are stored"
     show_plan(rows, job.downloads)
 
 
@@ -125,6 +133,8 @@ def make(ranks: Processes, output: Output, content: Mapping, job: Any) -> bool:
 
 def refuse_other_options(ranks: Processes, options: Mapping) -> None:
     """Raise UserError unless all ranks work with the options, hashes and so on (JSON) of rank 0."""
+    if ranks.world == 1:
+        return
     of_rank_0 = ranks.look_once(partial(dict, options))
 
     def compare() -> None:

@@ -109,6 +109,7 @@ class Sampler:
         compile: bool = False,
     ):
         self.model, self.request, self.batch_size, self.device = model, request, batch_size, device
+        self.sequence_length = model.sequence_length
         self.batch_too_large = f"--batch-size: {batch_size} {TOO_MANY_IMAGES}"
         # Compiled, the caches of a batch lie beside the decoder.
         self.decoder_too_large = self.batch_too_large if compile else f"--model: decoding {DOES_NOT_FIT}"
@@ -125,7 +126,7 @@ class Sampler:
         """
         request = self.request
         labels = torch.tensor([class_of(i, request) for i in indices], device=self.device)
-        noise = uniform_numbers(request.seed, TOKENS, indices, self.model.sequence_length)
+        noise = uniform_numbers(request.seed, TOKENS, indices, self.sequence_length)
         with memory_named(self.batch_too_large):
             tokens = self.generate(labels, torch.from_numpy(noise).to(self.device))
             return require_finite(tokens, DTYPES[request.dtype])
@@ -143,7 +144,7 @@ class Sampler:
         """
         ranges = list(ranges)
         indices, at_once = chain.from_iterable(ranges), decoded_at_once(self.model, self.device)
-        tokens = torch.empty(0, self.model.sequence_length, dtype=torch.int64, device=self.device)
+        tokens = torch.empty(0, self.sequence_length, dtype=torch.int64, device=self.device)
         for part in ranges:
             while part:
                 whole_batches = len(tokens) - len(tokens) % at_once
@@ -152,6 +153,10 @@ class Sampler:
                     tokens = torch.cat([tokens, self.tokens(list(islice(indices, self.batch_size)))])
                 yield self._samples(part[:count], tokens[:count])
                 tokens, part = tokens[count:], part[count:]
+
+    def images(self, ranges: Iterable[range]) -> Iterator[np.ndarray]:
+        """Yield the images of ``samples`` alone."""
+        return (piece.images for piece in self.samples(ranges))
 
     def _samples(self, indices: range, tokens: Tensor) -> Samples:
         classes = np.array([class_of(i, self.request) for i in indices], np.int64)

@@ -5,14 +5,12 @@ import os
 import shutil
 import sys
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.tensorboard import SummaryWriter
 
-from cca.config import TrainingConfig
 from cca.distributed import Processes
 from cca.losses import LOSSES
 from cca.training.checkpoints import ema_name, load_checkpoint, saved_steps, write_checkpoint
@@ -31,15 +29,8 @@ from models.utils.files import (
 )
 from models.zoo.checkpoint_formats import save_published
 
-# Names in config.json where they are not the field's: a key that changed would not be compared on resuming.
-CONFIG_KEYS = {"lambda_": "lam"}
 # Told there beside the options, not compared: a run that goes on takes it unless the user says otherwise.
 MICRO_BATCH = "micro_batch_size"
-
-
-def options_of_config(config: TrainingConfig) -> dict:
-    """Return the options of a run under their names in config.json."""
-    return {CONFIG_KEYS.get(name, name): value for name, value in asdict(config).items()}
 
 
 class RunFolder:

@@ -22,7 +22,7 @@ from cca.training.loop import train
 from cca.training.memory import MICRO_BATCH_TOO_LARGE, MODEL_TOO_LARGE, fitting_micro_batch
 from cca.training.options import COMPILED_FROM, chosen_recipe, training_config
 from cca.training.preview import grid_drawer
-from cca.training.run_folder import MICRO_BATCH, RunFolder, options_of_config
+from cca.training.run_folder import MICRO_BATCH, RunFolder
 from cca.training.trainer import Trainer
 from models import ARImageModel, Recipe, UserError, find_files, zoo_entry
 from models.utils.files import size_text
@@ -69,10 +69,12 @@ class Training:
     data: LabelledDataset
     config: TrainingConfig
     recipe: Recipe
+    parts: None = None  # its output has none
 
     def __post_init__(self) -> None:
         args, config, ranks = self.args, self.config, self.ranks
         on_gpu = ranks.device.type == "cuda"
+        self.images = len(self.data)
         self.downloads = self.files.downloads(self.model)
         self.parallel = args.parallel or self.recipe.parallel
         check_parallel(args, config, self.parallel, ranks)
@@ -90,22 +92,19 @@ class Training:
         self.is_fixed = bool(asked or args.deterministic or is_sharded or not on_gpu)
 
     def known(self) -> dict:
-        return self.options({"images": len(self.data)})
-
-    def options(self, data: dict) -> dict:
-        """Return everything that decides what is trained, under its names in config.json."""
+        """Return what decides what is trained, under its names in config.json, but for the data's hash."""
         computed = {"deterministic": self.args.deterministic, "compile": self.compile}
-        return {**options_of_config(self.config), **self.files.known(), **data, **computed}
+        return {**self.config.options(), **self.files.known(), "images": self.images, **computed}
 
     def plan(self) -> dict[str, str]:
         config, data = self.config, self.data
         values = [f"{name} {getattr(config, name):g}" for name in LOSSES[config.loss].hyperparameters]
         classes = "" if data.classes is None else f" in {len(data.classes)} class folders"
-        epochs = config.max_steps * config.batch_size / len(data)
+        epochs = config.max_steps * config.batch_size / self.images
         micro = f"a micro-batch of {min(self.micro_batch_size, self.most)} images"
         micro += (" as before" if self.kept else "") + ("" if self.is_fixed else " or what fits")
         rows = {
-            "data": f"{self.path}, {len(data):,} images{classes}",
+            "data": f"{self.path}, {self.images:,} images{classes}",
             "training": ", ".join([config.loss, *values, f"learning rate {config.lr:g}"]).replace("_ ", " "),
             "steps": f"{config.max_steps:,} of {config.batch_size} images ({epochs:.3g} epochs), "
             f"seed {config.seed}",
@@ -130,8 +129,7 @@ class Training:
     def prepare(self) -> dict:
         self.files = self.files.fill(self.model)
         self.data.check_tokenizer(self.model)
-        digest = self.ranks.digest(self.data.fingerprint)
-        self.all_options = self.options({"images": len(self.data), "data_sha256": digest})
+        self.all_options = {**self.known(), "data_sha256": self.ranks.digest(self.data.fingerprint)}
         return {
             "command": self.ranks.command(self.args.command),
             "options": self.all_options,

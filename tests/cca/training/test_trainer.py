@@ -21,7 +21,7 @@ from cca.losses import pair_labels
 from cca.training.batch import Batch
 from cca.training.loader import Loader
 from cca.training.loop import train
-from cca.training.run_folder import RunFolder, options_of_config
+from cca.training.run_folder import RunFolder
 from cca.training.schedule import lr_factor
 from cca.training.trainer import Trainer
 from models import ARImageModel, UserError, load_model
@@ -149,7 +149,7 @@ def test_no_moment_of_a_step_loses_a_signal(tmp_path):
         model, processes = load_model("var-mini"), InterruptedProcesses()
         config = replace(config_of("var", "cca"), batch_size=2)
         output = Output.run(tmp_path / str(interrupt_at), model.checkpoint_name)
-        options = {**options_of_config(config), "model": "var-mini"}
+        options = {**config.options(), "model": "var-mini"}
         output.begin({"options": options})
         folder = RunFolder(output.path, processes, options)
         processes.interrupt_at, processes.sums = interrupt_at, 0  # a run listens from its start on
