@@ -71,15 +71,9 @@ def diagnostics(
         scale: what rewards are multiplied by; see ``Loss.reward_scale``.
     """
     (logp, negative_logp), (reward, negative_reward) = logps, rewards
-    scaled = {
-        "rewards/chosen": reward,
-        "rewards/rejected": negative_reward,
-        "rewards/margins": reward - negative_reward,
-        "rewards/null": reward[null_rows],
+    return {
+        **summed({"rewards/chosen": reward, "rewards/rejected": negative_reward}, scale),
+        **summed({"rewards/margins": reward - negative_reward, "rewards/null": reward[null_rows]}, scale),
+        **summed({"rewards/accuracies": reward > negative_reward}),
+        **summed({"logps/chosen": logp, "logps/rejected": negative_logp}),
     }
-    plain = {
-        "rewards/accuracies": reward > negative_reward,
-        "logps/chosen": logp,
-        "logps/rejected": negative_logp,
-    }
-    return summed(scaled, scale) | summed(plain)

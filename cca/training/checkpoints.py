@@ -122,22 +122,19 @@ def read_weights(folder: Path, average: bool = False) -> dict[str, torch.Tensor]
     with _careful(folder):
         check_checkpoint(folder)
         metadata = _Reader(folder).read_metadata().state_dict_metadata
-        weights: dict[str, torch.Tensor] = {}
-        for part in ("model", "ema") if average else ("model",):
-            state = {
+        state = {
+            part: {
                 key.removeprefix(f"{part}."): torch.empty(entry.size, dtype=entry.properties.dtype)
                 for key, entry in metadata.items()
                 if key.startswith(f"{part}.") and isinstance(entry, TensorStorageMetadata)
             }
-            if not state:
-                raise UserError(
-                    f"{folder}: holds no weights"
-                    if part == "model"
-                    else f"{folder}: holds no average of the weights (the run had no --ema)"
-                )
-            dcp.load({part: state}, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
-            weights |= state
-    return weights
+            for part in (("model", "ema") if average else ("model",))
+        }
+        if not all(state.values()):
+            missing = "average of the weights (the run had no --ema)" if state["model"] else "weights"
+            raise UserError(f"{folder}: holds no {missing}")
+        dcp.load(state, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
+    return state["model"] | state.get("ema", {})
 
 
 def load_run_weights(model: ARImageModel, folder: Path, average: bool) -> str:

@@ -46,8 +46,7 @@ def _draw_panel(axis: Axes, panel: str, steps: np.ndarray, series: dict[str, np.
     for (label, values), colour in zip(series.items(), COLOURS):
         if window > 1:
             axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.6)
-        means = moving_mean(values, window)
-        axis.plot(steps, means, color=colour, marker=marker, markersize=4, label=label)
+        axis.plot(steps, moving_mean(values, window), color=colour, marker=marker, markersize=4, label=label)
     if panel in REFERENCES:
         axis.axhline(REFERENCES[panel], color="gray", linewidth=0.8, zorder=0)
     if panel == "accuracies":

@@ -174,9 +174,7 @@ class RunFolder:
             print(f"no curves.png: {error}", file=sys.stderr)
 
     def cannot_write(self, error: BaseException) -> UserError:
-        last = saved_steps(self.path)
-        kept = f"the state of step {last[-1]} is intact" if last else "no state was saved yet"
         return UserError(
-            f"--output: {self.path} cannot be written ({reason(error)}); {kept}, "
-            "the same command goes on from there"
+            f"--output: {self.path} cannot be written ({reason(error)}); "
+            "the same command resumes from the last checkpoint"
         )

@@ -230,8 +230,7 @@ class Trainer:
         pairs = zip(found_totals, found_totals[len(names) :])
         means = {name: total / count for name, (total, count) in zip(names, pairs) if count}
         self.update(means["loss"], norm)
-        learned = {"grad_norm": norm, "lr": lr, "weight_decay": decay, "skipped_steps": self.skipped}
-        return {**means, **learned}
+        return means | {"grad_norm": norm, "lr": lr, "weight_decay": decay, "skipped_steps": self.skipped}
 
     def clip(self) -> Tensor:
         """Clip the gradients; returns their norm [] before that, on the device."""
