@@ -244,8 +244,8 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.skipped_in_a_row = 0
             if self.ema:
-                averages, trained = list(self.ema.values()), list(self.net.parameters())
-                torch._foreach_lerp_(averages, trained, 1 - self.config.ema)
+                averages = tuple(self.ema.values())
+                torch._foreach_lerp_(averages, tuple(self.net.parameters()), 1 - self.config.ema)
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.scaler.update()  # after an overflow, unscale_ has told it so
