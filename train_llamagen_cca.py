@@ -15,14 +15,15 @@ from cca.data.codes import Codes
 from cca.training.options import training_parser
 from cca.training.setup import run_training
 
-CODES = (
-    "folder that scripts/extract_codes.py wrote, "
-    "or published one with imagenet384_codes and imagenet384_labels"
-)
-
 
 def make_parser() -> Parser:
-    return training_parser(__doc__, "train_llamagen_cca", "--codes", CODES)
+    return training_parser(
+        __doc__,
+        "train_llamagen_cca",
+        "--codes",
+        "folder that scripts/extract_codes.py wrote, "
+        "or published one with imagenet384_codes and imagenet384_labels",
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

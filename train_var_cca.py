@@ -17,14 +17,15 @@ from cca.data.labels import add_classes_option, read_classes
 from cca.training.options import training_parser
 from cca.training.setup import run_training
 
-DATA = (
-    "ImageNet-style folder, one subfolder per class; "
-    "or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]"
-)
-
 
 def make_parser() -> Parser:
-    parser = training_parser(__doc__, "train_var_cca", "--data", DATA)
+    parser = training_parser(
+        __doc__,
+        "train_var_cca",
+        "--data",
+        "ImageNet-style folder, one subfolder per class; "
+        "or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]",
+    )
     add_classes_option(parser)
     return parser
 

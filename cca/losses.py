@@ -92,11 +92,6 @@ class Loss:
     negatives: Callable[[Tensor], Tensor] = next_label
     hyperparameters: tuple[str, ...] = ("beta", "lambda_")
 
-    @property
-    def absent(self) -> tuple[str, ...]:
-        """Those of beta and lambda_ that it does not depend on."""
-        return tuple(name for name in ("beta", "lambda_") if name not in self.hyperparameters)
-
     def reward_scale(self, beta: float) -> float:
         """What a reward is multiplied by where it is reported: ``beta``, or 1 if the loss has none."""
         return beta if "beta" in self.hyperparameters else 1.0
@@ -123,12 +118,10 @@ def pair_labels(
 
 def missing_negatives(loss: str, batch_size: int, same_class: Callable[[], bool]) -> str | None:
     """Return why no image has another class to contrast with, if so; ``same_class`` tells it of the data."""
-    if LOSSES[loss].objective is None or LOSSES[loss].negatives is not next_label:
-        return None
-    if batch_size == 1:
+    takes_next = LOSSES[loss].objective is not None and LOSSES[loss].negatives is next_label
+    if takes_next and (batch_size == 1 or same_class()):
         return (
-            f"--batch-size 1 leaves {loss} without negatives: they are the classes of a batch's other images"
+            f"all images of a batch of {batch_size} are of one class, which leaves {loss} without negatives: "
+            "they are the classes of the batch's other images"
         )
-    if same_class():
-        return f"all images are of one class, which leaves {loss} without negatives: it needs two or more"
     return None

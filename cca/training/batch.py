@@ -45,8 +45,7 @@ class Batch:
     def micro_batches(self, size: int) -> Iterator["Batch"]:
         """Consecutive parts of at most ``size`` images."""
         for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            yield self.map(lambda tensor: tensor[part])  # noqa: B023, called at once
+            yield self.map(lambda tensor: tensor[start : start + size])  # noqa: B023, called at once
 
 
 Sums = dict[str, tuple[Tensor, int]]
@@ -55,9 +54,9 @@ Sums = dict[str, tuple[Tensor, int]]
 def summed(values: dict[str, Tensor], scale: float = 1.0) -> Sums:
     """By name the sum of a tensor [n], times ``scale``, and n, so that parts of a batch add up.
 
-    The sum is float64 [] on the tensor's device, which nothing waits for.
+    The sum is float64 [] on the tensor's device, which nothing waits for, and without a gradient.
     """
-    return {name: (scale * part.sum().double(), len(part)) for name, part in values.items()}
+    return {name: (scale * part.detach().sum().double(), len(part)) for name, part in values.items()}
 
 
 def diagnostics(
@@ -72,15 +71,9 @@ def diagnostics(
         scale: what rewards are multiplied by; see ``Loss.reward_scale``.
     """
     (logp, negative_logp), (reward, negative_reward) = logps, rewards
-    scaled = {
-        "rewards/chosen": reward,
-        "rewards/rejected": negative_reward,
-        "rewards/margins": reward - negative_reward,
-        "rewards/null": reward[null_rows],
+    return {
+        **summed({"rewards/chosen": reward, "rewards/rejected": negative_reward}, scale),
+        **summed({"rewards/margins": reward - negative_reward, "rewards/null": reward[null_rows]}, scale),
+        **summed({"rewards/accuracies": reward > negative_reward}),
+        **summed({"logps/chosen": logp, "logps/rejected": negative_logp}),
     }
-    plain = {
-        "rewards/accuracies": reward > negative_reward,
-        "logps/chosen": logp,
-        "logps/rejected": negative_logp,
-    }
-    return summed(scaled, scale) | summed(plain)

@@ -1,10 +1,8 @@
 """Saved states of a run: found, read without executing anything, and checked for damage."""
 
-import hashlib
 import io
 import pickle
 import pickletools
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,37 +11,33 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from cca.distributed import Processes
 from models.base import ARImageModel
 from models.utils.errors import UserError
 from models.utils.files import file_sha256, read_json, reason, write_json
-from models.zoo.checkpoint_formats import INDEX, fit_weights
+from models.zoo.checkpoint_formats import INDEX, fit_weights, tensors_sha256
 
 # What the framework's description of a state is made of. It is a pickle: nothing else is let through.
-_METADATA = "torch.distributed.checkpoint.metadata"
-_NAMES = (
-    "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-    "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
-)  # fmt: skip
 ALLOWED = {
-    *((_METADATA, name) for name in _NAMES),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-}
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+        "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size",),
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),
+}  # fmt: skip
 
 
 class _Description(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (
-            (module, name) in ALLOWED
-            or module == "torch"
-            and isinstance(getattr(torch, name, None), torch.dtype)
+        if name in ALLOWED.get(module, ()) or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which no saved state does")
@@ -57,12 +51,7 @@ class _Reader(dcp.FileSystemReader):
         # A damaged length of a byte array makes Python print a line of its own.
         if any(opcode.name == "BYTEARRAY8" for opcode, _, _ in pickletools.genops(content)):
             raise pickle.UnpicklingError("it holds a byte array, which no saved state does")
-        metadata = _Description(io.BytesIO(content)).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
-        meta = getattr(metadata, "storage_meta", None) or StorageMeta()
-        metadata.storage_meta, meta.load_id = meta, self.load_id
-        return metadata
+        return _Description(io.BytesIO(content)).load()
 
 
 class _Planner(dcp.DefaultLoadPlanner):
@@ -104,9 +93,8 @@ def check_checkpoint(folder: Path, share: slice = slice(None)) -> None:
 
     A checkpoint without checksums is taken as it is.
     """
-    noted: dict[str, str] = {}
-    for path in sorted(folder.glob("sha256-*.json")):
-        noted |= read_json(path)
+    checksums = sorted(folder.glob("sha256-*.json"))
+    noted = {name: digest for path in checksums for name, digest in read_json(path).items()}
     files = {path.name for path in folder.iterdir() if not path.name.startswith("sha256-")}
     if noted and files != set(noted):
         name = min(files ^ set(noted))
@@ -134,41 +122,37 @@ def read_weights(folder: Path, average: bool = False) -> dict[str, torch.Tensor]
     with _careful(folder):
         check_checkpoint(folder)
         metadata = _Reader(folder).read_metadata().state_dict_metadata
-        weights: dict[str, torch.Tensor] = {}
-        for part in ("model", "ema") if average else ("model",):
-            state = {
+        state = {
+            part: {
                 key.removeprefix(f"{part}."): torch.empty(entry.size, dtype=entry.properties.dtype)
                 for key, entry in metadata.items()
                 if key.startswith(f"{part}.") and isinstance(entry, TensorStorageMetadata)
             }
-            if not state:
-                missing = "average of the weights (the run had no --ema)" if part == "ema" else "weights"
-                raise UserError(f"{folder}: holds no {missing}")
-            dcp.load({part: state}, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
-            weights |= state
-    return weights
+            for part in (("model", "ema") if average else ("model",))
+        }
+        if not all(state.values()):
+            missing = "average of the weights (the run had no --ema)" if state["model"] else "weights"
+            raise UserError(f"{folder}: holds no {missing}")
+        dcp.load(state, storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
+    return state["model"] | state.get("ema", {})
 
 
 def load_run_weights(model: ARImageModel, folder: Path, average: bool) -> str:
     """Give a model the weights of a saved state; returns the SHA-256 of the tensors. Raises UserError."""
     state = read_weights(folder, average)
     fit_weights(model.transformer, state, f"--weights: {folder}", "the model")
-    digest = hashlib.sha256()
-    for key, value in sorted(state.items()):
-        digest.update(key.encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_sha256(model.transformer)
 
 
 def saved_steps(run: Path) -> list[int]:
     """Numbers of the steps whose state a run folder holds, ascending."""
-    found = (re.fullmatch(r"step-(\d+)", p.name) for p in (run / "state").glob("step-*"))
-    return sorted(int(match[1]) for match in found if match)
+    names = [path.name.removeprefix("step-") for path in (run / "state").glob("step-*")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def ema_name(checkpoint_name: str) -> str:
     """Under which name the average of the weights is written beside the model."""
-    name = Path(checkpoint_name)
-    return f"{name.stem}_ema{name.suffix}"
+    return checkpoint_name.replace(".", "_ema.")
 
 
 def weights_of_run(text: str, checkpoint_name: str) -> tuple[Path, bool] | None:

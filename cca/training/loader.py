@@ -41,8 +41,9 @@ class Loader(Dataset):
         """Return the batch of ``step``, and the indices of its images that others stand in for."""
         epoch, indices = global_batch(step, len(self.data), self.config)
         uncond = unconditional_rows(indices, epoch, self.config)
-        negatives_of = LOSSES[self.config.loss].negatives
-        labels, negatives = pair_labels(self.data.labels(indices), uncond, self.null_class, negatives_of)
+        labels, negatives = pair_labels(
+            self.data.labels(indices), uncond, self.null_class, LOSSES[self.config.loss].negatives
+        )
         own = self.share
         items, replaced = zip(*(self.data[epoch, int(index)] for index in indices[own]))
         batch = Batch(torch.stack(items), labels[own], negatives[own], uncond[own])
@@ -62,8 +63,10 @@ class Loader(Dataset):
             steps = iter(loader)
         for batch, replaced in steps:
             for index in set(replaced) - self.unreadable:
-                name = self.data.name(index)
-                tqdm.write(f"unreadable, replaced by another image of its class: {name}", file=sys.stderr)
+                tqdm.write(
+                    f"unreadable, replaced by another image of its class: {self.data.name(index)}",
+                    file=sys.stderr,
+                )
             self.unreadable.update(replaced)
             yield batch
 

@@ -33,8 +33,12 @@ def train(
     peak = peak_rate(processes.device)
     with StopRequest() as request:
         done = folder.resume(trainer)
-        title = f"{config.loss} {folder.path.name}"
-        with tqdm(total=config.max_steps, initial=done, desc=title, disable=not processes.main) as bar:
+        with tqdm(
+            total=config.max_steps,
+            initial=done,
+            desc=f"{config.loss} {folder.path.name}",
+            disable=not processes.main,
+        ) as bar:
             began = time.perf_counter()
             for batch in loader.batches(done):
                 metrics = trainer.optimizer_step(done, batch)
@@ -46,8 +50,9 @@ def train(
                 if processes.main:
                     show(bar, metrics, done % log_every == 0)
                 # A signal reaches the ranks at different moments; they agree on the step to stop at.
-                own = float(request.asked), float(len(loader.unreadable))
-                stop, unreadable = processes.agree(partial(folder.log, done, metrics), True, *own)
+                stop, unreadable = processes.agree(
+                    partial(folder.log, done, metrics), True, request.asked, len(loader.unreadable)
+                )
                 loader.check_unreadable(int(unreadable))
                 if stop or done % save_every == 0 or done == config.max_steps:
                     folder.save(trainer, done)

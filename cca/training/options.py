@@ -86,8 +86,9 @@ FROM_RECIPE = (
 def chosen_recipe(args: argparse.Namespace, entry: ZooEntry) -> Recipe:
     """The defaults of a run; raises UserError where there are none and the user gives no values either,
     or gives one that the loss does not have."""
-    for name in LOSSES[args.loss].absent:
-        if getattr(args, name) is not None:
+    used = LOSSES[args.loss].hyperparameters
+    for name in ("beta", "lambda_"):
+        if name not in used and getattr(args, name) is not None:
             raise UserError(f"--{name.rstrip('_')}: plays no part in --loss {args.loss}; leave it out")
     if args.recipe is not None:
         if args.loss != "cca" or args.recipe not in entry.recipes:
@@ -95,14 +96,13 @@ def chosen_recipe(args: argparse.Namespace, entry: ZooEntry) -> Recipe:
                 f"--recipe: there is none named {args.recipe} for {args.model} and --loss {args.loss}"
             )
         return entry.recipes[args.recipe]
-    if args.loss not in entry.recipes:
-        needed = (*LOSSES[args.loss].hyperparameters, "lr")
-        missing = [f"--{name.rstrip('_')}" for name in needed if getattr(args, name) is None]
-        if missing:
-            raise UserError(
-                f"--loss: no values are published for {args.loss} on {args.model}; give {', '.join(missing)}"
-            )
-    return entry.recipes.get(args.loss, entry.recipes["cca"])
+    if args.loss in entry.recipes:
+        return entry.recipes[args.loss]
+    if missing := [f"--{name.rstrip('_')}" for name in (*used, "lr") if getattr(args, name) is None]:
+        raise UserError(
+            f"--loss: no values are published for {args.loss} on {args.model}; give {', '.join(missing)}"
+        )
+    return entry.recipes["cca"]
 
 
 def training_config(
@@ -117,11 +117,11 @@ def training_config(
     batch_size = pick("batch_size")
     if batch_size > images:
         raise UserError(f"--batch-size: {batch_size} is more than the {images} images of the data")
-    recipe_lr = recipe.lr * (batch_size / recipe.batch_size if lr_scales_with_batch else 1)
+    lr_factor = batch_size / recipe.batch_size if lr_scales_with_batch else 1
     return TrainingConfig(
         loss=args.loss,
         batch_size=batch_size,
-        lr=recipe_lr if args.lr is None else args.lr,
+        lr=recipe.lr * lr_factor if args.lr is None else args.lr,
         schedule_accumulation=recipe.published_accumulation,
         max_steps=args.max_steps or pick("epochs") * (images // batch_size),
         ema=args.ema,

@@ -14,7 +14,6 @@ from torch.utils.tensorboard import SummaryWriter
 from cca.distributed import Processes
 from cca.losses import LOSSES
 from cca.training.checkpoints import ema_name, load_checkpoint, saved_steps, write_checkpoint
-from cca.training.curves import draw_curves
 from cca.training.trainer import Trainer
 from models import UserError
 from models.utils.files import (
@@ -59,7 +58,7 @@ class RunFolder:
         try:
             load_checkpoint(state, self.states / f"step-{done}", self.processes)
         except UserError as error:
-            before = [f"step {step}" for step in saved_steps(self.path)[:-1]] or ["the start"]
+            before = ["the start", *(f"step {step}" for step in saved_steps(self.path)[:-1])]
             raise UserError(
                 f"--output: {error}; delete that folder, and the same command goes on from {before[-1]}"
             ) from None
@@ -71,8 +70,10 @@ class RunFolder:
         self._drop_old()
         rows = [row for row in self._rows() if 0 < row["step"] <= done]
         if len(rows) < done:
-            missing = f"{done - len(rows)} of {done} steps have no line"
-            print(f"warning: {self.metrics_path}: {missing}", file=sys.stderr)
+            print(
+                f"warning: {self.metrics_path}: {done - len(rows)} of {done} steps have no line",
+                file=sys.stderr,
+            )
         text = "".join(f"{json.dumps(row)}\n" for row in rows)
         atomic_write(self.metrics_path, lambda temporary: temporary.write_text(text))
         with writing(self.path / "tensorboard"):
@@ -96,11 +97,10 @@ class RunFolder:
         Called by the main process alone, once for each optimizer step, from 1, in order: after
         ``resume`` has cut both back to the step it returned.
         """
-        # A skipped step's loss may be no number.
-        line = json.dumps(finite_or_none({"step": step, **metrics}), allow_nan=False)
         try:
             with open(self.metrics_path, "a") as file:
-                file.write(line + "\n")
+                # A skipped step's loss may be no number.
+                file.write(json.dumps(finite_or_none({"step": step, **metrics})) + "\n")
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
         except OSError as error:
@@ -120,7 +120,6 @@ class RunFolder:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise self.cannot_write(error) from None
 
-        self.processes.agree(lambda: remove_folder(temporary), main=True)
         self.processes.agree(write)
         self.processes.agree(lambda: self._keep(temporary, done, trainer.micro_batch_size), main=True)
 
@@ -152,20 +151,21 @@ class RunFolder:
 
     def _draw(self) -> None:
         """Draw ``curves.png`` of all steps."""
-        loss = LOSSES[self.options["loss"]]
+        loss = self.options["loss"]
         values = {"beta": f"β = {self.options['beta']:g}", "lambda_": f"λ = {self.options['lam']:g}"}
-        chosen = ", ".join(values[name] for name in loss.hyperparameters)
-        name = f"{self.options['loss']} ({chosen})" if chosen else self.options["loss"]
-        title = f"{self.options['model']}, {name}, batch {self.options['batch_size']}"
+        if used := ", ".join(values[name] for name in LOSSES[loss].hyperparameters):
+            loss += f" ({used})"
+        title = f"{self.options['model']}, {loss}, batch {self.options['batch_size']}"
         try:
+            # It takes longer to import than all that a training command needs before its first step.
+            from cca.training.curves import draw_curves
+
             draw_curves(self.path / "curves.png", self._rows(), title)
         except (UserError, ImportError) as error:  # a picture is not worth the run
             print(f"no curves.png: {error}", file=sys.stderr)
 
     def cannot_write(self, error: BaseException) -> UserError:
-        last = saved_steps(self.path)
-        kept = f"the state of step {last[-1]} is intact" if last else "no state was saved yet"
         return UserError(
-            f"--output: {self.path} cannot be written ({reason(error)}); {kept}, "
-            "the same command goes on from there"
+            f"--output: {self.path} cannot be written ({reason(error)}); "
+            "the same command resumes from the last checkpoint"
         )

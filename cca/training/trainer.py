@@ -11,7 +11,6 @@ import copy
 import inspect
 import math
 import warnings
-from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -128,7 +127,6 @@ class Trainer:
         self.model, self.config, self.processes = model.to(processes.device), config, processes
         self.micro_batch_size = micro_batch_size
         self.net = model.transformer.train()
-        self.stochastic = model.stochastic
         self.sharded = parallel == "fsdp" and processes.world > 1
         self.objective = LOSSES[config.loss].objective
         self.reward_scale = LOSSES[config.loss].reward_scale(config.beta)
@@ -142,7 +140,7 @@ class Trainer:
             torch._dynamo.config.optimize_ddp = False
         for net in (self.net, self.reference):
             if net is not None and compile:
-                net.compile_parts(varying_rows=self.objective is not None and not self.stochastic)
+                net.compile_parts(varying_rows=self.objective is not None and not model.stochastic)
             if net is not None and self.sharded:
                 shard(net, processes, DTYPES[config.dtype])
         self.policy: nn.Module = self.net
@@ -162,7 +160,7 @@ class Trainer:
 
         Where c- equals c, one forward pass gives both likelihoods, but with dropout they differ.
         """
-        return (~batch.same_label | self.stochastic).nonzero().flatten()
+        return (~batch.same_label | self.model.stochastic).nonzero().flatten()
 
     def micro_loss(self, batch: Batch) -> tuple[Tensor, Sums]:
         """Return the mean loss [] of a micro-batch of tokens and its diagnostics.
@@ -176,7 +174,7 @@ class Trainer:
         if self.objective is None or self.reference is None:
             with self.autocast:
                 logp = self.policy(batch.labels, inputs, batch.images)
-                return -logp.mean(), summed({"logps/chosen": logp.detach()})
+                return -logp.mean(), summed({"logps/chosen": logp})
         # FSDP's unsharded parameters must not become inference tensors.
         with torch.no_grad() if self.sharded else torch.inference_mode(), self.autocast:
             ref_positive, ref_negative = pair_logprobs(self.reference, inputs, batch, pairs)
@@ -184,7 +182,7 @@ class Trainer:
             positive, negative = pair_logprobs(self.policy, inputs, batch, pairs)
         reward, negative_reward = positive - ref_positive, negative - ref_negative
         loss = self.objective(reward, negative_reward, batch.same_label, config.beta, config.lambda_)
-        logps, rewards = (positive.detach(), negative.detach()), (reward.detach(), negative_reward.detach())
+        logps, rewards = (positive, negative), (reward, negative_reward)
         return loss, diagnostics(logps, rewards, null_rows, self.reward_scale)
 
     def synchronise(self, last: bool):
@@ -215,44 +213,39 @@ class Trainer:
         self.optimizer.param_groups[0]["weight_decay"] = decay
         if batch.images.dtype == torch.uint8:
             batch = replace(batch, images=to_tokens(self.model, batch.images, device))
-        sums: dict[str, Tensor] = {}
-        counts = Counter[str]()
         parts = list(batch.micro_batches(self.micro_batch_size))
+        reports: list[dict] = []
         for part in parts:
             with self.synchronise(last=part is parts[-1]):
                 loss, found = self.micro_loss(part)
                 share = len(part) / config.batch_size
                 self.scaler.scale(loss * share * self.processes.world).backward()
-            loss_sum = loss.detach().double() * len(part)
-            for name, (value, count) in {"loss": (loss_sum, len(part)), **found}.items():
-                sums[name] = sums[name] + value if name in sums else value
-                counts[name] += count
-        values, shares = torch.stack([*sums.values()]), torch.tensor([*counts.values()], dtype=torch.float64)
-        totals = self.processes.sum(torch.cat([values, upload(shares, device)]))
+            reports.append({"loss": (loss.detach().double() * len(part), len(part)), **found})
+        names = list(reports[0])
+        sums = torch.stack([sum(report[name][0] for report in reports) for name in names])
+        counts = torch.tensor([sum(report[name][1] for report in reports) for name in names])
+        totals = self.processes.sum(torch.cat([sums, upload(counts.double(), device)]))
         # The one moment of a step at which the host waits for a GPU.
         *found_totals, norm = torch.cat([totals, self.clip()[None].double()]).tolist()
-        pairs = zip(found_totals, found_totals[len(sums) :])
-        means = {name: total / count for name, (total, count) in zip(sums, pairs) if count}
+        pairs = zip(found_totals, found_totals[len(names) :])
+        means = {name: total / count for name, (total, count) in zip(names, pairs) if count}
         self.update(means["loss"], norm)
-        learned = {"grad_norm": norm, "lr": lr, "weight_decay": decay, "skipped_steps": self.skipped}
-        return {**means, **learned}
+        return means | {"grad_norm": norm, "lr": lr, "weight_decay": decay, "skipped_steps": self.skipped}
 
     def clip(self) -> Tensor:
         """Clip the gradients; returns their norm [] before that, on the device."""
         self.scaler.unscale_(self.optimizer)
         return _whole(nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip))
 
+    @torch.no_grad()
     def update(self, loss: float, norm: float) -> None:
         """Apply the gradients unless they, or the loss, are not finite."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
             self.skipped_in_a_row = 0
             if self.ema:
-                trained = dict(self.net.named_parameters())
-                with torch.no_grad():
-                    torch._foreach_lerp_(
-                        list(self.ema.values()), [trained[key] for key in self.ema], 1 - self.config.ema
-                    )
+                averages = tuple(self.ema.values())
+                torch._foreach_lerp_(averages, tuple(self.net.parameters()), 1 - self.config.ema)
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.scaler.update()  # after an overflow, unscale_ has told it so
@@ -270,13 +263,12 @@ class Trainer:
     def state(self) -> dict:
         """Everything that decides the following steps, sharded where the model is."""
         net, optimizer = get_state_dict(self.net, self.optimizer)
-        counters = torch.tensor([self.skipped, self.skipped_in_a_row])
         return {
             "model": net,
             "optimizer": optimizer,
             "ema": self.ema,
             "scaler": self.scaler.state_dict(),
-            "counters": counters,
+            "counters": torch.tensor([self.skipped, self.skipped_in_a_row]),
         }
 
     def load_state(self, state: dict) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from specimens import weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import cca.training.run_folder as run_folder
+import cca.training.curves as curves
 import train_var_cca
 from cca.training.curves import draw_curves
 from models.utils.errors import UserError
@@ -53,7 +53,7 @@ def drawn(monkeypatch):
         calls.append(given)
         draw_curves(*given)
 
-    monkeypatch.setattr(run_folder, "draw_curves", draw)
+    monkeypatch.setattr(curves, "draw_curves", draw)
     return calls
 
 
@@ -83,7 +83,7 @@ def test_a_picture_is_not_worth_the_run(disk, monkeypatch, capsys):
     def full(*_):
         raise UserError("run/curves.png: cannot be written (No space left on device)")
 
-    monkeypatch.setattr(run_folder, "draw_curves", full)
+    monkeypatch.setattr(curves, "draw_curves", full)
     train("run", steps=2)
     assert "no curves.png: run/curves.png: cannot be written" in capsys.readouterr().err
     assert (disk / "run" / "model.pth").exists() and not (disk / "run" / "curves.png").exists()
