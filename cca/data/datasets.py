@@ -149,10 +149,8 @@ class FolderImages(LabelledDataset):
         return f"{self.root}/{self.files[index]}"
 
     def notes(self) -> list[str]:
-        notes = [self.left_out] if self.left_out else []
-        if self.outside:
-            notes.append(f"{self.root}: {self.outside:,} images in no class folder are left out")
-        return notes
+        outside = f"{self.root}: {self.outside:,} images in no class folder are left out"
+        return [note for note in (self.left_out, self.outside and outside) if note]
 
     def fingerprint(self) -> str:
         return fingerprint(self.root, self.files, self.all_labels.tolist())

@@ -11,17 +11,20 @@ from pathlib import Path
 from PIL import Image
 
 from models import UserError
-from models.transforms import to_rgb
+from models.transforms import centre_crop, to_rgb
 from models.utils.errors import printable
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """A picture, 8-bit RGB. Raises UserError with the file and what is wrong with it."""
+def read_image(path: str | Path, side: int | None = None) -> Image.Image:
+    """A picture, 8-bit RGB; ``side``: cut to a square of that side, as guided-diffusion does it.
+
+    Raises UserError with the file and what is wrong with it.
+    """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            return to_rgb(image)
+            return centre_crop(to_rgb(image), side) if side else to_rgb(image)
     except Exception as error:  # damaged files raise whatever the library's readers stumble over
         reason = " ".join(str(error).replace(str(path), "").split())[:100] or type(error).__name__
         raise UserError(f"{path}: not a readable image ({reason})") from None
@@ -54,12 +57,15 @@ def find_images(root: Path) -> tuple[list[str], str | None]:
                 folders.append(name)
             elif entry.is_symlink() and os.path.isdir(entry):
                 heapq.heappush(links, name)
-            elif name.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(entry):
+            elif name.lower().endswith(IMAGE_SUFFIXES) and (
+                entry.is_file(follow_symlinks=False) or os.path.isfile(entry)
+            ):
                 files.append(name)
             else:  # a pipe would be waited for, a broken link cannot be read
                 left_out.append(name)
-    such = f"left out, no image files: {len(left_out):,} (such as {min(left_out, default='')})"
-    return files, printable(f"{root}: {such}") if left_out else None
+    such = min(left_out, default=None)
+    note = such and printable(f"{root}: left out, no image files: {len(left_out):,} (such as {such})")
+    return files, note
 
 
 def fingerprint(root: Path, files: Iterable[str], labels: Iterable[object] = itertools.repeat("")) -> str:
