@@ -14,9 +14,11 @@ Training draws half of its crops from DIR_105 if that folder lies beside DIR.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import compress, islice
 from pathlib import Path
 
 import numpy as np
@@ -90,23 +92,20 @@ def read_crops(
     """
     loader = DataLoader(
         source,
-        batch_sampler=([(0, i)] for part in ranges for i in part),
+        batch_size=None,
+        sampler=[(0, index) for part in ranges for index in part],
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
     )
     with children_ignore_signals():
         items = iter(loader)
-    for part in ranges:
-        waiting: list[torch.Tensor] = []
-        for index in part:
-            images, unreadable = next(items)
-            if unreadable:
-                line = f"unreadable, replaced by another image of its class: {source.name(index)}"
-                tqdm.write(line, file=sys.stderr)
-            waiting.append(images.view(1, source.crops, *images.shape[-3:]))
-            if len(waiting) * source.crops >= at_once or index == part[-1]:
-                yield torch.cat(waiting)
-                waiting = []
+    count = math.ceil(at_once / source.crops)
+    for indices in (part[i : i + count] for part in ranges for i in range(0, len(part), count)):
+        images, replaced = zip(*islice(items, len(indices)))
+        for index in compress(indices, replaced):
+            line = f"unreadable, replaced by another image of its class: {source.name(index)}"
+            tqdm.write(line, file=sys.stderr)
+        yield torch.stack(images).view(len(images), source.crops, *images[0].shape[-3:])
 
 
 @dataclass
@@ -127,7 +126,6 @@ class Extraction:
         self.downloads = self.files.downloads(self.model)
 
     def known(self) -> dict:
-        known = self.files.known()
         return {
             "model": self.args.model,
             "image_size": self.model.image_size,
@@ -136,7 +134,7 @@ class Extraction:
             "crops": self.source.crops,
             "crop_range": self.args.crop_range if self.source.crops > 1 else None,
             "classes": self.source.classes,
-            **{name: known[name] for name in ("tokenizer_sha256",) if name in known},
+            **{key: value for key, value in self.files.known().items() if key == "tokenizer_sha256"},
         }
 
     def plan(self) -> dict[str, str]:

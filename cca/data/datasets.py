@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cca.data.image_folders import find_images, fingerprint, read_image, shown, subfolders
+from cca.data.image_folders import find_images, fingerprint, read_image
 from cca.data.image_sets import NpzImages, to_uint8_tensor
 from cca.data.labels import check_labels, number_classes
 from cca.random_streams import CROPS, stream
@@ -116,19 +116,19 @@ class FolderImages(LabelledDataset):
         given: Mapping[str, int] | None = None,
     ):
         inner = path / "train"
-        self.root = root = inner if inner.is_dir() and subfolders(inner) else path
+        self.root = root = inner if any(inner.glob("[!.]*/")) else path
         files, self.left_out = find_images(root)
-        self.outside = sum("/" not in file for file in files)
         # Class by class, then by folder and name: an image keeps its index from version to version.
         self.files = sorted(
             (file for file in files if "/" in file),
             key=lambda file: (file.split("/")[0], *file.rsplit("/", 1)),
         )
         if not self.files:
-            raise UserError(f"--data: {shown(root)} is not a folder of class folders with images")
-        self.classes = classes = number_classes(root, subfolders(root), model.num_classes, given)
-        labels = np.array([classes[file.split("/")[0]] for file in self.files])
-        self.all_labels = check_labels(labels, model.num_classes, root)
+            raise UserError(f"--data: {root} is not a folder of class folders with images")
+        self.outside = len(files) - len(self.files)
+        folders = [file.split("/")[0] for file in self.files]
+        self.classes = number_classes(root, folders, model.num_classes, given)
+        self.all_labels = torch.tensor([self.classes[folder] for folder in folders])
         self.transform, self.seed, self.crops = transform, seed, transform.crops
         self.unreadable: set[int] = set()
 
@@ -143,16 +143,14 @@ class FolderImages(LabelledDataset):
                 candidate = (candidate + 1) % len(self)
                 if self.all_labels[candidate] != self.all_labels[index]:
                     candidate = int((self.all_labels == self.all_labels[index]).nonzero()[0])
-        raise UserError(f"--data: {shown(self.name(index))} and the 99 images after it cannot be read")
+        raise UserError(f"--data: {self.name(index)} and the 99 images after it cannot be read")
 
     def name(self, index: int) -> str:
         return f"{self.root}/{self.files[index]}"
 
     def notes(self) -> list[str]:
-        notes = [self.left_out] if self.left_out else []
-        if self.outside:
-            notes.append(f"{self.root}: {self.outside:,} images in no class folder are left out")
-        return notes
+        outside = f"{self.root}: {self.outside:,} images in no class folder are left out"
+        return [note for note in (self.left_out, self.outside and outside) if note]
 
     def fingerprint(self) -> str:
         return fingerprint(self.root, self.files, self.all_labels.tolist())

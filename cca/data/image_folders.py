@@ -11,25 +11,23 @@ from pathlib import Path
 from PIL import Image
 
 from models import UserError
-from models.transforms import to_rgb
+from models.transforms import centre_crop, to_rgb
+from models.utils.errors import printable
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def shown(path: str | Path) -> str:
-    """A path for a message: one line, whatever its name holds."""
-    text = str(path)
-    return text if text.isprintable() else ascii(text)
+def read_image(path: str | Path, side: int | None = None) -> Image.Image:
+    """A picture, 8-bit RGB; ``side``: cut to a square of that side, as guided-diffusion does it.
 
-
-def read_image(path: str | Path) -> Image.Image:
-    """A picture, 8-bit RGB. Raises UserError with the file and what is wrong with it."""
+    Raises UserError with the file and what is wrong with it.
+    """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            return to_rgb(image)
+            return centre_crop(to_rgb(image), side) if side else to_rgb(image)
     except Exception as error:  # damaged files raise whatever the library's readers stumble over
         reason = " ".join(str(error).replace(str(path), "").split())[:100] or type(error).__name__
-        raise UserError(f"{shown(path)}: not a readable image ({reason})") from None
+        raise UserError(f"{path}: not a readable image ({reason})") from None
 
 
 def find_images(root: Path) -> tuple[list[str], str | None]:
@@ -52,37 +50,22 @@ def find_images(root: Path) -> tuple[list[str], str | None]:
             with os.scandir(root / place) as listing:
                 entries = [entry for entry in listing if not entry.name.startswith(".")]
         except OSError as error:
-            raise UserError(f"{shown(root / place)}: cannot be listed ({error.strerror})") from None
+            raise UserError(f"{root / place}: cannot be listed ({error.strerror})") from None
         for entry in entries:
             name = f"{place}/{entry.name}" if place else entry.name
-            if _is(entry.is_dir):
-                heapq.heappush(links, name) if entry.is_symlink() else folders.append(name)
-            elif name.lower().endswith(IMAGE_SUFFIXES) and _is(entry.is_file):
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(name)
+            elif entry.is_symlink() and os.path.isdir(entry):
+                heapq.heappush(links, name)
+            elif name.lower().endswith(IMAGE_SUFFIXES) and (
+                entry.is_file(follow_symlinks=False) or os.path.isfile(entry)
+            ):
                 files.append(name)
             else:  # a pipe would be waited for, a broken link cannot be read
                 left_out.append(name)
-    if not left_out:
-        return files, None
-    return (
-        files,
-        f"{shown(root)}: left out, no image files: {len(left_out):,} (such as {shown(min(left_out))})",
-    )
-
-
-def _is(question) -> bool:
-    try:
-        return question()
-    except OSError:  # a link that leads to itself
-        return False
-
-
-def subfolders(root: Path) -> list[str]:
-    """Names of the folders in a folder, links to folders among them, without hidden ones."""
-    try:
-        with os.scandir(root) as entries:
-            return sorted(e.name for e in entries if not e.name.startswith(".") and _is(e.is_dir))
-    except OSError as error:
-        raise UserError(f"{shown(root)}: cannot be listed ({error.strerror})") from None
+    such = min(left_out, default=None)
+    note = such and printable(f"{root}: left out, no image files: {len(left_out):,} (such as {such})")
+    return files, note
 
 
 def fingerprint(root: Path, files: Iterable[str], labels: Iterable[object] = itertools.repeat("")) -> str:
@@ -95,5 +78,5 @@ def fingerprint(root: Path, files: Iterable[str], labels: Iterable[object] = ite
                 b"%s\0%d\0%s\n" % (os.fsencode(file), os.stat(root / file).st_size, str(label).encode())
             )
     except OSError as error:
-        raise UserError(f"{shown(root / file)}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{root / file}: cannot be read ({error.strerror})") from None
     return digest.hexdigest()

@@ -11,21 +11,14 @@ from typing import IO
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cca.data.image_folders import (
-    IMAGE_SUFFIXES,
-    find_images,
-    fingerprint,
-    read_image,
-    shown,
-    subfolders,
-)
+from cca.data.image_folders import IMAGE_SUFFIXES, find_images, fingerprint, read_image
 from cca.data.labels import number_classes, whole_numbers
 from models import ZOO, UserError
-from models.transforms import centre_crop
-from models.utils.files import file_sha256, finite_or_none, read_own_json
+from models.utils.files import file_sha256, finite_or_none, read_own_json, reason
 from models.zoo.loading import build_model
 
 LARGEST_STATISTIC = 1e100  # of features in float32, and their squares; beyond, distances overflow
@@ -46,13 +39,9 @@ def reading(path: Path, problem: str) -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{shown(path)}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except Exception as error:  # zipfile, its decompressors and numpy raise some ten kinds
-        kinds: dict[type, str] = {
-            RuntimeError: " (encrypted)",
-            NotImplementedError: " (its compression is not supported)",
-        }
-        raise UserError(f"{shown(path)}: {problem}{kinds.get(type(error), '')}") from None
+        raise UserError(f"{path}: {problem} ({reason(error)})") from None
 
 
 def report_path(samples: Path) -> Path:
@@ -83,15 +72,16 @@ class NpzImages:
     def __init__(self, path: Path):
         self.path = path
         if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"{shown(path)}: is not a file")  # opening a pipe would wait for ever
+            raise UserError(f"{path}: is not a file")  # opening a pipe would wait for ever
         self.shape: tuple[int, ...] = (0, 0, 0)
         with reading(path, "not a readable .npz file"), zipfile.ZipFile(path) as archive:
             self.names = [name.removesuffix(".npy") for name in archive.namelist()]
             if "arr_0" in self.names:
                 with archive.open("arr_0.npy") as file:
-                    self.shape = self._shape_of_images(file)
+                    self.shape = self._read_header(file)
+                    self.header_bytes = file.tell()
         if "arr_0" not in self.names and not set(STATISTICS[:2]) <= set(self.names):
-            held = shown(", ".join(self.names[:4])) or "nothing"
+            held = ", ".join(self.names[:4]) or "nothing"
             raise UserError(f"{path}: holds {held}; expected arr_0 (images) or mu and sigma")
         self.size = self.shape[1:3]  # height and width in pixels
 
@@ -105,8 +95,10 @@ class NpzImages:
         ):
             yield file
 
-    def _shape_of_images(self, file: IO[bytes]) -> tuple[int, ...]:
-        shape, fortran, dtype = _read_header(file)
+    def _read_header(self, file: IO[bytes]) -> tuple[int, ...]:
+        is_first = npy.read_magic(file) == (1, 0)
+        read = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
+        shape, fortran, dtype = read(file)
         fits = len(shape) in (3, 4) and shape[3:] in ((), (3,)) and 0 not in shape[1:]
         if dtype != np.uint8 or not fits or fortran:
             order = " in Fortran order" if fortran else ""
@@ -123,8 +115,7 @@ class NpzImages:
         """Images of a range in order, uint8 [n, H, W, 3] or grey [n, H, W], n <= batch_size at a time."""
         image_bytes = int(np.prod(self.shape[1:]))
         with self._opened("arr_0", "arr_0 is cut off or damaged") as file:
-            _read_header(file)
-            file.seek(part.start * image_bytes, 1)
+            file.seek(self.header_bytes + part.start * image_bytes)
             for start in range(part.start, part.stop, batch_size):
                 count = min(batch_size, part.stop - start)
                 data = file.read(count * image_bytes)
@@ -156,13 +147,15 @@ class NpzImages:
             largest = np.abs(values.astype(np.float64)).max()
             if not np.isfinite(largest):
                 raise UserError(f"{self.path}: {name} holds numbers that are not finite")
-            if largest > LARGEST_STATISTIC:
-                raise UserError(f"{self.path}: {name} holds {largest:g}, which is out of all proportion")
-            close = 1e-6 * largest
-            symmetric = not covariance or np.allclose(values, values.T, rtol=1e-4, atol=close)
-            if not symmetric or (covariance and values.diagonal().min() < -close):
-                why = "has negative variances" if symmetric else "is not symmetric"
-                raise UserError(f"{self.path}: {name} {why}, so it is no covariance")
+            symmetric = np.allclose(values, values.T, rtol=1e-4, atol=1e-6 * largest)
+            problems = {
+                f"holds {largest:g}, which is out of all proportion": largest > LARGEST_STATISTIC,
+                "is not symmetric, so it is no covariance": not symmetric,
+                "has negative variances": covariance and values.diagonal().min() < -1e-6 * largest,
+            }
+            for problem, is_so in problems.items():
+                if is_so:
+                    raise UserError(f"{self.path}: {name} {problem}")
         return {name: values.astype(np.float64) for name, values in found.items()}
 
     def notes(self) -> list[str]:
@@ -176,7 +169,7 @@ class NpzImages:
 
     def _array(self, name: str) -> np.ndarray:
         with self._opened(name, f"{name} is not readable") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
+            return npy.read_array(file, allow_pickle=False)
 
     def content_hash(self) -> str:
         """SHA-256 of the file; its name does not count."""
@@ -187,12 +180,6 @@ class NpzImages:
         with reading(self.path, "not a readable .npz file"), zipfile.ZipFile(self.path) as archive:
             noted = [(entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist()]
         return hashlib.sha256(repr(noted).encode()).hexdigest()
-
-
-def _read_header(file: IO[bytes]) -> tuple:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
 
 
 class FolderOfImages(Dataset):
@@ -215,7 +202,9 @@ class FolderOfImages(Dataset):
         self.files = sorted(files, key=lambda file: file.split("/"))
         if not self.files:
             left_out = f"; {self.left_out}" if self.left_out else ""
-            raise UserError(f"{shown(path)}: holds no images ({', '.join(IMAGE_SUFFIXES)}){left_out}")
+            raise UserError(f"{path}: holds no images ({', '.join(IMAGE_SUFFIXES)}){left_out}")
+        # The class folder of each image, where all images lie in such.
+        self.folders = [file.split("/")[0] for file in self.files] if all("/" in f for f in files) else []
         self.size = self._read(0).shape[:2]  # height and width in pixels
         self.statistics: dict[str, np.ndarray] = {}  # which a folder does not hold
         self.classes, self.why_unlabelled = self._number_classes(given)
@@ -224,12 +213,7 @@ class FolderOfImages(Dataset):
         return len(self.files)
 
     def _read(self, index: int) -> np.ndarray:
-        file = self.path / self.files[index]
-        image = read_image(file)
-        try:
-            return np.array(centre_crop(image, self.side) if self.side else image)
-        except ValueError as error:
-            raise UserError(f"{shown(file)}: {error}") from None
+        return np.array(read_image(self.path / self.files[index], self.side))
 
     def __getitem__(self, index: int) -> Tensor:
         """Raises UserError for an image that cannot be read, or is of another size than the first."""
@@ -237,7 +221,7 @@ class FolderOfImages(Dataset):
         if image.shape[:2] != self.size:
             own, other = (f"{side[0]} x {side[1]}" for side in (image.shape, self.size))
             raise UserError(
-                f"{shown(self.path / self.files[index])}: is {own}, other images are {other}; "
+                f"{self.path / self.files[index]}: is {own}, other images are {other}; "
                 "--resize (of make_reference: --image-size) cuts all to one size"
             )
         return torch.from_numpy(image)
@@ -259,8 +243,7 @@ class FolderOfImages(Dataset):
         digest = hashlib.sha256(b"" if self.side is None else b"side %d" % self.side)
         for file in self.files:
             with reading(self.path / file, "cannot be read"):
-                digest.update(file.split("/")[-1].encode(errors="surrogateescape"))
-                digest.update((self.path / file).read_bytes())
+                digest.update(os.fsencode(Path(file).name) + (self.path / file).read_bytes())
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
@@ -269,15 +252,14 @@ class FolderOfImages(Dataset):
 
     def _number_classes(self, given: Mapping[str, int] | None) -> tuple[dict[str, int] | None, str | None]:
         """The class of each class folder, or why it is not known; neither without class folders."""
-        names = subfolders(self.path)
-        if not names or not all("/" in file for file in self.files):
+        if not self.folders:
             if given is not None:
-                raise UserError(f"--classes-from: not all images of {shown(self.path)} lie in class folders")
+                raise UserError(f"--classes-from: not all images of {self.path} lie in class folders")
             return None, None
         model = read_sampling_options(self.path).get("model")
         num_classes = build_model(model).num_classes if model in ZOO and given is None else None
         try:
-            return number_classes(self.path, names, num_classes, given), None
+            return number_classes(self.path, self.folders, num_classes, given), None
         except UserError as error:
             if given is not None:
                 raise
@@ -287,12 +269,12 @@ class FolderOfImages(Dataset):
         """Classes [N] int64 if those of the class folders are known."""
         if self.classes is None:
             return None
-        return np.array([self.classes[file.split("/")[0]] for file in self.files], np.int64)
+        return np.array([self.classes[folder] for folder in self.folders], np.int64)
 
     def notes(self) -> list[str]:
         """What of these images makes figures not comparable with published ones."""
         lossy = sum(file.lower().endswith((".jpg", ".jpeg", ".webp")) for file in self.files)
-        cut = f"{shown(self.path)}: images are resized and cut to {self.side} x {self.side} (centre)"
+        cut = f"{self.path}: images are resized and cut to {self.side} x {self.side} (centre)"
         compressed = (
             f"{lossy:,} of {len(self):,} images of {self.path} are JPEG or WebP: "
             "lossy compression changes FID"

@@ -1,11 +1,10 @@
 """Labels: which class a class folder is, by one set of rules for all that read such; what labels may be."""
 
 import argparse
-import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models import UserError
+from models.utils.errors import printable
 from models.utils.files import parse_json
 from models.zoo.hub import ASSETS
 
@@ -52,14 +52,14 @@ def read_classes(path: Path | None) -> dict[str, int] | None:
     return dict(pairs)
 
 
-@functools.cache
-def wordnet_classes() -> dict[str, int]:
-    """ImageNet-1k: WordNet id -> class."""
-    return {name: number for number, name in enumerate(WORDNET_IDS.read_text().split())}
+def wordnet_classes(num_classes: int | None) -> dict[str, int]:
+    """WordNet id -> class, where the classes are as many as ImageNet-1k's; empty where they are not."""
+    names = WORDNET_IDS.read_text().split()
+    return {name: number for number, name in enumerate(names)} if num_classes == len(names) else {}
 
 
 def number_classes(
-    folder: Path, names: Sequence[str], num_classes: int | None, given: Mapping[str, int] | None = None
+    folder: Path, names: Iterable[str], num_classes: int | None, given: Mapping[str, int] | None = None
 ) -> dict[str, int]:
     """The class of each class folder.
 
@@ -68,16 +68,14 @@ def number_classes(
 
     Args:
         folder: where the class folders lie, for messages.
-        names: of the class folders.
+        names: of the class folders, each once or more often.
         num_classes: of the model; None where it is not known: then ``given`` is needed.
         given: the user's own mapping, which may name other folders too.
 
     Raises:
         UserError: a class outside 0 … num_classes - 1, or folders of which these rules do not tell it.
     """
-    names = sorted(names)
-    known = wordnet_classes() if num_classes == len(wordnet_classes()) else {}
-    own = [name for name in names if name not in known and not WHOLE_NUMBER.fullmatch(name)]
+    names, known = sorted(set(names)), wordnet_classes(num_classes)
     if given is not None:
         if missing := [name for name in names if name not in given]:
             raise UserError(f"--classes-from: does not name {_some(missing)} of {folder}")
@@ -88,7 +86,7 @@ def number_classes(
         numbers = {name: int(name) for name in names}
     elif all(name in known for name in names):
         numbers = {name: known[name] for name in names}
-    elif len(own) == len(names) == num_classes:
+    elif len(names) == num_classes and not any(WHOLE_NUMBER.fullmatch(n) or n in known for n in names):
         numbers = {name: number for number, name in enumerate(names)}
     else:
         rules = f"numbers 0 … {num_classes - 1}" + (", WordNet ids" if known else "")
@@ -107,9 +105,8 @@ def number_classes(
 def class_folders(noted: object) -> dict[str, int] | None:
     """The class of each class folder that a file keeps under ``classes``; None where it keeps no such."""
     classes = noted.get("classes") if isinstance(noted, dict) else None
-    if not isinstance(classes, dict) or not all(type(label) is int for label in classes.values()):
-        return None
-    return classes
+    fits = isinstance(classes, dict) and all(type(label) is int for label in classes.values())
+    return classes if fits else None
 
 
 def own_names(folders: Mapping[str, int], num_classes: int) -> dict[int, str]:
@@ -117,7 +114,7 @@ def own_names(folders: Mapping[str, int], num_classes: int) -> dict[int, str]:
 
     ``folders``: folder -> class. Numbers and, of 1,000 classes, WordNet ids name nothing of their own.
     """
-    known = wordnet_classes() if num_classes == len(wordnet_classes()) else {}
+    known = wordnet_classes(num_classes)
     names: dict[int, list[str]] = {}
     for name, label in sorted(folders.items()):
         if not WHOLE_NUMBER.fullmatch(name) and name not in known:
@@ -148,5 +145,4 @@ def check_labels(labels: np.ndarray, num_classes: int, path: str | Path) -> Tens
 
 
 def _some(names: Sequence[str]) -> str:
-    shown = [name if name.isprintable() else ascii(name) for name in names[:3]]
-    return ", ".join(shown) + (", …" if len(names) > 3 else "")
+    return printable(", ".join(names[:3])) + (", …" if len(names) > 3 else "")

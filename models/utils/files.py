@@ -7,12 +7,11 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError
 
 from models.utils.errors import UserError
 
@@ -32,11 +31,8 @@ def size_text(size: float) -> str:
 
 def existing_part(path: Path) -> Path:
     """Return a path as far as it exists: itself, or the nearest folder above it that does."""
-    for part in (path.absolute(), *path.absolute().parents):
-        with suppress(OSError):  # a name that is too long
-            if part.exists():
-                return part
-    return Path("/")
+    whole = path.absolute()
+    return next(part for part in (whole, *whole.parents) if os.path.exists(part))
 
 
 def causes(error: BaseException | None) -> list[BaseException]:
@@ -60,7 +56,7 @@ def writing(path: Path) -> Iterator[None]:
     """Turn what the file system refuses (full, read-only, a folder in the way) into a UserError."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError) as error:
         # PyTorch's writer has no error of its own.
         of_torch = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container"))
         if isinstance(error, RuntimeError) and not of_torch:
@@ -140,7 +136,7 @@ def _whole_number(digits: str) -> int:
 def read_json(path: Path) -> dict:
     """A JSON object. Raises UserError for anything else."""
     try:
-        content = parse_json(path.read_text())
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is damaged or not JSON ({reason(error)})") from None
     if not isinstance(content, dict):
@@ -151,11 +147,10 @@ def read_json(path: Path) -> dict:
 def read_own_json(path: Path) -> dict | None:
     """Return the JSON object of a file that this project wrote; None for any other file, or none."""
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(path)
+    except UserError:
         return None
-    is_own = isinstance(content, dict) and content.get("format") == FORMAT
-    return content if is_own and isinstance(content.get("options"), dict) else None
+    return content if content.get("format") == FORMAT and isinstance(content.get("options"), dict) else None
 
 
 def read_array(path: Path, mapped: str | None = None) -> np.ndarray:
@@ -165,10 +160,8 @@ def read_array(path: Path, mapped: str | None = None) -> np.ndarray:
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # of headers that other versions wrote
-            if mapped:
-                return np.lib.format.open_memmap(path, mapped)
-            with open(path, "rb") as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
+            # Of an .npz under that name this is an array of texts, which no caller takes.
+            return np.asanyarray(np.load(path, mapped, allow_pickle=False))
     except Exception as error:  # a damaged header can raise anything
         raise UserError(f"{path}: is missing or damaged ({reason(error)})") from None
 

@@ -81,11 +81,10 @@ def compute_deterministically() -> None:
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on that device; a host that has work queued on a GPU does not wait for it."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    if tensor.device.type == "cpu" and torch.cuda.is_available():
+    to_gpu = device.type == "cuda"
+    if to_gpu and tensor.device.type == "cpu" and torch.cuda.is_available():
         tensor = tensor.pin_memory()  # only from there can a copy be queued like other work
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=to_gpu)
 
 
 def allow_tf32(device: torch.device) -> None:

@@ -1,29 +1,29 @@
 """Weights files of all layouts: read without executing anything, fitted to a module, written, hashed.
 
-A file's layout is told by its content, never by its name.
+A file's layout is told by its content, never by its name; an index of shards is a ``.json``.
 """
 
 import argparse
 import hashlib
 import math
-import os
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import constants
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from models.utils.errors import UserError
-from models.utils.files import atomic_write, file_sha256, parse_json, write_binary
+from models.utils.files import file_sha256, parse_json, write_binary
 
 # Where the published files and trainers keep the state dict.
 WRAPPERS = ("model", "module", "state_dict", "trainer", "var_wo_ddp")
@@ -98,15 +98,13 @@ def weights_files(path: Path) -> list[Path]:
         (path,) = found
     if not path.is_file():
         raise UserError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
-    with open(path, "rb") as file:
-        head = file.read(9)
-    if head.lstrip()[:1] != b"{" or head[8:9] == b"{":
+    if path.suffix != ".json":
         return [path]
     shards = sorted(set(_index(path).values()))
-    missing = [name for name in shards if not (path.parent / name).is_file()]
-    if missing:
-        raise UserError(f"{path}: lists {missing[0]}, which does not lie beside it")
-    return [path, *(path.parent / name for name in shards)]
+    for shard in shards:
+        if not path.with_name(shard).is_file():
+            raise UserError(f"{path}: lists {shard}, which does not lie beside it")
+    return [path, *map(path.with_name, shards)]
 
 
 def weights_sha256(path: Path) -> str:
@@ -134,13 +132,11 @@ def _read(files: list[Path]) -> tuple[Any, str | None]:
     if shards:
         held = {shard.name: _read_safetensors(shard) for shard in shards}
         index = _index(path)
-        absent = [key for key, shard in index.items() if key not in held[shard][0]]
-        if absent:
-            raise UserError(f"{path}: {absent[0]} is not in {index[absent[0]]}")
+        for key, shard in index.items():
+            if key not in held[shard][0]:
+                raise UserError(f"{path}: {key} is not in {shard}")
         return {key: held[shard][0][key] for key, shard in index.items()}, held[shards[0].name][1]
-    with open(path, "rb") as file:
-        head = file.read(9)
-    if head[8:9] == b"{":  # eight bytes of length, then a JSON header
+    with suppress(SafetensorError):  # it is of another layout, or damaged
         return _read_safetensors(path)
     archive = zipfile.is_zipfile(path)
     if archive:
@@ -257,9 +253,8 @@ def not_finite(state: dict[str, Tensor]) -> str | None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return all(math.isfinite(end) for end in tensor.detach().aminmax())  # NaN where there is one
+    has_values = tensor.is_floating_point() and tensor.numel()
+    return not has_values or all(math.isfinite(end) for end in tensor.detach().aminmax())  # NaN if one is
 
 
 Guess = Callable[[dict[str, Tensor]], str | None]
@@ -305,14 +300,8 @@ def save_safetensors(state: dict[str, Tensor], path: Path, key: str = "") -> Non
     """Write a state dict as .safetensors, which remembers under which key it is published."""
     metadata = {"format": "pt", "wrapper": key}
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
-
-    def write(temporary: Path) -> None:
-        save_file(tensors, temporary, metadata)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # the library makes files that their owner alone may read
-
-    atomic_write(path, write)
+    # Given a path, the library would make a file that its owner alone may read.
+    write_binary(path, lambda file: file.write(save(tensors, metadata)))
 
 
 def tensors_sha256(module: nn.Module) -> str:
