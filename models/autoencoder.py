@@ -99,22 +99,16 @@ class SpatialAttention(nn.Module):
         return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+def _downsample(channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2))
+    )
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def _upsample(channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        OrderedDict(enlarge=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1))
+    )
 
 
 class Stage(nn.Module):
@@ -134,19 +128,16 @@ class Stage(nn.Module):
         residual = nn.ModuleList(ResidualBlock(width, out_channels) for width in widths)
         self.add_module(keys.blocks, residual)
         self.attn = nn.ModuleList(
-            SpatialAttention(out_channels, keys.fused_qkv) for _ in range(blocks if attention else 0)
+            SpatialAttention(out_channels, keys.fused_qkv) if attention else nn.Identity() for _ in widths
         )
         if resample:
-            self.add_module(
-                resample, Downsample(out_channels) if resample == "downsample" else Upsample(out_channels)
-            )
+            change = _downsample if resample == "downsample" else _upsample
+            self.add_module(resample, change(out_channels))
         self.blocks_name, self.resample_name = keys.blocks, resample
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(getattr(self, self.blocks_name)):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[i](x)
+        for block, attention in zip(getattr(self, self.blocks_name), self.attn):
+            x = attention(block(x))
         return getattr(self, self.resample_name)(x) if self.resample_name else x
 
 
@@ -182,16 +173,17 @@ class Encoder(nn.Module):
         super().__init__()
         keys, widths = config.keys, [config.channels * m for m in config.multipliers]
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
-        stages, width, last = [], config.channels, len(widths) - 1
-        for level, out in enumerate(widths):
-            stages.append(
-                Stage(width, out, config.blocks, level == last, "downsample" if level != last else None, keys)
+        coarsest = len(widths) - 1
+        stages = [
+            Stage(
+                width, out, config.blocks, level == coarsest, "downsample" if level < coarsest else None, keys
             )
-            width = out
+            for level, (width, out) in enumerate(zip([config.channels, *widths], widths))
+        ]
         self.add_module(keys.encoder_stages, nn.ModuleList(stages))
-        self.mid = _middle(width, keys)
-        self.norm_out = _norm(width)
-        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
+        self.mid = _middle(widths[-1], keys)
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
         self.stages_name = keys.encoder_stages
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,19 +199,17 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         keys, widths = config.keys, [config.channels * m for m in reversed(config.multipliers)]
-        width = widths[0]
-        self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
-        self.mid = _middle(width, keys)
-        stages, last = [], len(widths) - 1
-        for level, out in enumerate(widths):
-            stages.append(
-                Stage(width, out, config.blocks + 1, level == 0, "upsample" if level != last else None, keys)
-            )
-            width = out
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = _middle(widths[0], keys)
+        finest = len(widths) - 1
+        stages = [
+            Stage(width, out, config.blocks + 1, level == 0, "upsample" if level < finest else None, keys)
+            for level, (width, out) in enumerate(zip([widths[0], *widths], widths))
+        ]
         self.finest_first = keys.decoder_finest_first
         self.add_module(keys.decoder_stages, nn.ModuleList(reversed(stages) if self.finest_first else stages))
-        self.norm_out = _norm(width)
-        self.conv_out = PixelConv(width, 3, 3, padding=1)
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = PixelConv(widths[-1], 3, 3, padding=1)
         self.stages_name = keys.decoder_stages
 
     def forward(self, z: Tensor) -> Tensor:

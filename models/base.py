@@ -118,6 +118,7 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
     vocab_size: int
     step_sizes: tuple[int, ...]  # tokens produced by each decoding step
     image_size: int
+    cached_length: int = 0  # positions whose keys and values a row's state keeps
 
     # What else the backbone decides, the same for all of its models.
     family: ClassVar[str]  # what messages call it
@@ -164,7 +165,7 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
     @property
     def stochastic(self) -> bool:
         """Whether training mode draws random numbers (dropout, stochastic depth)."""
-        rates = (getattr(m, "p", 0) or getattr(m, "rate", 0) for m in self.transformer.modules())
+        rates = (getattr(m, "p", 0) or getattr(m, "drop_path_rate", 0) for m in self.transformer.modules())
         return any(rate > 0 for rate in rates)
 
     @abstractmethod
@@ -178,7 +179,8 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
     @property
     def cached_numbers(self) -> int:
         """Numbers that a row's state keeps of earlier steps, in the transformer's precision."""
-        return 0
+        net = self.transformer
+        return 2 * self.cached_length * net.output_layer().in_features * len(net.transformer_blocks())
 
     @abstractmethod
     def begin(self, labels: Tensor, static: bool = False) -> State:

@@ -50,23 +50,16 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once.
-
-    ``advance`` moves the write position after the last layer.
-    """
+    """Keys and values of all layers, allocated once."""
 
     def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
         """``like``: a tensor of the device and precision of keys and values."""
         shape = (rows, heads, length, head_dim)
         self.layers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(layers)]
-        self.filled = 0
 
-    def at(self) -> list[LayerCache]:
-        """The layers, each to be attended to once."""
-        return [LayerCache(keys, values, self.filled) for keys, values in self.layers]
-
-    def advance(self, n: int) -> None:
-        self.filled += n
+    def at(self, place: int | Tensor) -> list[LayerCache]:
+        """The layers at position ``place``: that many are filled."""
+        return [LayerCache(keys, values, int(place)) for keys, values in self.layers]
 
     def keep_rows(self, rows: int) -> None:
         self.layers = [(k[:rows], v[:rows]) for k, v in self.layers]
@@ -143,8 +136,9 @@ class StaticCache:
         self.blocks = positions.div(BLOCK, rounding_mode="floor") + 1  # that each position sees
         self.order = self.blocks[::BLOCK][None, None, None] - 1
 
-    def at(self, place: Tensor) -> list[StaticLayer]:
-        """The layers at position ``place`` [1] int64."""
+    def at(self, place: int | Tensor) -> list[StaticLayer]:
+        """The layers at position ``place``, a tensor [1] int64."""
+        assert isinstance(place, Tensor)
         position: Masked | Counted
         if reads_a_part(self.layers[0][0]):
             position = Counted(place, self.blocks.index_select(0, place)[None, None], self.order)

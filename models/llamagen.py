@@ -5,6 +5,7 @@ here loads in the official code with ``strict=True``.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -122,22 +123,14 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-class ClassEmbedding(nn.Module):
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding_table(labels)[:, None]
-
-
 class LlamaGenTransformer(ARTransformer):
-    rotary: Tensor
-
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        self.cls_embedding = ClassEmbedding(config)
+        classes = nn.Embedding(config.num_classes + 1, config.dim)
+        self.cls_embedding = nn.Sequential(
+            OrderedDict(embedding_table=classes, one_token=nn.Unflatten(1, (1, -1)))
+        )
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.token_dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -145,7 +138,7 @@ class LlamaGenTransformer(ARTransformer):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         with torch.device("cpu"):  # constants are real even where the parameters are built on the meta device
             table = rotary_table(config.grid, config.dim // config.heads)
-        self.register_buffer("rotary", table, persistent=False)
+        self.rotary = nn.Buffer(table, persistent=False)
 
     def init_weights(self) -> None:
         """Random start for pretraining: normal with deviation 0.02, output layer zero."""
@@ -172,7 +165,7 @@ class Codebook(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.code_dim)
-        self.register_buffer("codebook_used", torch.zeros(65536, device="cpu"))
+        self.codebook_used = nn.Buffer(torch.zeros(65536, device="cpu"))
 
     def vectors(self) -> Tensor:
         return F.normalize(self.embedding.weight, dim=-1)
@@ -245,6 +238,7 @@ class LlamaGen(ARImageModel[LlamaGenState]):
         self.tokenizer = LlamaGenTokenizer(tokenizer)
         self.num_classes, self.vocab_size = transformer.num_classes, transformer.vocab_size
         self.step_sizes = (1,) * transformer.grid**2
+        self.cached_length = self.sequence_length
         self.image_size = transformer.grid * tokenizer.autoencoder.downsampling
 
     @classmethod
@@ -257,24 +251,18 @@ class LlamaGen(ARImageModel[LlamaGenState]):
     def inputs(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    @property
-    def cached_numbers(self) -> int:
-        config = self.transformer.config
-        return 2 * config.layers * config.dim * config.grid**2
-
     def begin(self, labels: Tensor, static: bool = False) -> LlamaGenState:
         config, weight = self.transformer.config, self.transformer.tok_embeddings.weight
         like = weight.new_empty(0, dtype=autocast_dtype(weight.device, weight.dtype))
         cache = (StaticCache if static else KVCache)(
-            config.layers, len(labels), config.heads, config.grid**2, config.dim // config.heads, like
+            config.layers, len(labels), config.heads, self.cached_length, config.dim // config.heads, like
         )
         return LlamaGenState(labels, cache)
 
     def step_inputs(self, state: LlamaGenState, decoding_step: int | Tensor, tokens: Tensor) -> Tensor:
         net = self.transformer
         if isinstance(decoding_step, Tensor):
-            first = decoding_step == 0
-            x = torch.where(first, net.cls_embedding(state.labels), net.tok_embeddings(tokens))
+            x = torch.where(decoding_step == 0, net.cls_embedding(state.labels), net.tok_embeddings(tokens))
         elif decoding_step == 0:
             x = net.cls_embedding(state.labels)
         else:
@@ -282,17 +270,10 @@ class LlamaGen(ARImageModel[LlamaGenState]):
         return net.token_dropout(x)
 
     def block_arguments(self, state: LlamaGenState, decoding_step: int | Tensor) -> Sequence[tuple]:
-        rotary, cache = self.transformer.rotary, state.cache
-        if isinstance(cache, StaticCache):
-            assert isinstance(decoding_step, Tensor)
-            table = rotary.index_select(0, decoding_step)
-            return [(table, layer) for layer in cache.at(decoding_step)]
-        table = rotary[cache.filled : cache.filled + 1]
-        return [(table, layer) for layer in cache.at()]
+        table = self.transformer.rotary[decoding_step]
+        return [(table, layer) for layer in state.cache.at(decoding_step)]
 
     def step_logits(self, state: LlamaGenState, x: Tensor) -> Tensor:
-        if isinstance(state.cache, KVCache):
-            state.cache.advance(1)
         return self.transformer.to_logits(self.transformer.norm(x))
 
     def to_uint8(self, images: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from models.utils.precision import LIKELIHOOD_LOGITS, row_chunks
 
+Layer = tuple[Tensor, Tensor | None]  # weight [V, D], bias [V] or None
+
 
 def sequence_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
     """Sum over tokens of log softmax(logits)[token]: [B, L, V], [B, L] -> [B], in float32."""
@@ -50,7 +52,7 @@ class _LinearLogprob(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for part in row_chunks(hidden, len(weight), LIKELIHOOD_LOGITS):
                 rows = (logprob[part], normaliser[part], hidden[part], tokens[part])
-                _of_chunk(chunk_logprob, compiled, rows, weight, bias)
+                _of_chunk(chunk_logprob, compiled, rows, (weight, bias))
         ctx.save_for_backward(hidden, weight, bias, tokens, normaliser)
         ctx.compiled = compiled
         return logprob
@@ -58,36 +60,29 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, tokens, normaliser = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         # d logprob / d logits = onehot(token) - softmax(logits), of which a chunk gives the negative; its
         # factor per row, the incoming gradient, goes to the narrow side of the products.
         factor = -grad[:, None]
         with torch.autocast(hidden.device.type, enabled=False):
             for part in row_chunks(hidden, len(weight), LIKELIHOOD_LOGITS):
                 rows = (normaliser[part], factor[part], hidden[part], tokens[part])
-                error, scaled = _of_chunk(chunk_error, ctx.compiled, rows, weight, bias, grad_bias)
-                if grad_hidden is not None:
-                    torch.mm(error, weight, out=grad_hidden[part])
-                if grad_weight is not None:
-                    grad_weight.addmm_(error.T, scaled) if error.dtype == torch.float32 else grad_weight.add_(
-                        error.T @ scaled
-                    )
-        if grad_hidden is not None:
-            grad_hidden.mul_(factor)
-        return grad_hidden, _cast(grad_weight, weight), _cast(grad_bias, bias), None, None
+                error, scaled = _of_chunk(chunk_error, ctx.compiled, rows, (weight, bias), grad_bias)
+                torch.mm(error, weight, out=grad_hidden[part])
+                grad_weight.addmm_(error.T, scaled) if error.dtype == torch.float32 else grad_weight.add_(
+                    error.T @ scaled
+                )
+        return grad_hidden.mul_(factor), grad_weight, grad_bias, None, None  # autograd casts them
 
 
-def chunk_logprob(
-    logprob: Tensor, normaliser: Tensor, hidden: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None
-) -> None:
+def chunk_logprob(logprob: Tensor, normaliser: Tensor, hidden: Tensor, tokens: Tensor, layer: Layer) -> None:
     """Fill in log softmax(logits)[token] and log sum exp(logits), both [n] float32, of n tokens.
 
-    hidden [n, D], tokens [n], weight [V, D], bias [V] or None.
+    hidden [n, D], tokens [n].
     """
-    logits = F.linear(hidden, weight, bias).float()
+    logits = F.linear(hidden, *layer).float()
     # Fused on CPU as on GPU, unlike logsumexp.
     logprob.copy_(-F.cross_entropy(logits, tokens, reduction="none"))
     normaliser.copy_(logits.gather(-1, tokens[:, None])[:, 0] - logprob)
@@ -98,8 +93,7 @@ def chunk_error(
     factor: Tensor,
     hidden: Tensor,
     tokens: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    layer: Layer,
     grad_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(logits) - onehot(token) [n, V], and hidden * factor [n, D], both in hidden's dtype.
@@ -107,9 +101,9 @@ def chunk_error(
     Arguments as those of ``chunk_logprob``, whose normaliser it takes; factor [n, 1] float32. The gradient
     of the bias, [V] float32, is added to ``grad_bias``.
     """
-    logits = F.linear(hidden, weight, bias).float()
+    logits = F.linear(hidden, *layer).float()
     if torch.compiler.is_compiling():  # one pass over the logits, which a scatter would make three
-        hit = torch.arange(len(weight), device=tokens.device) == tokens[:, None]
+        hit = torch.arange(logits.shape[-1], device=tokens.device) == tokens[:, None]
         error = (logits - normaliser[:, None]).exp() - hit.float()
     else:
         error = logits.sub_(normaliser[:, None]).exp_()
@@ -124,14 +118,10 @@ def compiled_function(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True)
 
 
-def _of_chunk(function: Callable, compiled: bool, rows: tuple[Tensor, ...], *others: Tensor | None):
+def _of_chunk(function: Callable, compiled: bool, rows: tuple[Tensor, ...], *others: Layer | Tensor | None):
     """The function of the rows of a chunk and of what all chunks share."""
     if not compiled:
         return function(*rows, *others)
     for tensor in rows:  # one graph serves the last chunk too, and micro-batches of any size
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return compiled_function(function)(*rows, *others)
-
-
-def _cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return None if grad is None or like is None else grad.to(like.dtype)

@@ -5,8 +5,9 @@ here loads in the official code with ``strict=True``.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
@@ -35,33 +36,8 @@ class TransformerConfig:
     drop_path_rate: float = 0.0
 
 
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): drops whole residual branches of some rows.
-
-    Drawn for all blocks before they run: nothing in a block's code is its own, so that one
-    compiled block serves them all, and compiling changes no random number.
-    """
-
-    def __init__(self, rates: Sequence[float]):
-        super().__init__()
-        self.rates, self.rate = rates, max(rates)
-
-    def forward(self, rows: int, device: torch.device) -> Tensor | None:
-        """Factor of each residual branch of each block [blocks, 2, rows, 1, 1]; None: nothing is dropped."""
-        if not self.training or self.rate == 0:
-            return None
-        factors = torch.ones(len(self.rates), 2, rows, 1, 1, device=device)
-        for branches, rate in zip(factors, self.rates):
-            for branch in branches if rate else ():
-                branch.bernoulli_(1 - rate).div_(1 - rate)
-        return factors
-
-
 class LinearOfBias(nn.Linear):
     """A linear layer whose bias is given: called like any module, so that sharding sees its use."""
-
-    def __init__(self, width: int, out: int):
-        super().__init__(width, out, bias=False)
 
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(input, self.weight, bias)
@@ -70,16 +46,14 @@ class LinearOfBias(nn.Linear):
 class Attention(nn.Module):
     """Attention with L2-normalised queries and keys and a learned temperature per head."""
 
-    zero_k_bias: Tensor
-
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
-        self.mat_qkv = LinearOfBias(dim, 3 * dim)
+        self.mat_qkv = LinearOfBias(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
-        self.register_buffer("zero_k_bias", torch.zeros(dim, device="cpu"))
+        self.zero_k_bias = nn.Buffer(torch.zeros(dim, device="cpu"))
         self.proj = nn.Linear(dim, dim)
 
     def bias(self) -> Tensor:
@@ -101,16 +75,6 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 Modulation = tuple[Tensor, ...]
 
 
@@ -119,13 +83,15 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.dim = config.dim
-        self.attn = Attention(config.dim, config.heads)
-        self.ffn = FeedForward(config.dim)
+        dim = config.dim
+        self.attn = Attention(dim, config.heads)
+        self.ffn = nn.Sequential(
+            OrderedDict(fc1=nn.Linear(dim, 4 * dim), gelu=nn.GELU("tanh"), fc2=nn.Linear(4 * dim, dim))
+        )
         if config.shared_adaln:
-            self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, config.dim))
+            self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, dim))
         else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def modulation(self, condition: Tensor) -> Modulation:
         """gamma1, gamma2, scale1, scale2, shift1, shift2, each [B, 1, dim], and attention's bias.
@@ -133,7 +99,7 @@ class Block(nn.Module):
         condition: the class embedding [B, dim], or with shared_adaln the shared vectors [B, 1, 6, dim].
         """
         vectors = (
-            self.ada_lin(condition).view(-1, 1, 6, self.dim)
+            self.ada_lin(condition).view(-1, 1, 6, condition.shape[-1])
             if condition.ndim == 2
             else self.ada_gss + condition
         )
@@ -149,7 +115,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """``condition``: what ``modulation`` takes, or gave: sampling computes it once per image.
 
-        kept: factors of the two residual branches [2, B, 1, 1] (see ``DropPath``).
+        kept: factors of the two residual branches [2, B, 1, 1] (see ``VARTransformer.drop_path``).
         """
         modulation = self.modulation(condition) if isinstance(condition, Tensor) else condition
         gamma1, gamma2, scale1, scale2, shift1, shift2, bias = modulation
@@ -166,24 +132,14 @@ def _norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-class HeadNorm(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
-
-    def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
-        return self.ada_lin(condition)[:, None].chunk(2, dim=-1)
-
-
 @dataclass
 class VARState(DecodingState):
-    """What stays fixed while an image is decoded, which depends on the class alone, and the cache."""
+    """What depends on the class alone, the same at all steps; in sampling also what earlier steps left."""
 
     condition: Tensor
     modulations: Sequence[Tensor | Modulation]  # of each block; in training what they are made of
     head_modulation: Modulation
-    cache: KVCache | None = None
-    kept: Tensor | None = None  # in training, of all blocks (see ``DropPath``)
+    cache: KVCache = field(init=False)  # in sampling alone
     # Residual sum of the levels decoded so far; kept so that each level is added only once.
     reconstruction: Tensor | None = None
 
@@ -191,7 +147,6 @@ class VARState(DecodingState):
         self.condition = self.condition[:rows]
         self.modulations = [tuple(t[:rows] for t in m) for m in self.modulations]
         self.head_modulation = tuple(t[:rows] for t in self.head_modulation)
-        assert self.cache is not None
         self.cache.keep_rows(rows)
         if self.reconstruction is not None:
             self.reconstruction = self.reconstruction[:rows]
@@ -199,8 +154,6 @@ class VARState(DecodingState):
 
 class VARTransformer(ARTransformer):
     once_per_image = ("ada_lin",)
-    lvl_1L: Tensor
-    attn_bias_for_masking: Tensor
 
     def __init__(self, config: TransformerConfig, patch_nums: tuple[int, ...], code_dim: int):
         super().__init__()
@@ -211,17 +164,16 @@ class VARTransformer(ARTransformer):
         with torch.device("cpu"):  # constants are real even where the parameters are built on the meta device
             level = torch.arange(len(patch_nums)).repeat_interleave(torch.tensor([p * p for p in patch_nums]))
             causal = torch.where(level[:, None] >= level[None], 0.0, -torch.inf)
-        self.register_buffer("lvl_1L", level[None])
-        self.register_buffer("attn_bias_for_masking", causal[None, None])
+        self.lvl_1L, self.attn_bias_for_masking = nn.Buffer(level[None]), nn.Buffer(causal[None, None])
         self.word_embed = nn.Linear(code_dim, dim)
         self.class_emb = nn.Embedding(config.num_classes + 1, dim)
         self.lvl_embed = nn.Embedding(len(patch_nums), dim)
         if config.shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        rates = np.linspace(0, config.drop_path_rate, config.depth).tolist()
-        self.drop_path = DropPath(rates)
-        self.blocks = nn.ModuleList(Block(config) for _ in rates)
-        self.head_nm = HeadNorm(dim)
+        self.drop_path_rates = np.linspace(0, config.drop_path_rate, config.depth).tolist()
+        self.drop_path_rate = self.drop_path_rates[-1]
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.head_nm = nn.Sequential(OrderedDict(ada_lin=nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))))
         self.head = nn.Linear(dim, config.vocab_size)
 
     def init_weights(self) -> None:
@@ -237,7 +189,7 @@ class VARTransformer(ARTransformer):
         self.head.weight.data.mul_(0.02)
         for block in cast(list[Block], self.blocks):
             block.attn.proj.weight.data.div_(math.sqrt(2 * self.config.depth))
-            block.ffn.fc2.weight.data.div_(math.sqrt(2 * self.config.depth))
+            cast(nn.Linear, block.ffn.fc2).weight.data.div_(math.sqrt(2 * self.config.depth))
             if not self.config.shared_adaln:
                 gains = cast(nn.Linear, block.ada_lin[1])
                 gains.weight.data.mul_(0.5)
@@ -253,7 +205,22 @@ class VARTransformer(ARTransformer):
         source = self.shared_ada_lin(c).view(-1, 1, 6, self.config.dim) if self.config.shared_adaln else c
         blocks = cast(list[Block], self.blocks)
         modulations = [block.modulation(source) if precompute else source for block in blocks]
-        return VARState(c, modulations, self.head_nm.modulation(c))
+        return VARState(c, modulations, self.head_nm(c)[:, None].chunk(2, dim=-1))
+
+    def drop_path(self, rows: int, device: torch.device) -> Sequence[Tensor | None]:
+        """Stochastic depth (Huang et al., 2016): factors [2, rows, 1, 1] of each block's residual branches.
+
+        None where nothing is dropped. Drawn for all blocks before they run: nothing in a block's code is
+        its own, so that one compiled block serves them all, and compiling changes no random number.
+        """
+        rates = self.drop_path_rates
+        if not self.training or self.drop_path_rate == 0:
+            return [None] * len(rates)
+        factors = torch.ones(len(rates), 2, rows, 1, 1, device=device)
+        for branches, rate in zip(factors, rates):
+            for branch in branches if rate else ():
+                branch.bernoulli_(1 - rate).div_(1 - rate)
+        return factors.unbind()
 
     def transformer_blocks(self) -> nn.ModuleList:
         return self.blocks
@@ -263,31 +230,26 @@ class VARTransformer(ARTransformer):
 
     def hidden(self, labels: Tensor, inputs: Tensor) -> Tensor:
         state = self.condition(labels, precompute=False)
-        state.kept = self.drop_path(len(labels), labels.device)
-        x = self.embed(inputs, state)
+        kept = self.drop_path(len(labels), labels.device)
+        x = self.embed(inputs, state.condition, start=0)
         # Cast here, once, and not by autocast in each layer.
         mask = self.attn_bias_for_masking.to(autocast_dtype(x.device, x.dtype))
-        return self.normed(self.run_blocks(x, self.block_arguments(state, mask)), state)
+        arguments = [
+            (modulation, mask, None, factors) for modulation, factors in zip(state.modulations, kept)
+        ]
+        return self.normed(self.run_blocks(x, arguments), state)
 
-    def embed(self, inputs: Tensor | None, state: VARState) -> Tensor:
-        """What the first block takes of the next n positions, [B, n, dim].
+    def embed(self, inputs: Tensor | None, condition: Tensor, start: int) -> Tensor:
+        """What the first block takes of the n positions from ``start`` on, [B, n, dim].
 
         inputs: [B, n, code_dim], or [B, n - 1, code_dim] where position 0, the class, is among
-        them (None for that position alone).
+        them (None for that position alone). condition: the class embedding [B, dim].
         """
-        start = state.cache.filled if state.cache else 0
-        parts = [] if start else [state.condition[:, None] + self.pos_start]
+        parts = [] if start else [condition[:, None] + self.pos_start]
         parts += [] if inputs is None else [self.word_embed(inputs)]
         x = torch.cat(parts, dim=1)
         end = start + x.shape[1]
         return x + self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]
-
-    def block_arguments(self, state: VARState, mask: Tensor | None) -> list[tuple]:
-        """What each block takes besides x; mask: of teacher forcing."""
-        depth = len(self.blocks)
-        caches = state.cache.at() if state.cache else [None] * depth
-        kept = [None] * depth if state.kept is None else state.kept
-        return [(modulation, mask, *others) for modulation, *others in zip(state.modulations, caches, kept)]
 
     def normed(self, x: Tensor, state: VARState) -> Tensor:
         """What the head takes, of what the last block gave: [B, n, dim] float32."""
@@ -314,6 +276,7 @@ class VAR(ARImageModel[VARState]):
         self.transformer = VARTransformer(transformer, tokenizer.patch_nums, tokenizer.code_dim)
         self.num_classes, self.vocab_size = transformer.num_classes, transformer.vocab_size
         self.step_sizes = tuple(p * p for p in tokenizer.patch_nums)
+        self.cached_length = sum(self.step_sizes[:-1])  # nothing attends to the last level
         self.image_size = tokenizer.patch_nums[-1] * tokenizer.autoencoder.downsampling
 
     @classmethod
@@ -327,16 +290,6 @@ class VAR(ARImageModel[VARState]):
     def inputs(self, tokens: Tensor) -> Tensor:
         return self.tokenizer.teacher_forcing_input(tokens)
 
-    @property
-    def cached_length(self) -> int:
-        """Positions that later ones attend to: all but those of the last level."""
-        return self.sequence_length - self.step_sizes[-1]
-
-    @property
-    def cached_numbers(self) -> int:
-        config = self.transformer.config
-        return 2 * config.depth * config.dim * self.cached_length
-
     def begin(self, labels: Tensor, static: bool = False) -> VARState:
         config = self.transformer.config
         state, weight = self.transformer.condition(labels, precompute=True), self.transformer.pos_start
@@ -349,19 +302,19 @@ class VAR(ARImageModel[VARState]):
     def step_inputs(self, state: VARState, decoding_step: int | Tensor, tokens: Tensor) -> Tensor:
         assert isinstance(decoding_step, int)
         if decoding_step == 0:
-            return self.transformer.embed(None, state)
+            return self.transformer.embed(None, state.condition, start=0)
         quantizer, last_level = self.tokenizer.quantize, decoding_step - 1
         added = quantizer.expand(last_level, tokens[:, -self.step_sizes[last_level] :])
         state.reconstruction = added if state.reconstruction is None else state.reconstruction + added
         inputs = quantizer.shrink(state.reconstruction, decoding_step).flatten(2).transpose(1, 2)
-        return self.transformer.embed(inputs, state)
+        return self.transformer.embed(inputs, state.condition, start=tokens.shape[1])
 
     def block_arguments(self, state: VARState, decoding_step: int | Tensor) -> Sequence[tuple]:
-        return self.transformer.block_arguments(state, mask=None)
+        assert isinstance(decoding_step, int)
+        layers = state.cache.at(sum(self.step_sizes[:decoding_step]))
+        return [(modulation, None, layer) for modulation, layer in zip(state.modulations, layers)]
 
     def step_logits(self, state: VARState, x: Tensor) -> Tensor:
-        assert state.cache is not None
-        state.cache.advance(x.shape[1])
         return self.transformer.to_logits(self.transformer.normed(x, state))
 
     def to_uint8(self, images: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ State-dict keys are those of the published checkpoint.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -63,18 +64,16 @@ class MultiScaleQuantizer(nn.Module):
     ``ema_vocab_hit_SV`` is a training statistic of the published files.
     """
 
-    taps: Tensor
-    tap_weights: Tensor
-
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.patch_nums, self.levels = config.patch_nums, len(config.patch_nums)
         self.embedding = nn.Embedding(config.vocab_size, config.code_dim)
         self.quant_resi = ResidualConvs(config.code_dim, self.levels)
-        self.register_buffer("ema_vocab_hit_SV", torch.zeros(self.levels, config.vocab_size, device="cpu"))
+        self.ema_vocab_hit_SV = nn.Buffer(torch.zeros(self.levels, config.vocab_size, device="cpu"))
         *coarse, finest = config.patch_nums
-        for name, rows in zip(("taps", "tap_weights"), zip(*(bicubic_taps(p, finest) for p in coarse))):
-            self.register_buffer(name, torch.stack(rows), persistent=False)
+        taps, weights = zip(*(bicubic_taps(p, finest) for p in coarse))
+        self.taps = nn.Buffer(torch.stack(taps), persistent=False)
+        self.tap_weights = nn.Buffer(torch.stack(weights), persistent=False)
 
     def enlarge(self, h: Tensor, level: int) -> Tensor:
         """One level's latents [B, C, p, p] resized (bicubic) to the finest side: [B, C, P, P]."""
@@ -114,10 +113,8 @@ class MultiScaleQuantizer(nn.Module):
 
     def partial_sums(self, tokens: Tensor) -> list[Tensor]:
         """Latents after each level [B, C, P, P], from tokens [B, L]."""
-        sums: list[Tensor] = []
-        for level, part in enumerate(tokens.split([p * p for p in self.patch_nums], dim=1)):
-            sums.append((sums[-1] if sums else 0) + self.expand(level, part))
-        return sums
+        parts = tokens.split([p * p for p in self.patch_nums], dim=1)
+        return list(accumulate(self.expand(level, part) for level, part in enumerate(parts)))
 
 
 class VARTokenizer(ImageTokenizer):
