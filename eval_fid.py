@@ -26,10 +26,9 @@ from cca.distributed import Processes
 from cca.evaluation.comparability import comparability, compare
 from cca.evaluation.evaluator import METRICS, Comparison, evaluate, extract, load_reference, timed
 from cca.evaluation.features import Extractor, add_features_options, features_plan
-from cca.evaluation.references import REFERENCES, PublishedReference, find_reference
+from cca.evaluation.references import REFERENCES, find_reference
 from models.utils.errors import UserError
 from models.utils.files import write_json
-from models.zoo.hub import Download
 
 
 def make_parser() -> Parser:
@@ -69,9 +68,8 @@ def make_parser() -> Parser:
 def metric_names(text: str) -> tuple[str, ...]:
     """The argparse type of --metrics."""
     names = tuple(text.split(","))
-    for name in names:
-        if name not in METRICS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(METRICS)}")
+    if unknown := [name for name in names if name not in METRICS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(METRICS)}")
     return names
 
 
@@ -82,12 +80,18 @@ def resolve(args: argparse.Namespace, processes: Processes, found: Found) -> One
     labels = samples.labels()
     if labels is not None and labels.min() < 0:
         raise UserError(f"{args.samples}: arr_1 holds class {labels.min()}; classes start at 0")
-    published, reference = args.published, None
-    # A published reference that is not on this machine yet comes later.
-    if published is None or not published.downloads():
-        reference = open_reference(args, processes)
-    rows, downloads = plan(args, samples, published if reference is None else reference, processes)
-    return OnePart(rows, partial(work, args, samples, reference, processes), downloads)
+    missing = args.published.downloads() if args.published else []
+    reference = None if missing else open_reference(args, processes)  # else once it is downloaded
+    features, downloads = features_plan(args.features, args.inception_weights)
+    rows = {
+        "samples": f"{args.samples}, {len(samples):,} images",
+        "reference": f"{args.reference}, {reference_text(args, samples, reference)}",
+        "features": features,
+        "metrics": ", ".join(args.metrics or ["all that the files give"]),
+        "device": f"{processes.devices}, batch {args.batch_size}",
+        "writes": output_text(args.output) if args.output else "no file (--output writes the results)",
+    }
+    return OnePart(rows, partial(work, args, samples, reference, processes), [*missing, *downloads])
 
 
 def check_options(args: argparse.Namespace, output: Output | None) -> None:
@@ -133,31 +137,14 @@ def open_reference(args: argparse.Namespace, processes: Processes) -> ImageSet:
     return images
 
 
-def plan(
-    args: argparse.Namespace,
-    samples: ImageSet,
-    reference: ImageSet | PublishedReference,
-    processes: Processes,
-) -> tuple[dict[str, str], list[Download]]:
-    """What is shown before the work, by name, and what will be downloaded. Raises UserError."""
-    features, downloads = features_plan(args.features, args.inception_weights)
-    if isinstance(reference, ImageSet):
-        held, size = f"{len(reference):,} images", reference.size
-    else:
-        held, size = "to be downloaded", (reference.side, reference.side)
-        downloads = [*reference.downloads(), *downloads]
-    if size not in (samples.size, (0, 0)):
-        own, other = (f"{width} x {height}" for height, width in (size, samples.size))
-        held += f" ({own}; the samples are {other})"
-    rows = {
-        "samples": f"{args.samples}, {len(samples):,} images",
-        "reference": f"{args.reference}, {held}",
-        "features": features,
-        "metrics": ", ".join(args.metrics or ["all that the files give"]),
-        "device": f"{processes.devices}, batch {args.batch_size}",
-        "writes": output_text(args.output) if args.output else "no file (--output writes the results)",
-    }
-    return rows, downloads
+def reference_text(args: argparse.Namespace, samples: ImageSet, reference: ImageSet | None) -> str:
+    """What the plan says of the reference: its images, and their size where the samples have another."""
+    held = "to be downloaded" if reference is None else f"{len(reference):,} images"
+    size = 2 * (args.published.side,) if reference is None else reference.size
+    if size in (samples.size, (0, 0)):
+        return held
+    own, other = (f"{width} x {height}" for height, width in (size, samples.size))
+    return f"{held} ({own}; the samples are {other})"
 
 
 def work(
@@ -189,9 +176,15 @@ def work(
     for note in notes:
         print(f"  note: {note}")
     if args.output:
-        head = {"format": 1, "command": processes.command(args.command), "metrics": values}
-        files = describe_files(samples, reference, extractor)
-        write_json(args.output, {**head, **files, "notes": notes, "seconds": seconds})
+        report = {
+            "format": 1,
+            "command": processes.command(args.command),
+            "metrics": values,
+            **describe_files(samples, reference, extractor),
+            "notes": notes,
+            "seconds": seconds,
+        }
+        write_json(args.output, report)
 
 
 def describe_files(samples: ImageSet, reference: ImageSet, extractor: Extractor) -> dict[str, dict]:

@@ -75,12 +75,11 @@ def resolve(args: argparse.Namespace, processes: Processes, found: Found) -> One
             f"--images: {args.images} holds {len(images)} images; at least {2 * processes.world} are needed"
         )
     features, downloads = features_plan(args.features, args.inception_weights)
-    kept = min(args.kept_images, len(images))
     rows = {
         "images": f"{args.images}, {len(images):,} images",
         "features": features,
         "device": f"{processes.devices}, batch {args.batch_size}",
-        "writes": f"{output_text(args.output)}, with {kept:,} of the images",
+        "writes": f"{output_text(args.output)}, with {min(args.kept_images, len(images)):,} of the images",
     }
     return OnePart(rows, partial(work, args, images, processes), downloads)
 

@@ -68,8 +68,8 @@ class Reconstruction:
     images: ImageSet
 
     def __post_init__(self) -> None:
-        self.output, size = Output.npz(self.args.output, "reconstructions"), self.model.image_size
-        shape = (len(self.images), size, size, 3)
+        self.output = Output.npz(self.args.output, "reconstructions")
+        shape = (len(self.images), *self.images.size, 3)
         self.parts = Parts(self.output.parts_folder, shape, np.dtype(np.uint8), PART_IMAGES)
         self.downloads = self.files.downloads(self.model)
         # Encoder and decoder work on batches of their own sizes: an image's pixels depend on it alone.
@@ -90,21 +90,21 @@ class Reconstruction:
 
     def prepare(self) -> dict:
         self.files.fill(self.model)
-        self.tokenizer = tensors_sha256(self.model.tokenizer)
-        found = self.ranks.digest(self.images.fingerprint)
-        options = {**self.known(), "images_sha256": found, "tokenizer_tensors_sha256": self.tokenizer}
-        self.content = {"options": options}
-        return self.content
+        self.options = {
+            **self.known(),
+            "images_sha256": self.ranks.digest(self.images.fingerprint),
+            "tokenizer_tensors_sha256": tensors_sha256(self.model.tokenizer),
+        }
+        return {"options": self.options}
 
     def make(self, ranges: list[range]) -> Iterator[np.ndarray]:
-        device = self.ranks.device
         with memory_named(f"--model: the tokenizer of {self.args.model} {DOES_NOT_FIT}"):
-            self.model.tokenizer.to(device)
+            self.model.tokenizer.to(self.ranks.device)
             # As one range where they are one: a compressed file is read from its start for each.
             whole = range(ranges[0].start, ranges[-1].stop) if ranges else range(0)
             for part in [whole] if len(whole) == sum(map(len, ranges)) else ranges:
                 for batch in self.images.batches(slice(part.start, part.stop), self.batch_size):
-                    tokens = to_tokens(self.model, to_uint8_tensor(batch), device, alike=True)
+                    tokens = to_tokens(self.model, to_uint8_tensor(batch), self.ranks.device, alike=True)
                     yield to_pixels(self.model, tokens, "float32")
 
     def work(self) -> bool:
@@ -117,10 +117,10 @@ class Reconstruction:
         """Write the description, then the file: an output that is there has a description."""
         images, path = self.images, self.output.path
         report = {
-            **self.content,
+            "options": self.options,
             "model": self.args.model,
             "image_size": self.model.image_size,
-            "tokenizer_tensors_sha256": self.tokenizer,
+            "tokenizer_tensors_sha256": self.options["tokenizer_tensors_sha256"],
             "images": {"file": str(self.args.images), "sha256": images.content_hash()},
             "notes": images.notes(),
         }
@@ -138,16 +138,12 @@ def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Reconst
     model = files.build()
     size = model.image_size
     images = open_image_set(args.images, size, args.workers)
-    if not len(images):
-        raise UserError(f"--images: {args.images} holds no images")
-    if images.size != (size, size):
+    if not len(images) or images.size != (size, size):
         raise UserError(
-            f"--images: {args.images} has images of {images.size[0]} x {images.size[1]}, "
+            f"--images: {args.images} has {len(images)} images of {images.size[0]} x {images.size[1]}, "
             f"the model takes {size} x {size}"
         )
-    labels = images.labels()
-    if labels is not None and len(labels) != len(images):
-        raise UserError(f"--images: {args.images} has {len(images)} images and {len(labels)} labels")
+    images.labels()  # or an error, before the work
     return Reconstruction(args, ranks, found, files, model, images)
 
 

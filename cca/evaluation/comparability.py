@@ -12,8 +12,6 @@ from cca.evaluation.references import REFERENCE_IMAGES
 from models import ZOO, UserError
 from models.utils.files import parse_json
 
-PUBLISHED_SAMPLES = 50_000
-
 
 def comparability(
     compared: Comparison, samples: ImageSet, reference: ImageSet, extractor: Extractor
@@ -29,7 +27,7 @@ def comparability(
             f"features are '{extractor.name}', not Inception: figures compare with each other only",
         ),
         (
-            len(samples) < PUBLISHED_SAMPLES,
+            len(samples) < 50_000,
             f"{len(samples):,} samples instead of 50,000: FID is biased upwards",
         ),
         (
@@ -47,28 +45,27 @@ def comparability(
             f"samples were made with guidance (--cfg-scale {scale:g}; VAR writes {scale - 1:g})",
         ),
     ]
-    notes = [*samples.notes(), *reference.notes(), *(remark for holds, remark in remarks if holds)]
-    classes, probabilities = compared.labels, compared.samples.probabilities
-    if classes is None and probabilities is not None:
-        classes = probabilities.argmax(1).numpy()
-    if classes is not None:
-        notes += class_order_notes(classes, compared.labels is not None)
-    return notes
+    remarks += class_remarks(compared)
+    return [*samples.notes(), *reference.notes(), *(remark for holds, remark in remarks if holds)]
 
 
-def class_order_notes(classes: np.ndarray, known: bool) -> list[str]:
-    """Whether classes come in runs, and how even they are; of predicted classes only the first."""
+def class_remarks(compared: Comparison) -> list[tuple[bool, str]]:
+    """Whether classes come in runs, and how uneven they are; of predicted classes only the first."""
+    labels = compared.labels
+    classes = compared.samples.probabilities.argmax(1).numpy() if labels is None else labels
     counts = np.unique(classes, return_counts=True)[1]
-    notes = []
     repeats, chance = (classes[1:] == classes[:-1]).mean(), np.square(counts / counts.sum()).sum()
-    if len(counts) > 1 and repeats > 0.5 + 0.5 * chance:
-        notes.append(
-            "the images are sorted by class: the inception score is taken over runs of 5,000 in file order"
-        )
-    # A uniform draw of n images per class spreads by sqrt(n); four times that is no accident.
-    if known and counts.max() - counts.min() > 8 * np.sqrt(counts.mean()):
-        notes.append(f"classes are unbalanced: from {counts.min():,} to {counts.max():,} images per class")
-    return notes
+    return [
+        (
+            len(counts) > 1 and repeats > 0.5 + 0.5 * chance,
+            "the images are sorted by class: the inception score is taken over runs of 5,000 in file order",
+        ),
+        (
+            # A uniform draw of n images per class spreads by sqrt(n); four times that is no accident.
+            labels is not None and counts.max() - counts.min() > 8 * np.sqrt(counts.mean()),
+            f"classes are unbalanced: from {counts.min():,} to {counts.max():,} images per class",
+        ),
+    ]
 
 
 def compare(paths: list[Path]) -> str:
@@ -77,30 +74,24 @@ def compare(paths: list[Path]) -> str:
     Raises UserError for a file that eval_fid.py did not write.
     """
     columns = [name for name in METRICS if name != "accuracy"]
-    rows = []
-    for path in paths:
-        name, values, published = read_result(path)
-        cells = [
-            f"{values[column]:.{METRICS[column].digits}f}" if column in values else "–" for column in columns
-        ]
-        difference = ["–", "–"]
-        if published is not None and "fid" in values:
-            difference = [f"{published:.2f}", f"{values['fid'] - published:+.3f}"]
-        rows.append([name, *cells, *difference])
+    rows = [result_cells(path, columns) for path in paths]
     return markdown_table(["samples", *columns, "published FID", "difference"], rows)
 
 
-def read_result(path: Path) -> tuple[str, dict[str, float], float | None]:
-    """Return the name of the samples, their metrics and the published FID. Raises UserError."""
+def result_cells(path: Path, columns: list[str]) -> list[str]:
+    """Return a row: the samples' name, metrics, published FID and difference from it. Raises UserError."""
     try:
         content = parse_json(path.read_text())
         if content["format"] != 1:
             raise ValueError
         values = {column: float(value) for column, value in content["metrics"].items()}
         name, sampling = Path(content["samples"]["file"]).name, content["samples"]["sampling"] or {}
-        guided, weights = sampling.get("cfg_scale", 1.0) != 1.0, sampling.get("weights")
-        published = ZOO[sampling["model"]].published if sampling.get("model") in ZOO else None
+        settings = ZOO[sampling["model"]].published if sampling.get("model") in ZOO else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--compare: {path} is not a result of eval_fid.py") from None
-    kind = "guided" if guided else "base" if weights == "base" else "cca"
-    return name, values, published.fid(kind) if published else None
+    cells = [f"{values[c]:.{METRICS[c].digits}f}" if c in values else "–" for c in columns]
+    guided, is_base = sampling.get("cfg_scale", 1.0) != 1.0, sampling.get("weights") == "base"
+    published = settings.fid("guided" if guided else "base" if is_base else "cca") if settings else None
+    if published is None or "fid" not in values:
+        return [name, *cells, "–", "–"]
+    return [name, *cells, f"{published:.2f}", f"{values['fid'] - published:+.3f}"]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,8 +56,10 @@ def extract_batches(
 
     Raises UserError where a node has other images or weights.
     """
-    files = {f"{images.path}": processes.digest(images.fingerprint), "features": extractor.weights_sha256}
-    refuse_other_options(processes, files)
+    refuse_other_options(
+        processes,
+        {f"{images.path}": processes.digest(images.fingerprint), "features": extractor.weights_sha256},
+    )
     share = processes.share(len(images))
     with tqdm(
         total=share.stop - share.start,
@@ -74,17 +76,13 @@ def extract_batches(
 def extract(images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes) -> Features | None:
     """Features of a whole set, shared out over the ranks; on rank 0 (None elsewhere). Raises UserError."""
     parts = [features for _, features in extract_batches(images, extractor, batch_size, processes)]
-
-    def gather(field: str) -> Tensor | None:
-        values = [getattr(part, field) for part in parts]
-        return None if values[0] is None else processes.gather(torch.cat(values))
-
-    pooled, spatial, probabilities = gather("pooled"), gather("spatial"), gather("probabilities")
-    return None if pooled is None else Features(pooled, spatial, probabilities)
+    whole: list[Any] = [
+        None if values[0] is None else processes.gather(torch.cat(values)) for values in zip(*parts)
+    ]
+    return Features(*whole) if processes.main else None
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """What samples are compared with: Gaussians of a whole set, and features [n, D] of its images."""
 
     pooled: Gaussian | None
@@ -95,18 +93,16 @@ class Reference:
 def cache_path(images: ImageSet, extractor: Extractor) -> Path:
     """Where a reference's features are kept: named by the content of the images and of the extractor."""
     parts = (images.content_hash(), extractor.weights_sha256, extractor.name, PIXELS_VERSION)
-    name = hashlib.sha256("".join(parts).encode())
-    return cache_folder() / f"{name.hexdigest()}.npz"
+    return cache_folder() / f"{hashlib.sha256(''.join(parts).encode()).hexdigest()}.npz"
 
 
-def read_cache(path: Path) -> dict[str, Any] | None:
-    """Features that were kept; None where there are none, or the file is damaged: it is made again."""
+def read_cache(path: Path) -> dict[str, Any]:
+    """Features that were kept; empty where there are none, or the file is damaged: it is made again."""
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = dict(file)
+            return dict(file)
     except Exception:  # a damaged file can raise anything
-        return None
-    return arrays if "pooled" in arrays else None
+        return {}
 
 
 def write_cache(path: Path, arrays: dict[str, Any]) -> None:
@@ -124,15 +120,13 @@ def reference_features(
     """Pooled and spatial features of the reference's images, from the cache if they were taken before."""
     path = cache_path(images, extractor)
     arrays = read_cache(path)
-    # All extract, or none: nodes may not share the cache.
-    if not processes.any(arrays is None) and arrays is not None:
+    if not processes.any(not arrays):  # all extract, or none: nodes may not share the cache
         return arrays
     found = extract(images, extractor, batch_size, processes)
     if found is None:
         return {}
-    arrays = {"pooled": found.pooled.numpy()}
-    if found.spatial is not None:
-        arrays["spatial"] = found.spatial.numpy()
+    kept = {"pooled": found.pooled, "spatial": found.spatial}
+    arrays = {name: features.numpy() for name, features in kept.items() if features is not None}
     if len(images) <= CACHED_IMAGES:
         write_cache(path, arrays)
     return arrays
@@ -146,11 +140,12 @@ def load_reference(
     Raises UserError for statistics of other features.
     """
     statistics = images.statistics
-    for name, width in zip(("mu", "mu_s"), extractor.widths if statistics else ()):
-        if width and name in statistics and len(statistics[name]) != width:
+    blank = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    for name, found in zip(("mu", "mu_s"), extractor(blank) if statistics else ()):  # pooled and spatial
+        if found is not None and name in statistics and len(statistics[name]) != found.shape[1]:
             raise UserError(
                 f"{images.path}: {name} has {len(statistics[name])} dimensions, "
-                f"--features {extractor.name} gives {width}"
+                f"--features {extractor.name} gives {found.shape[1]}"
             )
     arrays = reference_features(images, extractor, batch_size, processes) if len(images) else {}
 
@@ -159,8 +154,11 @@ def load_reference(
             return Gaussian(statistics[mu], statistics[sigma])
         return Gaussian.of(arrays[features]) if features in arrays else None
 
-    pooled, spatial = gaussian("mu", "sigma", "pooled"), gaussian("mu_s", "sigma_s", "spatial")
-    return Reference(pooled, spatial, arrays.get("pooled"))
+    return Reference(
+        pooled=gaussian("mu", "sigma", "pooled"),
+        spatial=gaussian("mu_s", "sigma_s", "spatial"),
+        features=arrays.get("pooled"),
+    )
 
 
 @dataclass(frozen=True)
@@ -188,18 +186,13 @@ def distance(features: Tensor | None, reference: Gaussian | None) -> float | Non
     return frechet_distance(Gaussian.of(features.numpy()), reference)
 
 
-def inception(compared: Comparison) -> float | None:
-    probabilities = compared.samples.probabilities
-    return None if probabilities is None else inception_score(probabilities.numpy())
-
-
 def accuracy(compared: Comparison) -> float | None:
     """Share of samples that the extractor's classifier gives the class they were made for.
 
     It needs a classifier of the samples' own classes, which Inception is not, and knows no others.
     """
     labels, probabilities = compared.labels, compared.samples.probabilities
-    if labels is None or probabilities is None or probabilities.shape[1] != 10 or labels.max() >= 10:
+    if labels is None or probabilities.shape[1] != 10 or labels.max() >= 10:
         return None
     return float((probabilities.argmax(1).numpy() == labels).mean())
 
@@ -227,7 +220,7 @@ METRICS: dict[str, Metric] = {
     "sfid": Metric(
         lambda compared: distance(compared.samples.spatial, compared.reference.spatial), always=False
     ),
-    "is": Metric(inception),
+    "is": Metric(lambda compared: inception_score(compared.samples.probabilities.numpy())),
     "precision": Metric(lambda compared: compared.precision_and_recall[0]),
     "recall": Metric(lambda compared: compared.precision_and_recall[1]),
     "kid": Metric(kid, always=False, digits=5),
@@ -246,8 +239,10 @@ def evaluate(
     values: dict[str, float] = {}
     notes: list[str] = []
     for name in asked or METRICS:
-        too_much = f"--metrics: {name} does not fit in the GPU's memory; leave it out, or {ELSEWHERE}"
-        with timed(seconds, name), memory_named(too_much):
+        with (
+            timed(seconds, name),
+            memory_named(f"--metrics: {name} does not fit in the GPU's memory; leave it out, or {ELSEWHERE}"),
+        ):
             value = METRICS[name].measure(compared)
         if value is not None and not math.isfinite(value):
             raise UserError(f"--metrics: {name} is {value}: features or statistics out of all proportion")

@@ -3,9 +3,8 @@
 import argparse
 import functools
 import io
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,17 +33,16 @@ class FeatureNetwork(nn.Module):
 
     def __init__(self, num_classes: int = 10):
         super().__init__()
-        stages, width = [], 1
-        for out in self.widths:
-            for stride, wide in ((2, width), (1, out)):
+        stages = []
+        for before, out in zip((1, *self.widths), self.widths):
+            for stride, width in ((2, before), (1, out)):
                 stages += [
-                    nn.Conv2d(wide, out, 3, stride=stride, padding=1, bias=False),
+                    nn.Conv2d(width, out, 3, stride=stride, padding=1, bias=False),
                     nn.BatchNorm2d(out),
                     nn.ReLU(),
                 ]
-            width = out
         self.body = nn.Sequential(*stages)
-        self.classifier = nn.Linear(width, num_classes)
+        self.classifier = nn.Linear(self.widths[-1], num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, 32, 32] in [-1, 1] -> features [B, 96] >= 0, class logits [B, 10]."""
@@ -61,7 +59,6 @@ class MiniFeatures(FeatureExtractorBase):
         super().__init__(name, features_list)
         self.network = FeatureNetwork()
         self.network.load_state_dict(load_file(feature_extractor_weights_path or MINI_WEIGHTS))
-        self.eval().requires_grad_(False)
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
@@ -72,24 +69,20 @@ class MiniFeatures(FeatureExtractorBase):
         return "logits" if metric == "isc" else "96"
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        pixels = images.float() / 127.5 - 1
-        if pixels.shape[-2:] != (32, 32):
-            pixels = F.interpolate(pixels, (32, 32), mode="area")
-        features, logits = self.network(pixels)
-        values = {"96": features, "logits": logits}
+        pixels = F.interpolate(images.float() / 127.5 - 1, (32, 32), mode="area")
+        values = dict(zip(self.get_provided_features_list(), self.network(pixels)))
         return tuple(values[name] for name in self.features_list)
 
 
 register_feature_extractor("mini", MiniFeatures)
 
 
-@dataclass(frozen=True)
-class Features:
-    """Of a batch or a set: pooled [N, D], spatial [N, S] or None, class probabilities [N, C] or None."""
+class Features(NamedTuple):
+    """Of a batch or a set: pooled [N, D], spatial [N, S] or None, class probabilities [N, C]."""
 
     pooled: Tensor
     spatial: Tensor | None
-    probabilities: Tensor | None
+    probabilities: Tensor
 
 
 class Extractor:
@@ -111,12 +104,9 @@ class Extractor:
         self.device = device
         kind = FEATURE_EXTRACTORS_REGISTRY[self.name]
         self.layer = kind.get_default_feature_layer_for_metric("fid")
-        try:
-            self.logits_layer = kind.get_default_feature_layer_for_metric("isc")
-        except KeyError:
-            self.logits_layer = None
-        layers = list(dict.fromkeys(filter(None, (self.layer, self.logits_layer))))
-        self.module = build_network(self.name, layers, weights)
+        self.logits_layer = kind.get_default_feature_layer_for_metric("isc")
+        layers = dict.fromkeys((self.layer, self.logits_layer))  # of some networks they are one
+        self.module = build_network(self.name, list(layers), weights)
         with memory_named(f"--features: {self.name} does not fit in the GPU's memory; {ELSEWHERE}"):
             self.module.to(device)
         self.is_inception = self.name == INCEPTION
@@ -129,20 +119,16 @@ class Extractor:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
         """uint8 [B, 3, H, W] -> features on the CPU. Raises UserError where the memory does not suffice."""
-        less = "take fewer" if len(images) > 1 else ELSEWHERE
         with memory_named(
-            f"--batch-size: {len(images)} images at once do not fit in the GPU's memory; {less}"
+            f"--batch-size: {len(images)} images at once do not fit in the GPU's memory; "
+            f"take fewer, or {ELSEWHERE}"
         ):
             found = self.module.convert_features_tuple_to_dict(self.module(images.to(self.device)))
-        probabilities = found[self.logits_layer].softmax(-1).cpu() if self.logits_layer else None
-        spatial = self.seen.float().cpu() if self.is_inception else None
-        return Features(found[self.layer].float().cpu(), spatial, probabilities)
-
-    @functools.cached_property
-    def widths(self) -> tuple[int, int | None]:
-        """Numbers of pooled and of spatial features."""
-        found = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-        return found.pooled.shape[1], None if found.spatial is None else found.spatial.shape[1]
+        return Features(
+            pooled=found[self.layer].float().cpu(),
+            spatial=self.seen.float().cpu() if self.is_inception else None,
+            probabilities=found[self.logits_layer].softmax(-1).cpu(),
+        )
 
     @functools.cached_property
     def weights_sha256(self) -> str:
@@ -164,10 +150,9 @@ def build_network(name: str, layers: list[str], inception_weights: Path | None) 
             f"--inception-weights: {inception_weights} does not hold "
             f"torch-fidelity's Inception weights ({reason})"
         )
-    by_hand = f"; fetch {URL_INCEPTION_V3} by hand and give its path with --inception-weights"
     raise UserError(
-        f"--features: the weights of {name} are not in the cache and cannot be downloaded "
-        f"({reason}){by_hand if name == INCEPTION else ''}"
+        f"--features: the weights of {name} are not in the cache and cannot be downloaded ({reason}); "
+        f"Inception's can be fetched by hand from {URL_INCEPTION_V3} and given with --inception-weights"
     )
 
 
@@ -209,11 +194,13 @@ def add_features_options(parser: argparse.ArgumentParser) -> None:
 def resolve_features(name: str, inception_weights: Path | None) -> tuple[str, Path | None]:
     """torch-fidelity's name of an extractor, and the weights given by the user; see ``Extractor``."""
     name = INCEPTION if name == "inception" else name
-    if name not in FEATURE_EXTRACTORS_REGISTRY:
-        if not Path(name).exists():
-            known = ", ".join(["inception", *sorted(FEATURE_EXTRACTORS_REGISTRY)])
-            raise UserError(f"--features: {name!r} is neither a file of Inception weights nor one of {known}")
+    if name not in FEATURE_EXTRACTORS_REGISTRY and Path(name).exists():
         name, inception_weights = INCEPTION, Path(name)
+    if name not in FEATURE_EXTRACTORS_REGISTRY:
+        raise UserError(
+            f"--features: {name!r} is neither a file of Inception weights nor one of inception, "
+            f"{', '.join(sorted(FEATURE_EXTRACTORS_REGISTRY))}"
+        )
     if inception_weights and name != INCEPTION:
         raise UserError(f"--inception-weights: goes with --features inception, not {name}")
     if inception_weights and not inception_weights.exists():
@@ -229,5 +216,6 @@ def features_plan(name: str, inception_weights: Path | None) -> tuple[str, list[
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
     if weights or cached.exists():
         return f"{name}, {weights or cached}", []
-    missing = Download(URL_INCEPTION_V3, INCEPTION_BYTES, cached.parent, "--inception-weights")
-    return f"{name}, to be downloaded", [missing]
+    return f"{name}, to be downloaded", [
+        Download(URL_INCEPTION_V3, INCEPTION_BYTES, cached.parent, "--inception-weights")
+    ]

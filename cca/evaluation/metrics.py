@@ -111,11 +111,13 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 def ball_radii(features: Tensor, k: int = 3, block: int = 1000) -> Tensor:
     """Squared distance of each feature [N, D] to its k-th nearest other one: [N]."""
-    nearest = [
-        squared_distances(part, features).topk(k + 1, largest=False).values[:, -1]
-        for part in features.split(block)
-    ]
-    return torch.cat(nearest)  # k + 1, since each is its own nearest
+    return torch.cat(
+        [
+            # k + 1, since each is its own nearest
+            squared_distances(part, features).topk(k + 1, largest=False).values[:, -1]
+            for part in features.split(block)
+        ]
+    )
 
 
 def precision_recall(

@@ -31,15 +31,14 @@ class PublishedReference:
 
     def downloads(self) -> list[Download]:
         """What ``fetch`` would download; raises UserError where a file is there and is no such reference."""
-        if not self.path.exists():
-            statistics = sum(8 * (width**2 + width) for width in (2048, 2023))
-            size = REFERENCE_IMAGES * 3 * self.side**2 + statistics
-            part = part_of(self.path)
-            size = max(size - (part.stat().st_size if part.exists() else 0), 0)  # what is left of it
-            return [Download(self.address, size, self.path.parent, "--reference")]
-        if not is_batch(self.path):
-            raise UserError(f"--reference: {self.path} is damaged; delete it to have it downloaded again")
-        return []
+        if self.path.exists():
+            if not is_batch(self.path):
+                raise UserError(f"--reference: {self.path} is damaged; delete it to have it downloaded again")
+            return []
+        part = part_of(self.path)
+        size = REFERENCE_IMAGES * 3 * self.side**2 + 8 * (2048**2 + 2023**2)  # images and covariances
+        missing = max(size - (part.stat().st_size if part.exists() else 0), 0)
+        return [Download(self.address, missing, self.path.parent, "--reference")]
 
     def fetch(self) -> Path:
         """The file, downloaded if need be. Raises UserError where it cannot be had."""

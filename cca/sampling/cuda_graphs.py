@@ -7,8 +7,8 @@ are alike and are compiled once: the whole step as one would take longer than th
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import accumulate
+from functools import cached_property, partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from models import ARImageModel, SamplingOptions, autocast
 from models.kv_cache import reads_a_part
 from models.sampling import (
     NOT_FINITE,
-    DecodingState,
     attention_kernels,
     draw_step,
     guided_steps,
@@ -38,8 +37,11 @@ ROUNDED_AS_EAGER: dict[str, Any] = {"emulate_precision_casts": True}
 @contextlib.contextmanager
 def compiled_decoding() -> Iterator[None]:
     """What the stages of ``CompiledGenerate`` run in."""
-    limits = torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS)
-    with torch.inference_mode(), attention_kernels(), limits:
+    with (
+        torch.inference_mode(),
+        attention_kernels(),
+        torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS),
+    ):
         yield
 
 
@@ -77,14 +79,12 @@ class CompiledGenerate:
             scales = [options.scale_at(step, steps) for step in range(steps)]
             self.scales = torch.tensor(scales, device=device)
         self.starts = list(accumulate(model.step_sizes, initial=0))
-        self.state: DecodingState
         settings = ROUNDED_AS_EAGER if device.type == "cuda" else None
         compiled = partial(torch.compile, fullgraph=True, backend=backend, options=settings)
         # Of any number of tokens, where levels differ in it: not for each level anew.
         varying = False if model.steps_alike else None
         self.before = compiled(self._before, dynamic=False)
         self.through, self.after = compiled(through, dynamic=varying), compiled(self._after, dynamic=varying)
-        self.replays: list[Callable[[], None]] | None = None
 
     def __call__(self, labels: Tensor, uniforms: Tensor) -> Tensor:
         """Labels [n], uniforms [n, L] -> tokens [n, L], NOT_FINITE in rows whose logits were not finite."""
@@ -92,19 +92,20 @@ class CompiledGenerate:
         with compiled_decoding():
             self.labels[:rows].copy_(labels)
             self.uniforms[:rows].copy_(uniforms)
-            if not self.labels.is_cuda:
-                for function, times in self.stages():
-                    for _ in range(times):
-                        function()
-            else:
-                self.replays = self.replays or self._capture()
-                for replay in self.replays:
-                    replay()
+            for run in self.calls:
+                run()
             return self.tokens[:rows].masked_fill(~self.finite[:rows, None], NOT_FINITE)
 
+    @cached_property
+    def calls(self) -> list[Callable[[], None]]:
+        """What decodes a batch, called in this order: the stages, on a GPU captured when first asked for."""
+        if self.labels.is_cuda:
+            return self._capture()
+        return [function for function, times in self.stages() for _ in range(times)]
+
     def _begin(self) -> None:
-        guided, model = self.guided > 0, self.model
-        labels = with_unconditional(self.labels, model.null_class) if guided else self.labels
+        model = self.model
+        labels = with_unconditional(self.labels, model.null_class) if self.guided else self.labels
         with autocast(labels.device, self.dtype):
             self.state = model.begin(labels, static=True) if model.steps_alike else model.begin(labels)
         self.finite.fill_(True)
@@ -115,8 +116,7 @@ class CompiledGenerate:
         model = self.model
         with autocast(self.tokens.device, self.dtype):
             # Of levels, whose resizing differs, the last is by far the largest: the others' is not compiled.
-            last = len(model.step_sizes) - 1
-            before = self.before if step in (None, last) else self._before
+            before = self.before if step in (None, len(model.step_sizes) - 1) else self._before
             x = before(step, guided)
             blocks = list(model.transformer.transformer_blocks())
             arguments = model.block_arguments(self.state, self.at if step is None else step)
@@ -152,21 +152,19 @@ class CompiledGenerate:
 
     def stages(self) -> list[tuple[Callable[[], None], int]]:
         """What decodes a batch, and how many times in a row each is called."""
-        steps, rows = len(self.model.step_sizes), len(self.labels)
-
-        def part(start: int, stop: int) -> tuple[Callable[[], None], int]:
-            def run() -> None:
-                if 0 < start == self.guided:
-                    self.state.keep_rows(rows)
-                if self.model.steps_alike:
-                    self.state.reach(stop)
-                self._step(None if self.model.steps_alike else start, start < self.guided)
-
-            return run, stop - start
-
-        ends = set(range(1, steps)) if not self.model.steps_alike else self._lengths()
+        steps = len(self.model.step_sizes)
+        ends = self._lengths() if self.model.steps_alike else range(1, steps)
         bounds = sorted({0, self.guided, *ends, steps})
-        return [(self._begin, 1), *(part(*ends) for ends in zip(bounds, bounds[1:]))]
+        parts = [(partial(self._run, *part), part[1] - part[0]) for part in pairwise(bounds)]
+        return [(self._begin, 1), *parts]
+
+    def _run(self, start: int, stop: int) -> None:
+        """One step of those from ``start`` to ``stop``, which are alike."""
+        if 0 < start == self.guided:
+            self.state.keep_rows(len(self.labels))
+        if self.model.steps_alike:
+            self.state.reach(stop)
+        self._step(None if self.model.steps_alike else start, start < self.guided)
 
     def _lengths(self) -> set[int]:
         device, steps = self.labels.device, len(self.model.step_sizes)

@@ -29,7 +29,8 @@ def draw_grid(images: np.ndarray, columns: int, captions: list[str] | None = Non
 
 def write_grid(images: np.ndarray, path: Path, columns: int, captions: list[str] | None = None) -> None:
     """PNG of ``draw_grid``."""
-    write_png(draw_grid(images, columns, captions), path)
+    picture = draw_grid(images, columns, captions)
+    atomic_write(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
 def side_by_side(panels: list[tuple[str, Image.Image]]) -> Image.Image:
@@ -43,7 +44,3 @@ def side_by_side(panels: list[tuple[str, Image.Image]]) -> Image.Image:
         sheet.paste(picture, (left, strip))
         left += picture.width + gap
     return sheet
-
-
-def write_png(picture: Image.Image, path: Path) -> None:
-    atomic_write(path, lambda temporary: picture.save(temporary, format="PNG"))
