@@ -38,11 +38,10 @@ from cca.training.loader import Loader
 from cca.training.loop import train
 from cca.training.run_folder import RunFolder, options_of_config
 from cca.training.trainer import Trainer
-from models.base import ARImageModel
+from models import ARImageModel, UserError, load_model
 from models.sampling import draw_tokens
-from models.utils.errors import UserError
 from models.zoo.checkpoint_formats import is_constant, load_weights, save_safetensors
-from models.zoo.loading import build_model, load_model
+from models.zoo.loading import build_model
 
 ASSETS = Path("assets")
 MODELS = ("llamagen-mini", "var-mini")

@@ -8,8 +8,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks.table import provenance
 from cca.cli.tables import markdown_table
@@ -19,9 +19,6 @@ from models.utils.files import atomic_write
 from models.zoo.loading import build_model
 from models.zoo.registry import class_name
 from scripts.recipes import ABLATED, LOSS_LABELS, SHEET, Row, left_out, published_fid
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 Figures = dict[str, dict]  # metrics of one seed by the key of a row
 Results = dict[str, tuple[list[Row], list[Figures]]]  # of each model: its rows, and figures of all seeds
@@ -194,16 +191,16 @@ def pairs(rows: list[Row], figures: Figures) -> list[tuple[float, float]]:
     return [(figures[row.key]["is"], figures[row.key]["fid"]) for row in rows]
 
 
-def save_figure(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     atomic_write(
         path, lambda temporary: figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")
     )
-    plt.close(figure)
 
 
 def fid_chart(path: Path, results: Results, over: str) -> None:
     """Means of FID over the "inception score", or over the "guidance scale" (CCA's is 1): a panel a model."""
-    figure, axes = plt.subplots(1, len(results), figsize=(6.4 * len(results), 4.6), squeeze=False)
+    figure = Figure(figsize=(6.4 * len(results), 4.6))
+    axes = figure.subplots(1, len(results), squeeze=False)
     by_scale = over == "guidance scale"
     for axis, (model, (rows, seeds)) in zip(axes[0], results.items()):
         for series, (label, form) in SERIES.items():
@@ -230,8 +227,9 @@ def sample_sheet(
 
     names: what stands below the columns of each panel.
     """
-    figure, axes = plt.subplots(1, len(rows), figsize=(5.6 * len(rows), 5.6 * lines / columns + 0.9))
-    for axis, row in zip(np.atleast_1d(axes), rows):
+    figure = Figure(figsize=(5.6 * len(rows), 5.6 * lines / columns + 0.9))
+    axes = figure.subplots(1, len(rows), squeeze=False)
+    for axis, row in zip(axes[0], rows):
         figures = run.get(row.key, {})
         samples = NpzImages(path.parent / "samples" / f"{figures.get('file', row.key)}.npz")
         (images,) = samples.batches(slice(0, columns * lines), columns * lines)
