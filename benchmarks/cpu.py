@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -251,14 +252,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     report = Report(args.output or (None if args.only or args.small else OUTPUT), "On a CPU", args.command)
-    before = None
-    for name, arguments in todo.items():
-        measure, *table = PARTS[name.split("-")[0]]
-        if measure is not before:
-            report.table(*table)
-            before = measure
-        for cells in in_child(measure, *arguments, args.rounds):
-            report.row(name, *cells)
+    for part, names in groupby(todo, lambda name: name.split("-")[0]):
+        measure, *table = PARTS[part]
+        report.table(*table)
+        for name in names:
+            for cells in in_child(measure, *todo[name], args.rounds):
+                report.row(name, *cells)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._inductor import config as inductor
 
+import sample
 from benchmarks.table import Report, make_parser, select
 from benchmarks.workloads import (
     Card,
@@ -50,7 +51,7 @@ from cca.distributed import Processes
 from cca.sampling.sampler import Sampler, prepare
 from cca.training.encoding import to_tokens
 from cca.training.trainer import Trainer
-from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError
+from models import DTYPES, ZOO, ARImageModel, UserError
 from models.utils.precision import allow_tf32
 
 OUTPUT = Path("results/gpu.md")
@@ -117,19 +118,15 @@ class Prepared:
     work: Work
 
 
-def precision(row: Row, device: torch.device) -> str:
-    return ZOO[row.model].recipes["cca"].dtype if device.type == "cuda" else "float32"
-
-
 def request_of(row: Row, model: ARImageModel, device: torch.device) -> SampleRequest:
-    """With the settings of the published samples, guided or not."""
-    settings, options = ZOO[row.model].published, SamplingOptions(2.0)
-    if settings:
-        options = SamplingOptions(settings.cfg_scale, top_k=settings.top_k, top_p=settings.top_p)
-    scale = options.cfg_scale if row.guided else 1.0
-    options = replace(options, cfg_scale=scale, cfg_schedule=model.default_cfg_schedule)
-    size, classes = settings.eval_size if settings else None, tuple(range(model.num_classes))
-    return SampleRequest(row.images, classes, "balanced", 0, size, precision(row, device), options)
+    """Return what sample.py makes of the settings of the published samples, guided or not."""
+    options = ["--cfg-scale", "2" if row.guided else "1"]
+    if ZOO[row.model].published:
+        options = ["--preset", "published-cfg" if row.guided else "published"]
+    fixed = ["--model", row.model, "--num-samples", str(row.images), "--output", "unused.npz"]
+    args = sample.make_parser().parse_args([*fixed, *options])
+    sample.apply_preset(args)
+    return sample.make_request(args, model, device)
 
 
 def sampling(row: Row, device: torch.device) -> Prepared:
@@ -144,7 +141,7 @@ def sampling(row: Row, device: torch.device) -> Prepared:
 def training(row: Row, device: torch.device) -> Prepared:
     """An optimizer step of CCA on two micro-batches."""
     model, images = random_model(row.model, device), 2 * row.images
-    config = recipe_config(row.model, images, precision(row, device))
+    config = recipe_config(row.model, images, sample.default_dtype(row.model, device))
     trainer = Trainer(model, config, row.images, Processes(), compile=row.compiled)
     batch = random_batch(model, torch.zeros(images, dtype=torch.bool))
     work = training_work(model, images, 2, DTYPES[config.dtype])
@@ -173,9 +170,23 @@ def encoding(row: Row, device: torch.device) -> Prepared:
 KINDS = {"sample": sampling, "train": training, "decode": decoding, "encode": encoding}
 
 
-def measure(row: Row, prepared: Prepared, first: float, card: Card) -> list[str]:
-    """The cells of a row; ``first``: seconds of its first run, which picks kernels and compiles."""
-    gpu = torch.cuda.is_available()
+@cache
+def prepare_row(row: Row) -> Prepared:
+    """In a child process, which keeps it from its first run to its measurement."""
+    inductor.compile_threads = 4  # by default each row would start one for every core
+    device = Processes().device
+    allow_tf32(device)
+    return KINDS[row.kind](row, device)
+
+
+def run_first(row: Row) -> float:
+    """Return the seconds of a row's first run, which picks kernels and compiles."""
+    return timed(prepare_row(row).run)
+
+
+def measure(row: Row, first: float, card: Card) -> list[str]:
+    """Return the cells of a row; ``first``: seconds of its first run."""
+    prepared, gpu = prepare_row(row), torch.cuda.is_available()
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds = [timed(prepared.run)]
@@ -193,38 +204,15 @@ def measure(row: Row, prepared: Prepared, first: float, card: Card) -> list[str]
     ]
 
 
-def work(connection: Connection, row: Row, card: Card) -> None:
-    """In a child process: prepare a row, say so (None), and send its cells when told to measure it."""
-    inductor.compile_threads = 4  # by default each row would start one for every core
+def answer(task: AsyncResult, end: float) -> Any:
+    """Return what a child process has by ``end`` (of ``time.monotonic``), or a str that says why nothing."""
     try:
-        device = Processes().device
-        allow_tf32(device)
-        prepared = KINDS[row.kind](row, device)
-        first = timed(prepared.run)
-        connection.send(None)
-        connection.recv()
-        connection.send(measure(row, prepared, first, card))
+        return task.get(max(end - time.monotonic(), 0))
+    except multiprocessing.TimeoutError:
+        return "took more than its time"
     except Exception as error:  # whatever a row raises is its result
         message = " ".join(str(error).split()).replace("|", "/")[:160]
-        connection.send(f"{type(error).__name__}: {message}")
-
-
-def start(row: Row, card: Card) -> tuple[BaseProcess, Connection]:
-    """A child process at work on a row: an error of the GPU, or a row that takes too long, ends with it."""
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=work, args=(theirs, row, card), daemon=True)
-    process.start()
-    theirs.close()
-    return process, ours
-
-
-def answer(connection: Connection, end: float) -> Any:
-    """What a child process sends until ``end`` (of ``time.monotonic``); a str says why it is of no use."""
-    try:
-        in_time = connection.poll(max(end - time.monotonic(), 0))
-        return connection.recv() if in_time else "took more than its time"
-    except EOFError:
-        return "its process ended"
+        return f"{type(error).__name__}: {message}"
 
 
 def in_groups(todo: list[Row], jobs: int) -> list[list[Row]]:
@@ -239,19 +227,21 @@ def in_groups(todo: list[Row], jobs: int) -> list[list[Row]]:
 
 
 def run_group(group: list[Row], card: Card, seconds: float) -> Iterator[tuple[str, list[str]]]:
-    """Prepare the rows side by side, then measure one after the other; yields name and cells of each."""
-    began = time.monotonic()
-    children = [start(row, card) for row in group]
-    problems = [answer(connection, began + PREPARING * seconds) for _, connection in children]
-    for (process, _), problem in zip(children, problems):
-        if problem:
-            process.kill()
-    for row, (process, connection), problem in zip(group, children, problems):
-        if not problem:
-            connection.send(None)
-        result = problem or answer(connection, began + seconds)
-        process.kill()
-        process.join()
+    """Prepare the rows side by side, then measure one after the other; yields name and cells of each.
+
+    Each has a child process: an error of the GPU, or a row that takes too long, ends with it.
+    """
+    began, context = time.monotonic(), multiprocessing.get_context("spawn")
+    pools = [context.Pool(1) for _ in group]
+    first_runs = [pool.apply_async(run_first, [row]) for pool, row in zip(pools, group)]
+    firsts = [answer(task, began + PREPARING * seconds) for task in first_runs]
+    for pool, first in zip(pools, firsts):
+        if isinstance(first, str):
+            pool.terminate()
+    for row, pool, result in zip(group, pools, firsts):
+        if not isinstance(result, str):
+            result = answer(pool.apply_async(measure, [row, result, card]), began + seconds)
+        pool.terminate()
         yield row.name, [str(row.images), f"failed: {result}"] if isinstance(result, str) else result
 
 

@@ -1,9 +1,8 @@
-"""What both benchmarks share: their options, and the file of tables that they write."""
+"""What measurements share: options of the benchmarks, what is told of the machine, the file of tables."""
 
 import datetime
 import platform
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,20 @@ def select(rows: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, An
     return {name: row for name, row in rows.items() if not names or name in names}
 
 
-def machine() -> str:
-    """The GPU and its driver, or the CPU and its threads."""
+def processor() -> str:
+    """Return what the machine calls its first GPU, or its CPU."""
     if torch.cuda.is_available():
-        query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
-        return f"{torch.cuda.get_device_name()}, driver {subprocess.getoutput(query).splitlines()[0]}"
-    names = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+        return torch.cuda.get_device_name()
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)", file.read_text() if file.exists() else "", re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def provenance(command: str) -> str:
+    """Return what stands above tables: command (after ``python``), date, machine and versions."""
+    machine = f"{processor()}, {torch.get_num_threads()} threads"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"`python {command}`, {datetime.date.today()}: {machine}, {versions}"
 
 
 class Report:
@@ -55,8 +61,7 @@ class Report:
             command: what was typed after ``python``.
         """
         self.path, self.text = path, ""
-        versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-        self.write(f"# {title}\n\n`python {command}`, {datetime.date.today()}: {machine()}, {versions}.")
+        self.write(f"# {title}\n\n{provenance(command)}.")
 
     def table(self, heading: str, note: str, columns: Sequence[str]) -> None:
         """Begin a table below a heading and a note."""

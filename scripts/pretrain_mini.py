@@ -17,6 +17,7 @@ import math
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,15 +38,13 @@ from cca.training.loader import Loader
 from cca.training.loop import train
 from cca.training.run_folder import RunFolder
 from cca.training.trainer import Trainer
-from models.base import ARImageModel
-from models.llamagen import LlamaGenTokenizer
+from models import ARImageModel, UserError, load_model
 from models.sampling import draw_tokens
-from models.utils.errors import UserError
-from models.var_tokenizer import VARTokenizer
 from models.zoo.checkpoint_formats import is_constant, load_weights, save_safetensors
-from models.zoo.loading import build_model, load_model
+from models.zoo.loading import build_model
 
 ASSETS = Path("assets")
+MODELS = ("llamagen-mini", "var-mini")
 RAW = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package has them
 TRAINING, BUNDLED_TRAINING = slice(0, 50_000), slice(0, 10_000)
 PERCEPTUAL_WEIGHTS = Path("runs/perceptual.safetensors")
@@ -79,7 +78,7 @@ def write_images(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
 
 def fit(
     parameters: Iterable[nn.Parameter],
-    loss: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor, int], Tensor],
     steps: int,
     batch: int,
     lr: float,
@@ -87,7 +86,7 @@ def fit(
 ) -> None:
     """AdamW over random training images; the rate rises over 2 % of the steps, then falls as a cosine.
 
-    ``loss`` takes the indices of a batch.
+    ``loss`` takes the indices of a batch and the number of the step, from 1.
     """
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -96,20 +95,19 @@ def fit(
         optimizer,
         lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(i - warm, 0) / (steps - warm))),
     )
-    bar, smooth = tqdm(range(steps), desc=name, mininterval=2), None
+    bar = tqdm(range(steps), desc=name, mininterval=2)
     for step in bar:
         place = step % (TRAINING.stop // batch)  # of the batch in its epoch
         if place == 0:
             order = torch.randperm(TRAINING.stop)
-        value = loss(order[place * batch : (place + 1) * batch])
+        value = loss(order[place * batch : (place + 1) * batch], step + 1)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        smooth = value.item() if smooth is None else 0.98 * smooth + 0.02 * value.item()
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{smooth:.4f}")
+            bar.set_postfix(loss=f"{value.item():.4f}")
 
 
 class PerceptualNetwork(nn.Module):
@@ -158,7 +156,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 def train_classifier(network: nn.Module, images: Tensor, labels: Tensor, epochs: int, name: str) -> nn.Module:
-    def loss(index: Tensor) -> Tensor:
+    def loss(index: Tensor, step: int) -> Tensor:
         return F.cross_entropy(network(augment(images[index]))[1], labels[index], label_smoothing=0.05)
 
     fit(network.train().parameters(), loss, epochs * TRAINING.stop // 128, 128, 2e-3, name)
@@ -171,72 +169,59 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     return sum((network(x)[1].argmax(1) == y).sum().item() for x, y in batches) / len(labels)
 
 
-class SingleScale:
-    """How LlamaGen's tokenizer is pretrained (van den Oord et al., 2017, arXiv 1711.00937, eq. 3)."""
-
-    @staticmethod
-    def straight_through(tokenizer: LlamaGenTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruction whose gradient passes by the quantiser, and the quantisation loss."""
-        z = F.normalize(tokenizer.latents(images).float(), dim=1)
-        tokens, side = tokenizer.quantise(z.detach()), z.shape[-1]
-        codes = F.embedding(tokens, tokenizer.quantize.vectors()).transpose(1, 2).unflatten(2, (side, side))
-        loss = (codes - z.detach()).square().mean() + 0.25 * (codes.detach() - z).square().mean()
-        return tokenizer.decode_latents(z + (codes - z).detach()), loss
-
-    @staticmethod
-    def first_codes(latents: Tensor) -> Tensor:
-        """Codes to start from, of as many random latents."""
-        return latents
-
-    @staticmethod
-    def fresh_codes(tokenizer: LlamaGenTokenizer, images: Tensor, used: Tensor, count: int) -> Tensor:
-        """Replacements for codes that recent images did not use: latents of these images."""
-        return tokenizer.latents(images).permute(0, 2, 3, 1).flatten(0, 2)
+def is_multi_scale(model: ARImageModel) -> bool:
+    """Whether tokens are codes of residuals (VAR), not of the latents themselves (LlamaGen)."""
+    return max(model.step_sizes) > 1
 
 
-class MultiScale:
-    """The same for VAR's residual tokenizer; the quantisation loss is averaged over the levels."""
+def straight_through(model: ARImageModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the reconstruction, whose gradient passes by the quantiser, and the quantisation loss.
 
-    @staticmethod
-    def straight_through(tokenizer: VARTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
-        z = tokenizer.latents(images).float()
+    As van den Oord et al., 2017, arXiv 1711.00937, eq. 3; with several scales the loss is averaged over them.
+    """
+    tokenizer: Any = model.tokenizer
+    z = tokenizer.latents(images).float()
+    if is_multi_scale(model):
         sums = tokenizer.quantize.partial_sums(tokenizer.quantize.quantise(z.detach()))
-        losses = [
-            (total - z.detach()).square().mean() + 0.25 * (total.detach() - z).square().mean()
-            for total in sums
-        ]
-        return tokenizer.decode_latents(z + (sums[-1] - z).detach()), sum(losses) / len(sums)
-
-    @staticmethod
-    def first_codes(latents: Tensor) -> Tensor:
-        """Residual codes shrink from level to level."""
-        return latents * torch.logspace(0, -1, len(latents))[:, None]
-
-    @staticmethod
-    def fresh_codes(tokenizer: VARTokenizer, images: Tensor, used: Tensor, count: int) -> Tensor:
-        """At least ``count``: used ones, jittered."""
-        source = tokenizer.quantize.embedding.weight[used.multinomial(max(count, 1), replacement=True)]
-        return source * (1 + 0.1 * torch.randn_like(source))
-
-
-TOKENIZER_PRETRAINING = {"llamagen-mini": SingleScale, "var-mini": MultiScale}
-Pretraining = type[SingleScale] | type[MultiScale]
+    else:
+        z = F.normalize(z, dim=1)
+        codes = F.embedding(tokenizer.quantise(z.detach()), tokenizer.quantize.vectors())
+        sums = [codes.transpose(1, 2).unflatten(2, z.shape[2:])]
+    losses = [
+        (total - z.detach()).square().mean() + 0.25 * (total.detach() - z).square().mean() for total in sums
+    ]
+    return tokenizer.decode_latents(z + (sums[-1] - z).detach()), sum(losses) / len(sums)
 
 
 @torch.no_grad()
-def start_codebook(model: ARImageModel, pretraining: Pretraining, images: Tensor) -> None:
+def flat_latents(model: ARImageModel, images: Tensor) -> Tensor:
+    """Return all latents of images, [n, code_dim]."""
+    return model.tokenizer.latents(images).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+@torch.no_grad()
+def start_codebook(model: ARImageModel, images: Tensor) -> None:
     """Codes start at latents of real images, so that none is dead from the first step."""
-    latents = model.tokenizer.latents(images).permute(0, 2, 3, 1).flatten(0, 2)
+    latents = flat_latents(model, images)
     chosen = latents[torch.randperm(len(latents))[: model.vocab_size]]
-    model.tokenizer.quantize.embedding.weight.copy_(pretraining.first_codes(chosen))
+    if is_multi_scale(model):  # residuals shrink from level to level
+        chosen = chosen * torch.logspace(0, -1, len(chosen))[:, None]
+    model.tokenizer.quantize.embedding.weight.copy_(chosen)
 
 
 @torch.no_grad()
-def revive_codes(model: ARImageModel, pretraining: Pretraining, used: Tensor, images: Tensor) -> int:
-    """Replace the codes that no recent image used; returns how many."""
+def revive_codes(model: ARImageModel, used: Tensor, images: Tensor) -> int:
+    """Replace the codes that no recent image used by latents of these images; returns how many.
+
+    With several scales by codes that are used, jittered.
+    """
     weight = model.tokenizer.quantize.embedding.weight
     dead = (used == 0).nonzero().flatten()
-    source = pretraining.fresh_codes(model.tokenizer, images, used, len(dead))
+    if is_multi_scale(model):
+        source = weight[used.multinomial(max(len(dead), 1), replacement=True)]
+        source = source * (1 + 0.1 * torch.randn_like(source))
+    else:
+        source = flat_latents(model, images)
     weight[dead] = source[torch.randperm(len(source))[: len(dead)]]
     return len(dead)
 
@@ -259,29 +244,26 @@ def encode_all(model: ARImageModel, images: Tensor) -> Tensor:
 def train_tokenizer(name: str, images: Tensor, steps: int) -> ARImageModel:
     """Train a tokenizer from a random start, and return its model."""
     perceptual, model = load_perceptual(), build_model(name, device="cpu")
-    tokenizer, pretraining = model.tokenizer.train(), TOKENIZER_PRETRAINING[name]
-    for module in tokenizer.modules():
+    for module in model.tokenizer.train().modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-    start_codebook(model, pretraining, images[:256])
-    used, done = torch.zeros(model.vocab_size), 0
+    start_codebook(model, images[:256])
+    used = torch.zeros(model.vocab_size)
 
-    def loss(index: Tensor) -> Tensor:
-        nonlocal used, done
+    def loss(index: Tensor, step: int) -> Tensor:
         batch = images[index]
-        done += 1
-        if done % 20 == 0:
-            used += torch.bincount(model.encode(batch).flatten(), minlength=model.vocab_size)
-        if done % 100 == 0 and done < 0.7 * steps:
-            dead = revive_codes(model, pretraining, used, batch)
-            tqdm.write(f"{name}: step {done}, {dead} unused codes moved")
+        if step % 20 == 0:
+            used.add_(torch.bincount(model.encode(batch).flatten(), minlength=model.vocab_size))
+        if step % 100 == 0 and step < 0.7 * steps:
+            dead = revive_codes(model, used, batch)
+            tqdm.write(f"{name}: step {step}, {dead} unused codes moved")
             used.zero_()
         with torch.autocast("cpu", torch.bfloat16):
-            reconstruction, quantisation = pretraining.straight_through(tokenizer, batch)
+            reconstruction, quantisation = straight_through(model, batch)
             perceived = perceptual.distance(reconstruction, batch).float()
         return pixel_distance(reconstruction, batch) + perceived + quantisation
 
-    fit(tokenizer.parameters(), loss, steps, 32, 1.5e-3, f"{name} tokenizer")
+    fit(model.tokenizer.parameters(), loss, steps, 32, 1.5e-3, f"{name} tokenizer")
     return model.eval()
 
 
@@ -309,7 +291,7 @@ def train_decoder(name: str, images: Tensor, labels: Tensor, steps: int) -> ARIm
     model.tokenizer.decoder.compile()
     parts = nn.ModuleList([model.tokenizer.decoder, model.tokenizer.post_quant_conv]).requires_grad_(True)
 
-    def loss(index: Tensor) -> Tensor:
+    def loss(index: Tensor, step: int) -> Tensor:
         batch, levels = images[index], int(torch.randint(REDRAWN + 1, ()))
         with torch.autocast("cpu", torch.bfloat16):
             drawn = redraw_last_levels(model, tokens[index], labels[index], levels)
@@ -353,8 +335,7 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
     folder = RunFolder(output.path, processes, options)
     trainer = Trainer(model, config, config.batch_size, processes, compile=True)
     loader = Loader(TokenArray(model, images, labels), config, processes, model.null_class)
-    train(trainer, loader, folder, save_every=500, log_every=20)
-    if not (folder.path / model.checkpoint_name).exists():  # a signal came first
+    if not train(trainer, loader, folder, save_every=500, log_every=20):  # a signal came first
         raise UserError("pretraining was stopped; the same command goes on from there")
     return model
 
@@ -381,7 +362,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stage", choices=("data", "networks", *STEPS))
-    parser.add_argument("--model", choices=TOKENIZER_PRETRAINING, help="for the last three stages")
+    parser.add_argument("--model", choices=MODELS, help="for the last three stages")
     parser.add_argument(
         "--raw", type=Path, default=RAW, help="folder of the four files (default %(default)s)"
     )
@@ -409,8 +390,8 @@ def train_networks(raw: Path, images: Tensor, labels: Tensor, seed: int) -> None
 def main() -> None:
     args = make_parser().parse_args()
     if args.stage in STEPS and not args.model:
-        raise UserError(f"--model: the stage {args.stage} needs one of {', '.join(TOKENIZER_PRETRAINING)}")
-    if args.stage == "decoder" and max(build_model(args.model).step_sizes) == 1:
+        raise UserError(f"--model: the stage {args.stage} needs one of {', '.join(MODELS)}")
+    if args.stage == "decoder" and not is_multi_scale(build_model(args.model)):
         raise UserError(
             f"--model: the stage decoder is not for {args.model}, which draws its tokens one by one"
         )

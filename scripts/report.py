@@ -3,18 +3,15 @@
 A report states means ± standard deviations over the seeds.
 """
 
-import datetime
-import platform
-import re
 import statistics
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-import torch
+from matplotlib.figure import Figure
 
+from benchmarks.table import provenance
 from cca.cli.tables import markdown_table
 from cca.data.image_sets import NpzImages
 from models import ZOO
@@ -23,18 +20,15 @@ from models.zoo.loading import build_model
 from models.zoo.registry import class_name
 from scripts.recipes import ABLATED, LOSS_LABELS, SHEET, Row, left_out, published_fid
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 Figures = dict[str, dict]  # metrics of one seed by the key of a row
 Results = dict[str, tuple[list[Row], list[Figures]]]  # of each model: its rows, and figures of all seeds
-# Metric, title, format, and the factor that makes the title's unit of it.
+# Metric, title, format.
 COLUMNS = (
-    ("fid", "FID ↓", ".3f", 1), ("is", "IS ↑", ".3f", 1), ("sfid", "sFID ↓", ".2f", 1),
-    ("precision", "precision ↑", ".3f", 1), ("recall", "recall ↑", ".3f", 1),
-    ("accuracy", "class accuracy ↑", ".3f", 1), ("published", "published FID", ".2f", 1),
-    ("difference", "difference", "+.3f", 1), ("seconds_per_image", "ms per image ↓", ".2f", 1000),
-    ("images_per_second", "images/s", ".1f", 1), ("training_hours", "processor-hours of training", ".3f", 1),
+    ("fid", "FID ↓", ".3f"), ("is", "IS ↑", ".3f"), ("sfid", "sFID ↓", ".2f"),
+    ("precision", "precision ↑", ".3f"), ("recall", "recall ↑", ".3f"),
+    ("accuracy", "class accuracy ↑", ".3f"), ("published", "published FID", ".2f"),
+    ("difference", "difference", "+.3f"), ("images_per_second", "images/s", ".1f"),
+    ("training_hours", "processor-hours of training", ".3f"),
 )  # fmt: skip
 # Lines of the pictures: what the legend says, and matplotlib's format.
 SERIES = {
@@ -64,45 +58,31 @@ def measured(row: Row, run: Figures) -> dict:
     return {**run[row.key], "published": row.published, "difference": run[row.key]["fid"] - row.published}
 
 
-def cell(runs: list[dict], name: str, form: str, factor: float) -> str:
+def cell(runs: list[dict], name: str, form: str) -> str:
     if not all(name in run for run in runs):
         return "–"
-    one_value = name == "published"  # the same for every seed
-    return spread([factor * run[name] for run in (runs[:1] if one_value else runs)], form)
+    different = runs[:1] if name == "published" else runs  # that is the same for every seed
+    return spread([run[name] for run in different], form)
 
 
 def figures_table(rows: list[Row], seeds: list[Figures]) -> str:
     """One line per row, without columns that no row has."""
     found = {row.label: [measured(row, run) for run in seeds] for row in rows}
     columns = [c for c in COLUMNS if any(c[0] in run for runs in found.values() for run in runs)]
-    lines = [
-        [label, *(cell(runs, name, form, factor) for name, _, form, factor in columns)]
-        for label, runs in found.items()
-    ]
-    return markdown_table(["samples", *(title for _, title, _, _ in columns)], lines)
+    lines = [[label, *(cell(runs, name, form) for name, _, form in columns)] for label, runs in found.items()]
+    return markdown_table(["samples", *(title for _, title, _ in columns)], lines)
 
 
-def provenance(args: Namespace, processes: int, seconds: float) -> str:
+def heading(args: Namespace, processes: int, seconds: float) -> str:
     """What stands above every table: command, date, machine, versions, seeds."""
     seeds = ", ".join(str(args.seed + i) for i in range(args.seeds))
-    text = (
-        f"`python {args.command}`, {datetime.date.today()}, {processor()}, processes: {processes}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, {seconds:.0f} s; seed {seeds}."
-        + (" Mean ± standard deviation over the seeds." if args.seeds > 1 else "")
-    )
+    text = f"{provenance(args.command)}, processes: {processes}, {seconds:.0f} s; seed {seeds}."
+    if args.seeds > 1:
+        text += " Mean ± standard deviation over the seeds."
     if args.experiment == "samples":
         return text
     compared = f"{args.num_samples:,} samples per row against {Path(args.reference).name}"
     return f"{text}\n\n{compared}; features: {args.features}."
-
-
-def processor() -> str:
-    """What the machine calls its first GPU, or its CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    file = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)", file.read_text() if file.exists() else "", re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def on(rows: list[Row], series: str) -> list[Row]:
@@ -146,7 +126,7 @@ def quickstart_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
         f"(paper: {PAPER_OVER_GUIDED}) and {ratio('cca', 'base')} × that of the unguided one "
         f"(paper: {PAPER_OVER_BASE}), closes {spread(gaps, '.2f')} of the gap between the two, "
         f"has {spread(recall, '+.3f')} recall, and takes "
-        f"{ratio('cca', 'guided', 'seconds_per_image')} × the time."
+        f"{ratio('guided', 'cca', 'images_per_second')} × the time."
     ]
     if any(row.name == "sft" for row in rows):
         remarks.append(f"Maximum likelihood, the control, has {ratio('sft', 'base')} × the FID of the base.")
@@ -211,16 +191,16 @@ def pairs(rows: list[Row], figures: Figures) -> list[tuple[float, float]]:
     return [(figures[row.key]["is"], figures[row.key]["fid"]) for row in rows]
 
 
-def save_figure(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     atomic_write(
         path, lambda temporary: figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")
     )
-    plt.close(figure)
 
 
 def fid_chart(path: Path, results: Results, over: str) -> None:
     """Means of FID over the "inception score", or over the "guidance scale" (CCA's is 1): a panel a model."""
-    figure, axes = plt.subplots(1, len(results), figsize=(6.4 * len(results), 4.6), squeeze=False)
+    figure = Figure(figsize=(6.4 * len(results), 4.6))
+    axes = figure.subplots(1, len(results), squeeze=False)
     by_scale = over == "guidance scale"
     for axis, (model, (rows, seeds)) in zip(axes[0], results.items()):
         for series, (label, form) in SERIES.items():
@@ -247,8 +227,9 @@ def sample_sheet(
 
     names: what stands below the columns of each panel.
     """
-    figure, axes = plt.subplots(1, len(rows), figsize=(5.6 * len(rows), 5.6 * lines / columns + 0.9))
-    for axis, row in zip(np.atleast_1d(axes), rows):
+    figure = Figure(figsize=(5.6 * len(rows), 5.6 * lines / columns + 0.9))
+    axes = figure.subplots(1, len(rows), squeeze=False)
+    for axis, row in zip(axes[0], rows):
         figures = run.get(row.key, {})
         samples = NpzImages(path.parent / "samples" / f"{figures.get('file', row.key)}.npz")
         (images,) = samples.batches(slice(0, columns * lines), columns * lines)
@@ -281,7 +262,13 @@ def quickstart_section(args: Namespace, rows: list[Row], run: Figures) -> list[s
 
 def summary(rows: list[Row], run: Figures) -> dict:
     """A model's part of a seed's summary.json; ``rows`` of the quickstart, "guided" among them."""
-    described = {row.name: {"label": row.label, "file": row.key, **run[row.key]} for row in rows}
+    described = {
+        row.name: {
+            "label": row.label, "file": row.key,
+            "seconds_per_image": 1 / run[row.key]["images_per_second"], **run[row.key],
+        }
+        for row in rows
+    }  # fmt: skip
     sweep = [{"scale": row.series["guidance"], **described[row.name]} for row in on(rows, "guidance")[1:]]
     return {
         "best_scale": min(sweep, key=lambda figures: figures["fid"])["scale"],
@@ -299,7 +286,7 @@ def write_report(args: Namespace, results: Results, processes: int, seconds: flo
         processes: on how many each command ran; seconds: how long all took.
     """
     name = args.experiment
-    sections = [f"# {name.replace('-', ' ').capitalize()}", provenance(args, processes, seconds)]
+    sections = [f"# {name.replace('-', ' ').capitalize()}", heading(args, processes, seconds)]
     for model, (rows, seeds) in results.items():
         sections.append(f"## {model}")
         if name in PICTURES:

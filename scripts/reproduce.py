@@ -44,7 +44,6 @@ import importlib
 import os
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -54,20 +53,19 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.table import processor
 from cca.cli.main import run_command
 from cca.cli.output import Output, differing, options_of, read_marker
 from cca.cli.parser import Parser, command_line, count, number
 from cca.cli.plan import hidden_plans
-from cca.config import SampleRequest
 from cca.distributed import Processes
 from cca.evaluation.references import find_reference
 from cca.losses import LOSSES
-from cca.sampling.sampler import Sampler
-from models import ARImageModel, SamplingOptions, UserError, load_model, zoo_entry
+from models import UserError, zoo_entry
 from models.utils.files import FORMAT, parse_json, read_json, write_json
 from models.zoo.loading import build_model
 from scripts.recipes import EXPERIMENTS, Row, Run, left_out, table_rows
-from scripts.report import Figures, Results, best_guided, processor, summary, with_best_guided, write_report
+from scripts.report import Figures, Results, summary, with_best_guided, write_report
 
 # What --mini decides where no option does.
 DEFAULTS = {"data": None, "reference": None, "features": "inception", "num_samples": 50_000}
@@ -75,8 +73,7 @@ MINI_DEFAULTS = {
     "data": "assets/fashion-mnist-train-10k.npz", "reference": "assets/fashion-mnist-test-10k.npz",
     "features": "mini", "num_samples": 5000,
 }  # fmt: skip
-MINI_BATCH = 128  # of sampling and of its timing
-TIMED_IMAGES, TIMED_ROUNDS = 512, 3
+MINI_BATCH = 128  # of sampling
 
 
 # fmt: off
@@ -90,8 +87,7 @@ def make_parser() -> Parser:
     add("--data", default=given("DATA"))
     add("--reference", default=given("REFERENCE"))
     add("--features")
-    add("--num-samples", type=count(100))
-    add("--samples", dest="num_samples", type=count(100))
+    add("--num-samples", "--samples", type=count(100))
     add("--seed", type=count(0), default=0)
     add("--seeds", type=count(), default=1)
     add("--dry-run", action="store_true")
@@ -291,35 +287,6 @@ class Pipeline:
         return {row.key: self.figures(row) for row in rows if measured and not self.launcher.dry}
 
 
-def add_times(pipeline: Pipeline, rows: list[Row], run: Figures) -> None:
-    """Add seconds_per_image to the figures of the base, the best guided base and what was trained.
-
-    Rank 0 samples in turn, with all threads, and takes the median.
-    """
-    best, own = best_guided(rows, run), pipeline.launcher.own
-    timed = [row for row in rows if row.name in ("base", best.name) or isinstance(row.weights, Run)]
-    seconds: dict[str, list[float]] = {row.key: [] for row in timed}
-    if own.main:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(threads * own.world)
-        models = {row.key: load_model(row.model, pipeline.weights(row)).to(own.device) for row in timed}
-        for row in (1 + TIMED_ROUNDS) * timed:
-            began = time.perf_counter()
-            sample_timed(models[row.key], row.series.get("guidance", 1.0), pipeline.seed, own.device)
-            seconds[row.key].append((time.perf_counter() - began) / TIMED_IMAGES)
-        torch.set_num_threads(threads)
-        for key, (_, *measured) in seconds.items():  # the first warms up
-            run[key]["seconds_per_image"] = statistics.median(measured)
-    own.barrier()
-
-
-def sample_timed(model: ARImageModel, cfg_scale: float, seed: int, device: torch.device) -> None:
-    """Sample TIMED_IMAGES images, as sample.py does for the quickstart."""
-    options, classes = SamplingOptions(cfg_scale, model.default_cfg_schedule), tuple(range(model.num_classes))
-    request = SampleRequest(TIMED_IMAGES, classes, "balanced", seed, None, "float32", options)
-    list(Sampler(model, request, MINI_BATCH, device).samples([range(TIMED_IMAGES)]))
-
-
 def write_summaries(pipelines: list[Pipeline], results: Results, seconds: float) -> None:
     """Write each seed's summary.json: all figures of the quickstart, by model and kind."""
     for i, pipeline in enumerate(pipelines):
@@ -358,8 +325,6 @@ def main(argv: list[str] | None = None) -> None:
             print(left_out(model, every), flush=True)
         seeds = [pipeline.run(every, args.experiment != "samples") for pipeline in pipelines]
         if quickstart and not launcher.dry:
-            for pipeline, run in zip(pipelines, seeds):
-                add_times(pipeline, every, run)
             every = with_best_guided(every, seeds)
         results[model] = every, seeds
     if launcher.main and not launcher.dry:
