@@ -26,14 +26,15 @@ from cca.cli.parts import Parts, fill, write_npz
 from cca.cli.plan import add_dry_run_option
 from cca.config import SampleRequest
 from cca.data.image_sets import NpzImages
+from cca.data.labels import class_names
 from cca.distributed import Processes
 from cca.sampling.batch_size import COMPILED_FROM, compiles_by_default, default_batch_size
 from cca.sampling.grid import write_grid
 from cca.sampling.sampler import Sampler, class_of, prepare
-from cca.training.run_weights import ChosenWeights, choose_weights
 from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError, zoo_entry
 from models.sampling import LOWEST_TEMPERATURE
 from models.utils.files import size_text, writing
+from models.zoo.loading import ModelFiles, find_files
 
 PART_IMAGES = 256  # images of a part
 # Where neither an option nor a preset says otherwise.
@@ -170,7 +171,7 @@ class Sampling:
     args: argparse.Namespace
     ranks: Processes
     found: Found
-    weights: ChosenWeights
+    files: ModelFiles
     model: ARImageModel
     request: SampleRequest
 
@@ -181,19 +182,15 @@ class Sampling:
         self.output = Output.npz(args.output, "samples")
         self.parts = Parts(self.output.parts_folder, shape, np.dtype(np.uint8), PART_IMAGES)
         before = self.found.options.get("compile")  # a run that is resumed keeps its way
-        self.downloads = self.weights.files.downloads(self.model)
+        self.downloads = self.files.downloads(self.model)
         self.batch_size = args.batch_size or default_batch_size(self.model, request, device)
         default = compiles_by_default(self.model, request, device, self.ranks.world)
         asked = before if args.compile is None else args.compile
         self.compile = default if asked is None else asked
 
     def known(self) -> dict:
-        return self.options(self.weights.known())
-
-    def options(self, provenance: dict) -> dict:
-        """Return everything that decides the images; ``provenance``: of the weights."""
         request = asdict(self.request)
-        return {**request, **request.pop("sampling"), **provenance, "compile": self.compile}
+        return {**request, **request.pop("sampling"), **self.files.known(), "compile": self.compile}
 
     def plan(self) -> dict[str, str]:
         request, options = self.request, self.request.sampling
@@ -209,7 +206,7 @@ class Sampling:
         classes = f"{len(request.classes)} classes {request.class_order}"
         size = size_text(count * self.parts.row_bytes)
         written = [f"{self.output.path} (~{size})", self.output.path.with_suffix(".json"), self.args.grid]
-        return self.weights.plan(self.model) | {
+        return self.files.plan(self.model) | {
             "samples": f"{count:,} of {width} x {height} pixels, {classes}, seed {request.seed}",
             "drawing": f"{guidance}, {filters}",
             "device": f"{self.ranks.devices}, {request.dtype}, "
@@ -231,7 +228,8 @@ class Sampling:
             )
 
     def prepare(self) -> dict:
-        self.content = {"options": self.options(self.weights.load(self.model))}
+        self.files = self.files.fill(self.model)
+        self.content = {"options": self.known()}
         return self.content
 
     def work(self) -> bool:
@@ -270,7 +268,8 @@ class Sampling:
 
     def write_grid(self) -> None:
         """Write the picture of the first images, with the names of their classes."""
-        columns, names = min(len(self.request.classes), 10), self.weights.class_names(self.model)
+        columns = min(len(self.request.classes), 10)
+        names = class_names(self.files.config.get("data"), self.model.num_classes)
         count = min(8 * columns, self.request.num_samples)
         (images,) = NpzImages(self.output.path).batches(slice(0, count), count)
         with writing(self.args.grid):
@@ -280,10 +279,9 @@ class Sampling:
 
 
 def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Sampling:
-    weights = choose_weights(args.model, args.weights, args.tokenizer_weights, args.image_size)
-    model = weights.files.build()
-    weights.class_names(model)  # or an error, before the work
-    return Sampling(args, ranks, found, weights, model, make_request(args, model, ranks.device))
+    files = find_files(args.model, args.weights, args.tokenizer_weights, args.image_size)
+    model = files.build()
+    return Sampling(args, ranks, found, files, model, make_request(args, model, ranks.device))
 
 
 def main(argv: list[str] | None = None) -> None:

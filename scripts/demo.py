@@ -31,15 +31,15 @@ from cca.cli.output import Found
 from cca.cli.parser import Parser, add_model_options, count, number
 from cca.cli.plan import add_dry_run_option
 from cca.config import SampleRequest
+from cca.data.labels import class_names
 from cca.distributed import Processes
 from cca.sampling.grid import draw_grid, side_by_side
 from cca.sampling.sampler import Sampler, class_of, prepare
-from cca.training.checkpoints import weights_of_run
-from cca.training.run_weights import ChosenWeights, choose_weights
 from models import DTYPES, ZOO, ARImageModel, UserError, zoo_entry
 from models.utils.errors import one_line
 from models.utils.files import reason
 from models.utils.precision import device_name
+from models.zoo.loading import ModelFiles, find_files
 from scripts.recipes import sweep
 
 WAYS = {"base": "Base, no guidance", "guided": "Base, guidance {}", "cca": "CCA, no guidance"}
@@ -90,21 +90,18 @@ class Panel:
     command: str
 
 
-def pinned_weights(args: argparse.Namespace) -> str:
-    """Return --weights, for a run the very file or state that is there now: the newest may change."""
-    found = weights_of_run(args.weights, zoo_entry(args.model).backbone.checkpoint_name)
-    if found is None:
-        return args.weights
-    path, average = found
-    return f"{path}:ema" if average and path.is_dir() else str(path)
+def shown_files(args: argparse.Namespace) -> dict[str, ModelFiles]:
+    """Return the files that are shown, the base's first, by the --weights that sample.py would take.
 
-
-def chosen_weights(args: argparse.Namespace) -> dict[str, ChosenWeights]:
-    """Return the weights that are shown, the base's first, by what sample.py calls them."""
-    return {
-        weights: choose_weights(args.model, weights, args.tokenizer_weights, args.image_size)
-        for weights in ("base", pinned_weights(args))
-    }
+    Of a run these are the very file or checkpoint that is there now: the newest may change.
+    """
+    tuned = find_files(args.model, args.weights, args.tokenizer_weights, args.image_size)
+    tokenizer = args.tokenizer_weights or tuned.config.get("tokenizer")
+    base = find_files(args.model, "base", tokenizer, tuned.image_size)
+    weights = args.weights
+    if tuned.config and tuned.transformer_file:
+        weights = tuned.transformer_file.name
+    return {"base": base, weights: tuned}
 
 
 def defaults(model: str, classes: int, most_images: int) -> dict[str, str]:
@@ -127,12 +124,13 @@ class Demo:
         self.args, self.device = args, device
         self.dtype = args.dtype or sample.default_dtype(args.model, device)
         self.models = {}
-        for weights, chosen in chosen_weights(args).items():
-            self.models[weights] = model = chosen.files.build()
-            chosen.load(model)
+        for weights, files in shown_files(args).items():
+            self.models[weights] = model = files.build()
+            files.fill(model)
             prepare(model, self.dtype, device)
         self.model = self.models["base"]
-        self.class_names = chosen.class_names(self.model)  # of the fine-tuned weights, which come last
+        # Of the fine-tuned weights, which come last.
+        self.class_names = class_names(files.config.get("data"), self.model.num_classes)
         self.weights = dict(zip(WAYS, ["base", *self.models]))
         self.most_images = args.max_images or min(MOST_IMAGES, MOST_PIXELS // self.model.image_size**2)
         self.defaults = defaults(args.model, self.model.num_classes, self.most_images)
@@ -346,15 +344,15 @@ def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> OnePart
     """Find the weights, and plan what is loaded and served. Raises UserError."""
     if ranks.world > 1:
         raise UserError("WORLD_SIZE: the page is served by one process; start it without torchrun")
-    base, *tuned = chosen_weights(args).values()
-    model = base.files.build()
+    base, *tuned = shown_files(args).values()
+    model = base.build()
     dtype = args.dtype or sample.default_dtype(args.model, ranks.device)
     rows = {
         **base.plan(model), **({"CCA": tuned[0].plan(model)["weights"]} if tuned else {}),
         "device": f"{device_name(ranks.device)}, {dtype}, batch {args.batch_size}",
         "serves": f"http://{args.host}:{args.port}",
     }  # fmt: skip
-    downloads = list(dict.fromkeys(file for each in (base, *tuned) for file in each.files.downloads(model)))
+    downloads = list(dict.fromkeys(file for each in (base, *tuned) for file in each.downloads(model)))
     return OnePart(rows, partial(load_and_serve, args, ranks.device), downloads)
 
 

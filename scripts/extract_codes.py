@@ -141,7 +141,7 @@ class Extraction:
         args, source = self.args, self.source
         crops = f", {source.crops} crops of each" if source.crops > 1 else ""
         size = size_text(len(source) * self.parts.row_bytes)
-        return self.files.plan(self.model, None) | {
+        return self.files.plan(self.model) | {
             "data": f"{args.data}, {len(source):,} images{crops}",
             "device": self.ranks.devices,
             "writes": f"{args.output}/ (codes.npy ~{size}, labels.npy, header.json)",

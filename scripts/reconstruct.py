@@ -82,7 +82,7 @@ class Reconstruction:
 
     def plan(self) -> dict[str, str]:
         path, size = self.output.path, size_text(len(self.images) * self.parts.row_bytes)
-        return self.files.plan(self.model, None) | {
+        return self.files.plan(self.model) | {
             "images": f"{self.args.images}, {len(self.images):,} images",
             "device": f"{self.ranks.devices}, batch {self.batch_size}",
             "writes": f"{path} (~{size}), {path.with_suffix('.json')}",

@@ -15,6 +15,7 @@ from models import UserError
 from models.utils.errors import printable
 from models.utils.files import parse_json
 from models.zoo.hub import ASSETS
+from models.zoo.registry import class_name
 
 WORDNET_IDS = ASSETS / "imagenet1k-wordnet-ids.txt"
 WHOLE_NUMBER = re.compile("-?[0-9]{1,18}")
@@ -109,17 +110,18 @@ def class_folders(noted: object) -> dict[str, int] | None:
     return classes if fits else None
 
 
-def own_names(folders: Mapping[str, int], num_classes: int) -> dict[int, str]:
-    """Names that class folders give to their classes: class -> name, or names of several folders of one.
+def class_names(noted: object, num_classes: int) -> list[str]:
+    """Return the name of each class, [num_classes].
 
-    ``folders``: folder -> class. Numbers and, of 1,000 classes, WordNet ids name nothing of their own.
+    Class folders that a file notes (see ``class_folders``) name theirs, several of one class together, unless
+    their names are numbers or, of 1,000 classes, WordNet ids of ImageNet-1k.
     """
     known = wordnet_classes(num_classes)
-    names: dict[int, list[str]] = {}
-    for name, label in sorted(folders.items()):
+    own: dict[int, list[str]] = {}
+    for name, label in sorted((class_folders(noted) or {}).items()):
         if not WHOLE_NUMBER.fullmatch(name) and name not in known:
-            names.setdefault(label, []).append(name)
-    return {label: ", ".join(several) for label, several in names.items() if 0 <= label < num_classes}
+            own.setdefault(label, []).append(name)
+    return [", ".join(own.get(label, [class_name(label, num_classes)])) for label in range(num_classes)]
 
 
 def whole_numbers(labels: np.ndarray, path: str | Path) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cca.distributed import Processes
 from cca.losses import LOSSES
-from cca.training.checkpoints import ema_name, load_checkpoint, saved_steps, write_checkpoint
+from cca.training.checkpoints import load_checkpoint, write_checkpoint
 from cca.training.trainer import Trainer
 from models import UserError
 from models.utils.files import (
@@ -27,6 +27,7 @@ from models.utils.files import (
     writing,
 )
 from models.zoo.checkpoint_formats import save_published
+from models.zoo.run_checkpoints import ema_name, saved_steps
 
 # Told there beside the options, not compared: a run that goes on takes it unless the user says otherwise.
 MICRO_BATCH = "micro_batch_size"

@@ -16,7 +16,6 @@ from cca.config import TrainingConfig
 from cca.data.datasets import LabelledDataset
 from cca.distributed import Processes
 from cca.losses import LOSSES, missing_negatives
-from cca.training.checkpoints import ema_name, saved_steps
 from cca.training.loader import Loader
 from cca.training.loop import train
 from cca.training.memory import MICRO_BATCH_TOO_LARGE, MODEL_TOO_LARGE, fitting_micro_batch
@@ -28,6 +27,7 @@ from models import ARImageModel, Recipe, UserError, find_files, zoo_entry
 from models.utils.files import size_text
 from models.utils.precision import TRAINED_IMAGES, allow_tf32, compute_deterministically, memory_named
 from models.zoo.loading import ModelFiles, numbers
+from models.zoo.run_checkpoints import ema_name, saved_steps
 
 PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
 # Path, model, seed -> what is trained on.
@@ -114,7 +114,7 @@ class Training:
         }
         if done := saved_steps(self.args.output):
             rows["resumes"] = f"after step {done[-1]:,} of {config.max_steps:,}"
-        return self.files.plan(self.model, self.args.weights) | rows
+        return self.files.plan(self.model) | rows
 
     def written(self) -> str:
         """Return what the run leaves in its folder."""

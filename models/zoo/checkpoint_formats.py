@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from models.utils.errors import UserError
 from models.utils.files import file_sha256, parse_json, write_binary
+from models.zoo.run_checkpoints import checkpoint_folder, checkpoint_sha256, read_checkpoint
 
 # Where the published files and trainers keep the state dict.
 WRAPPERS = ("model", "module", "state_dict", "trainer", "var_wo_ddp")
@@ -46,7 +47,8 @@ LARGEST_SHARE, SMALL = 8, 2**26
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """State dict of a ``.safetensors`` or PyTorch file, out of whatever wraps it.
 
-    ``path`` may be the index of a ``.safetensors`` in shards, or the folder of such an index.
+    ``path`` may be the index of a ``.safetensors`` in shards, or the folder of such an index, or a checkpoint
+    of a training run (``RUN/state/step-N``, ``:ema`` after it for the average).
     Tensors stay memory-mapped where the file allows it. Nothing in the file is executed: only
     tensors, containers, numbers and ``argparse.Namespace`` (which LlamaGen's files hold) are accepted.
     Raises UserError for anything else.
@@ -60,6 +62,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
     "" is a bare state dict; None: the file does not say how such weights are published.
     """
     path = Path(path)
+    if checkpoint_folder(path):
+        return read_checkpoint(path), None
     try:
         files = weights_files(path)
         content, key = _read(files)
@@ -108,7 +112,9 @@ def weights_files(path: Path) -> list[Path]:
 
 
 def weights_sha256(path: Path) -> str:
-    """SHA-256 of a weights file; of weights in shards, that of the hashes of index and shards."""
+    """SHA-256 of a weights file; of weights in several files, that of these files' hashes."""
+    if checkpoint_folder(path):
+        return checkpoint_sha256(path)
     hashes = [file_sha256(file) for file in weights_files(path)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 

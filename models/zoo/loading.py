@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from models.base import ARImageModel, ImageTokenizer
 from models.utils.errors import UserError
+from models.utils.files import FORMAT, read_json
 from models.zoo.checkpoint_formats import (
+    INDEX,
     approximate_size,
     load_weights,
     mismatch,
@@ -19,6 +22,7 @@ from models.zoo.checkpoint_formats import (
 )
 from models.zoo.hub import Download, WeightsFile
 from models.zoo.registry import TOKENIZERS, ZOO, ZooEntry
+from models.zoo.run_checkpoints import checkpoint_folder, ema_name, saved_steps
 
 
 def numbers(module: nn.Module) -> int:
@@ -42,14 +46,18 @@ def zoo_entry(name: str) -> ZooEntry:
 class LocatedFile:
     """A weights file that was looked up once, so that its hash is computed once.
 
-    option: where a user may give a path. name: as messages call the file. path: where it is on this machine;
-    None for a published file that is to be downloaded.
+    option: where a user may give a path. given: what the user gave there. name: as messages call the file.
+    path: where it is on this machine; None for a published file that is to be downloaded.
+    expected_sha256: the hash that the file must have; expected_by: the run that was trained with it.
     """
 
     option: str
+    given: str
     name: str
     path: Path | None
     published: WeightsFile | None = None
+    expected_sha256: str | None = None
+    expected_by: str | None = None
 
     @functools.cached_property
     def sha256(self) -> str | None:
@@ -60,11 +68,20 @@ class LocatedFile:
         """Return the file on this machine, downloaded if need be. Raises UserError."""
         if self.path or not self.published:
             return self
-        return replace(self, path=self.published.fetch(self.option))
+        return replace(self, path=self.published.fetch(self.option)).checked()
 
-    def text(self, given: str | None = None) -> str:
-        """Return what a plan shows; ``given`` is the file's name as the user gave it."""
-        shown = self.name if given in (None, self.name) else f"{given}: {self.name}"
+    def checked(self) -> "LocatedFile":
+        """Return the same. Raises UserError where the file is here and has another hash than it must have."""
+        if self.expected_sha256 and self.sha256 not in (None, self.expected_sha256):
+            raise UserError(
+                f"{self.option}: {self.name} has another SHA-256 than the file that {self.expected_by} "
+                f"was trained with, {self.expected_sha256}; give the path of that one"
+            )
+        return self
+
+    def text(self) -> str:
+        """Return what a plan shows."""
+        shown = self.name if self.given == self.name else f"{self.given}: {self.name}"
         return f"{shown}, sha256 {self.sha256[:12]}" if self.sha256 else f"{shown}, to be downloaded"
 
 
@@ -73,6 +90,7 @@ class ModelFiles:
     """What a model is made of: its row, image size, tokenizer and the two weights files.
 
     transformer_file: None where the tokenizer alone is needed. tokenizer_file: None where it has no weights.
+    config: config.json of the run that the weights are of; empty for others.
     """
 
     name: str
@@ -80,11 +98,7 @@ class ModelFiles:
     tokenizer: str
     transformer_file: LocatedFile | None
     tokenizer_file: LocatedFile | None
-
-    @property
-    def weights(self) -> Path | None:
-        """The transformer's weights on this machine."""
-        return self.transformer_file.path if self.transformer_file else None
+    config: Mapping[str, Any]
 
     def build(self) -> ARImageModel:
         """The model without weights, as ``build_model`` makes it."""
@@ -121,20 +135,18 @@ class ModelFiles:
         known = {
             "model": self.name,
             "image_size": self.image_size,
+            "weights": self.transformer_file and self.transformer_file.given,
             "weights_sha256": self.transformer_file and self.transformer_file.sha256,
             "tokenizer_sha256": self.tokenizer_file and self.tokenizer_file.sha256,
         }
         return {key: value for key, value in known.items() if value is not None}
 
-    def plan(self, model: ARImageModel, weights: str | None, instead: str | None = None) -> dict[str, str]:
-        """What is shown before the work (see ``cca.cli.plan``); ``weights`` as the user named them.
-
-        instead: what is taken instead of a weights file.
-        """
+    def plan(self, model: ARImageModel) -> dict[str, str]:
+        """Return what is shown before the work (see ``cca.cli.plan``)."""
         rows = {"model": f"{self.name}, {numbers(model.transformer) / 1e6:,.1f} M parameters, "
                 f"{self.image_size} x {self.image_size} pixels, {model.sequence_length} tokens"}  # fmt: skip
-        if text := instead or (self.transformer_file and self.transformer_file.text(weights)):
-            rows["weights"] = text
+        if self.transformer_file:
+            rows["weights"] = self.transformer_file.text()
         if self.tokenizer_file:
             rows["tokenizer"] = self.tokenizer_file.text()
         return rows
@@ -159,15 +171,25 @@ def find_files(
 
     Args:
         name: a model of the zoo, such as "var-d16".
-        weights: "base", "cca", or a path (.pt, .pth, .safetensors); None: the tokenizer alone is needed.
-        tokenizer_weights: a path, or a name of ``TOKENIZERS``; None takes the model's own.
-        image_size: pixels; None takes the model's default.
+        weights: "base", "cca", a path (.pt, .pth, .safetensors), or a training run (see ``find_run``), whose
+            size and tokenizer are taken; None: the tokenizer alone is needed.
+        tokenizer_weights: a path, or a name of ``TOKENIZERS``; None takes the run's, or the model's own.
+        image_size: pixels; None takes the run's, or the model's default.
 
     Raises:
-        UserError: an unknown name, size or file.
+        UserError: an unknown name, size or file, or others than those of the run.
     """
     entry = zoo_entry(name)
-    size = image_size or entry.default_image_size
+    path = run_weights(weights, entry.backbone.checkpoint_name) if weights else None
+    config = run_config(path) if path else {}
+    options = config.get("options", {})
+    for option, asked, trained in (
+        ("--model", name, options.get("model")),
+        ("--image-size", image_size, options.get("image_size")),
+    ):
+        if None not in (asked, trained) and asked != trained:
+            raise UserError(f"{option}: {weights} was trained with {trained}, not with {asked}")
+    size = image_size or options.get("image_size") or entry.default_image_size
     if size not in entry.base:
         raise UserError(
             f"--image-size: {name} makes images of {', '.join(map(str, entry.base))} pixels, not {size}"
@@ -177,25 +199,81 @@ def find_files(
         raise UserError(
             f"--weights: no {weights} weights are published for {name} at {size} pixels; give a path"
         )
-    given = tokenizer_weights or entry.tokenizer
-    tokenizer = given if given in TOKENIZERS else entry.tokenizer
-    if TOKENIZERS[tokenizer].backbone is not entry.backbone:
-        raise UserError(f"--tokenizer-weights: {tokenizer} is no tokenizer of {name}")
-    tokenizers = {n: row.weights for n, row in TOKENIZERS.items() if row.backbone is entry.backbone}
-    transformer_file = _locate("--weights", weights, published) if weights else None
+    transformer_file = None
+    if weights:
+        located = LocatedFile("--weights", weights, str(path), path)
+        transformer_file = located if path else _locate("--weights", weights, published)
+    given = tokenizer_weights or config.get("tokenizer") or entry.tokenizer
     return ModelFiles(
-        name, size, tokenizer, transformer_file, _locate("--tokenizer-weights", given, tokenizers)
+        name,
+        size,
+        given if given in TOKENIZERS else entry.tokenizer,
+        transformer_file,
+        _locate_tokenizer(entry, given, options.get("tokenizer_sha256"), weights),
+        config,
     )
+
+
+def _locate_tokenizer(entry: ZooEntry, given: str, sha256: str | None, run: str | None) -> LocatedFile | None:
+    """Find a tokenizer by name or path. Raises UserError unless it has the hash that ``run`` notes, if any."""
+    names = [name for name, row in TOKENIZERS.items() if row.backbone is entry.backbone]
+    if given in TOKENIZERS and given not in names:
+        raise UserError(f"--tokenizer-weights: {given} is of another backbone; there are {', '.join(names)}")
+    try:
+        file = _locate("--tokenizer-weights", given, {name: TOKENIZERS[name].weights for name in names})
+    except UserError as error:
+        trained_with = f"; {run} was trained with the file of SHA-256 {sha256}" if sha256 else ""
+        raise UserError(f"{error}{trained_with}") from None
+    return replace(file, expected_sha256=sha256, expected_by=run).checked() if file and sha256 else file
+
+
+def run_weights(text: str, checkpoint_name: str) -> Path | None:
+    """Find the weights that RUN, RUN/state/step-N or RUN/model.pth means; ``:ema`` asks for the average.
+
+    Returns:
+        a weights file, or a checkpoint as ``read_state_dict`` takes it; of a run, its exported model, or its
+        newest checkpoint. None where the text names no run.
+
+    Raises:
+        UserError: the folder holds neither.
+    """
+    path, average = Path(text.removesuffix(":ema")), text.endswith(":ema")
+    exported = path / (ema_name(checkpoint_name) if average else checkpoint_name)
+    if text in ("base", "cca") or any(path.glob(INDEX)):  # published, in shards
+        return None
+    if checkpoint_folder(path):
+        return Path(text)
+    if exported.exists():
+        return exported
+    if not path.is_dir():
+        is_exported = path.name in (checkpoint_name, ema_name(checkpoint_name)) and Path(text).is_file()
+        return path if is_exported else None
+    steps = saved_steps(path)
+    if not steps:
+        raise UserError(f"--weights: {path} holds no {exported.name} and no saved state")
+    return path / "state" / f"step-{steps[-1]}{':ema' if average else ''}"
+
+
+def run_config(weights: Path) -> dict:
+    """Return the config.json of the run that weights belong to; empty where there is none of ours.
+
+    Raises UserError for a damaged one.
+    """
+    folder = checkpoint_folder(weights)
+    path = (folder.parent.parent if folder else weights.parent) / "config.json"
+    content = read_json(path) if path.exists() else {}
+    is_own = content.get("format") == FORMAT and isinstance(content.get("options"), dict)
+    return content if is_own else {}
 
 
 def _locate(option: str, text: str, published: Mapping[str, WeightsFile | None]) -> LocatedFile | None:
     """The published file of that name, else the path; raises UserError where nothing is there."""
     if text in published:
         file = published[text]
-        return LocatedFile(option, str(file), file.cached(), file) if file else None
+        return LocatedFile(option, text, str(file), file.cached(), file) if file else None
     if not Path(text).exists():
         raise UserError(f"{option}: {text}: no such file, nor one of {', '.join(published)}")
-    return LocatedFile(option, str(Path(text)), Path(text))
+    return LocatedFile(option, str(Path(text)), str(Path(text)), Path(text))
 
 
 def build_model(

@@ -17,11 +17,11 @@ import cca.training.loop as command
 import sample
 import train_llamagen_cca
 import train_var_cca
-from cca.training.checkpoints import read_weights
 from cca.training.trainer import Trainer
 from models.utils.errors import UserError
 from models.utils.precision import TRAINED_IMAGES
 from models.zoo.loading import build_model
+from models.zoo.run_checkpoints import read_checkpoint
 
 
 def train(output, *options, steps=6):
@@ -255,7 +255,7 @@ def test_weights_of_a_state_whose_description_is_damaged(description, stopped, c
     forget_checksums(state)
     (state / ".metadata").write_bytes(description)
     with pytest.raises(UserError, match="step-5 is damaged or not a state of this trainer"):
-        read_weights(state)
+        read_checkpoint(state)
     assert capfd.readouterr().err == ""
 
 
@@ -279,8 +279,8 @@ def test_weights_of_a_run_and_of_its_states(stopped):
     assert fifth != images("run/state/step-5:ema", "average")
     train("run", "--keep-states", "3")
     last, average = (
-        read_weights(stopped / "state" / "step-6"),
-        read_weights(stopped / "state" / "step-6", True),
+        read_checkpoint(stopped / "state" / "step-6"),
+        read_checkpoint(stopped / "state" / "step-6:ema"),
     )
     assert equal(last, exported(stopped)) and not equal(last, average)
     assert images("run", "exported") == images("run/model.pth", "file") == images("run/state/step-6", "last")

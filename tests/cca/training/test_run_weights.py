@@ -10,9 +10,9 @@ import sample
 import train_llamagen_cca
 import train_var_cca
 from cca.data.image_sets import NpzImages
+from cca.data.labels import class_names
 from cca.sampling.grid import draw_grid
-from cca.training.run_weights import choose_weights
-from models import UserError
+from models import UserError, find_files
 from scripts import extract_codes
 
 SHORT = ["--batch-size", "4", "--max-steps", "1"]
@@ -31,8 +31,8 @@ def photos(tmp_path, monkeypatch):
 
 
 def names(model, weights):
-    chosen = choose_weights(model, weights)
-    return chosen.class_names(chosen.files.build())
+    files = find_files(model, weights)
+    return class_names(files.config.get("data"), 10)
 
 
 def test_own_classes_keep_their_names(photos, tmp_path):

@@ -21,7 +21,7 @@ for name, entry in ZOO.items():
     for weights, sizes in (("base", entry.base), ("cca", entry.cca)):
         for size, file in sizes.items():
             if file and file.repository:
-                print(find_files(name, weights, image_size=size).fetch().weights.read_text())
+                print(find_files(name, weights, image_size=size).fetch().transformer_file.path.read_text())
 print(find_files("llamagen-b", None, "vq_ds8_c2i").fetch().tokenizer_file.path.read_text())
 main([])
 """
