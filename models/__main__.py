@@ -29,14 +29,6 @@ from models.zoo.loading import build_model, build_tokenizer, numbers
 from models.zoo.registry import TOKENIZERS, ZOO, TokenizerEntry, ZooEntry
 
 
-def facts() -> dict[str, dict[str, dict[str, Any]]]:
-    """All that is known of models and tokenizers, in JSON's types."""
-    return {
-        "models": {name: model_facts(name, entry) for name, entry in ZOO.items()},
-        "tokenizers": {name: tokenizer_facts(name, entry) for name, entry in TOKENIZERS.items()},
-    }
-
-
 def model_facts(name: str, entry: ZooEntry) -> dict[str, Any]:
     models = {size: build_model(name, size) for size in entry.base}
     return {
@@ -147,14 +139,16 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    as_json, known = make_parser().parse_args(argv).json, facts()
-    if as_json:
-        print(json.dumps(known, indent=2, allow_nan=False))
+    args = make_parser().parse_args(argv)
+    models = {name: model_facts(name, entry) for name, entry in ZOO.items()}
+    tokenizers = {name: tokenizer_facts(name, entry) for name, entry in TOKENIZERS.items()}
+    if args.json:
+        print(json.dumps({"models": models, "tokenizers": tokenizers}, indent=2, allow_nan=False))
         return
-    models = [row for name, model in known["models"].items() for row in model_rows(name, model)]
-    tokenizers = [tokenizer_row(name, tokenizer) for name, tokenizer in known["tokenizers"].items()]
-    print(aligned(models, left=("model", "base", "cca")))
-    print("\n" + aligned(tokenizers, left=("tokenizer", "weights", "models")))
+    rows = [row for name, model in models.items() for row in model_rows(name, model)]
+    print(aligned(rows, left=("model", "base", "cca")))
+    rows = [tokenizer_row(name, tokenizer) for name, tokenizer in tokenizers.items()]
+    print("\n" + aligned(rows, left=("tokenizer", "weights", "models")))
     print("\n" + __doc__.split("\n\n")[2].strip())
 
 

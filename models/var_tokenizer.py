@@ -81,8 +81,7 @@ class MultiScaleQuantizer(nn.Module):
         # after the other.
         if h.is_cuda:
             return self.enlarge_by_taps(h, level)
-        finest = self.patch_nums[-1]
-        return F.interpolate(h, size=(finest, finest), mode="bicubic")
+        return F.interpolate(h, size=self.patch_nums[-1], mode="bicubic")
 
     def enlarge_by_taps(self, h: Tensor, level: int) -> Tensor:
         line = (self.taps[level], self.tap_weights[level])
@@ -105,8 +104,7 @@ class MultiScaleQuantizer(nn.Module):
         """Latents [B, C, P, P] -> tokens of all levels [B, L]."""
         rest, tokens = latents, []
         for level in range(self.levels):
-            small = self.shrink(rest, level)
-            flat = small.permute(0, 2, 3, 1).flatten(0, 2)
+            flat = self.shrink(rest, level).permute(0, 2, 3, 1).flatten(0, 2)
             tokens.append(nearest_code(flat, self.embedding.weight).view(len(latents), -1))
             rest = rest - self.expand(level, tokens[-1])
         return torch.cat(tokens, dim=1)
@@ -145,9 +143,6 @@ class VARTokenizer(ImageTokenizer):
 
     def teacher_forcing_input(self, tokens: Tensor) -> Tensor:
         """Tokens [B, L] -> what predicts levels 1 to K-1: [B, L - 1, code_dim]."""
-        quantizer = self.quantize
-        sums = quantizer.partial_sums(tokens)[:-1]
-        inputs = [
-            quantizer.shrink(total, level + 1).flatten(2).transpose(1, 2) for level, total in enumerate(sums)
-        ]
-        return torch.cat(inputs, dim=1)
+        sums = self.quantize.partial_sums(tokens)[:-1]
+        levels = [self.quantize.shrink(total, level) for level, total in enumerate(sums, start=1)]
+        return torch.cat([latents.flatten(2).transpose(1, 2) for latents in levels], dim=1)
