@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 
 import matplotlib.figure  # noqa: F401, which may fill a cache of its own when it is first imported
+import pytest
 import torch
 from specimens import SPECIMENS, register, weights
 
@@ -29,14 +30,6 @@ from scripts import extract_codes
 
 STOPPED = 77
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
-
-
-class Register:
-    """What ``register`` needs of pytest's monkeypatch."""
-
-    @staticmethod
-    def setitem(mapping, key, value):
-        mapping[key] = value
 
 
 def sampling(output: Path) -> None:
@@ -173,7 +166,7 @@ def main() -> None:
     torch.set_num_threads(1)
     shutil.copytree(SPECIMENS, "disk")
     os.chdir("disk")
-    register(Register)
+    register(pytest.MonkeyPatch())
     for argument in sys.argv[1:]:
         scenario, points = argument.split("=")
         print(json.dumps(try_all(scenario, [int(n) for n in points.split(",")])))

@@ -23,13 +23,11 @@ import time
 import traceback
 import zipfile
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from commands import ROOT, TRAIN
-from killing import Register
 from made_data import make_codes
 from PIL import Image
 from safetensors.torch import save_file
@@ -40,7 +38,6 @@ import sample
 import train_llamagen_cca
 import train_var_cca
 from cca.cli.main import run_command
-from cca.cli.parser import Parser
 from models.zoo.checkpoint_formats import read_state_dict
 from models.zoo.loading import recognise
 from scripts import convert_weights, extract_codes, make_reference
@@ -165,7 +162,7 @@ JSON_VALUES = (
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     """A folder with one good file of each kind."""
-    register(Register)
+    register(pytest.MonkeyPatch())
     recognise({})  # each child would build all models anew to name what does not fit
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("fuzz") / "template"
@@ -418,26 +415,11 @@ def test_damaged_files(template, capsys, name):
     campaign.end(capsys)
 
 
-class _Seen(Exception):
-    pass
-
-
-def options_of(main) -> list:
-    """The options of a command, from its own parser."""
-
-    def seen(self, *_):
-        raise _Seen(self)
-
-    with mock.patch.object(Parser, "parse_args", seen), pytest.raises(_Seen) as caught:
-        main([])
-    actions = caught.value.args[0]._actions
-    return [a for a in actions if a.option_strings and a.option_strings[-1] not in LEFT_OUT]
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_random_options(template, capsys, name):
     module, base = COMMANDS[name]
-    options, campaign = options_of(module.main), Campaign(name, template)
+    actions, campaign = module.make_parser()._actions, Campaign(name, template)
+    options = [a for a in actions if a.option_strings and a.option_strings[-1] not in LEFT_OUT]
     for i in range(LINES):
         draw = random.Random(f"{SEED} {name} {i}")
         arguments = list(base)

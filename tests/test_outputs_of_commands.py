@@ -30,6 +30,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("good.npz", "other.npz"):
         np.savez(name, **some)
+    (tmp_path / "link.npz").symlink_to("good.npz")
     (tmp_path / "folder.npz").mkdir()
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -39,6 +40,7 @@ def folder(tmp_path, monkeypatch):
 CASES = [
     (eval_fid, [*EVAL, "good.npz"], "--output: good.npz is what --samples reads"),
     (eval_fid, [*EVAL, "./other.npz"], "--output: other.npz is what --reference reads"),
+    (eval_fid, [*EVAL, "link.npz"], "--output: link.npz is what --samples reads"),
     (eval_fid, [*EVAL, "folder.npz"], "it is a folder, a file is wanted"),
     (eval_fid, [*EVAL, "file/r.json"], "file is not a folder"),
     (make_reference, [*REFERENCES, "good.npz"], "--output: good.npz is what --images reads"),
@@ -50,6 +52,7 @@ CASES = [
     ),
     (convert_weights, ["good.npz", "w.pth"], "good.npz: not a weights file"),
     (reconstruct, [*RECONSTRUCTED, "./good.npz"], "--output: good.npz is what --images reads"),
+    (reconstruct, [*RECONSTRUCTED, "r.png"], "--output: r.png does not end in .npz"),
     (reconstruct, [*RECONSTRUCTED, "folder.npz"], "it is a folder, a file is wanted"),
     (reconstruct, [*RECONSTRUCTED, "/proc/none/r.npz"], "--output: /proc/none/r.npz cannot be written"),
     (sample, [*SAMPLE, "folder.npz"], "it is a folder, a file is wanted"),
@@ -58,7 +61,7 @@ CASES = [
     (sample, [*SAMPLE, "n" * 300 + "/s.npz"], "File name too long"),
     (sample, [*SAMPLE, "/proc/none/s.npz"], "--output: /proc/none/s.npz cannot be written"),
     (sample, [*SAMPLE, "s.npz", "--grid", "file/g.png"], "--grid: file/g.png cannot be written"),
-    (sample, [*SAMPLE[:2], "--output", "s.npz", "--num-samples", str(10**9)], "GB free, the run needs"),
+    (sample, [*SAMPLE[:2], "--output", "new/s.npz", "--num-samples", str(10**9)], "GB free, the run needs"),
     (train_var_cca, [*VAR, "file"], "it is a file, a folder is wanted"),
     (train_var_cca, [*VAR, "good.npz"], "good.npz cannot be written (it is a file"),
     (extract_codes, [*CODES, "file/codes"], "file is not a folder"),

@@ -240,11 +240,3 @@ def test_in_a_process_of_its_own(script):
     )
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
-
-
-def test_codes_of_another_model_are_refused(folder, capsys):
-    extract_codes.main(["--model", "var-mini", "--data", "good.npz", "--output", "codes"])
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        run_command(lambda: train_llamagen_cca.main([*LLAMAGEN, "codes"]))
-    assert "the model takes 64 per image" in capsys.readouterr().err

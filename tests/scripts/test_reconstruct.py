@@ -95,17 +95,3 @@ def test_folder_is_cut_to_the_models_size(tmp_path):
     reconstruct.main([*common, str(output), "--workers", "1"])
     with np.load(output) as file:
         assert file.files == ["arr_0"] and file["arr_0"].shape == (3, 32, 32, 3)
-    with pytest.raises(UserError, match="--output: "):
-        reconstruct.main([*common, str(tmp_path / "out.png")])
-
-
-def test_other_sizes_are_refused(tmp_path):
-    np.savez(tmp_path / "a.npz", arr_0=np.zeros((9, 64, 64), np.uint8))
-    common = ["--model", "var-mini", "--images", str(tmp_path / "a.npz"), "--output"]
-    for output, message in (
-        ("b.npz", "images of 64 x 64, the model takes 32 x 32"),
-        ("a.npz", "is what --images reads"),
-    ):
-        with pytest.raises(UserError, match=message):
-            reconstruct.main([*common, str(tmp_path / output)])
-    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch_fidelity
 from commands import ROOT, run
+from limits import memory_full
 from safetensors.torch import save_file
 from torch.utils.data import Subset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -51,10 +52,7 @@ def test_agrees_with_torch_fidelity(evaluate):
     ],
 )
 def test_memory_that_runs_out_is_one_line(place, message, evaluate, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-    monkeypatch.setattr(place, full)
+    monkeypatch.setattr(place, memory_full)
     with pytest.raises(UserError) as caught:
         evaluate()
     assert str(caught.value).startswith(message) and not Path("out.json").exists()

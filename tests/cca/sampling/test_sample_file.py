@@ -126,13 +126,6 @@ def test_what_sample_did_not_write_is_not_overwritten(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "data.npz"]
 
 
-def test_a_refusal_leaves_nothing_and_does_not_stand_in_the_way(tmp_path):
-    with pytest.raises(UserError, match="GB free, the run needs"):
-        make(tmp_path / "new" / "s.npz", samples=10**9)
-    assert not os.listdir(tmp_path)
-    make(tmp_path / "new" / "s.npz", samples=5)
-
-
 def test_logits_that_are_not_finite_leave_nothing(tmp_path):
     """Another --dtype is the remedy: what the first try left must not refuse it."""
     state = read_state_dict("assets/llamagen-mini.safetensors")
@@ -142,9 +135,7 @@ def test_logits_that_are_not_finite_leave_nothing(tmp_path):
     with pytest.raises(UserError, match=message):
         make(tmp_path / "new" / "s.npz", *model, "--dtype", "float16", samples=5)
     assert os.listdir(tmp_path) == ["w.pt"]
-    with pytest.raises(UserError, match="not finite"):
-        make(tmp_path / "s.npz", *model, "--dtype", "float16", samples=5)
-    make(tmp_path / "s.npz", *model, samples=5)
+    make(tmp_path / "new" / "s.npz", *model, samples=5)
 
 
 def test_a_full_disk(tmp_path):

@@ -80,13 +80,14 @@ def cut_differently(command, tmp_path, cuts):
     assert first["logps/chosen"] > first["logps/rejected"]
 
 
-def test_processes_and_micro_batches_do_not_matter(command, tmp_path):
+def test_other_ways_of_computing_do_not_matter(command, tmp_path):
     cut_differently(
         command,
         tmp_path,
         [
             ("two", 2, ["--micro-batch-size", 3]),
             ("sharded", 2, ["--parallel", "fsdp", "--micro-batch-size", 4]),
+            ("checkpointed", 1, ["--checkpointing"]),
         ],
     )
     model = load_model(command[2], str(model_file(tmp_path / "one")))
@@ -98,10 +99,9 @@ def test_processes_and_micro_batches_do_not_matter(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_processes(command, tmp_path):
-    cut_differently(
-        command, tmp_path, [("four", 4, []), ("sharded", 4, ["--parallel", "fsdp", "--checkpointing"])]
-    )
+def test_four_processes_and_compiled(command, tmp_path):
+    sharded = ("sharded", 4, ["--parallel", "fsdp", "--checkpointing"])
+    cut_differently(command, tmp_path, [("four", 4, []), sharded, ("compiled", 1, ["--compile"])])
 
 
 def wait_for_progress(process, output, wanted):
@@ -147,18 +147,16 @@ import_module(command.removesuffix(".py")).main(arguments)
 """
 
 
-def kill_at_random(command, folder, kills, generator):
+@pytest.mark.parametrize("kills, steps", [(2, 8), pytest.param(10, 40, marks=pytest.mark.slow)])
+def test_killed_run_ends_where_an_uninterrupted_one_does(command, kills, steps, tmp_path):
     """The kernel ends each try at a random moment of its third step, SIGALRM being left as it is."""
-    for _ in range(kills):
-        driver = ["-c", KILLED, command[0], generator.uniform(0, 1), *command[1:], "--output", folder]
-        killed = subprocess.run(command_line(driver), cwd=ROOT, env=environment(), capture_output=True)
-        assert killed.returncode in (-signal.SIGALRM, -signal.SIGKILL), killed.stderr
-
-
-def ends_as_if_uninterrupted(command, tmp_path, kills, steps):
-    command = [*command, "--max-steps", steps, "--save-every", 1]
+    command, generator = [*command, "--max-steps", steps], random.Random(0)
     run(*command, "--output", tmp_path / "whole")
-    kill_at_random(command, tmp_path / "cut", kills, random.Random(0))
+    for _ in range(kills):
+        driver = ["-c", KILLED, command[0], generator.uniform(0, 1), *command[1:]]
+        line = command_line([*driver, "--output", tmp_path / "cut"])
+        killed = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True)
+        assert killed.returncode in (-signal.SIGALRM, -signal.SIGKILL), killed.stderr
     run(*command, "--output", tmp_path / "cut")
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(expected[k], found[k]) for k in expected)
@@ -166,15 +164,6 @@ def ends_as_if_uninterrupted(command, tmp_path, kills, steps):
     assert (
         not list((tmp_path / "cut").rglob("*.tmp")) and len(list((tmp_path / "cut" / "state").iterdir())) == 1
     )
-
-
-def test_killed_run_ends_where_an_uninterrupted_one_does(command, tmp_path):
-    ends_as_if_uninterrupted(command, tmp_path, kills=2, steps=8)
-
-
-@pytest.mark.slow
-def test_ten_kills(command, tmp_path):
-    ends_as_if_uninterrupted(command, tmp_path, kills=10, steps=40)
 
 
 def test_signals_save_and_end_with_one_line(command, tmp_path):
@@ -350,13 +339,6 @@ def test_losses_and_options(codes, tmp_path):
     assert 0 < (average - start).norm() < (end - start).norm()
     assert (tmp_path / "unlearning" / "samples" / "step-000002.png").read_bytes()[:4] == b"\x89PNG"
     assert [m["weight_decay"] for m in metrics(tmp_path / "sft")] == pytest.approx([0.05, 0.1])
-
-
-@pytest.mark.parametrize("option", ["--checkpointing", pytest.param("--compile", marks=pytest.mark.slow)])
-def test_other_ways_of_computing_do_not_matter(option, command, tmp_path):
-    run(*command, "--output", tmp_path / "plain")
-    run(*command, option, "--output", tmp_path / "again")
-    same_losses(tmp_path / "plain", tmp_path / "again")
 
 
 IN_ONE_PROCESS = """

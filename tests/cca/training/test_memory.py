@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from limits import memory_full
 from specimens import weights
 
 import cca.training.loop as loop
@@ -15,10 +16,6 @@ from cca.training.trainer import Trainer
 from models.utils.errors import UserError, one_line
 
 GPU = torch.device("cuda", 0)
-FULL = (
-    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which "
-    "1.00 GiB is free. Process 1 has 78.00 GiB memory in use."
-)
 
 
 def train(*options):
@@ -67,11 +64,7 @@ def test_share_of_the_rate(loss, passes, disk, monkeypatch):
     ],
 )
 def test_memory_that_runs_out_is_one_line(place, option, remedy, disk, monkeypatch):
-
-    def full(*_, **__):
-        raise torch.OutOfMemoryError(FULL)
-
-    monkeypatch.setattr(Trainer, place, full)
+    monkeypatch.setattr(Trainer, place, memory_full)
     with pytest.raises(UserError) as caught:
         train("--output", "run")
     assert one_line(caught.value) == (
@@ -88,7 +81,7 @@ def pretend_memory(monkeypatch, each: float, total: float):
     def noted(trainer, batch):
         run.append(len(batch))
         if each * len(batch) > total:
-            raise torch.OutOfMemoryError(FULL)
+            memory_full()
         return micro_loss(trainer, batch)
 
     monkeypatch.setattr(Trainer, "micro_loss", noted)

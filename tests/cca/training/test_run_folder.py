@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from limits import largest_file
+from limits import largest_file, memory_full
 from specimens import weights
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -86,11 +86,8 @@ def test_a_run_keeps_its_micro_batch_where_the_default_is_another(option, disk, 
 def test_a_size_that_did_not_fit_is_not_kept(stopped, monkeypatch, capsys):
     noted = json.loads((stopped / "config.json").read_text())["micro_batch_size"]
 
-    def full(*_):
-        raise torch.OutOfMemoryError("full")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "micro_loss", full)
+        patch.setattr(Trainer, "micro_loss", memory_full)
         with pytest.raises(UserError, match="^--micro-batch-size: the memory"):
             train("run", "--micro-batch-size", "3")
     capsys.readouterr()
@@ -129,13 +126,20 @@ def states(folder):
     return sorted(path.name for path in (folder / "state").iterdir())
 
 
-def test_states_that_are_kept(stopped, capsys):
+@pytest.mark.parametrize("newest", ["step-5", "step-4"])
+def test_a_run_goes_on_from_its_newest_state(newest, stopped):
+    """Whether it is the one at which it was stopped, or the one before that, where this was deleted."""
+    whole = stopped.parent / "whole"
     assert states(stopped) == ["step-2", "step-4", "step-5"]
+    if newest == "step-4":
+        shutil.rmtree(stopped / "state" / "step-5")
     train("run", "--keep-states", "2")
-    assert states(stopped) == ["step-5", "step-6"]
     train("whole")
-    assert states(stopped.parent / "whole") == ["step-6"]
-    assert equal(exported(stopped), exported(stopped.parent / "whole"))
+    assert states(stopped) == [newest, "step-6"] and states(whole) == ["step-6"]
+    assert equal(exported(stopped), exported(whole))
+    for folder in (stopped, whole):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
 class Hostile:
@@ -189,17 +193,6 @@ def test_a_damaged_state_is_refused_with_what_to_do(kind, stopped):
         train("run")
     assert "delete that folder, and the same command goes on from step 4" in str(caught.value)
     assert not os.path.exists("executed") and states(stopped) == ["step-2", "step-4", "step-5"]
-
-
-def test_after_the_damaged_state_is_deleted_the_run_goes_on(stopped):
-    flip(stopped / "state" / "step-5" / ".metadata")
-    shutil.rmtree(stopped / "state" / "step-5")
-    train("run")
-    train("whole")
-    assert equal(exported(stopped), exported(stopped.parent / "whole"))
-    for folder in ("run", "whole"):
-        lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
 def test_other_options_are_named_as_config_json_does(stopped):
