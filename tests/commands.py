@@ -53,6 +53,11 @@ def expect_error(command, *parts, **options):
     assert len(errors) == 1 and all(part in errors[0] for part in parts), result.stderr
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    """What the files of a folder hold."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("localhost", 0))

@@ -21,12 +21,11 @@ from pathlib import Path
 import matplotlib.figure  # noqa: F401, which may fill a cache of its own when it is first imported
 import pytest
 import torch
-from specimens import SPECIMENS, register, weights
+from specimens import SPECIMENS, extract, register, weights
 
 import sample
 import train_llamagen_cca
 import train_var_cca
-from scripts import extract_codes
 
 STOPPED = 77
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
@@ -47,17 +46,11 @@ def training_on_codes(output: Path) -> None:
     train_llamagen_cca.main([*weights("llamagen"), "--codes", "codes", *options, "--output", str(output)])
 
 
-def extraction(output: Path) -> None:
-    model = ["--model", "specimen-llamagen", "--tokenizer-weights", "specimen-llamagen-tokenizer.safetensors"]
-    with torch.no_grad():
-        extract_codes.main([*model, "--data", "images.npz", "--output", str(output)])
-
-
 SCENARIOS = {
     "sampling": sampling,
     "training": training,
     "training_on_codes": training_on_codes,
-    "extraction": extraction,
+    "extraction": extract,
 }
 
 

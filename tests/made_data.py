@@ -25,6 +25,11 @@ def make_codes(folder, images=40, published=False):
     return path
 
 
+def make_picture(path, grey=0, size=(32, 32)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, grey).save(path)
+
+
 def make_image_folder(path, images):
     """As ImageNet: train/CLASS/NAME.png, not of the model's size; the second image of class 3 is broken."""
     with np.load(ROOT / TRAIN) as file:

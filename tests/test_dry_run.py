@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import ROOT
 from huggingface_hub import constants
-from PIL import Image
+from made_data import make_picture
 from test_documentation import COMMANDS, LINES
 
 import eval_fid
@@ -55,9 +55,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(here)
     for name, classes in (("imagenet", ("n01440764", "n01443537")), ("photos", ("tabby", "my_dog"))):
         for kind in classes:
-            (here / name / kind).mkdir(parents=True)
             for i in range(130):
-                Image.new("RGB", (8, 8)).save(here / name / kind / f"{i}.png")
+                make_picture(here / name / kind / f"{i}.png", size=(8, 8))
     (here / "assets").symlink_to(ROOT / "assets")
     runs = [f"runs/{name}/model.pth" for name in ("my", "d30-cca")] + [
         f"runs/{name}/model.pt"

@@ -31,7 +31,7 @@ from commands import ROOT, TRAIN
 from made_data import make_codes
 from PIL import Image
 from safetensors.torch import save_file
-from specimens import SPECIMENS, register, weights
+from specimens import SPECIMENS, register, tokenizer, weights
 
 import eval_fid
 import sample
@@ -57,7 +57,7 @@ SAMPLE = ["--model", "llamagen-mini", "--num-samples", "1", "--output", "out.npz
 ENCODE = ["--model", "llamagen-mini", "--data", "good.npz", "--output", "out"]
 EVAL = ["--reference", "good.npz", "--features", "mini", "--samples"]
 SMALL_SAMPLE = [*weights("llamagen"), "--num-samples", "1", "--output"]
-SMALL_ENCODE = ["--model", "specimen-llamagen", *weights("llamagen")[4:], "--data", "small.npz"]
+SMALL_ENCODE = [*tokenizer("llamagen"), "--data", "small.npz"]
 SMALL_TRAIN = [*weights("llamagen"), *STEP]
 # Reader: (the files that are damaged in turn, the command that reads them).
 READERS = {

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 from commands import REFERENCE, ROOT, TRAIN, command_line, environment
-from PIL import Image
+from made_data import make_picture
 
 import eval_fid
 import sample
@@ -44,8 +44,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "codes-labels").mkdir()
     os.mkfifo("pipe.npz")
     for name in ("cat", "dog"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        Image.new("RGB", (40, 40)).save(tmp_path / "photos" / name / "a.png")
+        make_picture(tmp_path / "photos" / name / "a.png", size=(40, 40))
     (tmp_path / "classes.json").write_text('{"cat": 3, "bird": 5}')
     (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:20000])
     return tmp_path

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from commands import REFERENCE, ROOT, run
-from PIL import Image
+from made_data import make_picture
 
 import eval_fid
 from models import load_model
@@ -87,9 +87,8 @@ def test_memory_that_runs_out_is_one_line(place, tmp_path, monkeypatch):
 
 
 def test_folder_is_cut_to_the_models_size(tmp_path):
-    (tmp_path / "images").mkdir()
     for i, size in enumerate([(40, 48), (64, 33), (32, 32)]):
-        Image.new("RGB", size, (80 * i,) * 3).save(tmp_path / "images" / f"{i}.png")
+        make_picture(tmp_path / "images" / f"{i}.png", 80 * i, size)
     output = tmp_path / "out.npz"
     common = ["--model", "var-mini", "--images", str(tmp_path / "images"), "--output"]
     reconstruct.main([*common, str(output), "--workers", "1"])
