@@ -1,10 +1,18 @@
-"""Small data sets made for tests."""
+"""Small data sets made for tests, and what no file may do."""
 
 import json
+import os
 
 import numpy as np
 from commands import ROOT, TRAIN
 from PIL import Image
+
+
+class Hostile:
+    """Its pickle makes a folder "executed" when it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
 
 
 def make_codes(folder, images=40, published=False):
@@ -18,7 +26,7 @@ def make_codes(folder, images=40, published=False):
             for i, array in enumerate(arrays):
                 np.save(path / name / f"{i}.npy", array)
         return path
-    path.mkdir()
+    path.mkdir(parents=True)
     np.save(path / "codes.npy", codes.astype(np.uint16))
     np.save(path / "labels.npy", labels)
     (path / "header.json").write_text(json.dumps({"vocab_size": 512}))

@@ -94,12 +94,22 @@ def test_a_rank_without_a_rendezvous_is_refused(variables, message, monkeypatch)
         Processes()
 
 
+MEET = """
+import os, time
+from types import SimpleNamespace
+import cca.cli.main
+from cca.distributed import Processes
+cca.cli.main.time = SimpleNamespace(sleep=lambda seconds: time.sleep(60 * seconds))
+cca.cli.main.run_command(lambda: Processes() and print(os.environ["GLOO_SOCKET_IFNAME"]))
+"""
+
+
 def test_an_interface_that_gloo_does_not_have(tmp_path):
-    """What NCCL is told holds for gloo, which would else choose one itself."""
-    (tmp_path / "meet.py").write_text(
-        "import os\nfrom cca.cli.main import run_command\nfrom cca.distributed import Processes\n"
-        "run_command(lambda: Processes() and print(os.environ['GLOO_SOCKET_IFNAME']))\n"
-    )
+    """What NCCL is told holds for gloo, which would else choose one itself.
+
+    Rank 0 says what is wrong; rank 1 waits to be ended by torchrun, here much longer than it would else.
+    """
+    (tmp_path / "meet.py").write_text(MEET)
     found = run(tmp_path / "meet.py", processes=2, PYTHONPATH=".", NCCL_SOCKET_IFNAME="lo")
     assert found.stdout.splitlines().count("lo") == 2  # gloo prints lines of its own in older versions
     result = subprocess.run(
@@ -123,7 +133,8 @@ def test_signals_that_are_ignored_stay_ignored():
 
 REFUSAL = """
 from cca.distributed import Processes
-from models.utils.errors import UserError, run_command
+from cca.cli.main import run_command
+from models.utils.errors import UserError
 processes = Processes()
 def refuse():
     if processes.rank == 1:

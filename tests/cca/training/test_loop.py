@@ -15,32 +15,24 @@ import torch
 from commands import ROOT, TRAIN, after_plan, command_line, environment, expect_error, run
 from made_data import make_codes, make_image_folder
 
+import train_llamagen_cca
 import train_var_cca
 from models import UserError, load_model
+from scripts import extract_codes
 
 
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("codes")
-    run("-m", "scripts.extract_codes", "--model", "llamagen-mini", "--data", TRAIN, "--output", folder)
+    extract_codes.main(["--model", "llamagen-mini", "--data", TRAIN, "--output", str(folder)])
     return folder
 
 
 @pytest.fixture(params=["var", "llamagen"])
 def command(request, codes):
     data = ["--data", TRAIN] if request.param == "var" else ["--codes", codes]
-    return [
-        f"train_{request.param}_cca.py",
-        "--model",
-        f"{request.param}-mini",
-        *data,
-        "--batch-size",
-        16,
-        "--max-steps",
-        5,
-        "--save-every",
-        1,
-    ]
+    short = ["--batch-size", 16, "--max-steps", 5, "--save-every", 1]
+    return [f"train_{request.param}_cca.py", "--model", f"{request.param}-mini", *data, *short]
 
 
 PAIR_METRICS = (
@@ -218,19 +210,10 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
 
 
 def test_ten_steps_without_a_finite_gradient_stop_the_run(tmp_path):
-    common = [
-        "train_llamagen_cca.py",
-        "--model",
-        "llamagen-mini",
-        "--codes",
-        make_codes(tmp_path),
-        "--batch-size",
-        4,
-        "--max-steps",
-        20,
-    ]
+    codes, output = make_codes(tmp_path), tmp_path / "run"
+    common = ["--model", "llamagen-mini", "--codes", codes, "--batch-size", 4, "--max-steps", 20]
     expect_error(
-        [*common, "--lr", "1e30", "--save-every", 1, "--output", tmp_path / "run"],
+        ["train_llamagen_cca.py", *common, "--lr", "1e30", "--save-every", 1, "--output", output],
         "10 steps in a row had no finite gradient",
         "--lr",
     )
@@ -239,37 +222,17 @@ def test_ten_steps_without_a_finite_gradient_stop_the_run(tmp_path):
 
 
 def test_published_code_folders_equal_packed_ones(tmp_path):
-    common = ["train_llamagen_cca.py", "--model", "llamagen-mini", "--batch-size", 8, "--max-steps", 6]
+    common = ["--model", "llamagen-mini", "--batch-size", "8", "--max-steps", "6", "--output"]
     for name, published in (("packed", False), ("published", True)):
-        (tmp_path / name).mkdir()
-        run(
-            *common,
-            "--codes",
-            make_codes(tmp_path / name, published=published),
-            "--output",
-            tmp_path / f"{name}-run",
-        )
+        codes = make_codes(tmp_path / name, published=published)
+        train_llamagen_cca.main([*common, str(tmp_path / f"{name}-run"), "--codes", str(codes)])
     same_losses(tmp_path / "packed-run", tmp_path / "published-run")
 
 
 def test_image_folder(tmp_path):
-    data = tmp_path / "data"
-    broken = make_image_folder(data, 1100)
-    common = [
-        "train_var_cca.py",
-        "--model",
-        "var-mini",
-        "--loss",
-        "sft",
-        "--data",
-        data,
-        "--batch-size",
-        550,
-        "--micro-batch-size",
-        64,
-        "--lr",
-        0,
-    ]
+    broken = make_image_folder(tmp_path / "data", 1100)
+    common = ["train_var_cca.py", "--model", "var-mini", "--loss", "sft", "--data", tmp_path / "data"]
+    common += ["--batch-size", 550, "--micro-batch-size", 64, "--lr", 0]
     result = run(*common, "--workers", 2, "--output", tmp_path / "run")
     assert result.stderr.count(str(broken)) == 1
     broken.with_name("another.png").write_bytes(b"no image")
@@ -297,35 +260,15 @@ def test_workers_do_not_matter(tmp_path):
 
 
 def test_losses_and_options(codes, tmp_path):
-    common = [
-        "train_llamagen_cca.py",
-        "--model",
-        "llamagen-mini",
-        "--codes",
-        codes,
-        "--batch-size",
-        16,
-        "--max-steps",
-        2,
-    ]
+    common = ["--model", "llamagen-mini", "--codes", str(codes), "--batch-size", "16", "--max-steps", "2"]
+    common += ["--uncond-ratio", "0", "--dtype", "bfloat16"]
     options = {
-        "dpo": ["--ema", 0.9],
-        "unlearning": ["--sample-every", 2],
-        "sft": ["--checkpointing", "--final-weight-decay", 0.1],
+        "dpo": ["--ema", "0.9"],
+        "unlearning": ["--sample-every", "2"],
+        "sft": ["--checkpointing", "--final-weight-decay", "0.1"],
     }
     for loss, more in options.items():
-        run(
-            *common,
-            "--loss",
-            loss,
-            "--uncond-ratio",
-            0,
-            "--dtype",
-            "bfloat16",
-            *more,
-            "--output",
-            tmp_path / loss,
-        )
+        train_llamagen_cca.main([*common, *more, "--loss", loss, "--output", str(tmp_path / loss)])
         found = metrics(tmp_path / loss)[-1]
         assert all(value == value for value in found.values())
         logged = {name for name in found if "/" in name}  # no row is of the null class here

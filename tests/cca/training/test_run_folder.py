@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from limits import largest_file, memory_full
+from made_data import Hostile
 from specimens import weights
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -140,11 +141,6 @@ def test_a_run_goes_on_from_its_newest_state(newest, stopped):
     for folder in (stopped, whole):
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
 
 
 def flip(path):
