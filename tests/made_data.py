@@ -8,6 +8,12 @@ from commands import ROOT, TRAIN
 from PIL import Image
 
 
+def bundled(images, file=TRAIN):
+    """The first images (arr_0) and labels (arr_1) of a bundled file."""
+    with np.load(ROOT / file) as content:
+        return {key: content[key][:images] for key in ("arr_0", "arr_1")}
+
+
 class Hostile:
     """Its pickle makes a folder "executed" when it is loaded."""
 
@@ -40,9 +46,7 @@ def make_picture(path, grey=0, size=(32, 32)):
 
 def make_image_folder(path, images):
     """As ImageNet: train/CLASS/NAME.png, not of the model's size; the second image of class 3 is broken."""
-    with np.load(ROOT / TRAIN) as file:
-        pixels, labels = file["arr_0"][:images], file["arr_1"][:images]
-    for i, (image, label) in enumerate(zip(pixels, labels)):
+    for i, (image, label) in enumerate(zip(*bundled(images).values())):
         target = path / "train" / f"class{label}" / f"{i:04d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).resize((40, 48)).save(target)

@@ -1,9 +1,7 @@
 """--dry-run: the plan of every command in README and docs, without network, and nothing on disk."""
 
-import importlib
 import json
 import re
-import shlex
 import shutil
 import socket
 from types import SimpleNamespace
@@ -14,7 +12,7 @@ import torch
 from commands import ROOT
 from huggingface_hub import constants
 from made_data import make_picture
-from test_documentation import COMMANDS, LINES
+from test_documentation import COMMANDS, LINES, module_and_options
 
 import eval_fid
 import sample
@@ -23,17 +21,12 @@ from models.utils.errors import UserError
 from models.zoo.loading import build_model
 from scripts import convert_weights, extract_codes, make_reference
 
-
-def module_of(line):
-    return importlib.import_module(COMMANDS.match(line)[1].removeprefix("-m ").removesuffix(".py"))
-
-
 PLANNED = [
     (page, line)
     for page, line in LINES
     if COMMANDS.match(line)
     and "--compare" not in line
-    and "--dry-run" in module_of(line).make_parser().format_help()
+    and "--dry-run" in module_and_options(line)[0].make_parser().format_help()
 ]
 
 
@@ -87,7 +80,8 @@ def test_every_command_of_the_pages(page, line, folder, capsys):
     for output in re.findall(r"--output (\S+)", line):  # which other lines read
         shutil.rmtree(folder / output) if (folder / output).is_dir() else (folder / output).unlink(True)
     before = everything(folder)
-    module_of(line).main([*shlex.split(COMMANDS.match(line)[2]), "--dry-run"])
+    module, options = module_and_options(line)
+    module.main([*options, "--dry-run"])
     printed = capsys.readouterr()
     assert not printed.err
     lines = printed.out.splitlines()

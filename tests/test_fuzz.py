@@ -19,7 +19,6 @@ import resource
 import shutil
 import signal
 import sys
-import time
 import traceback
 import zipfile
 from pathlib import Path
@@ -27,8 +26,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, TRAIN
-from made_data import make_codes
+from made_data import bundled, make_codes
 from PIL import Image
 from safetensors.torch import save_file
 from specimens import SPECIMENS, register, tokenizer, weights
@@ -177,8 +175,7 @@ def template(tmp_path_factory):
     save_file(state, folder / "shards/m-1.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(state, "m-1.safetensors")}
     (folder / "shards/m.safetensors.index.json").write_text(json.dumps(index))
-    with np.load(ROOT / TRAIN) as file:
-        arrays = {key: file[key][:16] for key in file.files}
+    arrays = bundled(16)
     np.savez(folder / "good.npz", **arrays)
     np.savez_compressed(folder / "deflated.npz", **arrays)
     options = {"model": "var-mini", "cfg_scale": 1.0, "num_samples": 16}
@@ -232,10 +229,10 @@ def run_child(main, arguments: list[str], folder: Path) -> Outcome:
             os.chdir(folder)
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
             resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30, 8 * 2**30))  # to spare the machine
+            signal.alarm(PATIENCE)
             for name, target, path in (("stdout", 1, os.devnull), ("stderr", 2, log)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), target)
-                raw = io.BufferedWriter(io.FileIO(target, "wb", closefd=False))
-                stream = io.TextIOWrapper(raw, "utf-8", line_buffering=True)
+                stream = os.fdopen(target, "w", 1, "utf-8", closefd=False)
                 setattr(sys, name, stream)
                 setattr(sys, f"__{name}__", stream)
             os.environ.update(XDG_CACHE_HOME=str(folder.parent.parent / "cache"), HF_HUB_OFFLINE="1")
@@ -248,14 +245,7 @@ def run_child(main, arguments: list[str], folder: Path) -> Outcome:
             status = 1
         sys.stderr.flush()
         os._exit(status)
-    ended = time.monotonic() + PATIENCE
-    while True:
-        done, status, usage = os.wait4(child, os.WNOHANG)
-        if done:
-            break
-        if time.monotonic() > ended:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.005)
+    _, status, usage = os.wait4(child, 0)
     errors = log.read_text(errors="replace") if log.exists() else ""
     seconds = usage.ru_utime + usage.ru_stime
     return Outcome(os.waitstatus_to_exitcode(status), errors, seconds, usage.ru_maxrss / 1000)
@@ -289,6 +279,11 @@ def complaint(outcome: Outcome, changed: set[str]) -> str | None:
     return None
 
 
+def copy_if_missing(source: str, target: str) -> None:
+    if not os.path.lexists(target):
+        shutil.copy2(source, target)
+
+
 class Campaign:
     """Cases of one kind in one folder, which is mended after each that changed it; and what was found."""
 
@@ -308,12 +303,7 @@ class Campaign:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        for name in sorted(changed):
-            original = self.template / Path(name).relative_to("here") if name.startswith("here/") else None
-            if original and original.is_dir():
-                (self.folder.parent / name).mkdir()
-            elif original and original.exists():
-                shutil.copy2(original, self.folder.parent / name)
+        shutil.copytree(self.template, self.folder, copy_function=copy_if_missing, dirs_exist_ok=True)
 
     def case(self, main, arguments: list[str], about: str, damaged: str | None = None) -> None:
         """One command; ``damaged``: the file that is to be mended after it, which the work may stop at."""

@@ -7,8 +7,8 @@ import zipfile
 
 import numpy as np
 import pytest
-from commands import REFERENCE, ROOT, TRAIN, command_line, environment
-from made_data import make_picture
+from commands import REFERENCE, ROOT, command_line, environment
+from made_data import bundled, make_picture
 
 import eval_fid
 import sample
@@ -36,8 +36,7 @@ def folder(tmp_path, monkeypatch):
     np.savez("large.npz", arr_0=np.zeros((9, 64, 64), np.uint8), arr_1=np.zeros(9, np.int64))
     np.savez("labels.npz", arr_0=np.zeros((9, 32, 32), np.uint8), arr_1=np.full(9, 10))
     np.savez("few.npz", arr_0=np.zeros((3, 32, 32), np.uint8), arr_1=np.zeros(3, np.int64))
-    with np.load(ROOT / TRAIN) as file:
-        whole = {key: file[key][:50] for key in file.files}
+    whole = bundled(50)
     np.savez("good.npz", **whole)
     np.savez("unlabelled.npz", arr_0=whole["arr_0"])
     (tmp_path / "short.npz").write_bytes(shortened(whole["arr_0"]))

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from commands import REFERENCE, ROOT, run
-from made_data import make_picture
+from commands import REFERENCE, run
+from made_data import bundled, make_picture
 
 import eval_fid
 from models import load_model
@@ -18,8 +18,7 @@ from scripts import reconstruct
 
 def test_reconstruction_and_its_fid(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with np.load(ROOT / REFERENCE) as file:
-        images, labels = file["arr_0"][:50], file["arr_1"][:50]
+    images, labels = bundled(50, REFERENCE).values()
     np.savez(tmp_path / "images.npz", arr_0=images, arr_1=labels)
     common = ["--model", "llamagen-mini", "--images", str(tmp_path / "images.npz"), "--batch-size", "16"]
     reconstruct.main([*common, "--output", str(tmp_path / "one.npz")])
@@ -58,8 +57,7 @@ def test_pixels_do_not_depend_on_the_batch_size(name, tmp_path, monkeypatch):
             return original(model, batch, *rest)
 
         monkeypatch.setattr(ARImageModel, function, noted)
-    with np.load(ROOT / REFERENCE) as file:
-        np.savez(tmp_path / "images.npz", arr_0=file["arr_0"][:23])
+    np.savez(tmp_path / "images.npz", arr_0=bundled(23, REFERENCE)["arr_0"])
     for size in ("1", "7", "23"):
         common = ["--model", name, "--images", str(tmp_path / "images.npz"), "--batch-size", size]
         reconstruct.main([*common, "--output", str(tmp_path / f"{size}.npz")])

@@ -28,11 +28,6 @@ def make(path, *options, samples=40):
     sample.main([*fixed, "--output", str(path), *options])
 
 
-def images(path):
-    with np.load(path) as file:
-        return file["arr_0"]
-
-
 def stopped_after(monkeypatch, parts, number=signal.SIGTERM, times=1):
     """Signals reach the process while it makes the part after so many, each a batch."""
     original, made = Sampler.tokens, []
@@ -87,7 +82,7 @@ def test_a_damaged_part_is_made_again(tmp_path, monkeypatch):
     content = second.read_bytes()
     make(path)
     assert json.loads((tmp_path / "s.json").read_text())["images_made_by_this_run"] == 24
-    assert images(path)[PART : 2 * PART].tobytes() == content[128:]
+    assert np.load(path)["arr_0"][PART : 2 * PART].tobytes() == content[128:]
 
 
 def test_a_finished_file(tmp_path, capsys):
