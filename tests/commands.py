@@ -1,9 +1,12 @@
 """Runs the commands as users do: real processes, alone or under torchrun with gloo."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +75,7 @@ def start_processes(arguments: list, folders: list[Path], **variables: str) -> l
         "WORLD_SIZE": str(len(folders)),
     }
     return [
-        _started(command_line(arguments), folder, **rendezvous, **variables, RANK=str(rank))
+        start(command_line(arguments), folder, **rendezvous, **variables, RANK=str(rank))
         for rank, folder in enumerate(folders)
     ]
 
@@ -82,12 +85,30 @@ def start_agents(arguments: list, folders: list[Path]) -> list[subprocess.Popen]
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "1"]
     nodes = ["--nnodes", len(folders), "--nproc_per_node", 1, *rendezvous]
     line = command_line(["-m", "torch.distributed.run", *nodes, *arguments])
-    return [_started(line, folder) for folder in folders]
+    return [start(line, folder) for folder in folders]
 
 
-def _started(line: list[str], folder: Path, **variables: str) -> subprocess.Popen:
+def start(line: list[str], folder: Path = ROOT, **variables: str) -> subprocess.Popen:
+    """A process in a session of its own."""
+    variables = environment(PYTHONPATH=str(ROOT), **variables)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(line, cwd=folder, env=environment(PYTHONPATH=str(ROOT), **variables), **pipes)
+    return subprocess.Popen(line, cwd=folder, env=variables, start_new_session=True, **pipes)
+
+
+def wait_until(process: subprocess.Popen, ready: Callable[[], bool]) -> None:
+    """Until it is ready, or has ended."""
+    while process.poll() is None and not ready():
+        time.sleep(0.01)
+
+
+def lines(path: Path) -> list[str]:
+    """Of a file that may not be there yet."""
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def metrics(run: Path) -> list[dict]:
+    """What a run logged, by its folder."""
+    return [json.loads(line) for line in lines(run / "metrics.jsonl")]
 
 
 def finish(processes: list[subprocess.Popen], timeout: int = 300) -> list[tuple[int, str, str]]:

@@ -127,10 +127,7 @@ def content(output: Path) -> dict:
         elif path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
-    for path in output.rglob("*"):
-        if path.is_dir():
-            found.setdefault(f"{path.relative_to(output)}/", None)
-    return found
+    return found | {f"{path.relative_to(output)}/": None for path in output.rglob("*") if path.is_dir()}
 
 
 def try_all(scenario: str, points: list[int]) -> dict:

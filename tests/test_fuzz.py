@@ -252,11 +252,9 @@ def run_child(main, arguments: list[str], folder: Path) -> Outcome:
 
 
 def snapshot(folder: Path) -> dict[str, tuple]:
-    found = {}
-    for path in folder.rglob("*"):
-        about = path.lstat()
-        found[str(path.relative_to(folder))] = (about.st_mode, path.is_file() and about.st_mtime_ns)
-    return found
+    """Kind and rights of everything in a folder, and when files were last written to."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    return {name: (p.lstat().st_mode, p.is_file() and p.lstat().st_mtime_ns) for name, p in found.items()}
 
 
 def complaint(outcome: Outcome, changed: set[str]) -> str | None:

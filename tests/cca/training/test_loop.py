@@ -1,18 +1,30 @@
 """Training as users run it: processes, micro-batches, interruption, resume."""
 
 import contextlib
+import importlib
 import json
 import os
 import random
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, TRAIN, after_plan, command_line, environment, expect_error, run
+from commands import (
+    ROOT,
+    TRAIN,
+    after_plan,
+    command_line,
+    environment,
+    expect_error,
+    lines,
+    metrics,
+    run,
+    start,
+    wait_until,
+)  # fmt: skip
 from made_data import make_codes, make_image_folder
 
 import train_llamagen_cca
@@ -39,10 +51,6 @@ PAIR_METRICS = (
     *("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"),
     *("logps/chosen", "logps/rejected"),
 )
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def model_file(folder):
@@ -96,31 +104,6 @@ def test_four_processes_and_compiled(command, tmp_path):
     cut_differently(command, tmp_path, [("four", 4, []), sharded, ("compiled", 1, ["--compile"])])
 
 
-def wait_for_progress(process, output, wanted):
-    """Until so many steps or parts are there; what is waited for has work for minutes more."""
-
-    def made():
-        path = output / "metrics.jsonl"
-        if path.exists():
-            return len(path.read_text().splitlines())
-        return len(list(output.with_suffix(".npz.parts").glob("*.npy")))
-
-    while process.poll() is None and made() < wanted:
-        time.sleep(0.01)
-
-
-def start(command, folder, processes=1, **options):
-    return subprocess.Popen(
-        command_line([*command, "--output", folder], processes),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
 KILLED = """
 import os, signal, sys, time
 import cca.training.loop as loop
@@ -159,12 +142,17 @@ def test_killed_run_ends_where_an_uninterrupted_one_does(command, kills, steps, 
 
 
 def test_signals_save_and_end_with_one_line(command, tmp_path):
-    """As schedulers send them, to the whole process group, loaders among it; or a user, twice."""
+    """As schedulers send them, to the whole process group, loaders among it; or a user, twice.
+
+    Before that, a second run on the same folder is refused.
+    """
     numbers = [signal.SIGTERM] if "--data" in command else [signal.SIGINT, signal.SIGINT, signal.SIGHUP]
-    long = ["--max-steps", 10**9, "--save-every", 1000, "--workers", 1]
-    process = start([*command, *long], tmp_path, start_new_session=True)
+    command = [*command, "--max-steps", 10**9, "--save-every", 1000, "--workers", 1, "--output", tmp_path]
+    process = start(command_line(command))
     try:
-        wait_for_progress(process, tmp_path, 2)
+        wait_until(process, lambda: len(lines(tmp_path / "metrics.jsonl")) >= 2)
+        with pytest.raises(UserError, match=f"is being written by process {process.pid} on "):
+            importlib.import_module(command[0].removesuffix(".py")).main([*map(str, command[1:])])
         for number in numbers:
             os.killpg(process.pid, number)
         out, err = process.communicate(timeout=60)
@@ -187,26 +175,14 @@ def test_sigterm_to_one_process_stops_all(kind, command, tmp_path):
         command, output = ["sample.py", "--model", command[2], "--num-samples", 200_000], tmp_path / "s.npz"
     else:
         command, output = [*command, "--max-steps", 10**6, "--save-every", 1000], tmp_path
-    process = start(command, output, processes=2)
-    wait_for_progress(process, output, 2)
+    process = start(command_line([*command, "--output", output], 2))
+    made = tmp_path / "s.npz.parts"
+    wait_until(process, lambda: len([*made.glob("*.npy"), *lines(tmp_path / "metrics.jsonl")]) >= 2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in err, err
     assert sum(line.startswith("stopped") for line in out.splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
-    command = [
-        "train_var_cca.py", "--model", "var-mini", "--data", TRAIN, "--batch-size", 4, "--max-steps", 10**6
-    ]  # fmt: skip
-    process = start(command, tmp_path)
-    wait_for_progress(process, tmp_path, 1)
-    expect_error([*command, "--output", tmp_path], "--output", f"is being written by process {process.pid}")
-    assert process.poll() is None
-    process.kill()
-    process.wait()
 
 
 def test_ten_steps_without_a_finite_gradient_stop_the_run(tmp_path):

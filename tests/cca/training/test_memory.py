@@ -1,10 +1,10 @@
 """What is told of a GPU, on a machine that has none."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import metrics
 from limits import memory_full
 from specimens import weights
 
@@ -47,13 +47,12 @@ def test_share_of_the_rate(loss, passes, disk, monkeypatch):
     train("--loss", loss, "--output", "run", *(["--lr", "1e-3"] if loss == "sft" else []))
     dim, length, matrices = 32, 16, 2 * (4 * 32 * 32 + 3 * 32 * 256) + 32 * 16
     forward = 2 * length * matrices + 2 * 4 * length**2 * dim
-    for line in (disk / "run" / "metrics.jsonl").read_text().splitlines():
-        metrics = json.loads(line)
-        seconds = 8 / metrics["images_per_second"]
+    for line in metrics(disk / "run"):
+        seconds = 8 / line["images_per_second"]
         # With dropout all pairs are run, the reference's as well.
         sequences = 16 if loss == "cca" else 8
-        assert metrics["mfu"] * seconds * 1e12 == pytest.approx(passes * sequences * forward)
-    assert all("mfu" in metrics for metrics in shown)
+        assert line["mfu"] * seconds * 1e12 == pytest.approx(passes * sequences * forward)
+    assert all("mfu" in line for line in shown)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +105,7 @@ def test_the_chosen_micro_batch(each, chosen, tried, disk, monkeypatch):
     arguments = ["--codes=codes", "--max-steps", "2", "--batch-size", "8", "--output", "measured"]
     train_llamagen_cca.main([*weights("llamagen"), *arguments])
     assert run == [*tried, *[chosen] * (2 * 8 // chosen)]
-    assert "mfu" not in (disk / "measured" / "metrics.jsonl").read_text()  # nothing is known of a CPU
+    assert not any("mfu" in line for line in metrics(disk / "measured"))  # nothing is known of a CPU
     if chosen == 4:  # as given: the same numbers to the last bit
         train("--output", "given")
         given, measured = (
