@@ -24,7 +24,7 @@ from commands import (
     run,
     start,
     wait_until,
-)  # fmt: skip
+)
 from made_data import make_codes, make_image_folder
 
 import train_llamagen_cca
