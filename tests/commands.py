@@ -23,15 +23,15 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
 
 
+def call(arguments, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
+    """Run, whatever comes of it; ``variables`` join the environment."""
+    line, variables = command_line(arguments, processes), environment(**variables)
+    return subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True)
+
+
 def run(*arguments, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
-    """Run to success; ``variables`` join the environment."""
-    result = subprocess.run(
-        command_line(arguments, processes),
-        cwd=ROOT,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-    )
+    """Run to success, and without a warning of ours."""
+    result = call(arguments, processes, **variables)
     assert result.returncode == 0, result.stderr
     own = [
         line
@@ -47,10 +47,8 @@ def after_plan(printed: str) -> str:
     return printed.partition("\n\n")[2]
 
 
-def expect_error(command, *parts, **options):
-    result = subprocess.run(
-        command_line(command), cwd=ROOT, env=environment(), capture_output=True, text=True, **options
-    )
+def expect_error(command, *parts):
+    result = call(command)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert len(errors) == 1 and all(part in errors[0] for part in parts), result.stderr

@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def bundled(images, file=TRAIN):
-    """The first images (arr_0) and labels (arr_1) of a bundled file."""
+    """The first images (arr_0) and labels (arr_1) of a bundled file, or of another."""
     with np.load(ROOT / file) as content:
         return {key: content[key][:images] for key in ("arr_0", "arr_1")}
 

@@ -181,8 +181,7 @@ def template(tmp_path_factory):
     options = {"model": "var-mini", "cfg_scale": 1.0, "num_samples": 16}
     (folder / "good.json").write_text(json.dumps({"format": 1, "options": options}))
     make_codes(folder, images=16)
-    with np.load(SPECIMENS / "few.npz") as file:
-        np.savez(folder / "small.npz", **{key: file[key][:16] for key in file.files})
+    np.savez(folder / "small.npz", **bundled(16, SPECIMENS / "few.npz"))
     shutil.copy2(SPECIMENS / "images.npz", folder)
     for i, image in enumerate(arrays["arr_0"]):
         path = folder / "photos" / (f"dog/{i}.jpg" if i % 2 else f"cat/{i}.png")

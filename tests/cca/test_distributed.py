@@ -2,12 +2,11 @@
 
 import re
 import signal
-import subprocess
 
 import pytest
 import torch
 import torch.distributed as dist
-from commands import ROOT, command_line, environment, run
+from commands import call, run
 
 from cca.distributed import Processes, StopRequest
 from models.utils.errors import UserError
@@ -112,13 +111,7 @@ def test_an_interface_that_gloo_does_not_have(tmp_path):
     (tmp_path / "meet.py").write_text(MEET)
     found = run(tmp_path / "meet.py", processes=2, PYTHONPATH=".", NCCL_SOCKET_IFNAME="lo")
     assert found.stdout.splitlines().count("lo") == 2  # gloo prints lines of its own in older versions
-    result = subprocess.run(
-        command_line([tmp_path / "meet.py"], 2),
-        cwd=ROOT,
-        env=environment(PYTHONPATH=".", GLOO_SOCKET_IFNAME="none0"),
-        capture_output=True,
-        text=True,
-    )
+    result = call([tmp_path / "meet.py"], 2, PYTHONPATH=".", GLOO_SOCKET_IFNAME="none0")
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
     assert line.startswith("error: GLOO_SOCKET_IFNAME: the 2 processes find each other, but not over")
     assert "none0" in line
@@ -147,13 +140,6 @@ run_command(lambda: WORK)
 @pytest.mark.parametrize("work", ["processes.agree(refuse)", "refuse() or processes.total(1)"])
 def test_all_stop_where_one_refuses(work, tmp_path):
     (tmp_path / "refusal.py").write_text(REFUSAL.replace("WORK", work))
-    result = subprocess.run(
-        command_line([tmp_path / "refusal.py"], 2),
-        cwd=ROOT,
-        env=environment(PYTHONPATH="."),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = call([tmp_path / "refusal.py"], 2, PYTHONPATH=".")
     assert result.returncode != 0 and "RuntimeError" not in result.stderr
     assert [line for line in result.stderr.splitlines() if "error: no room" in line] == ["error: no room"]
