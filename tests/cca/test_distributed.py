@@ -99,7 +99,7 @@ from types import SimpleNamespace
 import cca.cli.main
 from cca.distributed import Processes
 cca.cli.main.time = SimpleNamespace(sleep=lambda seconds: time.sleep(60 * seconds))
-cca.cli.main.run_command(lambda: Processes() and print(os.environ["GLOO_SOCKET_IFNAME"]))
+cca.cli.main.run_command(lambda: Processes().barrier() or print(os.environ["GLOO_SOCKET_IFNAME"]))
 """
 
 
@@ -107,6 +107,7 @@ def test_an_interface_that_gloo_does_not_have(tmp_path):
     """What NCCL is told holds for gloo, which would else choose one itself.
 
     Rank 0 says what is wrong; rank 1 waits to be ended by torchrun, here much longer than it would else.
+    Where they meet, none leaves before the other has come.
     """
     (tmp_path / "meet.py").write_text(MEET)
     found = run(tmp_path / "meet.py", processes=2, PYTHONPATH=".", NCCL_SOCKET_IFNAME="lo")
