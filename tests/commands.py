@@ -1,9 +1,12 @@
 """Runs the commands as users do: real processes, alone or under torchrun with gloo."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -20,15 +23,15 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
 
 
+def call(arguments, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
+    """Run, whatever comes of it; ``variables`` join the environment."""
+    line, variables = command_line(arguments, processes), environment(**variables)
+    return subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True)
+
+
 def run(*arguments, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
-    """Run to success; ``variables`` join the environment."""
-    result = subprocess.run(
-        command_line(arguments, processes),
-        cwd=ROOT,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-    )
+    """Run to success, and without a warning of ours."""
+    result = call(arguments, processes, **variables)
     assert result.returncode == 0, result.stderr
     own = [
         line
@@ -44,13 +47,16 @@ def after_plan(printed: str) -> str:
     return printed.partition("\n\n")[2]
 
 
-def expect_error(command, *parts, **options):
-    result = subprocess.run(
-        command_line(command), cwd=ROOT, env=environment(), capture_output=True, text=True, **options
-    )
+def expect_error(command, *parts):
+    result = call(command)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert len(errors) == 1 and all(part in errors[0] for part in parts), result.stderr
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """What the files of a folder hold."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def free_port() -> int:
@@ -67,7 +73,7 @@ def start_processes(arguments: list, folders: list[Path], **variables: str) -> l
         "WORLD_SIZE": str(len(folders)),
     }
     return [
-        _started(command_line(arguments), folder, **rendezvous, **variables, RANK=str(rank))
+        start(command_line(arguments), folder, **rendezvous, **variables, RANK=str(rank))
         for rank, folder in enumerate(folders)
     ]
 
@@ -77,12 +83,30 @@ def start_agents(arguments: list, folders: list[Path]) -> list[subprocess.Popen]
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "1"]
     nodes = ["--nnodes", len(folders), "--nproc_per_node", 1, *rendezvous]
     line = command_line(["-m", "torch.distributed.run", *nodes, *arguments])
-    return [_started(line, folder) for folder in folders]
+    return [start(line, folder) for folder in folders]
 
 
-def _started(line: list[str], folder: Path, **variables: str) -> subprocess.Popen:
+def start(line: list[str], folder: Path = ROOT, **variables: str) -> subprocess.Popen:
+    """A process in a session of its own."""
+    variables = environment(PYTHONPATH=str(ROOT), **variables)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(line, cwd=folder, env=environment(PYTHONPATH=str(ROOT), **variables), **pipes)
+    return subprocess.Popen(line, cwd=folder, env=variables, start_new_session=True, **pipes)
+
+
+def wait_until(process: subprocess.Popen, ready: Callable[[], bool]) -> None:
+    """Until it is ready, or has ended."""
+    while process.poll() is None and not ready():
+        time.sleep(0.01)
+
+
+def lines(path: Path) -> list[str]:
+    """Of a file that may not be there yet."""
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def metrics(run: Path) -> list[dict]:
+    """What a run logged, by its folder."""
+    return [json.loads(line) for line in lines(run / "metrics.jsonl")]
 
 
 def finish(processes: list[subprocess.Popen], timeout: int = 300) -> list[tuple[int, str, str]]:

@@ -89,8 +89,8 @@ def logits_error(name: str, device: torch.device) -> float:
     labels, tokens = expected["labels"].to(device), expected["tokens"].to(device)
     with torch.no_grad():
         assert torch.equal(model.encode(expected["image"].to(device)), tokens.long())
-        error = (model.logits(labels, tokens).cpu() - expected["logits"]).abs().max().item()
-        logprob = model.sequence_logprob(labels, tokens).cpu()
+        logits, logprob = model.logits(labels, tokens).cpu(), model.sequence_logprob(labels, tokens).cpu()
+    assert logits.dtype == torch.float32
     torch.testing.assert_close(logprob, expected["sequence_logprob"], rtol=0, atol=1e-3)
     for key in (key for key in expected if key.startswith("greedy_tokens_cfg") and "interval" not in key):
         scale = float(key.removeprefix("greedy_tokens_cfg")) + (name in VAR_CASES)  # VAR counts from 0
@@ -98,4 +98,4 @@ def logits_error(name: str, device: torch.device) -> float:
         noise = torch.rand(4, model.sequence_length, device=device)
         drawn = model.generate(torch.arange(4, device=device), noise, options)
         assert torch.equal(drawn.cpu(), expected[key].long())
-    return error
+    return (logits - expected["logits"]).abs().max().item()

@@ -27,8 +27,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        size, start = content.stat().st_size, 0
-        etag = f'"{hashlib.sha256(content.read_bytes() + str(content).encode()).hexdigest()}"'
+        data, start = content.read_bytes(), 0
+        etag = f'"{hashlib.sha256(data + str(content).encode()).hexdigest()}"'
         asked = self.headers.get("Range")
         if asked and self.server.ranges:
             start = int(asked.removeprefix("bytes=").rstrip("-"))
@@ -36,17 +36,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("ETag", etag)
-        self.send_header("Content-Length", str(size - start))
+        self.send_header("Content-Length", str(len(data) - start))
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
         if self.command == "GET":
-            with open(content, "rb") as file:
-                file.seek(start)
-                left = (size - start) // 2 if self.server.cut else size - start
-                while left and (chunk := file.read(min(left, 2**20))):
-                    self.wfile.write(chunk)
-                    left -= len(chunk)
+            end = (start + len(data)) // 2 if self.server.cut else len(data)
+            self.wfile.write(data[start:end])
             self.close_connection = self.server.cut
 
     do_HEAD = do_GET = answer

@@ -19,24 +19,16 @@ import traceback
 from pathlib import Path
 
 import matplotlib.figure  # noqa: F401, which may fill a cache of its own when it is first imported
+import pytest
 import torch
-from specimens import SPECIMENS, register, weights
+from specimens import SPECIMENS, extract, register, weights
 
 import sample
 import train_llamagen_cca
 import train_var_cca
-from scripts import extract_codes
 
 STOPPED = 77
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
-
-
-class Register:
-    """What ``register`` needs of pytest's monkeypatch."""
-
-    @staticmethod
-    def setitem(mapping, key, value):
-        mapping[key] = value
 
 
 def sampling(output: Path) -> None:
@@ -54,17 +46,11 @@ def training_on_codes(output: Path) -> None:
     train_llamagen_cca.main([*weights("llamagen"), "--codes", "codes", *options, "--output", str(output)])
 
 
-def extraction(output: Path) -> None:
-    model = ["--model", "specimen-llamagen", "--tokenizer-weights", "specimen-llamagen-tokenizer.safetensors"]
-    with torch.no_grad():
-        extract_codes.main([*model, "--data", "images.npz", "--output", str(output)])
-
-
 SCENARIOS = {
     "sampling": sampling,
     "training": training,
     "training_on_codes": training_on_codes,
-    "extraction": extraction,
+    "extraction": extract,
 }
 
 
@@ -141,10 +127,7 @@ def content(output: Path) -> dict:
         elif path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
-    for path in output.rglob("*"):
-        if path.is_dir():
-            found.setdefault(f"{path.relative_to(output)}/", None)
-    return found
+    return found | {f"{path.relative_to(output)}/": None for path in output.rglob("*") if path.is_dir()}
 
 
 def try_all(scenario: str, points: list[int]) -> dict:
@@ -173,7 +156,7 @@ def main() -> None:
     torch.set_num_threads(1)
     shutil.copytree(SPECIMENS, "disk")
     os.chdir("disk")
-    register(Register)
+    register(pytest.MonkeyPatch())
     for argument in sys.argv[1:]:
         scenario, points = argument.split("=")
         print(json.dumps(try_all(scenario, [int(n) for n in points.split(",")])))

@@ -1,7 +1,9 @@
-"""Full disks, from inside."""
+"""What runs out: disks and a GPU's memory, from inside."""
 
 import resource
 from contextlib import contextmanager
+
+import torch
 
 
 @contextmanager
@@ -13,3 +15,8 @@ def largest_file(size: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def memory_full(*_, **__):
+    """Stands in for a function during which the GPU's memory runs out."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")

@@ -1,10 +1,24 @@
-"""Small data sets made for tests."""
+"""Small data sets made for tests, and what no file may do."""
 
 import json
+import os
 
 import numpy as np
 from commands import ROOT, TRAIN
 from PIL import Image
+
+
+def bundled(images, file=TRAIN):
+    """The first images (arr_0) and labels (arr_1) of a bundled file, or of another."""
+    with np.load(ROOT / file) as content:
+        return {key: content[key][:images] for key in ("arr_0", "arr_1")}
+
+
+class Hostile:
+    """Its pickle makes a folder "executed" when it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
 
 
 def make_codes(folder, images=40, published=False):
@@ -18,18 +32,21 @@ def make_codes(folder, images=40, published=False):
             for i, array in enumerate(arrays):
                 np.save(path / name / f"{i}.npy", array)
         return path
-    path.mkdir()
+    path.mkdir(parents=True)
     np.save(path / "codes.npy", codes.astype(np.uint16))
     np.save(path / "labels.npy", labels)
     (path / "header.json").write_text(json.dumps({"vocab_size": 512}))
     return path
 
 
+def make_picture(path, grey=0, size=(32, 32)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, grey).save(path)
+
+
 def make_image_folder(path, images):
     """As ImageNet: train/CLASS/NAME.png, not of the model's size; the second image of class 3 is broken."""
-    with np.load(ROOT / TRAIN) as file:
-        pixels, labels = file["arr_0"][:images], file["arr_1"][:images]
-    for i, (image, label) in enumerate(zip(pixels, labels)):
+    for i, (image, label) in enumerate(zip(*bundled(images).values())):
         target = path / "train" / f"class{label}" / f"{i:04d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).resize((40, 48)).save(target)

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import torch
+
 from models import llamagen, var
 from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
 from models.llamagen import LlamaGen
 from models.var import VAR
 from models.zoo.registry import TOKENIZERS, ZOO, Recipe, TokenizerEntry, ZooEntry
+from scripts import extract_codes
 
 SPECIMENS = Path(__file__).parent / "fixtures" / "specimens"
 RECIPE = Recipe(
@@ -40,9 +43,14 @@ def register(monkeypatch) -> None:
 
 
 def weights(family: str) -> list[str]:
+    return [*tokenizer(family), "--weights", f"specimen-{family}.safetensors"]
+
+
+def tokenizer(family: str) -> list[str]:
     name = f"specimen-{family}"
-    return [
-        "--model", name,
-        "--weights", f"{name}.safetensors",
-        "--tokenizer-weights", f"{name}-tokenizer.safetensors",
-    ]  # fmt: skip
+    return ["--model", name, "--tokenizer-weights", f"{name}-tokenizer.safetensors"]
+
+
+def extract(output, data: str = "images.npz") -> None:
+    with torch.no_grad():
+        extract_codes.main([*tokenizer("llamagen"), "--data", data, "--output", str(output)])

@@ -18,6 +18,12 @@ PAGES = [
 COMMANDS = re.compile(r"^(?:torchrun [^|]*?|python )(-m [a-z_.]+|[a-z_]+\.py)( .*)?$")
 
 
+def module_and_options(line):
+    """Of a command as it is shown."""
+    name, options = COMMANDS.match(line).groups(default="")
+    return importlib.import_module(name.removeprefix("-m ").removesuffix(".py")), shlex.split(options)
+
+
 def command_lines(page):
     """Of the page's shell blocks, continued lines joined, comments gone."""
     for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
@@ -31,9 +37,8 @@ LINES = [(page, line) for page in PAGES for line in command_lines(page) if not l
 @pytest.mark.parametrize("page, line", [pair for pair in LINES if COMMANDS.match(pair[1])])
 def test_commands_are_parsed(page, line):
     """By the parsers of the commands themselves."""
-    name, options = COMMANDS.match(line).groups()
-    module = importlib.import_module(name.removeprefix("-m ").removesuffix(".py"))
-    module.make_parser().parse_args(shlex.split(options or ""))
+    module, options = module_and_options(line)
+    module.make_parser().parse_args(options)
 
 
 @pytest.mark.parametrize("page, line", [pair for pair in LINES if not COMMANDS.match(pair[1])])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from commands import metrics
 from torch import nn
 
 import eval_fid
@@ -138,7 +139,7 @@ def train(folder, run, *options, open_data=open_labelled_images, data="images.np
     fixed = ["--model", "toy", "--data", data, "--output", str(run)]
     parser = training_parser("toy", Toy.training_command, "--data", "images")
     run_training(parser.parse_args([*fixed, *options]), folder / data, open_data)
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return metrics(run)
 
 
 def test_backbone_is_trained_sampled_and_evaluated(toy):
@@ -146,8 +147,8 @@ def test_backbone_is_trained_sampled_and_evaluated(toy):
     images, folder = str(toy / "images.npz"), toy / "out"
     where = ["--data", images, "--reference", images, "--output", str(folder), "--nproc", "1"]
     reproduce.main(["tables", "--mini", "--models", "toy", "--num-samples", "100", *where])
-    metrics = [json.loads(line) for line in (folder / "toy-cca/metrics.jsonl").read_text().splitlines()]
-    assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"] and metrics[-1]["rewards/margins"] > 0.5
+    first, *_, last = metrics(folder / "toy-cca")
+    assert last["loss"] < 0.6 * first["loss"] and last["rewards/margins"] > 0.5
     assert torch.load(folder / "toy-cca/model.pt", weights_only=True).keys() == {"state_dict"}
     rows = (line.split(" | ") for line in (folder / "tables.md").read_text().splitlines() if " | " in line)
     fids = {label.strip("| "): fid for label, fid, *_ in rows}
@@ -172,10 +173,10 @@ def test_loss_with_its_own_negatives(toy, monkeypatch):
 
     hinge = Loss(hinge_loss, negatives=lambda labels: (labels + 1) % CLASSES)
     monkeypatch.setitem(LOSSES, "hinge", hinge)
-    metrics = train(toy, toy / "run", "--loss", "hinge", "--uncond-ratio", "0", "--max-steps", "30")
+    first, *_, last = train(toy, toy / "run", "--loss", "hinge", "--uncond-ratio", "0", "--max-steps", "30")
     assert not any(same.any() for same in seen)  # no pair shares its class, unlike rolled labels
-    assert metrics[-1]["rewards/accuracies"] == 1
-    assert metrics[-1]["rewards/margins"] > metrics[0]["rewards/margins"] + 0.5
+    assert last["rewards/accuracies"] == 1
+    assert last["rewards/margins"] > first["rewards/margins"] + 0.5
 
 
 def test_metric(toy, monkeypatch):

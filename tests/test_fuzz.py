@@ -19,28 +19,23 @@ import resource
 import shutil
 import signal
 import sys
-import time
 import traceback
 import zipfile
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, TRAIN
-from killing import Register
-from made_data import make_codes
+from made_data import bundled, make_codes
 from PIL import Image
 from safetensors.torch import save_file
-from specimens import SPECIMENS, register, weights
+from specimens import SPECIMENS, register, tokenizer, weights
 
 import eval_fid
 import sample
 import train_llamagen_cca
 import train_var_cca
 from cca.cli.main import run_command
-from cca.cli.parser import Parser
 from models.zoo.checkpoint_formats import read_state_dict
 from models.zoo.loading import recognise
 from scripts import convert_weights, extract_codes, make_reference
@@ -60,7 +55,7 @@ SAMPLE = ["--model", "llamagen-mini", "--num-samples", "1", "--output", "out.npz
 ENCODE = ["--model", "llamagen-mini", "--data", "good.npz", "--output", "out"]
 EVAL = ["--reference", "good.npz", "--features", "mini", "--samples"]
 SMALL_SAMPLE = [*weights("llamagen"), "--num-samples", "1", "--output"]
-SMALL_ENCODE = ["--model", "specimen-llamagen", *weights("llamagen")[4:], "--data", "small.npz"]
+SMALL_ENCODE = [*tokenizer("llamagen"), "--data", "small.npz"]
 SMALL_TRAIN = [*weights("llamagen"), *STEP]
 # Reader: (the files that are damaged in turn, the command that reads them).
 READERS = {
@@ -165,7 +160,7 @@ JSON_VALUES = (
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     """A folder with one good file of each kind."""
-    register(Register)
+    register(pytest.MonkeyPatch())
     recognise({})  # each child would build all models anew to name what does not fit
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("fuzz") / "template"
@@ -180,15 +175,13 @@ def template(tmp_path_factory):
     save_file(state, folder / "shards/m-1.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(state, "m-1.safetensors")}
     (folder / "shards/m.safetensors.index.json").write_text(json.dumps(index))
-    with np.load(ROOT / TRAIN) as file:
-        arrays = {key: file[key][:16] for key in file.files}
+    arrays = bundled(16)
     np.savez(folder / "good.npz", **arrays)
     np.savez_compressed(folder / "deflated.npz", **arrays)
     options = {"model": "var-mini", "cfg_scale": 1.0, "num_samples": 16}
     (folder / "good.json").write_text(json.dumps({"format": 1, "options": options}))
     make_codes(folder, images=16)
-    with np.load(SPECIMENS / "few.npz") as file:
-        np.savez(folder / "small.npz", **{key: file[key][:16] for key in file.files})
+    np.savez(folder / "small.npz", **bundled(16, SPECIMENS / "few.npz"))
     shutil.copy2(SPECIMENS / "images.npz", folder)
     for i, image in enumerate(arrays["arr_0"]):
         path = folder / "photos" / (f"dog/{i}.jpg" if i % 2 else f"cat/{i}.png")
@@ -235,10 +228,10 @@ def run_child(main, arguments: list[str], folder: Path) -> Outcome:
             os.chdir(folder)
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
             resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30, 8 * 2**30))  # to spare the machine
+            signal.alarm(PATIENCE)
             for name, target, path in (("stdout", 1, os.devnull), ("stderr", 2, log)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), target)
-                raw = io.BufferedWriter(io.FileIO(target, "wb", closefd=False))
-                stream = io.TextIOWrapper(raw, "utf-8", line_buffering=True)
+                stream = os.fdopen(target, "w", 1, "utf-8", closefd=False)
                 setattr(sys, name, stream)
                 setattr(sys, f"__{name}__", stream)
             os.environ.update(XDG_CACHE_HOME=str(folder.parent.parent / "cache"), HF_HUB_OFFLINE="1")
@@ -251,25 +244,16 @@ def run_child(main, arguments: list[str], folder: Path) -> Outcome:
             status = 1
         sys.stderr.flush()
         os._exit(status)
-    ended = time.monotonic() + PATIENCE
-    while True:
-        done, status, usage = os.wait4(child, os.WNOHANG)
-        if done:
-            break
-        if time.monotonic() > ended:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.005)
+    _, status, usage = os.wait4(child, 0)
     errors = log.read_text(errors="replace") if log.exists() else ""
     seconds = usage.ru_utime + usage.ru_stime
     return Outcome(os.waitstatus_to_exitcode(status), errors, seconds, usage.ru_maxrss / 1000)
 
 
 def snapshot(folder: Path) -> dict[str, tuple]:
-    found = {}
-    for path in folder.rglob("*"):
-        about = path.lstat()
-        found[str(path.relative_to(folder))] = (about.st_mode, path.is_file() and about.st_mtime_ns)
-    return found
+    """Kind and rights of everything in a folder, and when files were last written to."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    return {name: (p.lstat().st_mode, p.is_file() and p.lstat().st_mtime_ns) for name, p in found.items()}
 
 
 def complaint(outcome: Outcome, changed: set[str]) -> str | None:
@@ -292,6 +276,11 @@ def complaint(outcome: Outcome, changed: set[str]) -> str | None:
     return None
 
 
+def copy_if_missing(source: str, target: str) -> None:
+    if not os.path.lexists(target):
+        shutil.copy2(source, target)
+
+
 class Campaign:
     """Cases of one kind in one folder, which is mended after each that changed it; and what was found."""
 
@@ -311,12 +300,7 @@ class Campaign:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        for name in sorted(changed):
-            original = self.template / Path(name).relative_to("here") if name.startswith("here/") else None
-            if original and original.is_dir():
-                (self.folder.parent / name).mkdir()
-            elif original and original.exists():
-                shutil.copy2(original, self.folder.parent / name)
+        shutil.copytree(self.template, self.folder, copy_function=copy_if_missing, dirs_exist_ok=True)
 
     def case(self, main, arguments: list[str], about: str, damaged: str | None = None) -> None:
         """One command; ``damaged``: the file that is to be mended after it, which the work may stop at."""
@@ -418,26 +402,11 @@ def test_damaged_files(template, capsys, name):
     campaign.end(capsys)
 
 
-class _Seen(Exception):
-    pass
-
-
-def options_of(main) -> list:
-    """The options of a command, from its own parser."""
-
-    def seen(self, *_):
-        raise _Seen(self)
-
-    with mock.patch.object(Parser, "parse_args", seen), pytest.raises(_Seen) as caught:
-        main([])
-    actions = caught.value.args[0]._actions
-    return [a for a in actions if a.option_strings and a.option_strings[-1] not in LEFT_OUT]
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_random_options(template, capsys, name):
     module, base = COMMANDS[name]
-    options, campaign = options_of(module.main), Campaign(name, template)
+    actions, campaign = module.make_parser()._actions, Campaign(name, template)
+    options = [a for a in actions if a.option_strings and a.option_strings[-1] not in LEFT_OUT]
     for i in range(LINES):
         draw = random.Random(f"{SEED} {name} {i}")
         arguments = list(base)

@@ -55,6 +55,7 @@ def _as_before():
     yield
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = convolutions
+    torch.use_deterministic_algorithms(False)
     torch.cuda.empty_cache()
 
 
@@ -236,13 +237,6 @@ def test_compiled_and_sharded_training(name):
             assert max(errors) < (1e-3 if key == "logps/chosen" else 2e-2)
 
 
-@pytest.fixture
-def deterministic():
-    """What --deterministic sets for good is taken back."""
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def trained(folder, name) -> dict[str, torch.Tensor]:
     (file,) = folder.glob("model.pt*")
     return load_model(name, str(file)).transformer.state_dict()
@@ -250,7 +244,7 @@ def trained(folder, name) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("compile", ["--no-compile", "--compile"])
 @pytest.mark.parametrize("name", MINI)
-def test_resumed_bit_for_bit(name, compile, tmp_path, deterministic):
+def test_resumed_bit_for_bit(name, compile, tmp_path):
     """With --deterministic."""
     codes = tmp_path / "codes"
     data = ["--data", TRAIN] if name == "var-mini" else ["--codes", str(codes)]

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, TRAIN, finish, run, start_agents, start_processes
+from commands import ROOT, TRAIN, content, finish, run, start_agents, start_processes
+from made_data import bundled
 from safetensors.torch import load_file, save_file
 
 # Every command in one process of each node. Each says what it was refused with, if it was.
@@ -35,8 +36,7 @@ def nodes(tmp_path):
     """Two folders with the same in data.npz, and not the same in other.npz and weights.safetensors."""
     (tmp_path / "commands.py").write_text(COMMANDS)
     weights = load_file(ROOT / "assets" / "var-mini.safetensors")
-    with np.load(ROOT / TRAIN) as file:
-        images, labels = file["arr_0"][:20], file["arr_1"][:20]
+    images, labels = bundled(20).values()
     folders = [tmp_path / "one", tmp_path / "two"]
     for node, folder in enumerate(folders):
         folder.mkdir()
@@ -44,10 +44,6 @@ def nodes(tmp_path):
         np.savez(folder / "other.npz", arr_0=images, arr_1=np.roll(labels, node))
         save_file({name: value + node for name, value in weights.items()}, folder / "weights.safetensors")
     return folders
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_what_is_not_shared_is_refused_by_all(nodes, tmp_path):

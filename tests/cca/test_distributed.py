@@ -2,12 +2,11 @@
 
 import re
 import signal
-import subprocess
 
 import pytest
 import torch
 import torch.distributed as dist
-from commands import ROOT, command_line, environment, run
+from commands import call, run
 
 from cca.distributed import Processes, StopRequest
 from models.utils.errors import UserError
@@ -94,21 +93,26 @@ def test_a_rank_without_a_rendezvous_is_refused(variables, message, monkeypatch)
         Processes()
 
 
+MEET = """
+import os, time
+from types import SimpleNamespace
+import cca.cli.main
+from cca.distributed import Processes
+cca.cli.main.time = SimpleNamespace(sleep=lambda seconds: time.sleep(60 * seconds))
+cca.cli.main.run_command(lambda: Processes().barrier() or print(os.environ["GLOO_SOCKET_IFNAME"]))
+"""
+
+
 def test_an_interface_that_gloo_does_not_have(tmp_path):
-    """What NCCL is told holds for gloo, which would else choose one itself."""
-    (tmp_path / "meet.py").write_text(
-        "import os\nfrom cca.cli.main import run_command\nfrom cca.distributed import Processes\n"
-        "run_command(lambda: Processes() and print(os.environ['GLOO_SOCKET_IFNAME']))\n"
-    )
+    """What NCCL is told holds for gloo, which would else choose one itself.
+
+    Rank 0 says what is wrong; rank 1 waits to be ended by torchrun, here much longer than it would else.
+    Where they meet, none leaves before the other has come.
+    """
+    (tmp_path / "meet.py").write_text(MEET)
     found = run(tmp_path / "meet.py", processes=2, PYTHONPATH=".", NCCL_SOCKET_IFNAME="lo")
     assert found.stdout.splitlines().count("lo") == 2  # gloo prints lines of its own in older versions
-    result = subprocess.run(
-        command_line([tmp_path / "meet.py"], 2),
-        cwd=ROOT,
-        env=environment(PYTHONPATH=".", GLOO_SOCKET_IFNAME="none0"),
-        capture_output=True,
-        text=True,
-    )
+    result = call([tmp_path / "meet.py"], 2, PYTHONPATH=".", GLOO_SOCKET_IFNAME="none0")
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
     assert line.startswith("error: GLOO_SOCKET_IFNAME: the 2 processes find each other, but not over")
     assert "none0" in line
@@ -123,7 +127,8 @@ def test_signals_that_are_ignored_stay_ignored():
 
 REFUSAL = """
 from cca.distributed import Processes
-from models.utils.errors import UserError, run_command
+from cca.cli.main import run_command
+from models.utils.errors import UserError
 processes = Processes()
 def refuse():
     if processes.rank == 1:
@@ -136,13 +141,6 @@ run_command(lambda: WORK)
 @pytest.mark.parametrize("work", ["processes.agree(refuse)", "refuse() or processes.total(1)"])
 def test_all_stop_where_one_refuses(work, tmp_path):
     (tmp_path / "refusal.py").write_text(REFUSAL.replace("WORK", work))
-    result = subprocess.run(
-        command_line([tmp_path / "refusal.py"], 2),
-        cwd=ROOT,
-        env=environment(PYTHONPATH="."),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = call([tmp_path / "refusal.py"], 2, PYTHONPATH=".")
     assert result.returncode != 0 and "RuntimeError" not in result.stderr
     assert [line for line in result.stderr.splitlines() if "error: no room" in line] == ["error: no room"]

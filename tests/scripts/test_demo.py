@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, command_line, environment
+from limits import memory_full
 from PIL import Image
 
 import sample
@@ -112,10 +113,6 @@ def test_wrong_values_are_refused_before_anything_is_made(three_ways, option, va
     assert str(caught.value).startswith(message)
 
 
-def full(*_, **__):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-
 @pytest.mark.parametrize(
     "place, message",
     [
@@ -126,7 +123,7 @@ def full(*_, **__):
 def test_memory_that_runs_out_ends_a_request_and_not_the_page(place, message, three_ways, monkeypatch):
     panel = three_ways.plan(OPTIONS)[2]
     with monkeypatch.context() as patch:
-        patch.setattr(sampler, place, full)
+        patch.setattr(sampler, place, memory_full)
         with pytest.raises(UserError) as caught:
             list(three_ways.sample(panel))
     assert str(caught.value).startswith(message)

@@ -1,18 +1,18 @@
 """The experiments: every command that they would run, going on where they stopped, and their reports."""
 
 import hashlib
-import importlib
 import json
 import os
 import re
-import shlex
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_documentation import module_and_options
 
 import scripts.reproduce as reproduce
+import train_var_cca
 from models.utils.errors import UserError
 from scripts.recipes import CCA, EXPERIMENTS, Row, base_row
 from scripts.report import distances_to_curve, figures_table
@@ -32,18 +32,8 @@ OPTIONS = {
 def planned(capsys, *arguments):
     """Commands of a dry run, as (module, arguments)."""
     reproduce.main([*arguments, "--dry-run"])
-    commands = []
-    for line in capsys.readouterr().out.splitlines():
-        if line.startswith("$ "):
-            words = shlex.split(line)[1:]
-            start = next(i for i, word in enumerate(words) if word == "-m" or word.endswith(".py"))
-            name, rest = (
-                (words[start + 1], words[start + 2 :])
-                if words[start] == "-m"
-                else (words[start], words[start + 1 :])
-            )
-            commands.append((name.removesuffix(".py"), rest))
-    return commands
+    lines = capsys.readouterr().out.splitlines()
+    return [module_and_options(line.removeprefix("$ ")) for line in lines if line.startswith("$ ")]
 
 
 @pytest.mark.parametrize("mini", [False, True])
@@ -54,7 +44,7 @@ def test_every_planned_command_is_understood(experiment, mini, capsys, tmp_path,
     options = ["--mini", "--seeds", "2"] if mini else OPTIONS.get(experiment, ["--control"])
     commands = planned(capsys, experiment, *options)
     for module, arguments in commands:
-        parsed = importlib.import_module(module).make_parser().parse_args(arguments)
+        parsed = module.make_parser().parse_args(arguments)
         assert parsed.output.is_relative_to("runs")
     outputs = [arguments[arguments.index("--output") + 1] for _, arguments in commands]
     assert len(outputs) == len(set(outputs)) > 2
@@ -63,7 +53,7 @@ def test_every_planned_command_is_understood(experiment, mini, capsys, tmp_path,
 
 def test_losses_without_published_values_are_left_out(capsys):
     commands = planned(capsys, "ablation", "--models", "var-d24")
-    assert {"cca", "sft"} == {a[a.index("--loss") + 1] for module, a in commands if module == "train_var_cca"}
+    assert {"cca", "sft"} == {a[a.index("--loss") + 1] for module, a in commands if module is train_var_cca}
     rows = EXPERIMENTS["ablation"].rows("var-mini", Namespace(loss_options=[]))
     assert [row.name for row in rows] == ["base", "cca", "dpo", "unlearning", "sft"]
 

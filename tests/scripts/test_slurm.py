@@ -4,10 +4,9 @@ import json
 import os
 import signal
 import subprocess
-import time
 
 import pytest
-from commands import REFERENCE, ROOT, TRAIN, environment
+from commands import REFERENCE, ROOT, TRAIN, environment, lines, wait_until
 
 SRUN = """#!/usr/bin/env bash
 # Runs its command once for each node; SIGUSR1 goes to these tasks, and to none of their children.
@@ -74,8 +73,7 @@ def start(tmp_path):
 def warn(process, ready):
     """The scheduler's warning once ``ready`` says so; returns what the job printed."""
     try:
-        while process.poll() is None and not ready():
-            time.sleep(0.02)
+        wait_until(process, ready)
         process.send_signal(signal.SIGUSR1)
         return process.communicate(timeout=600)[0]
     finally:
@@ -83,8 +81,11 @@ def warn(process, ready):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def lines(path):
-    return path.read_text().splitlines() if path.exists() else []
+def ended(process, status=0):
+    """What the job printed before it ended with that status."""
+    text = process.communicate(timeout=600)[0]
+    assert process.returncode == status, text
+    return text
 
 
 @pytest.mark.parametrize("model", ["var-d16", "llamagen-l"])
@@ -100,9 +101,7 @@ def test_a_warning_saves_and_queues_the_job_again_once(model, start, tmp_path):
     assert not any("sample.py" in call for call in calls)
 
     (tmp_path / "second").touch()
-    process = start(**job)
-    text = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, text
+    ended(start(**job))
     assert lines(tmp_path / "scontrol.txt") == ["requeue 4711"]
     again = lines(tmp_path / "calls.txt")[len(calls) :]
     names = ["train_var_cca.py", "sample.py", "eval_fid.py"]
@@ -115,17 +114,14 @@ def test_a_warning_saves_and_queues_the_job_again_once(model, start, tmp_path):
 
 
 def test_a_step_that_fails_ends_the_job(start, tmp_path):
-    process = start(MODEL="var-d16", TRAINING="--fails")
-    text = process.communicate(timeout=60)[0]
-    assert process.returncode == 1, text
+    ended(start(MODEL="var-d16", TRAINING="--fails"), status=1)
     assert len(lines(tmp_path / "calls.txt")) == 1 and not (tmp_path / "scontrol.txt").exists()
 
 
 @pytest.mark.parametrize("variable", ["DATA", "REFERENCE", "VENV"])
 def test_what_is_not_there_is_refused_before_the_work(variable, start, tmp_path):
-    process = start(**{variable: "missing"})
-    text = process.communicate(timeout=60)[0]
-    assert process.returncode == 2 and text.startswith("error: missing") and text.count("\n") == 1
+    text = ended(start(**{variable: "missing"}), status=2)
+    assert text.startswith("error: missing") and text.count("\n") == 1
     assert not (tmp_path / "calls.txt").exists()
 
 
@@ -152,9 +148,7 @@ def test_a_small_model_from_its_data_to_its_figures(kind, start, tmp_path):
     assert lines(tmp_path / "scontrol.txt") == [f"requeue {number}"]
     assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == [f"step-{done}"]
 
-    process = start(**job)
-    text = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, text
+    ended(start(**job))
     assert lines(tmp_path / "scontrol.txt") == [f"requeue {number}"]
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 200
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())

@@ -5,7 +5,6 @@ import fcntl
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from commands import ROOT
@@ -30,16 +29,6 @@ def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # who runs the tests may write anywhere
     with pytest.raises(UserError, match="may not be written to"):
         Output(tmp_path / "s.npz").check_place()
-
-
-def test_inputs_are_not_overwritten(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.npz").touch()
-    (tmp_path / "link.npz").symlink_to(tmp_path / "a.npz")
-    for output in ("a.npz", "./a.npz", "link.npz"):
-        with pytest.raises(UserError, match="--output: .* is what --images reads; take another name"):
-            Output(Path(output)).check_place({"--images": tmp_path / "a.npz"})
-    Output(tmp_path / "b.npz").check_place({"--images": tmp_path / "a.npz", "--other": None})
 
 
 def test_an_output_belongs_to_one_run_and_not_to_a_dead_one(tmp_path):

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+from made_data import make_picture
 from PIL import Image
 
 from cca.data.datasets import open_labelled_images
@@ -19,18 +20,13 @@ def model():
     return load_model("var-mini")
 
 
-def picture(path, grey=0, size=(32, 32)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", size, grey).save(path)
-
-
 def labels_of(data):
     return data.labels(np.arange(len(data))).tolist()
 
 
 def test_some_of_the_classes_train_as_themselves(tmp_path, model):
     for name in ("2/a", "5/a", "7/a", ".ipynb_checkpoints/a", "outside"):
-        picture(tmp_path / f"{name}.png")
+        make_picture(tmp_path / f"{name}.png")
     data = open_labelled_images(tmp_path, model)
     assert labels_of(data) == [2, 5, 7] and data.classes == {"2": 2, "5": 5, "7": 7}
     assert data.notes() == [f"{tmp_path}: 1 images in no class folder are left out"]
@@ -39,7 +35,7 @@ def test_some_of_the_classes_train_as_themselves(tmp_path, model):
 def test_numbered_folders_in_the_order_of_their_names(tmp_path, model):
     """The image behind an index stays what it was, whatever class it has now."""
     for name in ("0", "1", "10", "9"):
-        picture(tmp_path / "train" / name / "a.png")
+        make_picture(tmp_path / "train" / name / "a.png")
     with pytest.raises(UserError, match="class 10 .* outside 0 … 9"):
         open_labelled_images(tmp_path, model)
     (tmp_path / "train" / "10").rename(tmp_path / "train" / "08")
@@ -51,7 +47,7 @@ def test_one_list_of_suffixes_and_links_followed_once(tmp_path, model):
     data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     suffixes = ("png", "JPG", "jpeg", "webp", "bmp", "tif", "tiff", "ppm", "pgm")
     for name in (*(f"0/a.{suffix}" for suffix in suffixes), "0/.hidden.png", "../elsewhere/b.png"):
-        picture(data / name)
+        make_picture(data / name)
     for link, target in (("1", elsewhere), ("0/loop", data), ("0/self", "self"), ("0/gone.png", "none")):
         (data / link).symlink_to(target)
     (data / "0" / "list.txt").write_text("")
@@ -65,7 +61,7 @@ def test_one_list_of_suffixes_and_links_followed_once(tmp_path, model):
 
 def test_unreadable_images_are_replaced_by_others_of_their_class(tmp_path, model):
     for name in ("0/a", "1/a", "1/b", "1/c"):
-        picture(tmp_path / f"{name}.png", grey=40 * len(name) + ord(name[-1]))
+        make_picture(tmp_path / f"{name}.png", grey=40 * len(name) + ord(name[-1]))
     (tmp_path / "1" / "c.png").write_bytes(b"no picture")
     data = open_labelled_images(tmp_path, model, transform=TenCrops(16, 2))
     for index, stands_in in ((0, 0), (1, 1), (3, 1)):
@@ -102,7 +98,7 @@ def test_other_depths_are_refused(tmp_path, pixels, message):
 
 
 def test_long_and_huge_pictures_are_refused(tmp_path, monkeypatch):
-    picture(tmp_path / "a.png", size=(400_000, 1))
+    make_picture(tmp_path / "a.png", size=(400_000, 1))
     with pytest.raises(UserError, match="400000 x 1 pixels: too long"):
         FolderOfImages(tmp_path, side=256)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
-from specimens import weights
+from made_data import make_picture
+from specimens import extract, weights
 
 import train_llamagen_cca
 import train_var_cca
@@ -22,19 +21,6 @@ def train(family, data, *options, output="run"):
     option = {"var": "--data", "llamagen": "--codes"}[family]
     command.main([*weights(family), option, data, "--max-steps", "1", "--output", output, *options])
     return json.loads(Path(output, "config.json").read_text())
-
-
-def extract(data):
-    tokenizer = ["--tokenizer-weights", "specimen-llamagen-tokenizer.safetensors"]
-    with torch.no_grad():
-        extract_codes.main(["--model", "specimen-llamagen", *tokenizer, "--data", data, "--output", "new"])
-
-
-def make_folder(path, names):
-    for i, name in enumerate(names):
-        (path / name).mkdir(parents=True)
-        for j in range(4):
-            Image.new("L", (8, 8), 30 * i + j).save(path / name / f"{j}.png")
 
 
 def reverse(path):
@@ -56,7 +42,8 @@ def test_data_may_move_but_not_change(disk, family, data):
 
 
 def test_folder_may_move_but_not_change(disk):
-    make_folder(disk / "data", ("3", "1"))
+    for i in range(8):
+        make_picture(disk / "data" / str(i % 2 * 2 + 1) / f"{i // 2}.png", grey=10 * i, size=(8, 8))
     assert train("var", "data")["data"] == {"path": "data", "classes": {"1": 1, "3": 3}}
     (disk / "data").rename(disk / "moved")
     train("var", "moved")
@@ -88,13 +75,13 @@ def test_extraction_does_not_go_on_with_other_images(disk, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ARImageModel, "encode", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            extract("few.npz")
+            extract("new", "few.npz")
     shutil.copy("few.npz", "other.npz")
     reverse(disk / "other.npz")
     with pytest.raises(UserError, match="unfinished run with data_sha256"):
-        extract("other.npz")
+        extract("new", "other.npz")
     (disk / "few.npz").rename(disk / "moved.npz")
-    extract("moved.npz")
+    extract("new", "moved.npz")
     assert len(np.load(disk / "new" / "codes.npy")) == 64
 
 

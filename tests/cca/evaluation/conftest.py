@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import REFERENCE, ROOT, TRAIN
+from commands import REFERENCE, TRAIN
+from made_data import bundled
 from PIL import Image
 
 import eval_fid
@@ -20,9 +21,7 @@ def evaluate(tmp_path, monkeypatch, request):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     for name, source in (("samples", TRAIN), ("reference", REFERENCE)):
-        with np.load(ROOT / source) as file:
-            some = {key: file[key][: request.module.IMAGES] for key in ("arr_0", "arr_1")}
-        np.savez(f"{name}.npz", **some)
+        np.savez(f"{name}.npz", **bundled(request.module.IMAGES, source))
 
     def run(
         samples="samples.npz",

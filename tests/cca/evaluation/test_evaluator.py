@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch_fidelity
 from commands import ROOT, run
+from limits import memory_full
+from made_data import bundled
 from safetensors.torch import save_file
 from torch.utils.data import Subset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -51,10 +53,7 @@ def test_agrees_with_torch_fidelity(evaluate):
     ],
 )
 def test_memory_that_runs_out_is_one_line(place, message, evaluate, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-    monkeypatch.setattr(place, full)
+    monkeypatch.setattr(place, memory_full)
     with pytest.raises(UserError) as caught:
         evaluate()
     assert str(caught.value).startswith(message) and not Path("out.json").exists()
@@ -67,8 +66,7 @@ def test_layouts_give_the_same_figures(evaluate, write_folder):
     run(ROOT / "eval_fid.py", "--features", "mini", *paths, "--output", output, processes=2)
     assert json.loads(output.read_text())["metrics"] == pytest.approx(expected, rel=1e-6)
     del expected["accuracy"]
-    with np.load("samples.npz") as file:
-        images = file["arr_0"]
+    images = bundled(IMAGES)["arr_0"]
     np.savez_compressed("compressed.npz", arr_0=images)
     np.savez("colour.npz", arr_0=np.repeat(images[..., None], 3, axis=3))
     write_folder("folder", images)
@@ -145,8 +143,7 @@ def test_notes(evaluate, write_folder):
     for part in ("not Inception", "600 samples instead of 50,000", "no mu and sigma"):
         assert part in text
     assert "sorted" not in text and "unbalanced" not in text and "guidance" not in text
-    with np.load("samples.npz") as file:
-        images, labels = file["arr_0"], file["arr_1"]
+    images, labels = bundled(IMAGES).values()
     # Without labels: seen in what the classifier predicts.
     np.savez("sorted.npz", arr_0=images[np.argsort(labels, kind="stable")])
     skewed = np.sort(np.r_[np.flatnonzero(labels == 1), np.flatnonzero(labels != 1)[:100]])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_data import bundled
 from PIL import Image
 
 import eval_fid
@@ -18,18 +19,13 @@ from scripts import make_reference
 IMAGES = 60
 
 
-def arrays():
-    with np.load("samples.npz") as file:
-        return file["arr_0"], file["arr_1"]
-
-
 def described(**options):
     """The content of a description that sample.py wrote."""
     return json.dumps({"format": 1, "options": {"num_samples": 60, **options}})
 
 
 def test_no_accuracy_of_classes_that_the_classifier_does_not_know(evaluate):
-    images, labels = arrays()
+    images, labels = bundled(IMAGES).values()
     np.savez("others.npz", arr_0=images, arr_1=np.where(labels == 9, 10, labels))
     assert "accuracy" in evaluate()["metrics"] and "accuracy" not in evaluate("others.npz")["metrics"]
     notes = evaluate("others.npz", "--metrics", "fid,accuracy")["notes"]
@@ -37,7 +33,7 @@ def test_no_accuracy_of_classes_that_the_classifier_does_not_know(evaluate):
 
 
 def test_classes_of_a_folder_of_samples(evaluate, write_folder):
-    images, labels = arrays()
+    images, labels = bundled(IMAGES).values()
     expected = evaluate()["metrics"]["accuracy"]
     some = np.isin(labels, (2, 5, 7))
     write_folder("unpacked", images, labels)
@@ -145,7 +141,7 @@ def test_json_of_others(evaluate):
 
 def test_a_description_is_not_overwritten(evaluate, write_folder):
     """Beside a folder the name is free where sample.py wrote nothing; beside an .npz it never is."""
-    write_folder("photos", arrays()[0])
+    write_folder("photos", bundled(IMAGES)["arr_0"])
     for _ in range(2):
         assert evaluate("photos", output="photos.json")["samples"]["sampling"] is None
     Path("photos.json").write_text(described())
@@ -206,7 +202,7 @@ def test_archives_of_other_kinds_get_their_line(evaluate, content):
     "labels", [np.eye(10)[np.zeros(60, int)], np.zeros((60, 1)), np.full(60, -1), np.zeros(5)]
 )
 def test_labels_of_samples_are_checked(evaluate, labels):
-    np.savez("odd.npz", arr_0=arrays()[0], arr_1=labels)
+    np.savez("odd.npz", arr_0=bundled(IMAGES)["arr_0"], arr_1=labels)
     with pytest.raises(UserError, match="odd.npz"):
         evaluate("odd.npz")
 

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from commands import ROOT, TRAIN, run
+from commands import ROOT, run
 from hub_server import serving
+from made_data import bundled
 
 import eval_fid
 from cca.evaluation.references import REFERENCES, PublishedReference
@@ -31,8 +32,7 @@ def server(tmp_path, monkeypatch):
     """It serves a reference in the published layout; the current folder holds samples."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    with np.load(ROOT / TRAIN) as file:
-        images = file["arr_0"][:60]
+    images = bundled(60)["arr_0"]
     np.savez("samples.npz", arr_0=images)
     np.savez("served.npz", arr_0=images, mu=np.zeros(96), sigma=np.eye(96))
     with serving({f"ref/batches/{NAME}": tmp_path / "served.npz"}) as found:

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from limits import memory_full
 
 import sample
 from cca.config import SampleRequest
@@ -64,10 +65,6 @@ def test_runs_that_are_compiled(name):
         assert compiles_by_default(model, request(images=images), device, processes) == compiled
 
 
-def full(*_, **__):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-
 @pytest.mark.parametrize(
     "place, options, message",
     [
@@ -84,7 +81,7 @@ def test_memory_that_runs_out_is_one_line(place, options, message, tmp_path, mon
         eager = lambda model, *_: sampler.eager_generate(model, request("float32"))  # noqa: E731
         monkeypatch.setattr(sampler, "CompiledGenerate", eager)
     owner = ARTransformer if place == "store_matrices" else sampler
-    monkeypatch.setattr(owner, place, full)
+    monkeypatch.setattr(owner, place, memory_full)
     fixed = ["--model", "llamagen-mini", "--num-samples", "24", "--batch-size", "8"]
     with pytest.raises(UserError) as caught:
         sample.main([*fixed, "--output", str(tmp_path / "s.npz"), *options])

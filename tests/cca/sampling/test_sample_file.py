@@ -2,8 +2,8 @@
 
 import json
 import os
-import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,11 +26,6 @@ def small_parts(monkeypatch):
 def make(path, *options, samples=40):
     fixed = ["--model", "var-mini", "--num-samples", str(samples), "--batch-size", str(PART)]
     sample.main([*fixed, "--output", str(path), *options])
-
-
-def images(path):
-    with np.load(path) as file:
-        return file["arr_0"]
 
 
 def stopped_after(monkeypatch, parts, number=signal.SIGTERM, times=1):
@@ -87,7 +82,7 @@ def test_a_damaged_part_is_made_again(tmp_path, monkeypatch):
     content = second.read_bytes()
     make(path)
     assert json.loads((tmp_path / "s.json").read_text())["images_made_by_this_run"] == 24
-    assert images(path)[PART : 2 * PART].tobytes() == content[128:]
+    assert np.load(path)["arr_0"][PART : 2 * PART].tobytes() == content[128:]
 
 
 def test_a_finished_file(tmp_path, capsys):
@@ -108,12 +103,11 @@ def test_a_finished_file(tmp_path, capsys):
     path.unlink()
     make(path, "--seed", "1", samples=5)  # the description of what is gone stands in nobody's way
     assert json.loads((tmp_path / "s.json").read_text())["options"]["seed"] == 1
-    shutil.copy("assets/fashion-mnist-test-10k.npz", path)
-    with pytest.raises(UserError, match=r"is not what s\.json describes; remove it"):
-        make(path, "--seed", "1", samples=5)
-    path.write_bytes(before["s.npz"][0].replace(b"(5, 32, 32, 3)", b"(((((((((((((("))
-    with pytest.raises(UserError, match=r"is not what s\.json describes; remove it"):
-        make(path, "--seed", "1", samples=5)
+    damaged = before["s.npz"][0].replace(b"(5, 32, 32, 3)", b"((((((((((((((")
+    for content in (Path("assets/fashion-mnist-test-10k.npz").read_bytes(), damaged):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"is not what s\.json describes; remove it"):
+            make(path, "--seed", "1", samples=5)
 
 
 def test_what_sample_did_not_write_is_not_overwritten(tmp_path):
@@ -126,13 +120,6 @@ def test_what_sample_did_not_write_is_not_overwritten(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "data.npz"]
 
 
-def test_a_refusal_leaves_nothing_and_does_not_stand_in_the_way(tmp_path):
-    with pytest.raises(UserError, match="GB free, the run needs"):
-        make(tmp_path / "new" / "s.npz", samples=10**9)
-    assert not os.listdir(tmp_path)
-    make(tmp_path / "new" / "s.npz", samples=5)
-
-
 def test_logits_that_are_not_finite_leave_nothing(tmp_path):
     """Another --dtype is the remedy: what the first try left must not refuse it."""
     state = read_state_dict("assets/llamagen-mini.safetensors")
@@ -142,9 +129,7 @@ def test_logits_that_are_not_finite_leave_nothing(tmp_path):
     with pytest.raises(UserError, match=message):
         make(tmp_path / "new" / "s.npz", *model, "--dtype", "float16", samples=5)
     assert os.listdir(tmp_path) == ["w.pt"]
-    with pytest.raises(UserError, match="not finite"):
-        make(tmp_path / "s.npz", *model, "--dtype", "float16", samples=5)
-    make(tmp_path / "s.npz", *model, samples=5)
+    make(tmp_path / "new" / "s.npz", *model, samples=5)
 
 
 def test_a_full_disk(tmp_path):

@@ -1,11 +1,10 @@
 """The picture of a run: what is drawn, of which steps, and when."""
 
-import json
 import os
 
 import numpy as np
 import pytest
-from commands import run
+from commands import metrics, run
 from PIL import Image
 from specimens import weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -71,14 +70,6 @@ def test_a_finished_run_is_left_as_it_is(disk, drawn, capsys):
     assert len(drawn) == 2 and (disk / "run" / "curves.png").read_bytes() == before[disk / "run/curves.png"]
 
 
-@pytest.mark.parametrize(
-    "loss, options, title", [("sft", [], "sft"), ("unlearning", ["--lambda", "2"], "unlearning (λ = 2)")]
-)
-def test_title_says_what_the_loss_depends_on(loss, options, title, disk, drawn):
-    train("run", "--loss", loss, *options, "--lr", "1e-3", steps=2)
-    assert drawn[0][2] == f"specimen-var, {title}, batch 8"
-
-
 def test_a_picture_is_not_worth_the_run(disk, monkeypatch, capsys):
     def full(*_):
         raise UserError("run/curves.png: cannot be written (No space left on device)")
@@ -91,7 +82,7 @@ def test_a_picture_is_not_worth_the_run(disk, monkeypatch, capsys):
 
 def test_tensorboard_has_the_same_names(disk):
     train("run", steps=2)
-    line = json.loads((disk / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    line = metrics(disk / "run")[-1]
     events = EventAccumulator(str(disk / "run" / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) >= line.keys() - {"step"}
     assert events.Scalars("rewards/margins")[-1].value == pytest.approx(line["rewards/margins"], rel=1e-6)

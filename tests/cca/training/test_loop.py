@@ -7,50 +7,49 @@ import random
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, TRAIN, after_plan, command_line, environment, expect_error, run
+from commands import (
+    ROOT,
+    TRAIN,
+    after_plan,
+    command_line,
+    environment,
+    expect_error,
+    lines,
+    metrics,
+    run,
+    start,
+    wait_until,
+)
 from made_data import make_codes, make_image_folder
 
+import train_llamagen_cca
 import train_var_cca
 from models import UserError, load_model
+from scripts import extract_codes
 
 
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("codes")
-    run("-m", "scripts.extract_codes", "--model", "llamagen-mini", "--data", TRAIN, "--output", folder)
+    extract_codes.main(["--model", "llamagen-mini", "--data", TRAIN, "--output", str(folder)])
     return folder
 
 
 @pytest.fixture(params=["var", "llamagen"])
 def command(request, codes):
     data = ["--data", TRAIN] if request.param == "var" else ["--codes", codes]
-    return [
-        f"train_{request.param}_cca.py",
-        "--model",
-        f"{request.param}-mini",
-        *data,
-        "--batch-size",
-        16,
-        "--max-steps",
-        5,
-        "--save-every",
-        1,
-    ]
+    short = ["--batch-size", 16, "--max-steps", 5, "--save-every", 1]
+    return [f"train_{request.param}_cca.py", "--model", f"{request.param}-mini", *data, *short]
 
 
 PAIR_METRICS = (
     *("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"),
     *("logps/chosen", "logps/rejected"),
 )
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def model_file(folder):
@@ -80,13 +79,14 @@ def cut_differently(command, tmp_path, cuts):
     assert first["logps/chosen"] > first["logps/rejected"]
 
 
-def test_processes_and_micro_batches_do_not_matter(command, tmp_path):
+def test_other_ways_of_computing_do_not_matter(command, tmp_path):
     cut_differently(
         command,
         tmp_path,
         [
             ("two", 2, ["--micro-batch-size", 3]),
             ("sharded", 2, ["--parallel", "fsdp", "--micro-batch-size", 4]),
+            ("checkpointed", 1, ["--checkpointing"]),
         ],
     )
     model = load_model(command[2], str(model_file(tmp_path / "one")))
@@ -98,35 +98,9 @@ def test_processes_and_micro_batches_do_not_matter(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_processes(command, tmp_path):
-    cut_differently(
-        command, tmp_path, [("four", 4, []), ("sharded", 4, ["--parallel", "fsdp", "--checkpointing"])]
-    )
-
-
-def wait_for_progress(process, output, wanted):
-    """Until so many steps or parts are there; what is waited for has work for minutes more."""
-
-    def made():
-        path = output / "metrics.jsonl"
-        if path.exists():
-            return len(path.read_text().splitlines())
-        return len(list(output.with_suffix(".npz.parts").glob("*.npy")))
-
-    while process.poll() is None and made() < wanted:
-        time.sleep(0.01)
-
-
-def start(command, folder, processes=1, **options):
-    return subprocess.Popen(
-        command_line([*command, "--output", folder], processes),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+def test_four_processes_and_compiled(command, tmp_path):
+    sharded = ("sharded", 4, ["--parallel", "fsdp", "--checkpointing"])
+    cut_differently(command, tmp_path, [("four", 4, []), sharded, ("compiled", 1, ["--compile"])])
 
 
 KILLED = """
@@ -147,18 +121,16 @@ import_module(command.removesuffix(".py")).main(arguments)
 """
 
 
-def kill_at_random(command, folder, kills, generator):
+@pytest.mark.parametrize("kills, steps", [(2, 8), pytest.param(10, 40, marks=pytest.mark.slow)])
+def test_killed_run_ends_where_an_uninterrupted_one_does(command, kills, steps, tmp_path):
     """The kernel ends each try at a random moment of its third step, SIGALRM being left as it is."""
-    for _ in range(kills):
-        driver = ["-c", KILLED, command[0], generator.uniform(0, 1), *command[1:], "--output", folder]
-        killed = subprocess.run(command_line(driver), cwd=ROOT, env=environment(), capture_output=True)
-        assert killed.returncode in (-signal.SIGALRM, -signal.SIGKILL), killed.stderr
-
-
-def ends_as_if_uninterrupted(command, tmp_path, kills, steps):
-    command = [*command, "--max-steps", steps, "--save-every", 1]
+    command, generator = [*command, "--max-steps", steps], random.Random(0)
     run(*command, "--output", tmp_path / "whole")
-    kill_at_random(command, tmp_path / "cut", kills, random.Random(0))
+    for _ in range(kills):
+        driver = ["-c", KILLED, command[0], generator.uniform(0, 1), *command[1:]]
+        line = command_line([*driver, "--output", tmp_path / "cut"])
+        killed = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True)
+        assert killed.returncode in (-signal.SIGALRM, -signal.SIGKILL), killed.stderr
     run(*command, "--output", tmp_path / "cut")
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(expected[k], found[k]) for k in expected)
@@ -168,22 +140,13 @@ def ends_as_if_uninterrupted(command, tmp_path, kills, steps):
     )
 
 
-def test_killed_run_ends_where_an_uninterrupted_one_does(command, tmp_path):
-    ends_as_if_uninterrupted(command, tmp_path, kills=2, steps=8)
-
-
-@pytest.mark.slow
-def test_ten_kills(command, tmp_path):
-    ends_as_if_uninterrupted(command, tmp_path, kills=10, steps=40)
-
-
 def test_signals_save_and_end_with_one_line(command, tmp_path):
     """As schedulers send them, to the whole process group, loaders among it; or a user, twice."""
     numbers = [signal.SIGTERM] if "--data" in command else [signal.SIGINT, signal.SIGINT, signal.SIGHUP]
-    long = ["--max-steps", 10**9, "--save-every", 1000, "--workers", 1]
-    process = start([*command, *long], tmp_path, start_new_session=True)
+    command = [*command, "--max-steps", 10**9, "--save-every", 1000, "--workers", 1, "--output", tmp_path]
+    process = start(command_line(command))
     try:
-        wait_for_progress(process, tmp_path, 2)
+        wait_until(process, lambda: len(lines(tmp_path / "metrics.jsonl")) >= 2)
         for number in numbers:
             os.killpg(process.pid, number)
         out, err = process.communicate(timeout=60)
@@ -206,8 +169,9 @@ def test_sigterm_to_one_process_stops_all(kind, command, tmp_path):
         command, output = ["sample.py", "--model", command[2], "--num-samples", 200_000], tmp_path / "s.npz"
     else:
         command, output = [*command, "--max-steps", 10**6, "--save-every", 1000], tmp_path
-    process = start(command, output, processes=2)
-    wait_for_progress(process, output, 2)
+    process = start(command_line([*command, "--output", output], 2))
+    made = tmp_path / "s.npz.parts"
+    wait_until(process, lambda: len([*made.glob("*.npy"), *lines(tmp_path / "metrics.jsonl")]) >= 2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGTERM)
     out, err = process.communicate(timeout=120)
@@ -217,31 +181,21 @@ def test_sigterm_to_one_process_stops_all(kind, command, tmp_path):
 
 @pytest.mark.slow
 def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
-    command = [
-        "train_var_cca.py", "--model", "var-mini", "--data", TRAIN, "--batch-size", 4, "--max-steps", 10**6
-    ]  # fmt: skip
-    process = start(command, tmp_path)
-    wait_for_progress(process, tmp_path, 1)
-    expect_error([*command, "--output", tmp_path], "--output", f"is being written by process {process.pid}")
+    command = ["train_var_cca.py", "--model", "var-mini", "--data", TRAIN, "--batch-size", 4]
+    command += ["--max-steps", 10**6, "--output", tmp_path]
+    process = start(command_line(command))
+    wait_until(process, lambda: len(lines(tmp_path / "metrics.jsonl")) >= 1)
+    expect_error(command, "--output", f"is being written by process {process.pid}")
     assert process.poll() is None
     process.kill()
     process.wait()
 
 
 def test_ten_steps_without_a_finite_gradient_stop_the_run(tmp_path):
-    common = [
-        "train_llamagen_cca.py",
-        "--model",
-        "llamagen-mini",
-        "--codes",
-        make_codes(tmp_path),
-        "--batch-size",
-        4,
-        "--max-steps",
-        20,
-    ]
+    codes, output = make_codes(tmp_path), tmp_path / "run"
+    common = ["--model", "llamagen-mini", "--codes", codes, "--batch-size", 4, "--max-steps", 20]
     expect_error(
-        [*common, "--lr", "1e30", "--save-every", 1, "--output", tmp_path / "run"],
+        ["train_llamagen_cca.py", *common, "--lr", "1e30", "--save-every", 1, "--output", output],
         "10 steps in a row had no finite gradient",
         "--lr",
     )
@@ -250,37 +204,17 @@ def test_ten_steps_without_a_finite_gradient_stop_the_run(tmp_path):
 
 
 def test_published_code_folders_equal_packed_ones(tmp_path):
-    common = ["train_llamagen_cca.py", "--model", "llamagen-mini", "--batch-size", 8, "--max-steps", 6]
+    common = ["--model", "llamagen-mini", "--batch-size", "8", "--max-steps", "6", "--output"]
     for name, published in (("packed", False), ("published", True)):
-        (tmp_path / name).mkdir()
-        run(
-            *common,
-            "--codes",
-            make_codes(tmp_path / name, published=published),
-            "--output",
-            tmp_path / f"{name}-run",
-        )
+        codes = make_codes(tmp_path / name, published=published)
+        train_llamagen_cca.main([*common, str(tmp_path / f"{name}-run"), "--codes", str(codes)])
     same_losses(tmp_path / "packed-run", tmp_path / "published-run")
 
 
 def test_image_folder(tmp_path):
-    data = tmp_path / "data"
-    broken = make_image_folder(data, 1100)
-    common = [
-        "train_var_cca.py",
-        "--model",
-        "var-mini",
-        "--loss",
-        "sft",
-        "--data",
-        data,
-        "--batch-size",
-        550,
-        "--micro-batch-size",
-        64,
-        "--lr",
-        0,
-    ]
+    broken = make_image_folder(tmp_path / "data", 1100)
+    common = ["train_var_cca.py", "--model", "var-mini", "--loss", "sft", "--data", tmp_path / "data"]
+    common += ["--batch-size", 550, "--micro-batch-size", 64, "--lr", 0]
     result = run(*common, "--workers", 2, "--output", tmp_path / "run")
     assert result.stderr.count(str(broken)) == 1
     broken.with_name("another.png").write_bytes(b"no image")
@@ -308,35 +242,15 @@ def test_workers_do_not_matter(tmp_path):
 
 
 def test_losses_and_options(codes, tmp_path):
-    common = [
-        "train_llamagen_cca.py",
-        "--model",
-        "llamagen-mini",
-        "--codes",
-        codes,
-        "--batch-size",
-        16,
-        "--max-steps",
-        2,
-    ]
+    common = ["--model", "llamagen-mini", "--codes", str(codes), "--batch-size", "16", "--max-steps", "2"]
+    common += ["--uncond-ratio", "0", "--dtype", "bfloat16"]
     options = {
-        "dpo": ["--ema", 0.9],
-        "unlearning": ["--sample-every", 2],
-        "sft": ["--checkpointing", "--final-weight-decay", 0.1],
+        "dpo": ["--ema", "0.9"],
+        "unlearning": ["--sample-every", "2"],
+        "sft": ["--checkpointing", "--final-weight-decay", "0.1"],
     }
     for loss, more in options.items():
-        run(
-            *common,
-            "--loss",
-            loss,
-            "--uncond-ratio",
-            0,
-            "--dtype",
-            "bfloat16",
-            *more,
-            "--output",
-            tmp_path / loss,
-        )
+        train_llamagen_cca.main([*common, *more, "--loss", loss, "--output", str(tmp_path / loss)])
         found = metrics(tmp_path / loss)[-1]
         assert all(value == value for value in found.values())
         logged = {name for name in found if "/" in name}  # no row is of the null class here
@@ -350,13 +264,6 @@ def test_losses_and_options(codes, tmp_path):
     assert 0 < (average - start).norm() < (end - start).norm()
     assert (tmp_path / "unlearning" / "samples" / "step-000002.png").read_bytes()[:4] == b"\x89PNG"
     assert [m["weight_decay"] for m in metrics(tmp_path / "sft")] == pytest.approx([0.05, 0.1])
-
-
-@pytest.mark.parametrize("option", ["--checkpointing", pytest.param("--compile", marks=pytest.mark.slow)])
-def test_other_ways_of_computing_do_not_matter(option, command, tmp_path):
-    run(*command, "--output", tmp_path / "plain")
-    run(*command, option, "--output", tmp_path / "again")
-    same_losses(tmp_path / "plain", tmp_path / "again")
 
 
 IN_ONE_PROCESS = """

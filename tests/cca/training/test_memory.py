@@ -1,10 +1,11 @@
 """What is told of a GPU, on a machine that has none."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import metrics
+from limits import memory_full
 from specimens import weights
 
 import cca.training.loop as loop
@@ -15,10 +16,6 @@ from cca.training.trainer import Trainer
 from models.utils.errors import UserError, one_line
 
 GPU = torch.device("cuda", 0)
-FULL = (
-    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which "
-    "1.00 GiB is free. Process 1 has 78.00 GiB memory in use."
-)
 
 
 def train(*options):
@@ -50,13 +47,12 @@ def test_share_of_the_rate(loss, passes, disk, monkeypatch):
     train("--loss", loss, "--output", "run", *(["--lr", "1e-3"] if loss == "sft" else []))
     dim, length, matrices = 32, 16, 2 * (4 * 32 * 32 + 3 * 32 * 256) + 32 * 16
     forward = 2 * length * matrices + 2 * 4 * length**2 * dim
-    for line in (disk / "run" / "metrics.jsonl").read_text().splitlines():
-        metrics = json.loads(line)
-        seconds = 8 / metrics["images_per_second"]
+    for line in metrics(disk / "run"):
+        seconds = 8 / line["images_per_second"]
         # With dropout all pairs are run, the reference's as well.
         sequences = 16 if loss == "cca" else 8
-        assert metrics["mfu"] * seconds * 1e12 == pytest.approx(passes * sequences * forward)
-    assert all("mfu" in metrics for metrics in shown)
+        assert line["mfu"] * seconds * 1e12 == pytest.approx(passes * sequences * forward)
+    assert all("mfu" in line for line in shown)
 
 
 @pytest.mark.parametrize(
@@ -67,11 +63,7 @@ def test_share_of_the_rate(loss, passes, disk, monkeypatch):
     ],
 )
 def test_memory_that_runs_out_is_one_line(place, option, remedy, disk, monkeypatch):
-
-    def full(*_, **__):
-        raise torch.OutOfMemoryError(FULL)
-
-    monkeypatch.setattr(Trainer, place, full)
+    monkeypatch.setattr(Trainer, place, memory_full)
     with pytest.raises(UserError) as caught:
         train("--output", "run")
     assert one_line(caught.value) == (
@@ -88,7 +80,7 @@ def pretend_memory(monkeypatch, each: float, total: float):
     def noted(trainer, batch):
         run.append(len(batch))
         if each * len(batch) > total:
-            raise torch.OutOfMemoryError(FULL)
+            memory_full()
         return micro_loss(trainer, batch)
 
     monkeypatch.setattr(Trainer, "micro_loss", noted)
@@ -113,7 +105,7 @@ def test_the_chosen_micro_batch(each, chosen, tried, disk, monkeypatch):
     arguments = ["--codes=codes", "--max-steps", "2", "--batch-size", "8", "--output", "measured"]
     train_llamagen_cca.main([*weights("llamagen"), *arguments])
     assert run == [*tried, *[chosen] * (2 * 8 // chosen)]
-    assert "mfu" not in (disk / "measured" / "metrics.jsonl").read_text()  # nothing is known of a CPU
+    assert not any("mfu" in line for line in metrics(disk / "measured"))  # nothing is known of a CPU
     if chosen == 4:  # as given: the same numbers to the last bit
         train("--output", "given")
         given, measured = (

@@ -10,11 +10,6 @@ import train_llamagen_cca
 from cca.sampling.sampler import Sampler
 
 
-def train(output, *options):
-    fixed = ["--codes", "codes", "--max-steps", "3", "--batch-size", "8"]
-    train_llamagen_cca.main([*weights("llamagen"), *fixed, "--output", output, *options])
-
-
 def test_memory_that_runs_out_costs_a_picture_and_not_the_run(disk, monkeypatch, capsys):
     held, alive, tokens = [], [], Sampler.tokens
 
@@ -33,7 +28,8 @@ def test_memory_that_runs_out_costs_a_picture_and_not_the_run(disk, monkeypatch,
 
     monkeypatch.setattr(Sampler, "tokens", full)
     monkeypatch.setattr(command.RunFolder, "log", noted)
-    train("run", "--sample-every", "1")
+    options = ["--max-steps", "3", "--batch-size", "8", "--sample-every", "1"]
+    train_llamagen_cca.main([*weights("llamagen"), "--codes", "codes", *options, "--output", "run"])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "no sample grid" in line]
     assert line.strip() == (
         "no sample grid of step 1: 16 images do not fit in the GPU's memory beside the training; "

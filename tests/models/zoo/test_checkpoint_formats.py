@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from golden_models import build
+from made_data import Hostile
 from safetensors.torch import save_file
 
 from models.utils.errors import UserError
@@ -74,11 +75,6 @@ def test_layouts(model, tmp_path, layout, constants):
 def test_safetensors_under_any_name(model, tmp_path):
     save_file(prefixed(model.transformer.state_dict(), "_orig_mod"), tmp_path / "weights.pth")
     assert torch.equal(read_state_dict(tmp_path / "weights.pth")["pos_1LC"], model.transformer.pos_1LC)
-
-
-class Hostile:
-    def __reduce__(self):
-        return (open, ("executed", "w"))
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
 """Published weights through huggingface_hub, and files of any address, against a local server."""
 
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, command_line, environment
+from commands import ROOT, call
 from hub_server import hub_variables, serving
 from huggingface_hub import constants
 
@@ -45,10 +44,7 @@ def hub(tmp_path):
 
 
 def python(arguments, tmp_path, endpoint, offline=False):
-    variables = hub_variables(tmp_path / "home", endpoint, offline)
-    return subprocess.run(
-        command_line(arguments), cwd=ROOT, env=environment(**variables), capture_output=True, text=True
-    )
+    return call(arguments, **hub_variables(tmp_path / "home", endpoint, offline))
 
 
 def sample(tmp_path, endpoint, *options, offline=False):
