@@ -87,8 +87,8 @@ def play(
     refuse_other_options(ranks, options_of(content))
     with ExitStack() as stack:
         lock, is_finished = ranks.look_once(partial(claim, output, content, stack))
-        # Rank 0 would lose its lock: it ends when the process closes the lock file for the first time.
-        ranks.agree(lambda: ranks.main or output.check_seen(lock))
+        # Rank 0 does not look: its lock would end when it closes the file.
+        ranks.agree(partial(output.check_seen, lock) if not ranks.main else lambda: None)
         if is_finished and ranks.main:
             print(f"{output.path} is finished already, with these options; nothing is left to do")
         return job if is_finished or make(ranks, output, content, job) else None

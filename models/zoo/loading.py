@@ -215,7 +215,7 @@ def find_files(
 
 
 def _locate_tokenizer(entry: ZooEntry, given: str, sha256: str | None, run: str | None) -> LocatedFile | None:
-    """Find a tokenizer by name or path. Raises UserError unless it has the hash that ``run`` notes, if any."""
+    """Find a tokenizer by name or path. Raises UserError if ``run`` notes another hash, ``sha256``."""
     names = [name for name, row in TOKENIZERS.items() if row.backbone is entry.backbone]
     if given in TOKENIZERS and given not in names:
         raise UserError(f"--tokenizer-weights: {given} is of another backbone; there are {', '.join(names)}")
