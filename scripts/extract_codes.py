@@ -167,14 +167,12 @@ class Extraction:
                 yield tokens.unflatten(0, pixels.shape[:2]).cpu().numpy()
 
     def work(self) -> bool:
-        ranks = self.ranks
-        if ranks.main:
+        if self.ranks.main:
             for note in self.source.notes():
                 print(f"note: {note}", file=sys.stderr)
-
-        if not fill(ranks, self.parts, self.make, "encoding"):
+        if not fill(self.ranks, self.parts, self.make, "encoding"):
             return False
-        ranks.agree(self.finish, main=True)
+        self.ranks.agree(self.finish, main=True)
         return True
 
     def finish(self) -> None:

@@ -66,8 +66,7 @@ class NpzImages:
     """
 
     # Of class folders, which an .npz does not have.
-    classes: dict[str, int] | None = None
-    why_unlabelled: str | None = None
+    classes = why_unlabelled = None
 
     def __init__(self, path: Path):
         self.path = path
@@ -203,8 +202,7 @@ class FolderOfImages(Dataset):
         if not self.files:
             left_out = f"; {self.left_out}" if self.left_out else ""
             raise UserError(f"{path}: holds no images ({', '.join(IMAGE_SUFFIXES)}){left_out}")
-        # The class folder of each image, where all images lie in such.
-        self.folders = [file.split("/")[0] for file in self.files] if all("/" in f for f in files) else []
+        self.folders = [file.split("/")[0] for file in self.files]  # of the classes, where there are such
         self.size = self._read(0).shape[:2]  # height and width in pixels
         self.statistics: dict[str, np.ndarray] = {}  # which a folder does not hold
         self.classes, self.why_unlabelled = self._number_classes(given)
@@ -252,9 +250,7 @@ class FolderOfImages(Dataset):
 
     def _number_classes(self, given: Mapping[str, int] | None) -> tuple[dict[str, int] | None, str | None]:
         """The class of each class folder, or why it is not known; neither without class folders."""
-        if not self.folders:
-            if given is not None:
-                raise UserError(f"--classes-from: not all images of {self.path} lie in class folders")
+        if given is None and not all("/" in file for file in self.files):
             return None, None
         model = read_sampling_options(self.path).get("model")
         num_classes = build_model(model).num_classes if model in ZOO and given is None else None
@@ -279,8 +275,7 @@ class FolderOfImages(Dataset):
             f"{lossy:,} of {len(self):,} images of {self.path} are JPEG or WebP: "
             "lossy compression changes FID"
         )
-        remarks = [self.left_out, cut if self.side else None, compressed if lossy else None]
-        return [remark for remark in remarks if remark]
+        return [note for note in (self.left_out, self.side and cut, lossy and compressed) if note]
 
 
 ImageSet = NpzImages | FolderOfImages

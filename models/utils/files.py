@@ -153,8 +153,8 @@ def read_own_json(path: Path) -> dict | None:
     return content if content.get("format") == FORMAT and isinstance(content.get("options"), dict) else None
 
 
-def read_array(path: Path, mapped: Literal["r", "r+"] | None = None) -> np.ndarray:
-    """The array of an .npy file; ``mapped``: mapped into memory in that mode ("r", "r+"), not read.
+def read_array(path: Path, mapped: Literal["r"] | None = None) -> np.ndarray:
+    """The array of an .npy file; ``mapped``: mapped into memory in that mode, not read.
 
     Raises UserError for anything else, and for objects, which would be executed.
     """

@@ -142,7 +142,7 @@ def _read(files: list[Path]) -> tuple[Any, str | None]:
             if key not in held[shard][0]:
                 raise UserError(f"{path}: {key} is not in {shard}")
         return {key: held[shard][0][key] for key, shard in index.items()}, held[shards[0].name][1]
-    with suppress(SafetensorError):  # it is of another layout, or damaged
+    with suppress(SafetensorError, OSError):  # it is of another layout, damaged, or may not be read
         return _read_safetensors(path)
     archive = zipfile.is_zipfile(path)
     if archive:
@@ -254,8 +254,7 @@ def approximate_size(module: nn.Module) -> int:
 
 def not_finite(state: dict[str, Tensor]) -> str | None:
     """The first few tensors that hold NaN or infinity; None if there are none. Reads all, copies nothing."""
-    wrong = [k for k, v in state.items() if not is_constant(k) and not _is_finite(v)]
-    return _first_three(wrong) or None
+    return _first_three([k for k, v in state.items() if not is_constant(k) and not _is_finite(v)]) or None
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -279,11 +278,8 @@ def fit_weights(
     wrong weights belong to. Raises UserError.
     """
     if problem := mismatch(module, state):
-        other = guess(state)
-        raise UserError(
-            f"{source}: does not fit {what}: tensors {problem}"
-            + (f"; it looks like {other}" if other else "")
-        )
+        likely = f"; it looks like {other}" if (other := guess(state)) else ""
+        raise UserError(f"{source}: does not fit {what}: tensors {problem}{likely}")
     wanted = {k: v.float() if v.is_floating_point() else v for k, v in state.items() if not is_constant(k)}
     if wrong := not_finite(wanted):
         raise UserError(f"{source}: holds weights that are not finite (NaN or infinite): {wrong}")
