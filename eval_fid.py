@@ -99,9 +99,8 @@ def check_options(args: argparse.Namespace, output: Output | None) -> None:
 
     Raises UserError for options that do not go together, and for an output that may not be written.
     """
-    for option in ("samples", "reference"):
-        if getattr(args, option) is None:
-            raise UserError(f"--{option}: is required")
+    if missing := [option for option in ("samples", "reference") if getattr(args, option) is None]:
+        raise UserError(f"--{missing[0]}: is required")
     args.published = find_reference(args.reference)
     args.reference = args.published.path if args.published else Path(args.reference)
     if args.resize and not any(os.path.isdir(path) for path in (args.samples, args.reference)):

@@ -44,8 +44,8 @@ def comparability(
             scale != 1,
             f"samples were made with guidance (--cfg-scale {scale:g}; VAR writes {scale - 1:g})",
         ),
+        *class_remarks(compared),
     ]
-    remarks += class_remarks(compared)
     return [*samples.notes(), *reference.notes(), *(remark for holds, remark in remarks if holds)]
 
 
@@ -74,8 +74,10 @@ def compare(paths: list[Path]) -> str:
     Raises UserError for a file that eval_fid.py did not write.
     """
     columns = [name for name in METRICS if name != "accuracy"]
-    rows = [result_cells(path, columns) for path in paths]
-    return markdown_table(["samples", *columns, "published FID", "difference"], rows)
+    return markdown_table(
+        ["samples", *columns, "published FID", "difference"],
+        [result_cells(path, columns) for path in paths],
+    )
 
 
 def result_cells(path: Path, columns: list[str]) -> list[str]:

@@ -76,8 +76,7 @@ class CompiledGenerate:
             self.tokens = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
             self.finite = torch.ones(batch_size, dtype=torch.bool, device=device)
             self.at = torch.zeros(1, dtype=torch.int64, device=device)
-            scales = [options.scale_at(step, steps) for step in range(steps)]
-            self.scales = torch.tensor(scales, device=device)
+            self.scales = torch.tensor([options.scale_at(i, steps) for i in range(steps)], device=device)
         self.starts = list(accumulate(model.step_sizes, initial=0))
         settings = ROUNDED_AS_EAGER if device.type == "cuda" else None
         compiled = partial(torch.compile, fullgraph=True, backend=backend, options=settings)

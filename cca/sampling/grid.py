@@ -29,8 +29,7 @@ def draw_grid(images: np.ndarray, columns: int, captions: list[str] | None = Non
 
 def write_grid(images: np.ndarray, path: Path, columns: int, captions: list[str] | None = None) -> None:
     """PNG of ``draw_grid``."""
-    picture = draw_grid(images, columns, captions)
-    atomic_write(path, lambda temporary: picture.save(temporary, format="PNG"))
+    atomic_write(path, lambda temporary: draw_grid(images, columns, captions).save(temporary, format="PNG"))
 
 
 def side_by_side(panels: list[tuple[str, Image.Image]]) -> Image.Image:
