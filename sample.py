@@ -133,7 +133,7 @@ def apply_preset(args: argparse.Namespace) -> None:
 
 def default_dtype(model: str, device: torch.device) -> str:
     """The published precision on a GPU, where float32 is ten times slower; float32 on a CPU."""
-    entry = zoo_entry(model)
+    entry = ZOO[model]
     if device.type == "cpu":
         return "float32"
     return entry.published.dtype if entry.published else next(iter(entry.recipes.values())).dtype

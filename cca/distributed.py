@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.utils.errors import UserError
-from models.utils.precision import ELSEWHERE, device_name, memory_named
+from models.utils.precision import ELSEWHERE, memory_named
 
 QUIET_SECONDS = 4  # torchrun ends all with the first: who has something to say comes first
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -242,3 +242,8 @@ class Processes:
     def barrier(self) -> None:
         """Wait until all processes are here; for the hosts alone, whatever is queued on their GPUs."""
         self.total(0)
+
+
+def device_name(device: torch.device) -> str:
+    """What to call it in a message."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

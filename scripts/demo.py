@@ -32,13 +32,12 @@ from cca.cli.parser import Parser, add_model_options, count, number
 from cca.cli.plan import add_dry_run_option
 from cca.config import SampleRequest
 from cca.data.labels import class_names
-from cca.distributed import Processes
+from cca.distributed import Processes, device_name
 from cca.sampling.grid import draw_grid, side_by_side
 from cca.sampling.sampler import Sampler, class_of, prepare
 from models import DTYPES, ZOO, ARImageModel, UserError, zoo_entry
 from models.utils.errors import one_line
 from models.utils.files import reason
-from models.utils.precision import device_name
 from models.zoo.loading import ModelFiles, find_files
 from scripts.recipes import sweep
 

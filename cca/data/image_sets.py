@@ -127,7 +127,7 @@ class NpzImages:
         if "arr_1" not in self.names:
             return None
         labels = whole_numbers(self._array("arr_1"), f"{self.path} (arr_1)")
-        if len(labels) != len(self):
+        if len(labels) != self.shape[0]:
             raise UserError(f"{self.path}: holds {len(self)} images (arr_0) and {len(labels)} labels (arr_1)")
         return labels
 

@@ -33,12 +33,8 @@ def train(
     peak = peak_rate(processes.device)
     with StopRequest() as request:
         done = folder.resume(trainer)
-        with tqdm(
-            total=config.max_steps,
-            initial=done,
-            desc=f"{config.loss} {folder.path.name}",
-            disable=not processes.main,
-        ) as bar:
+        title = f"{config.loss} {folder.path.name}"
+        with tqdm(total=config.max_steps, initial=done, desc=title, disable=not processes.main) as bar:
             began = time.perf_counter()
             for batch in loader.batches(done):
                 metrics = trainer.optimizer_step(done, batch)

@@ -160,11 +160,6 @@ def full_parts(rows: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
         yield torch.cat([part, part[:1].expand(size - len(part), *part.shape[1:])]), len(part)
 
 
-def device_name(device: torch.device) -> str:
-    """What to call it in a message."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 def row_chunks(rows: Tensor, vocab: int, logits_at_once: dict[str, int]) -> list[slice]:
     """Slices of the rows of a tensor with at most so many logits each; at least one row.
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from models.utils.errors import UserError
 from models.utils.files import file_sha256, parse_json, write_binary
-from models.zoo.run_checkpoints import checkpoint_folder, checkpoint_sha256, read_checkpoint
+from models.zoo.run_checkpoints import checkpoint_sha256, read_checkpoint
 
 # Where the published files and trainers keep the state dict.
 WRAPPERS = ("model", "module", "state_dict", "trainer", "var_wo_ddp")
@@ -62,8 +62,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
     "" is a bare state dict; None: the file does not say how such weights are published.
     """
     path = Path(path)
-    if checkpoint_folder(path):
-        return read_checkpoint(path), None
+    if folder := checkpoint_folder(path):
+        return read_checkpoint(folder, path != folder), None
     try:
         files = weights_files(path)
         content, key = _read(files)
@@ -85,6 +85,12 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
         raise UserError(
             f"{path}: not a weights file (.pt, .pth or .safetensors), or truncated or damaged{again}"
         ) from None
+
+
+def checkpoint_folder(path: Path) -> Path | None:
+    """Return the folder of the checkpoint that ``path`` names, with ``:ema`` or without; None: of none."""
+    folder = path.with_name(path.name.removesuffix(":ema")) if path.name else path
+    return folder if (folder / ".metadata").exists() else None
 
 
 def weights_files(path: Path) -> list[Path]:
@@ -113,8 +119,8 @@ def weights_files(path: Path) -> list[Path]:
 
 def weights_sha256(path: Path) -> str:
     """SHA-256 of a weights file; of weights in several files, that of these files' hashes."""
-    if checkpoint_folder(path):
-        return checkpoint_sha256(path)
+    if folder := checkpoint_folder(path):
+        return checkpoint_sha256(folder, path != folder)
     hashes = [file_sha256(file) for file in weights_files(path)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 

@@ -16,13 +16,14 @@ from models.utils.files import FORMAT, read_json
 from models.zoo.checkpoint_formats import (
     INDEX,
     approximate_size,
+    checkpoint_folder,
     load_weights,
     mismatch,
     weights_sha256,
 )
 from models.zoo.hub import Download, WeightsFile
 from models.zoo.registry import TOKENIZERS, ZOO, ZooEntry
-from models.zoo.run_checkpoints import checkpoint_folder, ema_name, saved_steps
+from models.zoo.run_checkpoints import ema_name, saved_steps
 
 
 def numbers(module: nn.Module) -> int:
@@ -171,8 +172,8 @@ def find_files(
 
     Args:
         name: a model of the zoo, such as "var-d16".
-        weights: "base", "cca", a path (.pt, .pth, .safetensors), or a training run (see ``find_run``), whose
-            size and tokenizer are taken; None: the tokenizer alone is needed.
+        weights: "base", "cca", a path (.pt, .pth, .safetensors), or a training run (see ``run_weights``),
+            whose size and tokenizer are taken; None: the tokenizer alone is needed.
         tokenizer_weights: a path, or a name of ``TOKENIZERS``; None takes the run's, or the model's own.
         image_size: pixels; None takes the run's, or the model's default.
 
@@ -183,12 +184,10 @@ def find_files(
     path = run_weights(weights, entry.backbone.checkpoint_name) if weights else None
     config = run_config(path) if path else {}
     options = config.get("options", {})
-    for option, asked, trained in (
-        ("--model", name, options.get("model")),
-        ("--image-size", image_size, options.get("image_size")),
-    ):
-        if None not in (asked, trained) and asked != trained:
-            raise UserError(f"{option}: {weights} was trained with {trained}, not with {asked}")
+    for key, asked in (("model", name), ("image_size", image_size)):
+        if asked and options.get(key, asked) != asked:
+            option = f"--{key.replace('_', '-')}"
+            raise UserError(f"{option}: {weights} was trained with {options[key]}, not with {asked}")
     size = image_size or options.get("image_size") or entry.default_image_size
     if size not in entry.base:
         raise UserError(

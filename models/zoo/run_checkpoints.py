@@ -1,7 +1,4 @@
-"""Checkpoints of training runs as weights: read without executing anything, and checked for damage.
-
-A checkpoint is a folder RUN/state/step-N; ``:ema`` after its name means the average of the weights.
-"""
+"""Checkpoints of training runs: read without executing anything, and checked for damage."""
 
 import hashlib
 import io
@@ -102,24 +99,14 @@ def check_checkpoint(folder: Path, share: slice = slice(None)) -> None:
             raise UserError(f"{folder} is damaged ({name} is not what was written)")
 
 
-def checkpoint_folder(path: Path) -> Path | None:
-    """Return the folder of the checkpoint that ``path`` names, with ``:ema`` or without; None: of none."""
-    folder = path.with_name(path.name.removesuffix(":ema")) if path.name else path
-    return folder if (folder / ".metadata").exists() else None
-
-
-def checkpoint_sha256(path: Path) -> str:
+def checkpoint_sha256(folder: Path, average: bool = False) -> str:
     """Return a hash of a checkpoint's files, as their checksums tell it, and of which weights are meant."""
-    folder = checkpoint_folder(path)
-    assert folder is not None
     noted = _checksums(folder) or {file.name: file_sha256(file) for file in folder.iterdir()}
-    return hashlib.sha256(repr((sorted(noted.items()), path != folder)).encode()).hexdigest()
+    return hashlib.sha256(repr((sorted(noted.items()), average)).encode()).hexdigest()
 
 
-def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+def read_checkpoint(folder: Path, average: bool = False) -> dict[str, torch.Tensor]:
     """Return the transformer's weights of a checkpoint, or their average, whole. Raises UserError."""
-    folder = checkpoint_folder(path)
-    assert folder is not None
     with careful(folder):
         check_checkpoint(folder)
         metadata = Reader(folder).read_metadata().state_dict_metadata
@@ -129,7 +116,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
                 for key, entry in metadata.items()
                 if key.startswith(f"{part}.") and isinstance(entry, TensorStorageMetadata)
             }
-            for part in (("model",) if path == folder else ("model", "ema"))
+            for part in (("model", "ema") if average else ("model",))
         }
         if not all(state.values()):
             missing = "average of the weights (the run had no --ema)" if state["model"] else "weights"

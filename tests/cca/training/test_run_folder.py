@@ -269,7 +269,7 @@ def test_weights_of_a_run_and_of_its_states(stopped):
     train("run", "--keep-states", "3")
     last, average = (
         read_checkpoint(stopped / "state" / "step-6"),
-        read_checkpoint(stopped / "state" / "step-6:ema"),
+        read_checkpoint(stopped / "state" / "step-6", True),
     )
     assert equal(last, exported(stopped)) and not equal(last, average)
     assert images("run", "exported") == images("run/model.pth", "file") == images("run/state/step-6", "last")
