@@ -53,7 +53,11 @@ def make_parser() -> Parser:
         help="sampling settings behind the published figures, without or with guidance; options overrule it",
     )  # fmt: skip
     add("--num-samples", type=count(), help="images (default 50000)")
-    add("--classes", default="all", metavar="all|0,7,8", help="classes to sample (default all)")
+    add(
+        "--classes",
+        metavar="all|0,7,8",
+        help="classes to sample (default: of a run those that it was trained on, else all)",
+    )
     add(
         "--class-order",
         choices=("balanced", "random"),
@@ -157,7 +161,7 @@ def make_request(args: argparse.Namespace, model: ARImageModel, device: torch.de
     sampling = SamplingOptions(
         args.cfg_scale, schedule, args.cfg_interval, args.top_k, args.top_p, args.temperature
     )
-    classes = parse_classes(args.classes, model)
+    classes = parse_classes(args.classes or "all", model)
     dtype = args.dtype or default_dtype(args.model, device)
     return SampleRequest(
         args.num_samples, classes, args.class_order, args.seed, args.eval_size, dtype, sampling
@@ -280,7 +284,13 @@ class Sampling:
 
 def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Sampling:
     files = find_files(args.model, args.weights, args.tokenizer_weights, args.image_size)
-    model = files.build()
+    model, trained = files.build(), files.config.get("data", {}).get("labels")
+    if trained and args.classes is None:
+        args.classes = ",".join(map(str, trained))
+        if ranks.main:
+            print(
+                f"note: classes {args.classes}, on which {args.weights} was trained; --classes all takes all"
+            )
     return Sampling(args, ranks, found, files, model, make_request(args, model, ranks.device))
 
 

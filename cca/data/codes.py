@@ -85,7 +85,7 @@ class NpyCodes:
     A file is checked when it is read: there are 1.28 million. Nothing tells whose codes they are.
     """
 
-    classes = tokenizer = None
+    classes = tokenizer = all_labels = None
 
     def __init__(self, path: Path, model: ARImageModel):
         self.path, stem = path, f"imagenet{model.image_size}"
@@ -167,6 +167,10 @@ class Codes(LabelledDataset):
 
     def labels(self, indices: np.ndarray) -> Tensor:
         return self.readers[0].labels(indices)
+
+    def occurring_classes(self) -> list[int] | None:
+        labels = self.readers[0].all_labels
+        return None if labels is None else labels.unique().tolist()
 
     def check_tokenizer(self, model: ARImageModel) -> None:
         for reader in self.readers:

@@ -54,6 +54,10 @@ class LabelledDataset(Dataset):
         parts = (np.arange(i, min(i + 1024, len(self))) for i in range(0, len(self), 1024))
         return all(bool((self.labels(part) == first).all()) for part in parts)
 
+    def occurring_classes(self) -> list[int] | None:
+        """Return the classes that occur, ascending; None where it would take reading a file of each image."""
+        return self.all_labels.unique().tolist()
+
     def name(self, index: int) -> str:
         """What to call image ``index`` in a message."""
         return f"image {index}"

@@ -130,11 +130,15 @@ class Training:
         self.files = self.files.fill(self.model)
         self.data.check_tokenizer(self.model)
         self.all_options = {**self.known(), "data_sha256": self.ranks.digest(self.data.fingerprint)}
+        labels, tokenizer = self.data.occurring_classes(), self.files.tokenizer_file
+        if labels and len(labels) == self.model.num_classes:
+            labels = None  # all
         return {
             "command": self.ranks.command(self.args.command),
             "options": self.all_options,
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
-            "data": {"path": str(self.path), "classes": self.data.classes},
+            "data": {"path": str(self.path), "classes": self.data.classes, "labels": labels},
+            "tokenizer": tokenizer and tokenizer.address,
         }
 
     def work(self) -> bool:

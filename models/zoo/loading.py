@@ -60,6 +60,11 @@ class LocatedFile:
     expected_sha256: str | None = None
     expected_by: str | None = None
 
+    @property
+    def address(self) -> str:
+        """What a user would give to get this file from any folder: its published name, or its path."""
+        return self.given if self.published or not self.path else str(self.path.absolute())
+
     @functools.cached_property
     def sha256(self) -> str | None:
         """Hash of a file that is on this machine; of large files it takes seconds."""
