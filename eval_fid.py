@@ -13,13 +13,13 @@ Prints a table, writes JSON, and says what makes a figure not comparable with pu
 
 import argparse
 import os
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
-from cca.cli.main import OnePart, play, run_command
+from cca.cli.main import play, run_command
 from cca.cli.output import Found, Output
 from cca.cli.parser import Parser, count
-from cca.cli.plan import add_dry_run_option, output_text
+from cca.cli.plan import add_dry_run_option
 from cca.data.image_sets import ImageSet, open_image_set, read_sampling_options, report_path
 from cca.data.labels import add_classes_option, read_classes
 from cca.distributed import Processes
@@ -28,7 +28,7 @@ from cca.evaluation.evaluator import METRICS, Comparison, evaluate, extract, loa
 from cca.evaluation.features import Extractor, add_features_options, features_plan
 from cca.evaluation.references import REFERENCES, find_reference
 from models.utils.errors import UserError
-from models.utils.files import write_json
+from models.zoo.hub import Download
 
 
 def make_parser() -> Parser:
@@ -73,25 +73,116 @@ def metric_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def resolve(args: argparse.Namespace, processes: Processes, found: Found) -> OnePart:
+@dataclass
+class Evaluation:
+    """An evaluation, resolved from the options; ``reference``: None until it is downloaded."""
+
+    args: argparse.Namespace
+    ranks: Processes
+    found: Found
+    samples: ImageSet
+    reference: ImageSet | None
+    downloads: list[Download]
+    parts: None = None  # its output has none
+
+    def known(self) -> dict:
+        args = self.args
+        return {"samples": len(self.samples), "metrics": args.metrics, "resize": args.resize}
+
+    def plan(self) -> dict[str, str]:
+        args = self.args
+        return {
+            "samples": f"{args.samples}, {len(self.samples):,} images",
+            "reference": f"{args.reference}, {self.reference_text()}",
+            "features": features_plan(args.features, args.inception_weights)[0],
+            "metrics": ", ".join(args.metrics or ["all that the files give"]),
+            "device": f"{self.ranks.devices}, batch {args.batch_size}",
+            "writes": str(args.output or "no file (--output writes the results)"),
+        }
+
+    def reference_text(self) -> str:
+        """Return what the plan says of the reference: its images, and their size if it is another."""
+        reference, own = self.reference, self.samples.size
+        held = "to be downloaded" if reference is None else f"{len(reference):,} images"
+        size = 2 * (self.args.published.side,) if reference is None else reference.size
+        if size in (own, (0, 0)):
+            return held
+        return f"{held} ({size[1]} x {size[0]}; the samples are {own[1]} x {own[0]})"
+
+    def prepare(self) -> dict:
+        """Get the reference and the features' network; return what the figures depend on."""
+        args, ranks = self.args, self.ranks
+        if self.reference is None:
+            args.published.fetch()  # on each rank: one downloads, the others wait
+            self.reference = open_reference(args, ranks)
+        self.extractor = Extractor(args.features, args.inception_weights, ranks.device)
+        self.options = {
+            **self.known(),
+            "samples_sha256": ranks.digest(self.samples.fingerprint),
+            "reference_sha256": ranks.digest(self.reference.fingerprint),
+            "features": self.extractor.name,
+            "features_sha256": self.extractor.weights_sha256,
+            "classes": self.samples.classes,
+        }
+        return {"options": self.options}
+
+    def work(self) -> bool:
+        """Evaluate; rank 0 prints the results and writes them. Raises UserError."""
+        args, samples, reference, extractor = self.args, self.samples, self.reference, self.extractor
+        assert reference is not None
+        seconds: dict[str, float] = {}
+        with timed(seconds, "reference"):  # first, since it may have to be refused
+            known = load_reference(reference, extractor, args.batch_size, self.ranks)
+        with timed(seconds, "features of the samples"):
+            found = extract(samples, extractor, args.batch_size, self.ranks)
+        if found is None:  # rank 0 has the features of all
+            return True
+        compared = Comparison(found, known, samples.labels(), self.ranks.device)
+        values, notes = evaluate(compared, args.metrics, seconds)
+        if not values:
+            raise UserError(f"--metrics: nothing can be computed; {'; '.join(notes)}")
+        report = {
+            "command": self.ranks.command(args.command),
+            "options": self.options,
+            "metrics": values,
+            **describe_files(samples, reference, extractor),
+            "notes": notes + comparability(compared, samples, reference, extractor),
+            "seconds": seconds,
+        }
+        if args.output:
+            output_of(args).describe(report)
+        print_results(report)
+        return True
+
+
+def print_results(report: dict) -> None:
+    """Print what the record of an evaluation holds."""
+    samples, reference = report["samples"], report["reference"]
+    print(
+        f"{Path(samples['file']).name}: {samples['count']:,} samples against "
+        f"{Path(reference['file']).name}, features {report['features']['extractor']}"
+    )
+    for name, value in report["metrics"].items():
+        print(f"  {name:<10} {value:10.{METRICS[name].digits + 1}f}")
+    for note in report["notes"]:
+        print(f"  note: {note}")
+
+
+def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Evaluation:
     """Open the samples and the reference, and plan their evaluation. Raises UserError."""
     samples = open_image_set(args.samples, args.resize, args.workers, read_classes(args.classes_from))
-    check_count(samples, processes)
+    check_count(samples, ranks)
     labels = samples.labels()
     if labels is not None and labels.min() < 0:
         raise UserError(f"{args.samples}: arr_1 holds class {labels.min()}; classes start at 0")
     missing = args.published.downloads() if args.published else []
-    reference = None if missing else open_reference(args, processes)  # else once it is downloaded
-    features, downloads = features_plan(args.features, args.inception_weights)
-    rows = {
-        "samples": f"{args.samples}, {len(samples):,} images",
-        "reference": f"{args.reference}, {reference_text(args, samples, reference)}",
-        "features": features,
-        "metrics": ", ".join(args.metrics or ["all that the files give"]),
-        "device": f"{processes.devices}, batch {args.batch_size}",
-        "writes": output_text(args.output) if args.output else "no file (--output writes the results)",
-    }
-    return OnePart(rows, partial(work, args, samples, reference, processes), [*missing, *downloads])
+    reference = None if missing else open_reference(args, ranks)  # else once it is downloaded
+    _, downloads = features_plan(args.features, args.inception_weights)
+    return Evaluation(args, ranks, found, samples, reference, [*missing, *downloads])
+
+
+def output_of(args: argparse.Namespace) -> Output:
+    return Output.file(args.output, "results")
 
 
 def check_options(args: argparse.Namespace, output: Output | None) -> None:
@@ -111,7 +202,7 @@ def check_options(args: argparse.Namespace, output: Output | None) -> None:
         )
     if output is None:
         return
-    output.check_place({"--samples": args.samples, "--reference": args.reference})
+    output.check_place({"--samples": args.samples, "--reference": args.reference}, suffix=".json")
     # Beside a folder, any other JSON is not sample.py's; beside an .npz it would be taken for that later.
     described = not os.path.isdir(args.samples) or read_sampling_options(args.samples)
     if described and args.output.resolve() == report_path(args.samples).resolve():
@@ -134,56 +225,6 @@ def open_reference(args: argparse.Namespace, processes: Processes) -> ImageSet:
     if len(images):
         check_count(images, processes)
     return images
-
-
-def reference_text(args: argparse.Namespace, samples: ImageSet, reference: ImageSet | None) -> str:
-    """What the plan says of the reference: its images, and their size where the samples have another."""
-    held = "to be downloaded" if reference is None else f"{len(reference):,} images"
-    size = 2 * (args.published.side,) if reference is None else reference.size
-    if size in (samples.size, (0, 0)):
-        return held
-    own, other = (f"{width} x {height}" for height, width in (size, samples.size))
-    return f"{held} ({own}; the samples are {other})"
-
-
-def work(
-    args: argparse.Namespace, samples: ImageSet, reference: ImageSet | None, processes: Processes
-) -> None:
-    """Evaluate; rank 0 prints the results and writes them to ``args.output``. Raises UserError."""
-    if reference is None:
-        args.published.fetch()  # on each rank: one downloads, the others wait
-        reference = open_reference(args, processes)
-    extractor = Extractor(args.features, args.inception_weights, processes.device)
-    seconds: dict[str, float] = {}
-    with timed(seconds, "reference"):  # first, since it may have to be refused
-        known = load_reference(reference, extractor, args.batch_size, processes)
-    with timed(seconds, "features of the samples"):
-        found = extract(samples, extractor, args.batch_size, processes)
-    if found is None:  # rank 0 has the features of all
-        return
-    compared = Comparison(found, known, samples.labels(), processes.device)
-    values, notes = evaluate(compared, args.metrics, seconds)
-    if not values:
-        raise UserError(f"--metrics: nothing can be computed; {'; '.join(notes)}")
-    notes += comparability(compared, samples, reference, extractor)
-    print(
-        f"{args.samples.name}: {len(samples):,} samples against {args.reference.name}, "
-        f"features {extractor.name}"
-    )
-    for name, value in values.items():
-        print(f"  {name:<10} {value:10.{METRICS[name].digits + 1}f}")
-    for note in notes:
-        print(f"  note: {note}")
-    if args.output:
-        report = {
-            "format": 1,
-            "command": processes.command(args.command),
-            "metrics": values,
-            **describe_files(samples, reference, extractor),
-            "notes": notes,
-            "seconds": seconds,
-        }
-        write_json(args.output, report)
 
 
 def describe_files(samples: ImageSet, reference: ImageSet, extractor: Extractor) -> dict[str, dict]:
@@ -214,9 +255,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.compare:
         print(compare(args.compare))
         return
-    output = Output(args.output) if args.output else None
+    output = output_of(args) if args.output else None
     check_options(args, output)
-    play(args, output, resolve)
+    job = play(args, output, resolve)
+    if job and job.found.is_finished and job.ranks.main:
+        print_results(job.found.content)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from cca.cli.output import Found, Output
 from cca.cli.parser import Parser, add_model_options, count, number
 from cca.cli.parts import Parts, fill, write_npz
 from cca.cli.plan import add_dry_run_option
+from cca.compilation import decide_compile
 from cca.config import SampleRequest
 from cca.data.image_sets import NpzImages
 from cca.data.labels import class_names
@@ -189,8 +190,7 @@ class Sampling:
         self.downloads = self.files.downloads(self.model)
         self.batch_size = args.batch_size or default_batch_size(self.model, request, device)
         default = compiles_by_default(self.model, request, device, self.ranks.world)
-        asked = before if args.compile is None else args.compile
-        self.compile = default if asked is None else asked
+        self.compile = decide_compile(before if args.compile is None else args.compile, default, self.ranks)
 
     def known(self) -> dict:
         request = asdict(self.request)

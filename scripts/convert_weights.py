@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.output.suffix not in SUFFIXES:
         raise UserError(f"output: {args.output} ends in none of {', '.join(SUFFIXES)}")
-    output = Output(args.output, option="output")
+    output = Output(args.output, noun="weights", last=args.output, option="output")
     output.check_place({"input": args.input})
     play(args, output, resolve)
 

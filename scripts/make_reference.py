@@ -7,18 +7,19 @@ some of the images, uint8 [n, H, W, 3], for precision and recall. torchrun share
 """
 
 import argparse
+import math
 import os
 import sys
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cca.cli.main import OnePart, play, run_command
-from cca.cli.output import Found, Output
+from cca.cli.main import play, run_command
+from cca.cli.output import Found, Output, check_space
 from cca.cli.parser import Parser, count
-from cca.cli.plan import add_dry_run_option, output_text
+from cca.cli.plan import add_dry_run_option
 from cca.data.image_sets import ImageSet, open_image_set
 from cca.distributed import Processes
 from cca.evaluation.evaluator import extract_batches
@@ -27,7 +28,10 @@ from cca.evaluation.metrics import RunningGaussian
 from cca.evaluation.references import REFERENCE_IMAGES
 from cca.random_streams import DATA_ORDER, stream
 from models.utils.errors import UserError
-from models.utils.files import write_binary
+from models.utils.files import size_text, write_binary
+from models.zoo.hub import Download
+
+STATISTICS_BYTES = sum(8 * (width**2 + width) for width in (2048, 2023))  # of Inception's features
 
 
 def total(running: RunningGaussian, processes: Processes) -> tuple[np.ndarray, np.ndarray]:
@@ -65,53 +69,88 @@ def make_parser() -> Parser:
     return parser
 
 
-def resolve(args: argparse.Namespace, processes: Processes, found: Found) -> OnePart:
-    """Open the images, and plan what is computed of them. Raises UserError."""
+@dataclass
+class Reference:
+    """A reference to be made, resolved from the options."""
+
+    args: argparse.Namespace
+    ranks: Processes
+    images: ImageSet
+    downloads: list[Download]
+    parts: None = None  # its output has none
+
+    def known(self) -> dict:
+        args = self.args
+        kept = min(args.kept_images, len(self.images))
+        return {"images": len(self.images), "image_size": args.image_size, "kept": kept, "seed": args.seed}
+
+    def plan(self) -> dict[str, str]:
+        args, images = self.args, self.images
+        size = self.known()["kept"] * math.prod(images.size) * 3
+        check_space(output_of(args), size + STATISTICS_BYTES, "images and statistics")
+        return {
+            "images": f"{args.images}, {len(images):,} images",
+            "features": features_plan(args.features, args.inception_weights)[0],
+            "device": f"{self.ranks.devices}, batch {args.batch_size}",
+            "writes": f"{args.output}, with {self.known()['kept']:,} of the images (~{size_text(size)})",
+        }
+
+    def prepare(self) -> dict:
+        args = self.args
+        self.extractor = Extractor(args.features, args.inception_weights, self.ranks.device)
+        features = {"features": self.extractor.name, "features_sha256": self.extractor.weights_sha256}
+        found = self.ranks.digest(self.images.fingerprint)
+        self.content = {"options": {**self.known(), **features, "images_sha256": found}}
+        return self.content
+
+    def work(self) -> bool:
+        """Extract the features; rank 0 writes the output. Raises UserError."""
+        args, images, ranks = self.args, self.images, self.ranks
+        chosen = set(stream(args.seed, DATA_ORDER).permutation(len(images))[: args.kept_images].tolist())
+        kept, pooled, spatial = [], RunningGaussian(), RunningGaussian()
+        index = ranks.share(len(images)).start
+        for batch, found in extract_batches(images, self.extractor, args.batch_size, ranks):
+            pooled.add(found.pooled.numpy())
+            if found.spatial is not None:
+                spatial.add(found.spatial.numpy())
+            kept += [image for i, image in enumerate(batch, index) if i in chosen]
+            index += len(batch)
+        arrays = dict(zip(("mu", "sigma"), total(pooled, ranks)))
+        if spatial.count:
+            arrays |= zip(("mu_s", "sigma_s"), total(spatial, ranks))
+        pixels = (
+            torch.from_numpy(np.stack(kept)) if kept else torch.empty(0, *images.size, 3, dtype=torch.uint8)
+        )
+        gathered = ranks.gather(pixels)
+        if gathered is not None:  # rank 0 has the images of all
+            arrays["arr_0"] = gathered.numpy()
+            for note in images.notes():
+                print(f"note: {note}", file=sys.stderr)
+            output_of(args).describe({**self.content, "command": ranks.command(args.command)})
+            write_binary(args.output, lambda file: np.savez(file, **arrays))
+            print(f"{args.output}: statistics of {len(images):,} images, {len(gathered):,} of them kept")
+        return True
+
+
+def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Reference:
+    """Open the images. Raises UserError."""
     if args.image_size and not os.path.isdir(args.images):
         raise UserError("--image-size: cuts images of a folder; those of an .npz are taken as they are")
     images = open_image_set(args.images, args.image_size, args.workers)
-    if len(images) < 2 * processes.world:
+    if len(images) < 2 * ranks.world:
         raise UserError(
-            f"--images: {args.images} holds {len(images)} images; at least {2 * processes.world} are needed"
+            f"--images: {args.images} holds {len(images)} images; at least {2 * ranks.world} are needed"
         )
-    features, downloads = features_plan(args.features, args.inception_weights)
-    rows = {
-        "images": f"{args.images}, {len(images):,} images",
-        "features": features,
-        "device": f"{processes.devices}, batch {args.batch_size}",
-        "writes": f"{output_text(args.output)}, with {min(args.kept_images, len(images)):,} of the images",
-    }
-    return OnePart(rows, partial(work, args, images, processes), downloads)
+    return Reference(args, ranks, images, features_plan(args.features, args.inception_weights)[1])
 
 
-def work(args: argparse.Namespace, images: ImageSet, processes: Processes) -> None:
-    """Extract the features; rank 0 writes ``args.output``. Raises UserError."""
-    extractor = Extractor(args.features, args.inception_weights, processes.device)
-    chosen = set(stream(args.seed, DATA_ORDER).permutation(len(images))[: args.kept_images].tolist())
-    kept, pooled, spatial = [], RunningGaussian(), RunningGaussian()
-    index = processes.share(len(images)).start
-    for batch, found in extract_batches(images, extractor, args.batch_size, processes):
-        pooled.add(found.pooled.numpy())
-        if found.spatial is not None:
-            spatial.add(found.spatial.numpy())
-        kept += [image for i, image in enumerate(batch, index) if i in chosen]
-        index += len(batch)
-    arrays = dict(zip(("mu", "sigma"), total(pooled, processes)))
-    if spatial.count:
-        arrays |= zip(("mu_s", "sigma_s"), total(spatial, processes))
-    pixels = torch.from_numpy(np.stack(kept)) if kept else torch.empty(0, *images.size, 3, dtype=torch.uint8)
-    gathered = processes.gather(pixels)
-    if gathered is None:  # rank 0 has the images of all
-        return
-    for note in images.notes():
-        print(f"note: {note}", file=sys.stderr)
-    write_binary(args.output, lambda file: np.savez(file, arr_0=gathered.numpy(), **arrays))
-    print(f"{args.output}: statistics of {len(images):,} images, {len(gathered):,} of them kept")
+def output_of(args: argparse.Namespace) -> Output:
+    return Output.file(args.output, "a reference")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    output = Output(args.output)
+    output = output_of(args)
     output.check_place({"--images": args.images}, suffix=".npz")
     play(args, output, resolve)
 

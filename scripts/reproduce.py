@@ -55,14 +55,14 @@ import torch
 
 from benchmarks.table import processor
 from cca.cli.main import run_command
-from cca.cli.output import Output, differing, options_of, read_marker
+from cca.cli.output import Output
 from cca.cli.parser import Parser, command_line, count, number
 from cca.cli.plan import hidden_plans
 from cca.distributed import Processes
 from cca.evaluation.references import find_reference
 from cca.losses import LOSSES
 from models import UserError, zoo_entry
-from models.utils.files import FORMAT, parse_json, read_json, write_json
+from models.utils.files import parse_json, read_json, write_json
 from models.zoo.loading import build_model
 from scripts.recipes import EXPERIMENTS, Row, Run, left_out, table_rows
 from scripts.report import Figures, Results, summary, with_best_guided, write_report
@@ -195,38 +195,24 @@ class Launcher:
 
 @dataclass
 class Pipeline:
-    """Trains, samples and evaluates rows with one seed, in ``folder``; what is done is not done again.
+    """Trains, samples and evaluates rows with one seed, in ``folder``.
 
-    args: options of this command. planned: outputs of a dry run, those of other seeds among them.
+    args: options of this command. called: outputs whose command was called, for other seeds too.
     """
 
     folder: Path
     seed: int
     launcher: Launcher
     args: Namespace
-    planned: set[Path] = field(default_factory=set)
-
-    def claim(self) -> None:
-        """Note the options that all results depend on; raises UserError where others were noted."""
-        args, path = self.args, self.folder / "options.json"
-        options = {
-            "seed": self.seed, "samples": args.num_samples, "reference": args.reference, "data": args.data,
-            "features": args.features,
-        }  # fmt: skip
-        if path.exists() and (changed := differing(options_of(read_marker(path)), options)):
-            raise UserError(f"--output: {self.folder} holds results with {changed[0]}; take another folder")
-        if self.launcher.main and not self.launcher.dry:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"format": FORMAT, **options})
-
-    def done(self, path: Path) -> bool:
-        """Whether the step that makes ``path`` was run; in a dry run, whether it was printed."""
-        return path in self.planned if self.launcher.dry else path.exists()
+    called: set[Path] = field(default_factory=set)
 
     def make(self, path: Path, output: Path, module: str, *options: str) -> None:
-        """Run the command that makes ``path``, if need be. Raises UserError where a signal stopped it."""
-        if not self.done(path):
-            self.planned.add(path)
+        """Run the command that makes ``path``; it knows itself what is done already, with which options.
+
+        Raises UserError where a signal stopped it.
+        """
+        if path not in self.called:
+            self.called.add(path)
             self.launcher.run(module, [*options, "--output", str(output)])
             if not self.launcher.dry and not path.exists():
                 raise UserError(f"{module} was stopped; this script goes on from there")
@@ -237,9 +223,8 @@ class Pipeline:
             return row.weights
         backbone, folder = zoo_entry(row.model).backbone, self.folder / f"{row.model}-{row.weights.name}"
         path = folder / backbone.checkpoint_name
-        if not self.done(path):
-            data, options = self.training_data(row.model), ["--seed", str(self.seed), *row.weights.options]
-            self.make(path, folder, backbone.training_command, "--model", row.model, *data, *options)
+        data, options = self.training_data(row.model), ["--seed", str(self.seed), *row.weights.options]
+        self.make(path, folder, backbone.training_command, "--model", row.model, *data, *options)
         return str(path)
 
     def training_data(self, model: str) -> list[str]:
@@ -314,11 +299,9 @@ def main(argv: list[str] | None = None) -> None:
     rows, quickstart = resolve(args), args.experiment == "quickstart"
     if args.mini and not args.dry_run and args.nproc != 1 and "RANK" not in os.environ:
         run_with_torchrun(args, argv)
-    launcher, planned = Launcher(args), set()
+    launcher, called = Launcher(args), set()
     folders = {args.seed + i: args.output / (f"seed-{args.seed + i}" if i else "") for i in range(args.seeds)}
-    pipelines = [Pipeline(folder, seed, launcher, args, planned) for seed, folder in folders.items()]
-    for pipeline in pipelines:
-        pipeline.claim()
+    pipelines = [Pipeline(folder, seed, launcher, args, called) for seed, folder in folders.items()]
     results = {}
     for model, every in rows.items():
         if args.experiment == "ablation" and launcher.main:

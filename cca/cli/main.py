@@ -90,7 +90,7 @@ def play(
         # Rank 0 does not look: its lock would end when it closes the file.
         ranks.agree(partial(output.check_seen, lock) if not ranks.main else lambda: None)
         if is_finished and ranks.main:
-            print(f"{output.path} is finished already, with these options; nothing is left to do")
+            print(f"{output.path} is finished already, with these options; {output.advice}")
         return job if is_finished or make(ranks, output, content, job) else None
 
 

@@ -24,7 +24,6 @@ from models.utils.files import (
     FORMAT,
     existing_part,
     read_json,
-    read_own_json,
     reason,
     remove_folder,
     write_json,
@@ -52,7 +51,7 @@ class Found(NamedTuple):
 
 def options_of(content: Mapping) -> dict:
     """Return the options in a marker or description; a header of codes consists of them."""
-    return content.get("options") or {name: value for name, value in content.items() if name != "format"}
+    return content.get("options") or {k: v for k, v in content.items() if k not in ("format", "kind")}
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,13 @@ class Output:
     """Where a run writes.
 
     path: the file or folder that the user named; is_folder: which of the two.
-    noun: what a finished output is called in messages.
-    marker: JSON that is written before the first part; None: one file, which replaces what is there.
-    parts: the folder of what is made so far.
-    last: the file that is written last.
-    description: JSON with the options of a finished output.
+    noun: what a finished output is called in messages, and in its marker and description.
+    marker: JSON that is written before the first part; None: there are no parts.
+    parts: the folder of what is made so far; pattern: of the names in it that can be resumed.
+    last: the file that is written last; None: ``path``.
+    description: JSON with the options of a finished output; None: what is there is never replaced.
     products: files that are written before the last one.
+    advice: what a user may do when it is finished.
     """
 
     path: Path
@@ -76,13 +76,20 @@ class Output:
     last: Path | None = None
     description: Path | None = None
     products: tuple[Path, ...] = ()
+    pattern: str = "*.npy"
     option: str = "--output"
+    advice: str = "nothing is left to do"
 
     @classmethod
     def npz(cls, path: Path, noun: str) -> "Output":
         """FILE.npz, described in FILE.json, with its parts in FILE.npz.parts/."""
         parts = path.with_name(f"{path.name}.parts")
         return cls(path, False, noun, parts / "options.json", parts, path, path.with_suffix(".json"))
+
+    @classmethod
+    def file(cls, path: Path, noun: str) -> "Output":
+        """FILE, written at once and described in FILE.json, which is the file itself if that is its name."""
+        return cls(path, False, noun, last=path, description=path.with_suffix(".json"))
 
     @classmethod
     def codes(cls, folder: Path) -> "Output":
@@ -95,7 +102,11 @@ class Output:
     def run(cls, folder: Path, checkpoint_name: str) -> "Output":
         """A run folder: DIR/config.json, checkpoints in DIR/state/, last the exported model."""
         config = folder / "config.json"
-        return cls(folder, True, "a run", config, folder / "state", folder / checkpoint_name, config)
+        last = folder / checkpoint_name
+        advice = f"--weights {folder} with a new --output trains it on, with it as the reference"
+        return cls(
+            folder, True, "a run", config, folder / "state", last, config, pattern="step-*", advice=advice
+        )
 
     def check_place(self, inputs: Mapping[str, Path | None] | None = None, suffix: str = "") -> None:
         """Refuse a place that cannot be written to or that is an input. Writes nothing.
@@ -112,8 +123,14 @@ class Output:
         try:
             self._check_place()
             for name, given in (inputs or {}).items():
-                if given is not None and given.exists() and self.path.resolve() == given.resolve():
-                    raise UserError(f"{self.option}: {self.path} is what {name} reads; take another name")
+                if given is None or not given.exists():
+                    continue
+                own, read = self.path.resolve(), given.resolve()
+                if own == read or (read in own.parents and name != "--codes"):
+                    where = "is" if own == read else "lies in"
+                    raise UserError(
+                        f"{self.option}: {self.path} {where} what {name} reads; take another name"
+                    )
         except OSError as error:
             raise self.cannot_write(reason(error)) from None
 
@@ -139,43 +156,44 @@ class Output:
     def look(self) -> Found:
         """Return what lies there. Writes nothing.
 
+        An output of which nothing is made yet may be begun anew, with other options: it counts as absent.
         Raises UserError for files in the way that no run of this command left, or left in another format.
         """
-        if self.marker is None or self.parts is None or self.last is None or self.description is None:
-            return Found()
-        begun = read_marker(self.marker) if self.marker.exists() else None
-        if begun is None and (names := _names(self.parts)):
+        begun = self._read(self.marker) if self.marker and self.marker.exists() else None
+        if begun is None and self.parts and (names := _names(self.parts)):
             raise UserError(
-                f"{self.option}: {self.parts} is in the way, it holds {min(names)} "
-                f"and no {self.marker.name}; move it, or take another name"
+                f"{self.option}: {self.parts} is in the way, it holds {min(names)}, "
+                "and nothing says how that was made; move it, or take another name"
             )
-        described = self._read_description()
-        if self.last.exists() and described is None:
-            raise UserError(
-                f"{self.option}: {self.last} exists, and {self.description.name} does not say how it was "
-                "made; take another name, or remove it"
-            )
-        in_the_way = next((path for path in self.products if path.exists()), None)
-        if in_the_way and begun is None and described is None:
-            raise UserError(
-                f"{self.option}: {in_the_way} is there without a {self.description.name}; "
-                "remove it, or take another folder"
-            )
-        finished = self.last.exists()
-        return Found(described if finished else begun, finished)
+        described = None
+        if self.description and self.description.exists():
+            described = self._read(self.description)
+        for path in (self.last, *self.products):
+            if path and path.exists() and described is None and (begun is None or path == self.last):
+                raise UserError(
+                    f"{self.option}: {path} exists, and no record beside it says that this command made it; "
+                    "take another name, or remove it"
+                )
+        if self.last and self.last.exists():
+            return Found(described, True)
+        return Found(begun if self.has_parts() else None, False)
 
-    def _read_description(self) -> dict | None:
-        """Return the content of the description, None where there is none; another's file is refused."""
-        assert self.description is not None
-        if not self.description.exists():
-            return None
-        if self.is_folder:
-            return read_marker(self.description)
-        content = read_own_json(self.description)
-        if content is None:
+    def has_parts(self) -> bool:
+        """Return whether something is made that a run with the same options can resume."""
+        return self.parts is not None and any(self.parts.glob(self.pattern))
+
+    def _read(self, path: Path) -> dict:
+        """Return the content of a marker or description. Raises UserError for what another command wrote."""
+        content = read_json(path)
+        found = content.get("format")
+        if found != FORMAT or not isinstance(content.get("options", {}), dict):
             raise UserError(
-                f"{self.option}: {self.description}, where the {self.noun} are described, is a file that "
-                "this command did not write; take another name"
+                f"{self.option}: {path} holds format {found!r} instead of {FORMAT}, or no options: "
+                "this command did not write it; take another name"
+            )
+        if content.get("kind", self.noun) != self.noun:
+            raise UserError(
+                f"{self.option}: {path} describes {content['kind']}, not {self.noun}; take another name"
             )
         return content
 
@@ -196,17 +214,17 @@ class Output:
     def describe(self, content: Mapping) -> None:
         """Write the description of a finished output. Raises UserError."""
         assert self.description is not None
-        write_json(self.description, {"format": FORMAT, **content})
+        write_json(self.description, {"format": FORMAT, "kind": self.noun, **content})
 
     def begin(self, content: Mapping) -> None:
-        """Write the marker, if the output is not begun yet, before the first part."""
-        if self.marker is None or self.parts is None or self.marker.exists():
+        """Write the marker before the first part."""
+        if self.marker is None or self.parts is None or self.has_parts():
             return
         with writing(self.parts):
             self.parts.mkdir(parents=True, exist_ok=True)
             if self.description != self.marker and self.description is not None:
                 self.description.unlink(missing_ok=True)  # it describes an output that is gone
-        write_json(self.marker, {"format": FORMAT, **content})
+        write_json(self.marker, {"format": FORMAT, "kind": self.noun, **content})
 
     @property
     def _has_removable_parts(self) -> bool:
@@ -308,17 +326,6 @@ class Output:
             f"{self.option}: {self.path} on {own} is not the folder that {holder} writes to; "
             "all nodes need one folder that they share"
         )
-
-
-def read_marker(path: Path) -> dict:
-    """Return the content of a marker. Raises UserError for another format, or none."""
-    content = read_json(path)
-    found = content.get("format")
-    if found != FORMAT:
-        raise UserError(f"{path}: holds format {found!r} instead of {FORMAT}; take another output")
-    if not isinstance(content.get("options", {}), dict):
-        raise UserError(f"{path}: holds no options of a run; take another output")
-    return content
 
 
 def _names(folder: Path) -> set[str]:

@@ -65,8 +65,8 @@ def training_parser(
     add("--seed", type=count(0), default=0,
         help="seed of data order, crops, null-class draws and dropout (default 0)")
     add("--save-every", type=count(), default=100, help="steps between saved states (default 100)")
-    add("--keep-states", type=count(), default=1, metavar="N",
-        help="newest saved states to keep, e.g. to sample from (default 1)")
+    add("--keep-states", type=count(), metavar="N",
+        help="newest saved states to keep, e.g. to sample from (default 1; resumed: as before)")
     add("--log-every", type=count(), default=10,
         help="steps between updates of the shown metrics (default 10)")
     add("--sample-every", type=count(0), default=0,

@@ -14,6 +14,7 @@ from cca.sampling.grid import write_grid
 from cca.sampling.sampler import Sampler
 from cca.training.trainer import Trainer
 from models import SamplingOptions, UserError
+from models.utils.files import writing
 from models.utils.precision import memory_named
 
 GRID_ROWS, GRID_COLUMNS = 4, 10
@@ -55,7 +56,8 @@ def grid_drawer(
     def sample_grid(path: Path) -> None:
         with memory_named(too_many), training_paused(trainer):
             pieces = list(Sampler(model, request, images, processes.device).samples([range(images)]))
-        folder.mkdir(exist_ok=True)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         write_grid(np.concatenate([piece.images for piece in pieces]), path, columns)
 
     def draw(step: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from cca.distributed import Processes
 from cca.losses import LOSSES
@@ -30,7 +31,7 @@ from models.zoo.checkpoint_formats import save_published
 from models.zoo.run_checkpoints import ema_name, saved_steps
 
 # Told there beside the options, not compared: a run that goes on takes it unless the user says otherwise.
-MICRO_BATCH = "micro_batch_size"
+MICRO_BATCH, KEPT = "micro_batch_size", "keep_states"
 
 
 class RunFolder:
@@ -66,8 +67,12 @@ class RunFolder:
 
     def _begin(self, done: int) -> None:
         """Leave in the folder what belongs to the steps that are done; open TensorBoard."""
-        for left in (*self.states.glob(".*.removed"), self.states / ".writing"):
-            shutil.rmtree(left, ignore_errors=True)
+        left = [*self.states.glob(".*.removed"), self.states / ".writing"]
+        if not done:  # what a start left that came to nothing, perhaps with other options
+            left += [self.path / "tensorboard", self.path / "samples"]
+            (self.path / "curves.png").unlink(missing_ok=True)
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
         self._drop_old()
         rows = [row for row in self._rows() if 0 < row["step"] <= done]
         if len(rows) < done:
@@ -126,9 +131,9 @@ class RunFolder:
 
     def _keep(self, temporary: Path, done: int, micro_batch: int) -> None:
         state, config = self.states / f"step-{done}", self.path / "config.json"
-        description = read_json(config)
-        if description.get(MICRO_BATCH) != micro_batch:
-            write_json(config, {**description, MICRO_BATCH: micro_batch})
+        description, noted = read_json(config), {MICRO_BATCH: micro_batch, KEPT: self.keep_states}
+        if description != {**description, **noted}:
+            write_json(config, {**description, **noted})
         with writing(state):
             os.replace(temporary, state)
             self._drop_old()
@@ -136,12 +141,14 @@ class RunFolder:
 
     def _drop_old(self) -> None:
         for old in saved_steps(self.path)[: -self.keep_states]:
-            remove_folder(self.states / f"step-{old}")
+            try:
+                remove_folder(self.states / f"step-{old}")
+            except UserError as error:  # the new one is there
+                tqdm.write(f"warning: an old state stays: {error}", file=sys.stderr)
 
     def export(self, trainer: Trainer) -> None:
-        """Draw the curves, write the average if there is one, then the model: with it the run is finished."""
+        """Write the average of the weights if there is one, then the model: with it the run is finished."""
         model = trainer.model
-        self.processes.agree(self._draw, main=True)
         for weights, name in (
             (trainer.full_ema(), ema_name(model.checkpoint_name)),
             (trainer.full_weights(), model.checkpoint_name),
@@ -150,8 +157,10 @@ class RunFolder:
             save = partial(save_published, weights, self.path / name, model.checkpoint_key)
             self.processes.agree(save if weights else lambda: None, main=True)
 
-    def _draw(self) -> None:
-        """Draw ``curves.png`` of all steps."""
+    def draw_curves(self) -> None:
+        """Draw ``curves.png`` of all steps if it is missing; where that fails, a warning says so."""
+        if (self.path / "curves.png").exists():
+            return
         loss = self.options["loss"]
         values = {"beta": f"β = {self.options['beta']:g}", "lambda_": f"λ = {self.options['lam']:g}"}
         if used := ", ".join(values[name] for name in LOSSES[loss].hyperparameters):
@@ -162,8 +171,8 @@ class RunFolder:
             from cca.training.curves import draw_curves
 
             draw_curves(self.path / "curves.png", self._rows(), title)
-        except (UserError, ImportError) as error:  # a picture is not worth the run
-            print(f"no curves.png: {error}", file=sys.stderr)
+        except Exception as error:  # a notebook's MPLBACKEND among others
+            print(f"warning: no curves.png: {reason(error)}", file=sys.stderr)
 
     def cannot_write(self, error: BaseException) -> UserError:
         return UserError(

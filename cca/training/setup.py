@@ -12,6 +12,7 @@ import torch
 
 from cca.cli.main import play
 from cca.cli.output import Found, Output
+from cca.compilation import decide_compile
 from cca.config import TrainingConfig
 from cca.data.datasets import LabelledDataset
 from cca.distributed import Processes
@@ -21,7 +22,7 @@ from cca.training.loop import train
 from cca.training.memory import MICRO_BATCH_TOO_LARGE, MODEL_TOO_LARGE, fitting_micro_batch
 from cca.training.options import COMPILED_FROM, chosen_recipe, training_config
 from cca.training.preview import grid_drawer
-from cca.training.run_folder import MICRO_BATCH, RunFolder
+from cca.training.run_folder import KEPT, MICRO_BATCH, RunFolder
 from cca.training.trainer import Trainer
 from models import ARImageModel, Recipe, UserError, find_files, zoo_entry
 from models.utils.files import size_text
@@ -41,7 +42,7 @@ def run_training(args: argparse.Namespace, path: Path, open_data: OpenData) -> N
     if args.weights == "cca":
         raise UserError("--weights: training starts from base or from a path")
     output = Output.run(args.output, entry.backbone.checkpoint_name)
-    output.check_place({"the data": path})
+    output.check_place({"--codes" if entry.backbone.trains_on_codes else "--data": path})
     if args.deterministic:
         compute_deterministically()
 
@@ -53,7 +54,9 @@ def run_training(args: argparse.Namespace, path: Path, open_data: OpenData) -> N
         config = training_config(args, recipe, len(data), model.lr_scales_with_batch)
         return Training(args, ranks, found, files, model, path, data, config, recipe)
 
-    play(args, output, resolve)
+    job = play(args, output, resolve)
+    if job and job.ranks.main:
+        RunFolder(args.output, job.ranks, job.all_options).draw_curves()
 
 
 @dataclass
@@ -78,10 +81,11 @@ class Training:
         self.downloads = self.files.downloads(self.model)
         self.parallel = args.parallel or self.recipe.parallel
         check_parallel(args, config, self.parallel, ranks)
-        self.compile = on_gpu and config.max_steps >= COMPILED_FROM if args.compile is None else args.compile
+        self.compile = decide_compile(args.compile, on_gpu and config.max_steps >= COMPILED_FROM, ranks)
         self.most = math.ceil(config.batch_size / ranks.world)  # images of a step on this rank
         # A run that is resumed elsewhere keeps its micro-batch, which decides the masks of dropout.
-        self.kept = 0 if args.micro_batch_size else noted_micro_batch(args.output, self.found)
+        self.kept = 0 if args.micro_batch_size else noted_number(args.output, self.found, MICRO_BATCH)
+        self.keep_states = args.keep_states or noted_number(args.output, self.found, KEPT) or 1
         asked = args.micro_batch_size or self.kept
         published = config.batch_size // (PUBLISHED_GPUS * self.recipe.published_accumulation)
         if self.recipe.published_accumulation == 1:
@@ -122,7 +126,7 @@ class Training:
         files = [name, ema_name(name) if ema else "", "config.json", "metrics.jsonl", "curves.png"]
         # AdamW's moments beside the weights; a new checkpoint is whole before an old one goes.
         size = size_text(4 * numbers(self.model.transformer) * (3 + ema))
-        state = f"state (~{size} each, up to {self.args.keep_states + 1} at a time)"
+        state = f"state (~{size} each, up to {self.keep_states + 1} at a time)"
         files += ["tensorboard", "samples" if self.args.sample_every else "", state]
         return ", ".join(filter(None, files))
 
@@ -143,7 +147,7 @@ class Training:
 
     def work(self) -> bool:
         args, config, ranks = self.args, self.config, self.ranks
-        folder = RunFolder(args.output, ranks, self.all_options, args.keep_states)
+        folder = RunFolder(args.output, ranks, self.all_options, self.keep_states)
         if ranks.main:
             without = missing_negatives(config.loss, config.batch_size, self.data.same_class)
             for note in [*self.data.notes(), *filter(None, [without])]:
@@ -161,17 +165,15 @@ class Training:
             return train(trainer, loader, folder, args.save_every, args.log_every, draw)
 
 
-def noted_micro_batch(run: Path, found: Found) -> int:
-    """Return the images of a micro-batch with which a run was trained last; 0: it has no checkpoint.
+def noted_number(run: Path, found: Found, name: str) -> int:
+    """Return what a run notes beside its options and keeps when it is resumed; 0: it has no checkpoint.
 
     Raises UserError for a note that is no such number.
     """
-    noted = (found.content or {}).get(MICRO_BATCH, 0)
-    if type(noted) is not int or (noted < 1 and found.content and MICRO_BATCH in found.content):
-        raise UserError(
-            f"{run}/config.json: {MICRO_BATCH} is {noted!r}, not a number of images; delete that entry"
-        )
-    return noted
+    noted = (found.content or {}).get(name, 1)
+    if type(noted) is not int or noted < 1:
+        raise UserError(f"{run}/config.json: {name} is {noted!r}, not a number; delete that entry")
+    return noted if name in (found.content or {}) else 0
 
 
 def check_parallel(args: argparse.Namespace, config: TrainingConfig, parallel: str, ranks: Processes) -> None:
