@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cca.cli.compilation import decide_compile
 from cca.cli.main import play, run_command
 from cca.cli.output import Found, Output
 from cca.cli.parser import Parser, add_model_options, count, number
 from cca.cli.parts import Parts, fill, write_npz
 from cca.cli.plan import add_dry_run_option
-from cca.compilation import decide_compile
 from cca.config import SampleRequest
 from cca.data.image_sets import NpzImages
 from cca.data.labels import class_names

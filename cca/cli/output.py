@@ -160,10 +160,10 @@ class Output:
         Raises UserError for files in the way that no run of this command left, or left in another format.
         """
         begun = self._read(self.marker) if self.marker and self.marker.exists() else None
-        if begun is None and self.parts and (names := _names(self.parts)):
+        if begun is None and self.marker and self.parts and (names := _names(self.parts)):
             raise UserError(
-                f"{self.option}: {self.parts} is in the way, it holds {min(names)}, "
-                "and nothing says how that was made; move it, or take another name"
+                f"{self.option}: {self.parts} is in the way, it holds {min(names)} "
+                f"and no {self.marker.name} says how that was made; move it, or take another name"
             )
         described = None
         if self.description and self.description.exists():
@@ -188,7 +188,7 @@ class Output:
         found = content.get("format")
         if found != FORMAT or not isinstance(content.get("options", {}), dict):
             raise UserError(
-                f"{self.option}: {path} holds format {found!r} instead of {FORMAT}, or no options: "
+                f"{self.option}: {path}: holds format {found!r} instead of {FORMAT}, or no options: "
                 "this command did not write it; take another name"
             )
         if content.get("kind", self.noun) != self.noun:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cca.cli.compilation import decide_compile
 from cca.cli.main import play
 from cca.cli.output import Found, Output
-from cca.compilation import decide_compile
 from cca.config import TrainingConfig
 from cca.data.datasets import LabelledDataset
 from cca.distributed import Processes

@@ -101,7 +101,7 @@ def test_a_size_that_did_not_fit_is_not_kept(stopped, monkeypatch, capsys):
 def test_a_note_that_is_no_number_is_refused(note, stopped):
     config = stopped / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "micro_batch_size": note}))
-    with pytest.raises(UserError, match=f"config.json: micro_batch_size is {note!r}, not a number of images"):
+    with pytest.raises(UserError, match=f"config.json: micro_batch_size is {note!r}, not a number"):
         train("run")
 
 
