@@ -97,10 +97,8 @@ def shown_files(args: argparse.Namespace) -> dict[str, ModelFiles]:
     tuned = find_files(args.model, args.weights, args.tokenizer_weights, args.image_size)
     tokenizer = args.tokenizer_weights or tuned.config.get("tokenizer")
     base = find_files(args.model, "base", tokenizer, tuned.image_size)
-    weights = args.weights
-    if tuned.config and tuned.transformer_file:
-        weights = tuned.transformer_file.name
-    return {"base": base, weights: tuned}
+    file = tuned.transformer_file
+    return {"base": base, args.weights if file is None or file.published else file.name: tuned}
 
 
 def defaults(model: str, classes: int, most_images: int) -> dict[str, str]:

@@ -191,8 +191,7 @@ def find_files(
     options = config.get("options", {})
     for key, asked in (("model", name), ("image_size", image_size)):
         if asked and options.get(key, asked) != asked:
-            option = f"--{key.replace('_', '-')}"
-            raise UserError(f"{option}: {weights} was trained with {options[key]}, not with {asked}")
+            raise UserError(f"--weights: {weights} is a run of {options[key]}, not of {asked}")
     size = image_size or options.get("image_size") or entry.default_image_size
     if size not in entry.base:
         raise UserError(
@@ -213,16 +212,18 @@ def find_files(
         size,
         given if given in TOKENIZERS else entry.tokenizer,
         transformer_file,
-        _locate_tokenizer(entry, given, options.get("tokenizer_sha256"), weights),
+        _locate_tokenizer(name, given, options.get("tokenizer_sha256"), weights),
         config,
     )
 
 
-def _locate_tokenizer(entry: ZooEntry, given: str, sha256: str | None, run: str | None) -> LocatedFile | None:
+def _locate_tokenizer(model: str, given: str, sha256: str | None, run: str | None) -> LocatedFile | None:
     """Find a tokenizer by name or path. Raises UserError if ``run`` notes another hash, ``sha256``."""
-    names = [name for name, row in TOKENIZERS.items() if row.backbone is entry.backbone]
+    names = [name for name, row in TOKENIZERS.items() if row.backbone is ZOO[model].backbone]
     if given in TOKENIZERS and given not in names:
-        raise UserError(f"--tokenizer-weights: {given} is of another backbone; there are {', '.join(names)}")
+        raise UserError(
+            f"--tokenizer-weights: {given} is no tokenizer of {model}; there are {', '.join(names)}"
+        )
     try:
         file = _locate("--tokenizer-weights", given, {name: TOKENIZERS[name].weights for name in names})
     except UserError as error:
