@@ -189,10 +189,12 @@ def find_files(
     path = run_weights(weights, entry.backbone.checkpoint_name) if weights else None
     config = run_config(path) if path else {}
     options = config.get("options", {})
-    for key, asked in (("model", name), ("image_size", image_size)):
-        if asked and options.get(key, asked) != asked:
-            raise UserError(f"--weights: {weights} is a run of {options[key]}, not of {asked}")
-    size = image_size or options.get("image_size") or entry.default_image_size
+    if options.get("model", name) != name:
+        raise UserError(f"--weights: {weights} is a run of {options['model']}, not of {name}")
+    trained = options.get("image_size")
+    if trained and image_size not in (None, trained):
+        raise UserError(f"--image-size: {weights} was trained at {trained} pixels, not at {image_size}")
+    size = image_size or trained or entry.default_image_size
     if size not in entry.base:
         raise UserError(
             f"--image-size: {name} makes images of {', '.join(map(str, entry.base))} pixels, not {size}"
