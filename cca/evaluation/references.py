@@ -3,6 +3,7 @@
 import os
 import zipfile
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 
 from models import UserError
@@ -59,6 +60,15 @@ def is_batch(path: Path, every_byte: bool = False) -> bool:
             return statistics and not (every_byte and archive.testzip())
     except Exception:  # zipfile and its decompressors raise some ten kinds for damaged files
         return False
+
+
+def published_name(path: Path) -> str | None:
+    """Return the name of the published reference of which a file is a copy, whatever the file is called.
+
+    None where it is none of those that are on this machine.
+    """
+    kept = {name: reference.path for name, reference in REFERENCES.items() if reference.path.exists()}
+    return next((name for name, own in kept.items() if own.samefile(path) or cmp(own, path, False)), None)
 
 
 def find_reference(text: str) -> PublishedReference | None:
