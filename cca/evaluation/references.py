@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from filecmp import cmp
 from pathlib import Path
@@ -67,8 +68,10 @@ def published_name(path: Path) -> str | None:
 
     None where it is none of those that are on this machine.
     """
-    kept = {name: reference.path for name, reference in REFERENCES.items() if reference.path.exists()}
-    return next((name for name, own in kept.items() if own.samefile(path) or cmp(own, path, False)), None)
+    with suppress(UserError, RuntimeError, OSError):  # of a cache that cannot be had
+        kept = {name: reference.path for name, reference in REFERENCES.items() if reference.path.exists()}
+        return next((name for name, own in kept.items() if own.samefile(path) or cmp(own, path, False)), None)
+    return None
 
 
 def find_reference(text: str) -> PublishedReference | None:

@@ -11,7 +11,7 @@ from hub_server import serving
 from made_data import bundled
 
 import eval_fid
-from cca.evaluation.references import REFERENCES, PublishedReference
+from cca.evaluation.references import REFERENCES, PublishedReference, published_name
 from models.utils.errors import UserError
 
 NAME = "VIRTUAL_imagenet256_labeled.npz"
@@ -69,6 +69,12 @@ def test_by_name_then_from_the_cache(server, tmp_path):
     # A copy is the published one by its content, another file is not by its name.
     names = [report["reference"]["published"] for report in reports]
     assert names == ["imagenet256", "imagenet256", "imagenet256", None]
+
+
+def test_without_a_cache_no_file_is_known_as_the_published_one(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert published_name(tmp_path) is None
 
 
 def test_dry_run_tells_of_the_download(server, tmp_path, monkeypatch, capsys):
