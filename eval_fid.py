@@ -23,10 +23,10 @@ from cca.cli.plan import add_dry_run_option
 from cca.data.image_sets import ImageSet, open_image_set, read_sampling_options, report_path
 from cca.data.labels import add_classes_option, read_classes
 from cca.distributed import Processes
-from cca.evaluation.comparability import comparability, compare
+from cca.evaluation.comparability import comparability, compare, read_row
 from cca.evaluation.evaluator import METRICS, Comparison, evaluate, extract, load_reference, timed
 from cca.evaluation.features import Extractor, add_features_options, features_plan
-from cca.evaluation.references import REFERENCES, find_reference
+from cca.evaluation.references import REFERENCES, find_reference, published_name
 from models.utils.errors import UserError
 from models.zoo.hub import Download
 
@@ -67,10 +67,10 @@ def make_parser() -> Parser:
 
 def metric_names(text: str) -> tuple[str, ...]:
     """The argparse type of --metrics."""
-    names = tuple(text.split(","))
+    names = [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in METRICS]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(METRICS)}")
-    return names
+    return tuple(name for name in METRICS if name in names)
 
 
 @dataclass
@@ -162,14 +162,16 @@ def print_results(report: dict) -> None:
         f"{Path(samples['file']).name}: {samples['count']:,} samples against "
         f"{Path(reference['file']).name}, features {report['features']['extractor']}"
     )
-    for name, value in report["metrics"].items():
-        print(f"  {name:<10} {value:10.{METRICS[name].digits + 1}f}")
+    for name in [name for name in METRICS if name in report["metrics"]]:
+        print(f"  {name:<10} {report['metrics'][name]:10.{METRICS[name].digits + 1}f}")
     for note in report["notes"]:
         print(f"  note: {note}")
 
 
 def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Evaluation:
     """Open the samples and the reference, and plan their evaluation. Raises UserError."""
+    if found.is_finished:
+        read_row(args.output, "--output")  # its figures will be printed
     samples = open_image_set(args.samples, args.resize, args.workers, read_classes(args.classes_from))
     check_count(samples, ranks)
     labels = samples.labels()
@@ -241,6 +243,7 @@ def describe_files(samples: ImageSet, reference: ImageSet, extractor: Extractor)
             "file": str(reference.path),
             "count": len(reference),
             "sha256": reference.content_hash(),
+            "published": published_name(reference.path),
         },
         "features": {
             "extractor": extractor.name,
@@ -253,6 +256,8 @@ def describe_files(samples: ImageSet, reference: ImageSet, extractor: Extractor)
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.compare:
+        if given := [name for name in ("samples", "reference", "output") if getattr(args, name) is not None]:
+            raise UserError(f"--{given[0]}: does not go with --compare, which only prints; leave it out")
         print(compare(args.compare))
         return
     output = output_of(args) if args.output else None

@@ -193,8 +193,10 @@ class Sampling:
         self.compile = decide_compile(before if args.compile is None else args.compile, default, self.ranks)
 
     def known(self) -> dict:
-        request = asdict(self.request)
-        return {**request, **request.pop("sampling"), **self.files.known(), "compile": self.compile}
+        request, trained = asdict(self.request), self.files.config.get("options", {})
+        loss = {key: trained[key] for key in ("loss",) if key in trained}  # eval_fid.py reads it
+        known = {**request.pop("sampling"), **self.files.known(), **loss, "compile": self.compile}
+        return {**request, **known}
 
     def plan(self) -> dict[str, str]:
         request, options = self.request, self.request.sampling

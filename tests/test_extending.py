@@ -188,6 +188,7 @@ def test_metric(toy, monkeypatch):
     options = ["--reference", samples, "--features", "mini", "--output", str(result)]
     eval_fid.main(["--samples", samples, *options, "--metrics", "brightness,fid"])
     assert set(json.loads(result.read_text())["metrics"]) == {"brightness", "fid"}
+    result.unlink()
     with np.load(samples) as file:
         np.savez(toy / "unlabelled.npz", arr_0=file["arr_0"])
     eval_fid.main(["--samples", str(toy / "unlabelled.npz"), *options])

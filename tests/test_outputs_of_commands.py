@@ -1,6 +1,7 @@
 """Outputs that cannot be, or that would overwrite inputs: one line, before the work, nothing new on disk."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import eval_fid
 import sample
 import train_var_cca
 from cca.cli.main import run_command
+from models.utils.errors import UserError
 from scripts import convert_weights, extract_codes, make_reference, reconstruct
 
 SAMPLE = ["--model", "var-mini", "--num-samples", "5", "--output"]
@@ -78,6 +80,18 @@ def test_one_line_and_nothing_new(folder, capsys, module, arguments, message):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_converted_weights_replace_no_file(folder):
+    """Not even a file that this command wrote: there is no record beside it that says so."""
+    command = [str(ROOT / "assets/var-mini.safetensors"), "w.pth"]
+    convert_weights.main(command)
+    made = Path("w.pth").read_bytes()
+    Path("own.pt").write_bytes(b"somebody's")
+    for output in ("w.pth", "own.pt"):
+        with pytest.raises(UserError, match=f"output: {output} exists, and no record beside it says"):
+            convert_weights.main([command[0], output])
+    assert Path("w.pth").read_bytes() == made and Path("own.pt").read_bytes() == b"somebody's"
+
+
 def test_the_evaluator_goes_on_without_a_cache(folder, monkeypatch, capsys):
     command = ["--features", "mini", "--samples", "good.npz", "--reference", "other.npz", "--metrics", "fid"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "file"))
@@ -87,8 +101,8 @@ def test_the_evaluator_goes_on_without_a_cache(folder, monkeypatch, capsys):
     eval_fid.main([*command, "--output", "second.json"])
     (kept,) = (folder / "cache" / "cca-evaluator").iterdir()
     whole = kept.read_bytes()
-    for damage in (b"junk", whole[: len(whole) // 2]):
+    for name, damage in (("third", b"junk"), ("fourth", whole[: len(whole) // 2])):
         kept.write_bytes(damage)
-        eval_fid.main([*command, "--output", "third.json"])
+        eval_fid.main([*command, "--output", f"{name}.json"])
         assert len(kept.read_bytes()) == len(whole)
     shutil.rmtree(folder / "cache")

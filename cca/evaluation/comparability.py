@@ -1,16 +1,45 @@
 """What figures may be held against: what makes them not comparable, and the published ones beside them."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cca.cli.tables import markdown_table
 from cca.data.image_sets import ImageSet, read_sampling_options
 from cca.evaluation.evaluator import METRICS, Comparison
-from cca.evaluation.features import Extractor
-from cca.evaluation.references import REFERENCE_IMAGES
+from cca.evaluation.features import INCEPTION, Extractor
+from cca.evaluation.references import REFERENCE_IMAGES, REFERENCES
 from models import ZOO, UserError
-from models.utils.files import parse_json
+from models.utils.files import FORMAT, finite_or_none, read_json
+
+Row = tuple[dict[str, str], dict[str, str]]  # see ``read_row``
+
+# What samples were made with, as text, from the options that sample.py records and eval_fid.py's --resize.
+SAMPLED_WITH: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "guidance": lambda of: (
+        f"{of['cfg_scale']:g} ({of['cfg_schedule']}, {of['cfg_interval'] or 'all'} steps)"
+        if of["cfg_scale"] != 1
+        else "none"
+    ),
+    "filters": lambda of: (
+        f"temperature {of['temperature']:g}, top-k {of['top_k'] or 'all'}, top-p {of['top_p']:g}"
+    ),
+    "size": lambda of: " resized to ".join(
+        dict.fromkeys(  # one that stays is named once
+            str(size)
+            for size in (of["image_size"], of["eval_size"], of["resize"] and f"{of['resize']} by --resize")
+            if size
+        )
+    ),
+    "classes": lambda of: (
+        f"{len(set(of['classes'])):,}"
+        if len(set(of["classes"])) > 10
+        else ", ".join(map(str, sorted(set(of["classes"]))))
+    ),
+}
 
 
 def comparability(
@@ -69,31 +98,104 @@ def class_remarks(compared: Comparison) -> list[tuple[bool, str]]:
 
 
 def compare(paths: list[Path]) -> str:
-    """A table of several evaluations, with each model's published FID and the difference from it.
+    """Return a table of several results, with each model's published FID and the difference from it.
 
+    What the figures depend on is a column where the results differ in it, and the filters always are.
     Raises UserError for a file that eval_fid.py did not write.
     """
-    columns = [name for name in METRICS if name != "accuracy"]
+    rows = [read_row(path, "--compare") for path in paths]
+    shown = [
+        name
+        for name in rows[0][0]
+        if name not in rows[0][1] or len({identities[name] for _, identities in rows}) > 1
+    ]
     return markdown_table(
-        ["samples", *columns, "published FID", "difference"],
-        [result_cells(path, columns) for path in paths],
+        shown, [[" ".join(cells[name].split()).replace("|", "\\|") for name in shown] for cells, _ in rows]
     )
 
 
-def result_cells(path: Path, columns: list[str]) -> list[str]:
-    """Return a row: the samples' name, metrics, published FID and difference from it. Raises UserError."""
+def read_row(path: Path, option: str) -> Row:
+    """Read a result as a row of a table: its cells by column, and what the figures depend on by column.
+
+    The latter tells results apart: of a file it is the hash. Raises UserError, with the option's name, for
+    a file that eval_fid.py did not write.
+    """
     try:
-        content = parse_json(path.read_text())
-        if content["format"] != 1:
+        content = read_json(path)
+        kind = content["format"], content["kind"], type(content["notes"])
+        if kind != (FORMAT, "results", list) or finite_or_none(content) != content:  # NaN is never written
             raise ValueError
-        values = {column: float(value) for column, value in content["metrics"].items()}
-        name, sampling = Path(content["samples"]["file"]).name, content["samples"]["sampling"] or {}
-        settings = ZOO[sampling["model"]].published if sampling.get("model") in ZOO else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"--compare: {path} is not a result of eval_fid.py") from None
-    cells = [f"{values[c]:.{METRICS[c].digits}f}" if c in values else "–" for c in columns]
-    guided, is_base = sampling.get("cfg_scale", 1.0) != 1.0, sampling.get("weights") == "base"
-    published = settings.fid("guided" if guided else "base" if is_base else "cca") if settings else None
-    if published is None or "fid" not in values:
-        return [name, *cells, "–", "–"]
-    return [name, *cells, f"{published:.2f}", f"{values['fid'] - published:+.3f}"]
+        return _make_row(content)
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{option}: {path} is not a result of eval_fid.py") from None
+
+
+def _make_row(content: Mapping[str, Any]) -> Row:
+    samples, reference, features = content["samples"], content["reference"], content["features"]
+    sampling, metrics = samples["sampling"] or {}, content["metrics"]
+    sampled_from = ", ".join(sampling[key] for key in ("model", "weights", "loss") if key in sampling)
+    own = {
+        "weights": sampled_from or "not recorded",
+        **_texts({**sampling, "resize": content["options"]["resize"]}),
+        "reference": str(reference.get("published") or f"file {Path(reference['file']).name}"),
+        "features": str(features["extractor"]),
+        "count": f"{samples['count']:,}",
+    }
+    files = {"weights": sampling, "reference": reference, "features": features}
+    hashes = {name: file.get("weights_sha256", file.get("sha256")) for name, file in files.items()}
+    cells = {
+        "samples": Path(samples["file"]).name,
+        **{name: f"{text} ({hashes[name][:8]})" if hashes.get(name) else text for name, text in own.items()},
+        **{
+            name: f"{metrics[name]:.{metric.digits}f}" if name in metrics else "–"
+            for name, metric in METRICS.items()
+            if name != "accuracy"
+        },
+    }
+    published = zip(("published FID", "difference"), _published_cells(sampling, metrics.get("fid"), own))
+    identities = {name: str(hashes.get(name) or text) for name, text in own.items() if name != "filters"}
+    return {**cells, **dict(published)}, identities
+
+
+def _texts(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return what samples were made with, as text; the options of samples without a record are not known."""
+    try:
+        return {name: text(options) for name, text in SAMPLED_WITH.items()}
+    except KeyError:
+        return dict.fromkeys(SAMPLED_WITH, "not recorded")
+
+
+def _published_cells(
+    sampling: Mapping[str, Any], fid: float | None, own: Mapping[str, str]
+) -> tuple[str, str]:
+    """Return the published FID, and the difference from it or what makes the two not comparable."""
+    model, weights = sampling.get("model"), sampling.get("weights")
+    if fid is None or model not in ZOO:
+        return "–", "no FID" if fid is None else "how they were sampled is not recorded"
+    entry, guided = ZOO[model], sampling.get("cfg_scale", 1) != 1
+    trained = sampling.get("loss", weights if weights in ("base", "cca") else "weights of unknown training")
+    sampled = {"base": "guided"}.get(trained, f"{trained} with guidance") if guided else trained
+    published = entry.published
+    if published is None or (figure := published.fid(sampled)) is None:
+        return "–", f"no FID is published of {model}, {sampled}"
+    wanted = {
+        "count": "50,000",
+        "features": INCEPTION,
+        "reference": next(
+            (name for name, it in REFERENCES.items() if it.side == published.eval_size), "none"
+        ),
+        **_texts(
+            {
+                **asdict(published),
+                "cfg_scale": published.cfg_scale if guided else 1,
+                "cfg_schedule": entry.backbone.default_cfg_schedule,
+                "cfg_interval": None,
+                "temperature": 1,
+                "image_size": entry.default_image_size,
+                "classes": range(entry.transformer.num_classes),
+                "resize": None,
+            }
+        ),
+    }
+    other = [f"{name} {own[name]} instead of {text}" for name, text in wanted.items() if own[name] != text]
+    return f"{figure:.2f}", "; ".join(other) or f"{fid - figure:+.3f}"

@@ -38,7 +38,8 @@ from models.utils.files import write_binary
 from models.utils.precision import ELSEWHERE, memory_named
 
 CACHED_IMAGES = 50_000  # features of larger references are not kept
-PIXELS_VERSION = "2"  # changes when a file gives other pixels than before: 2 scales 16-bit grey
+# Changes when a file gives other pixels or features than before: 2 scales 16-bit grey, 3 is without TF32.
+PIXELS_VERSION = "3"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from cca.cli.parser import add_workers_option, count
 from models import UserError
-from models.utils.precision import ELSEWHERE, EXTRACTED_IMAGES, memory_named
+from models.utils.precision import ELSEWHERE, EXTRACTED_IMAGES, exact_products, memory_named
 from models.zoo.checkpoint_formats import not_finite, read_state_dict, tensors_sha256
 from models.zoo.hub import ASSETS, Download
 
@@ -118,10 +118,16 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
-        """uint8 [B, 3, H, W] -> features on the CPU. Raises UserError where the memory does not suffice."""
-        with memory_named(
-            f"--batch-size: {len(images)} images at once do not fit in the GPU's memory; "
-            f"take fewer, or {ELSEWHERE}"
+        """uint8 [B, 3, H, W] -> features on the CPU, computed without TF32.
+
+        Raises UserError where the memory does not suffice.
+        """
+        with (
+            memory_named(
+                f"--batch-size: {len(images)} images at once do not fit in the GPU's memory; "
+                f"take fewer, or {ELSEWHERE}"
+            ),
+            exact_products(),
         ):
             found = self.module.convert_features_tuple_to_dict(self.module(images.to(self.device)))
         return Features(

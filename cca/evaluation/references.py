@@ -2,7 +2,9 @@
 
 import os
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 
 from models import UserError
@@ -59,6 +61,17 @@ def is_batch(path: Path, every_byte: bool = False) -> bool:
             return statistics and not (every_byte and archive.testzip())
     except Exception:  # zipfile and its decompressors raise some ten kinds for damaged files
         return False
+
+
+def published_name(path: Path) -> str | None:
+    """Return the name of the published reference of which a file is a copy, whatever the file is called.
+
+    None where it is none of those that are on this machine.
+    """
+    with suppress(UserError, RuntimeError, OSError):  # of a cache that cannot be had
+        kept = {name: reference.path for name, reference in REFERENCES.items() if reference.path.exists()}
+        return next((name for name, own in kept.items() if own.samefile(path) or cmp(own, path, False)), None)
+    return None
 
 
 def find_reference(text: str) -> PublishedReference | None:

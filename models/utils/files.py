@@ -117,12 +117,13 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def parse_json(text: str | bytes, **how: Any) -> Any:
-    """``json.loads``, options and all, for files of others.
+    """``json.loads``, options and all, for files of others, which may begin with a byte-order mark.
 
     Raises ValueError for what is no JSON, nested too deep, or holds a whole number beyond 64 bits.
     """
     try:
-        return json.loads(text, parse_int=_whole_number, **how)
+        plain = text if isinstance(text, bytes) else text.removeprefix("\ufeff")
+        return json.loads(plain, parse_int=_whole_number, **how)
     except RecursionError:
         raise ValueError("nested too deep") from None
 

@@ -4,7 +4,7 @@ import os
 import shutil
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -95,14 +95,19 @@ def allow_tf32(device: torch.device) -> None:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Products of float32 in float32 and nothing less, whatever is allowed or cast around."""
-    before = torch.get_float32_matmul_precision()
+    """Matmuls and convolutions of float32 in float32 and nothing less, whatever is allowed or cast around."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    legacy, before = "highest", (matmul.fp32_precision, conv.fp32_precision)
+    with suppress(RuntimeError):  # PyTorch does not read it where its newer settings say otherwise
+        legacy = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    conv.fp32_precision = "ieee"
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(legacy)
+        matmul.fp32_precision, conv.fp32_precision = before
 
 
 def memory_ran_out(error: RuntimeError) -> str | None:

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch.utils.data import Subset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-import eval_fid
 from cca.evaluation.features import Extractor
 from models.utils.errors import UserError
 from scripts import make_reference
@@ -159,12 +158,31 @@ def test_notes(evaluate, write_folder):
         assert note in " ".join(evaluate(samples)["notes"])
 
 
-def test_compare(evaluate, capsys):
-    Path("samples.json").write_text(json.dumps({"format": 1, "options": GUIDED}))
-    fid = evaluate()["metrics"]["fid"]
-    capsys.readouterr()
-    eval_fid.main(["--compare", "out.json"])
-    row = capsys.readouterr().out.splitlines()[-1]
-    assert "| 3.55 |" in row and f"{fid - 3.55:+.3f}" in row  # the published figure with guidance
-    with pytest.raises(UserError, match="is not a result"):
-        eval_fid.main(["--compare", "samples.json"])
+@pytest.mark.parametrize("newer", [False, True], ids=["legacy settings", "newer settings"])
+def test_features_are_computed_without_tf32(newer):
+    """Whatever is set around, by either of PyTorch's ways; that is as before afterwards."""
+    matmul, conv, seen = torch.backends.cuda.matmul, torch.backends.cudnn.conv, []
+    extractor = Extractor("mini", None, torch.device("cpu"))
+
+    def settings():
+        return matmul.fp32_precision, conv.fp32_precision
+
+    before = settings()
+    try:
+        if newer:
+            matmul.fp32_precision = conv.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.allow_tf32 = True
+        around = settings()
+        extractor.module.register_forward_pre_hook(lambda *_: seen.append(settings()))
+        extractor(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+        assert around == settings() == ("tf32", "tf32") and seen == [("ieee", "ieee")]
+        assert newer or torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision, conv.fp32_precision = before
+
+
+def test_names_of_metrics_may_be_spaced(evaluate):
+    assert set(evaluate("samples.npz", "--metrics", "is, fid")["metrics"]) == {"fid", "is"}

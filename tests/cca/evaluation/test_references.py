@@ -11,7 +11,7 @@ from hub_server import serving
 from made_data import bundled
 
 import eval_fid
-from cca.evaluation.references import REFERENCES, PublishedReference
+from cca.evaluation.references import REFERENCES, PublishedReference, published_name
 from models.utils.errors import UserError
 
 NAME = "VIRTUAL_imagenet256_labeled.npz"
@@ -59,12 +59,22 @@ def test_by_name_then_from_the_cache(server, tmp_path):
     np.savez(NAME, mu=np.ones(96), sigma=np.eye(96))
     reports = []
     for reference in ("imagenet256", "imagenet256", "served.npz", NAME):
-        eval_fid.main([*OPTIONS[:-1], reference, "--output", "out.json"])
-        reports.append(json.loads(Path("out.json").read_text()))
+        output = f"{len(reports)}.json"
+        eval_fid.main([*OPTIONS[:-1], reference, "--output", output])
+        reports.append(json.loads(Path(output).read_text()))
     assert sum(request.startswith("GET") for request in server.requests) == 1
     assert reports[0]["reference"]["file"] == str(cached(tmp_path))
     assert reports[0]["metrics"] == reports[1]["metrics"] == reports[2]["metrics"]
     assert reports[3]["metrics"]["fid"] != reports[0]["metrics"]["fid"]
+    # A copy is the published one by its content, another file is not by its name.
+    names = [report["reference"]["published"] for report in reports]
+    assert names == ["imagenet256", "imagenet256", "imagenet256", None]
+
+
+def test_without_a_cache_no_file_is_known_as_the_published_one(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert published_name(tmp_path) is None
 
 
 def test_dry_run_tells_of_the_download(server, tmp_path, monkeypatch, capsys):

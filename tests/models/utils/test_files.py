@@ -12,6 +12,7 @@ from models.utils.errors import UserError
 from models.utils.files import (
     atomic_write,
     finite_or_none,
+    parse_json,
     read_array,
     read_json,
     write_json,
@@ -27,6 +28,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(ZeroDivisionError):  # our own mistakes are no refusals of the file system
         atomic_write(path, lambda temporary: 1 // 0)
     assert read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["f.json"]
+    path.write_text('{"a": 1}', encoding="utf-8-sig")  # with a byte-order mark, as some editors write it
+    assert read_json(path) == parse_json(path.read_bytes()) == {"a": 1}
 
 
 @pytest.mark.parametrize("save", [save_published, save_safetensors])
