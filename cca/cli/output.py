@@ -191,9 +191,9 @@ class Output:
                 f"{self.option}: {path}: holds format {found!r} instead of {FORMAT}, or no options: "
                 "this command did not write it; take another name"
             )
-        if content.get("kind", self.noun) != self.noun:
+        if content.get("kind") != self.noun:
             raise UserError(
-                f"{self.option}: {path} describes {content['kind']}, not {self.noun}; take another name"
+                f"{self.option}: {path} describes {content.get('kind')!r}, not {self.noun}; take another name"
             )
         return content
 
