@@ -1,13 +1,21 @@
 """What a run is: the options that decide its results."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 from models.sampling import SamplingOptions
+from models.utils.errors import UserError
+from models.utils.limits import Limits, check_fields
+from models.utils.precision import DTYPES
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What is sampled; ``classes`` lists the classes in use, ``eval_size`` resizes (bicubic)."""
+    """What is sampled; ``classes`` lists those in use, at least one; ``eval_size`` resizes (bicubic, pixels).
+
+    Raises UserError for values outside ``limits``.
+    """
 
     num_samples: int
     classes: tuple[int, ...]
@@ -17,10 +25,32 @@ class SampleRequest:
     dtype: str
     sampling: SamplingOptions
 
+    limits: ClassVar[Mapping[str, Limits | Collection[str]]] = {
+        "num_samples": Limits(1, kind=int),
+        "class_order": ("balanced", "random"),
+        "seed": Limits(0, kind=int),
+        "eval_size": Limits(1, kind=int),
+        "dtype": DTYPES,
+    }
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.limits)
+        if not self.classes:
+            raise UserError("classes: there must be at least one")
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raise UserError unless all classes are among 0 … num_classes - 1."""
+        if not all(0 <= c < num_classes for c in self.classes):
+            text = ",".join(map(str, self.classes))
+            raise UserError(f"--classes: {text} goes beyond 0 … {num_classes - 1}")
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Every option that decides what is trained; see ``--help`` of the commands."""
+    """Every option that decides what is trained; see ``--help`` of the commands.
+
+    Raises UserError for values outside ``limits``.
+    """
 
     loss: str
     beta: float
@@ -38,6 +68,27 @@ class TrainingConfig:
     ema: float
     seed: int
     dtype: str
+
+    limits: ClassVar[Mapping[str, Limits | Collection[str]]] = {
+        "beta": Limits(0, above=True),
+        "lambda_": Limits(0),
+        "uncond_ratio": Limits(0, 1),
+        "batch_size": Limits(1, kind=int),
+        "lr": Limits(0),
+        "weight_decay": Limits(0),
+        "final_weight_decay": Limits(0),
+        "grad_clip": Limits(0, above=True),
+        "warmup": Limits(0, 1),
+        "final_lr": Limits(0, 1),
+        "schedule_accumulation": Limits(1, kind=int),
+        "max_steps": Limits(1, kind=int),
+        "ema": Limits(0, 1),
+        "seed": Limits(0, kind=int),
+        "dtype": DTYPES,
+    }
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.limits)
 
     def options(self) -> dict:
         """Return the options under their names in config.json."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.log_likelihood import linear_sequence_logprob
+from models.log_likelihood import check_tokens, linear_sequence_logprob
 from models.sampling import DecodingState, SamplingOptions, generate_tokens, require_finite
 from models.transforms import Transform
 from models.utils.precision import autocast_dtype
@@ -233,18 +233,36 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
         return self.tokenizer.encode(images)
 
     def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:
-        """Tokens [B, L] -> images [B, 3, H, W] in [-1, 1], resized (bicubic) to side ``size`` if given."""
+        """Tokens [B, L] -> images [B, 3, H, W] in [-1, 1], resized (bicubic) to side ``size`` if given.
+
+        Raises ValueError for other tokens (see ``check_tokens``).
+        """
+        check_tokens(tokens, (len(tokens), self.sequence_length), self.vocab_size)
         images = self.tokenizer.decode(tokens).float()
         if size and size != images.shape[-1]:
             images = F.interpolate(images, size=(size, size), mode="bicubic")
         return images.clamp(-1, 1)  # after resizing, as the published LlamaGen script does
 
+    def _tokens_shape(self, labels: Tensor) -> tuple[int, int]:
+        """Return the shape of the tokens of labels [B]: [B, L]. Raises ValueError for other labels."""
+        if labels.ndim != 1:
+            raise ValueError(f"labels are {list(labels.shape)}; expected [B]")
+        return len(labels), self.sequence_length
+
     def logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
-        """Teacher-forced float32 logits [B, L, V] of tokens [B, L] under labels [B]."""
+        """Teacher-forced float32 logits [B, L, V] of tokens [B, L] under labels [B].
+
+        Raises ValueError for other shapes, or tokens outside the vocabulary (see ``check_tokens``).
+        """
+        check_tokens(tokens, self._tokens_shape(labels), self.vocab_size)
         return self.transformer.logits(labels, self.inputs(tokens))
 
     def sequence_logprob(self, labels: Tensor, tokens: Tensor) -> Tensor:
-        """log p(tokens | label), summed over all tokens of an image: [B], [B, L] -> [B] float32."""
+        """log p(tokens | label), summed over all tokens of an image: [B], [B, L] -> [B] float32.
+
+        Raises ValueError as ``logits`` does.
+        """
+        check_tokens(tokens, self._tokens_shape(labels), self.vocab_size)
         return self.transformer(labels, self.inputs(tokens), tokens)
 
     def generate(
@@ -261,8 +279,13 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
             tokens [B, L] int64.
 
         Raises:
+            ValueError: other shapes, or a uniform number outside [0, 1).
             UserError: the logits are not finite.
         """
+        if tuple(uniforms.shape) != (expected := self._tokens_shape(labels)):
+            raise ValueError(f"uniforms are {list(uniforms.shape)}; expected {list(expected)}")
+        if not ((uniforms >= 0) & (uniforms < 1)).all():  # nor NaN
+            raise ValueError("uniforms: all must be numbers in [0, 1)")
         weight = self.transformer.output_layer().weight
         tokens = generate_tokens(self, labels, uniforms, options)
         # A copy is no inference tensor: it may be trained on.

@@ -97,7 +97,8 @@ def to_pixels(model: ARImageModel, tokens: Tensor, dtype: str, size: int | None 
 class Sampler:
     """Samples images of a request by their indices; the model is on ``device`` already.
 
-    compile: decode with ``CompiledGenerate``.
+    batch_size: images that are decoded at once, >= 1. compile: decode with ``CompiledGenerate``.
+    Raises UserError for classes that the model does not have.
     """
 
     def __init__(
@@ -108,6 +109,9 @@ class Sampler:
         device: torch.device,
         compile: bool = False,
     ):
+        request.check_classes(model.num_classes)
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size} must be at least 1")
         self.model, self.request, self.batch_size, self.device = model, request, batch_size, device
         self.sequence_length = model.sequence_length
         self.batch_too_large = f"--batch-size: {batch_size} {TOO_MANY_IMAGES}"
