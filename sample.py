@@ -282,8 +282,8 @@ class Sampling:
         (images,) = NpzImages(self.output.path).batches(slice(0, count), count)
         with writing(self.args.grid):
             self.args.grid.parent.mkdir(parents=True, exist_ok=True)
-        captions = [names[class_of(i, self.request)] for i in range(count)]
-        write_grid(images, self.args.grid, columns, captions)
+        classes = [class_of(i, self.request) for i in range(count)]
+        write_grid(images, self.args.grid, columns, [names[c] for c in classes], classes)
 
 
 def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Sampling:

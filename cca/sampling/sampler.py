@@ -61,8 +61,8 @@ def prepare(model: ARImageModel, dtype: str, device: torch.device, compile: bool
 
     Raises UserError where the GPU's memory does not suffice.
     """
-    model.transformer.store_matrices(DTYPES[dtype])
     with memory_named(f"--model: the model {DOES_NOT_FIT}"):
+        model.transformer.store_matrices(DTYPES[dtype])
         model.to(device)
         if device.type != "cuda":
             return
