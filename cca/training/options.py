@@ -25,7 +25,7 @@ def training_parser(
     add, limits = parser.add_argument, partial(limits_of, TrainingConfig)
     recipe = "default: the model's recipe"
     models = [name for name, entry in ZOO.items() if entry.backbone.training_command == module]
-    add_model_options(parser, models, "base|PATH")
+    add_model_options(parser, models, "base|PATH|RUN[/state/step-N][:ema]")
     add(data_option, required=True, type=Path, metavar="PATH", help=data_help)
     add("--output", required=True, type=Path, metavar="DIR",
         help="run folder; the same command again resumes it")
