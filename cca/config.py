@@ -1,17 +1,15 @@
 """What a run is: the options that decide its results."""
 
-from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from typing import ClassVar
 
 from models.sampling import SamplingOptions
 from models.utils.errors import UserError
-from models.utils.limits import Limits, check_fields
+from models.utils.limits import Limited, Limits
 from models.utils.precision import DTYPES
 
 
 @dataclass(frozen=True)
-class SampleRequest:
+class SampleRequest(Limited):
     """What is sampled; ``classes`` lists those in use, at least one; ``eval_size`` resizes (bicubic, pixels).
 
     Raises UserError for values outside ``limits``.
@@ -25,7 +23,7 @@ class SampleRequest:
     dtype: str
     sampling: SamplingOptions
 
-    limits: ClassVar[Mapping[str, Limits | Collection[str]]] = {
+    limits = {
         "num_samples": Limits(1, kind=int),
         "class_order": ("balanced", "random"),
         "seed": Limits(0, kind=int),
@@ -33,20 +31,15 @@ class SampleRequest:
         "dtype": DTYPES,
     }
 
-    def __post_init__(self) -> None:
-        check_fields(self, self.limits)
-        if not self.classes:
-            raise UserError("classes: there must be at least one")
-
     def check_classes(self, num_classes: int) -> None:
-        """Raise UserError unless all classes are among 0 … num_classes - 1."""
-        if not all(0 <= c < num_classes for c in self.classes):
-            text = ",".join(map(str, self.classes))
+        """Raise UserError unless there are classes, and all are among 0 … num_classes - 1."""
+        if not self.classes or not all(0 <= c < num_classes for c in self.classes):
+            text = ",".join(map(str, self.classes)) or "an empty list"
             raise UserError(f"--classes: {text} goes beyond 0 … {num_classes - 1}")
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Limited):
     """Every option that decides what is trained; see ``--help`` of the commands.
 
     Raises UserError for values outside ``limits``.
@@ -69,7 +62,7 @@ class TrainingConfig:
     seed: int
     dtype: str
 
-    limits: ClassVar[Mapping[str, Limits | Collection[str]]] = {
+    limits = {
         "beta": Limits(0, above=True),
         "lambda_": Limits(0),
         "uncond_ratio": Limits(0, 1),
@@ -86,9 +79,6 @@ class TrainingConfig:
         "seed": Limits(0, kind=int),
         "dtype": DTYPES,
     }
-
-    def __post_init__(self) -> None:
-        check_fields(self, self.limits)
 
     def options(self) -> dict:
         """Return the options under their names in config.json."""

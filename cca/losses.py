@@ -8,7 +8,6 @@ on sequence log-likelihoods log p(x|c), summed over the tokens of an image, thro
 of the trained model over the frozen pretrained one. s is the logistic function.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,7 +80,7 @@ def _check(
     shapes = [list(tensor.shape) for tensor in (reward, negative_reward, same_label)]
     if shapes != [[reward.numel()]] * 3:
         raise ValueError(f"rewards and same_label are {', '.join(map(str, shapes))}; expected [B] each")
-    if not (0 < beta < math.inf and 0 <= lambda_ < math.inf):
+    if not (0 < beta < float("inf") and 0 <= lambda_ < float("inf")):
         raise ValueError(f"beta {beta} must be above 0, lambda_ {lambda_} at least 0, both finite")
 
 

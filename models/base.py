@@ -243,18 +243,12 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
             images = F.interpolate(images, size=(size, size), mode="bicubic")
         return images.clamp(-1, 1)  # after resizing, as the published LlamaGen script does
 
-    def _tokens_shape(self, labels: Tensor) -> tuple[int, int]:
-        """Return the shape of the tokens of labels [B]: [B, L]. Raises ValueError for other labels."""
-        if labels.ndim != 1:
-            raise ValueError(f"labels are {list(labels.shape)}; expected [B]")
-        return len(labels), self.sequence_length
-
     def logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """Teacher-forced float32 logits [B, L, V] of tokens [B, L] under labels [B].
 
         Raises ValueError for other shapes, or tokens outside the vocabulary (see ``check_tokens``).
         """
-        check_tokens(tokens, self._tokens_shape(labels), self.vocab_size)
+        check_tokens(tokens, (*labels.shape, self.sequence_length), self.vocab_size)
         return self.transformer.logits(labels, self.inputs(tokens))
 
     def sequence_logprob(self, labels: Tensor, tokens: Tensor) -> Tensor:
@@ -262,7 +256,7 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
 
         Raises ValueError as ``logits`` does.
         """
-        check_tokens(tokens, self._tokens_shape(labels), self.vocab_size)
+        check_tokens(tokens, (*labels.shape, self.sequence_length), self.vocab_size)
         return self.transformer(labels, self.inputs(tokens), tokens)
 
     def generate(
@@ -282,10 +276,12 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
             ValueError: other shapes, or a uniform number outside [0, 1).
             UserError: the logits are not finite.
         """
-        if tuple(uniforms.shape) != (expected := self._tokens_shape(labels)):
-            raise ValueError(f"uniforms are {list(uniforms.shape)}; expected {list(expected)}")
-        if not ((uniforms >= 0) & (uniforms < 1)).all():  # nor NaN
-            raise ValueError("uniforms: all must be numbers in [0, 1)")
+        fits = labels.ndim == 1 and uniforms.shape == (len(labels), self.sequence_length)
+        if not fits or not ((uniforms >= 0) & (uniforms < 1)).all():  # nor NaN
+            raise ValueError(
+                f"labels {list(labels.shape)}, uniforms {list(uniforms.shape)}; expected [B] and "
+                f"[B, {self.sequence_length}] of numbers in [0, 1)"
+            )
         weight = self.transformer.output_layer().weight
         tokens = generate_tokens(self, labels, uniforms, options)
         # A copy is no inference tensor: it may be trained on.

@@ -19,11 +19,11 @@ Layer = tuple[Tensor, Tensor | None]  # weight [V, D], bias [V] or None
 
 
 def check_tokens(tokens: Tensor, shape: Sequence[int], vocab_size: int) -> None:
-    """Raise ValueError for tokens that have another shape, or that are outside 0 … vocab_size - 1.
+    """Raise ValueError for tokens that are not [B, L] of that shape, or that are outside 0 … vocab_size - 1.
 
     Only on the CPU are their values looked at: a GPU would have to be waited for.
     """
-    if list(tokens.shape) != list(shape):
+    if tokens.ndim != 2 or list(tokens.shape) != list(shape):
         raise ValueError(f"tokens are {list(tokens.shape)}; expected {list(shape)}")
     if tokens.device.type == "cpu" and not ((tokens >= 0) & (tokens < vocab_size)).all():
         raise ValueError(

@@ -1,17 +1,16 @@
 """How tokens are drawn: options, filters, noise, one decoding step, and the loop over the steps."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.utils.errors import UserError
-from models.utils.limits import Limits, check_fields
+from models.utils.limits import Limited, Limits
 from models.utils.precision import DRAWN_LOGITS, row_chunks
 
 # Below it every draw is the likeliest token already, and the division would overflow.
@@ -20,7 +19,7 @@ NOT_FINITE = -1  # the "token" where a model's logits were not finite
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
+class SamplingOptions(Limited):
     """How tokens are drawn. Raises UserError for values outside ``limits``.
 
     cfg_scale s >= 0: logits = uncond + s * (cond - uncond); 1 is guidance-free and runs no
@@ -40,7 +39,7 @@ class SamplingOptions:
     top_p: float = 1.0
     temperature: float = 1.0
 
-    limits: ClassVar[Mapping[str, Limits | Collection[str]]] = {
+    limits = {
         "cfg_scale": Limits(0),
         "cfg_schedule": ("constant", "linear"),
         "cfg_interval": Limits(1, kind=int),
@@ -48,9 +47,6 @@ class SamplingOptions:
         "top_p": Limits(0, 1, above=True),
         "temperature": Limits(LOWEST_TEMPERATURE),
     }
-
-    def __post_init__(self) -> None:
-        check_fields(self, self.limits)
 
     def scale_at(self, decoding_step: int, decoding_steps: int) -> float:
         """Guidance scale of decoding step ``decoding_step`` (from 0) out of ``decoding_steps``."""

@@ -11,25 +11,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from models.utils.files import atomic_write
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 MISSING = "\U0010ffff"  # a character that no font has
 
 
 @functools.cache
-def _fonts() -> list[Font]:
-    """Return Pillow's font, which has ASCII alone, and matplotlib's, which has most alphabets."""
-    # Found without importing matplotlib, which takes long.
-    file = distribution("matplotlib").locate_file("matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf")
-    return [ImageFont.load_default(size=11), ImageFont.truetype(str(file), 11)]
-
-
-def caption_font(text: str) -> Font | None:
-    """Return the first font that has all characters of a text; None where none has."""
-
-    def has(font: Font, character: str) -> bool:
-        return bytes(font.getmask(character)) != bytes(font.getmask(MISSING))
-
-    return next((font for font in _fonts() if all(has(font, character) for character in text)), None)
+def caption_font() -> ImageFont.FreeTypeFont:
+    """Return DejaVu Sans, which has most alphabets (Pillow's font has ASCII alone)."""
+    # Matplotlib brings it; to import that takes long.
+    return ImageFont.truetype(
+        str(distribution("matplotlib").locate_file("matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf")), 10
+    )
 
 
 def draw_grid(
@@ -40,22 +31,22 @@ def draw_grid(
 ) -> Image.Image:
     """uint8 images [n, H, W, 3] in rows of ``columns``, with a caption under each if given.
 
-    Where no font has the characters of a caption, "class" and the image's number in ``classes`` replace it.
+    Where the font lacks a character of a caption, "class" and the image's number in ``classes`` replace it.
     """
     height, width = images.shape[1:3]
     scale = max(1, 96 // width)  # small images are shown larger, pixel for pixel
     cell, strip = (width * scale, height * scale), 14 if captions else 0
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (cell[0] + 2), rows * (cell[1] + strip + 2)), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, font = ImageDraw.Draw(sheet), caption_font()
+    missing = bytes(font.getmask(MISSING))
     for i, image in enumerate(images):
         left, top = i % columns * (cell[0] + 2), i // columns * (cell[1] + strip + 2)
         sheet.paste(Image.fromarray(image).resize(cell, Image.Resampling.NEAREST), (left, top))
         if captions:
             name = unicodedata.normalize("NFC", captions[i])
-            font = caption_font(name)
-            if font is None:
-                name, font = f"class {classes[i]}" if classes else name, _fonts()[0]
+            if classes and any(bytes(font.getmask(character)) == missing for character in name):
+                name = f"class {classes[i]}"
             while font.getlength(name) > cell[0] and len(name) > 1:
                 name = name[:-2] + "…"
             draw.text((left + 1, top + cell[1]), name, "black", font)

@@ -97,7 +97,7 @@ def to_pixels(model: ARImageModel, tokens: Tensor, dtype: str, size: int | None 
 class Sampler:
     """Samples images of a request by their indices; the model is on ``device`` already.
 
-    batch_size: images that are decoded at once, >= 1. compile: decode with ``CompiledGenerate``.
+    compile: decode with ``CompiledGenerate``.
     Raises UserError for classes that the model does not have.
     """
 
@@ -110,8 +110,6 @@ class Sampler:
         compile: bool = False,
     ):
         request.check_classes(model.num_classes)
-        if batch_size < 1:
-            raise ValueError(f"batch_size: {batch_size} must be at least 1")
         self.model, self.request, self.batch_size, self.device = model, request, batch_size, device
         self.sequence_length = model.sequence_length
         self.batch_too_large = f"--batch-size: {batch_size} {TOO_MANY_IMAGES}"

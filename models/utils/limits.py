@@ -1,10 +1,10 @@
 """Which values an option may have: the same limits for a dataclass and for the command line."""
 
 import math
-import numbers
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, ClassVar
 
 from models.utils.errors import UserError
 
@@ -25,36 +25,37 @@ class Limits:
 
     def problem(self, value: Any) -> str | None:
         """Return what a value must be instead, such as "must be at least 1"; None where it is allowed."""
-        kind: Any = numbers.Integral if self.kind is int else numbers.Real
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, Integral if self.kind is int else Real):
             return f"must be {'an integer' if self.kind is int else 'a number'}"
+        number, high = self.kind(value), math.inf if self.high is None else self.high
         wanted = [f"above {self.low:g}" if self.above else f"at least {self.low:g}"]
         if self.high is not None:
             wanted.append(f"at most {self.high:g}")
-        inside = (self.low < value if self.above else self.low <= value) and (
-            self.high is None or value <= self.high
-        )
-        if self.kind is int and value > LARGEST_INTEGER:
+        if self.kind is int and number > LARGEST_INTEGER:
             wanted.append(f"at most {LARGEST_INTEGER}")
-        elif not math.isfinite(value):
+        elif not math.isfinite(number):
             wanted.append("finite")
-        elif inside:
+        elif self.low <= number <= high and not (self.above and number == self.low):
             return None
         return f"must be {' and '.join(wanted)}"
 
 
-def check_fields(options: Any, limits: Mapping[str, Limits | Collection[str]]) -> None:
-    """Raise UserError for a field of a dataclass that is outside its limits, or none of the names allowed.
+class Limited:
+    """A dataclass whose fields have limits: those of a number, or the names that are allowed.
 
-    None is allowed where the field's type says so.
+    None is allowed where a field's type says so. Raises UserError for other values.
     """
-    for field in fields(options):
-        value, allowed = getattr(options, field.name), limits.get(field.name)
-        if allowed is None or (value is None and isinstance(None, field.type)):  # type: ignore[arg-type]
-            continue
-        if isinstance(allowed, Limits):
-            problem = allowed.problem(value)
-        else:
-            problem = None if value in list(allowed) else f"must be one of {', '.join(allowed)}"
-        if problem:
-            raise UserError(f"{field.name}: {value!r} {problem}")
+
+    limits: ClassVar[Mapping[str, Limits | Collection[str]]]
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            value, allowed = getattr(self, field.name), self.limits.get(field.name)
+            if allowed is None or (value is None and isinstance(None, field.type)):  # type: ignore[arg-type]
+                continue
+            if isinstance(allowed, Limits):
+                problem = allowed.problem(value)
+            else:
+                problem = None if value in list(allowed) else f"must be one of {', '.join(allowed)}"
+            if problem:
+                raise UserError(f"{field.name}: {value!r} {problem}")

@@ -87,14 +87,12 @@ class WeightsFile:
             get_hf_file_metadata(hf_hub_url(self.repository, self.file))
             reached = True
             return Path(hf_hub_download(self.repository, self.file))
+        except (EntryNotFoundError, RepositoryNotFoundError):
+            problem = "the hub has no such file"
         except Exception as error:  # the hub's client lets many kinds through
-            problem = "it is not in the cache and the hub is out of reach"
-            if refusal := _refusal(error):
-                problem = refusal
-            elif isinstance(error, (EntryNotFoundError, RepositoryNotFoundError)):
-                problem = "the hub has no such file"
-            elif reached:
-                problem = f"the download failed: {reason(error)}"
+            out_of_reach = "it is not in the cache and the hub is out of reach"
+            problem = f"the download failed: {reason(error)}" if reached else out_of_reach
+            problem = _refusal(error) or problem
         raise UserError(
             f"{option}: {self}: {problem}; fetch that file by hand and give its path with {option} PATH"
         )

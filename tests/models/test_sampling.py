@@ -191,9 +191,9 @@ def test_inputs_that_would_be_taken_for_others(backbone):
         (2, model.sequence_length + 1),
         (model.sequence_length,),
     ):
-        with pytest.raises(ValueError, match="uniforms are .*; expected"):
+        with pytest.raises(ValueError, match="uniforms .*; expected"):
             model.generate(labels, torch.full(shape, 0.5))
-    with pytest.raises(ValueError, match="labels are"):
+    with pytest.raises(ValueError, match="labels .*; expected"):
         model.generate(labels[:, None], good)
 
 

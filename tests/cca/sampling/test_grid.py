@@ -1,4 +1,4 @@
-"""Captions of pictures of samples: a font that has their characters, or the class's number."""
+"""Captions of pictures of samples: a font that has most characters, or the class's number."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,7 @@ def drawn(name):
 
 @pytest.mark.parametrize("name", ["Käfer", "собака", "σκύλος", "rødspætte", "cat"])
 def test_names_in_other_alphabets(name):
-    font = caption_font(name)
-    assert font is not None
+    font = caption_font()
     # Different letters look different: they are no boxes for missing characters.
     assert len({bytes(font.getmask(c)) for c in name}) == len(set(name))
     assert not np.array_equal(drawn(name), drawn("class 7"))
@@ -23,7 +22,6 @@ def test_names_in_other_alphabets(name):
 
 @pytest.mark.parametrize("name", ["犬", "dog 🐶"])
 def test_names_that_no_font_has(name):
-    assert caption_font(name) is None
     assert np.array_equal(drawn(name), drawn("class 7"))
     draw_grid(IMAGES, 2, [name, name])  # without numbers it is drawn as it can be
 
