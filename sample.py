@@ -22,7 +22,7 @@ import torch
 from cca.cli.compilation import decide_compile
 from cca.cli.main import play, run_command
 from cca.cli.output import Found, Output
-from cca.cli.parser import Parser, add_model_options, count, number
+from cca.cli.parser import Parser, add_model_options, count, limits_of
 from cca.cli.parts import Parts, fill, write_npz
 from cca.cli.plan import add_dry_run_option
 from cca.config import SampleRequest
@@ -32,8 +32,7 @@ from cca.distributed import Processes
 from cca.sampling.batch_size import COMPILED_FROM, compiles_by_default, default_batch_size
 from cca.sampling.grid import write_grid
 from cca.sampling.sampler import Sampler, class_of, prepare
-from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError, zoo_entry
-from models.sampling import LOWEST_TEMPERATURE
+from models import ZOO, ARImageModel, SamplingOptions, UserError, zoo_entry
 from models.utils.files import size_text, writing
 from models.zoo.loading import ModelFiles, find_files
 
@@ -53,7 +52,7 @@ def make_parser() -> Parser:
         "--preset", choices=("published", "published-cfg"),
         help="sampling settings behind the published figures, without or with guidance; options overrule it",
     )  # fmt: skip
-    add("--num-samples", type=count(), help="images (default 50000)")
+    add("--num-samples", **limits_of(SampleRequest, "num_samples"), help="images (default 50000)")
     add(
         "--classes",
         metavar="all|0,7,8",
@@ -61,37 +60,43 @@ def make_parser() -> Parser:
     )
     add(
         "--class-order",
-        choices=("balanced", "random"),
+        **limits_of(SampleRequest, "class_order"),
         help="classes in turn, or drawn uniformly (default balanced)",
     )
     add(
         "--cfg-scale",
-        type=number(0),
+        **limits_of(SamplingOptions, "cfg_scale"),
         help="guidance scale s: uncond + s (cond - uncond); 1 is guidance-free (default 1.0)",
     )
     add(
         "--cfg-schedule",
-        choices=("constant", "linear"),
+        **limits_of(SamplingOptions, "cfg_schedule"),
         help="scale over the decoding steps (default: VAR linear, LlamaGen constant)",
     )
     add(
         "--cfg-interval",
-        type=count(),
+        **limits_of(SamplingOptions, "cfg_interval"),
         help="guide only the first this many steps (LlamaGen: tokens, VAR: levels; default all)",
     )
-    add("--top-k", type=count(0), help="keep the k likeliest tokens; 0 keeps all (default 0)")
+    add(
+        "--top-k",
+        **limits_of(SamplingOptions, "top_k"),
+        help="keep the k likeliest tokens; 0 keeps all (default 0)",
+    )
     add(
         "--top-p",
-        type=number(0, 1, above=True),
+        **limits_of(SamplingOptions, "top_p"),
         help="keep the likeliest tokens with this much probability (default 1.0)",
     )
-    add("--temperature", type=number(LOWEST_TEMPERATURE), help="divides the logits (default 1.0)")
+    add("--temperature", **limits_of(SamplingOptions, "temperature"), help="divides the logits (default 1.0)")
     add(
         "--eval-size",
-        type=count(),
+        **limits_of(SampleRequest, "eval_size"),
         help="resize to this side, bicubic, before the 8-bit conversion (pixels; default: no resizing)",
     )
-    add("--seed", type=count(0), default=0, help="seed of classes and tokens (default 0)")
+    add(
+        "--seed", **limits_of(SampleRequest, "seed"), default=0, help="seed of classes and tokens (default 0)"
+    )
     add(
         "--batch-size",
         type=count(),
@@ -99,7 +104,7 @@ def make_parser() -> Parser:
     )
     add(
         "--dtype",
-        choices=DTYPES,
+        **limits_of(SampleRequest, "dtype"),
         help="precision (default: the preset's, else float32; on a GPU the model's published one)",
     )
     add(
@@ -148,12 +153,9 @@ def parse_classes(text: str, model: ARImageModel) -> tuple[int, ...]:
     if text == "all":
         return tuple(range(model.num_classes))
     try:
-        classes = tuple(int(part) for part in text.split(","))
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"--classes: {text!r} is neither 'all' nor a list such as 0,7,8") from None
-    if not all(0 <= c < model.num_classes for c in classes):
-        raise UserError(f"--classes: {text} goes beyond 0 … {model.num_classes - 1}")
-    return classes
 
 
 def make_request(args: argparse.Namespace, model: ARImageModel, device: torch.device) -> SampleRequest:
@@ -164,9 +166,11 @@ def make_request(args: argparse.Namespace, model: ARImageModel, device: torch.de
     )
     classes = parse_classes(args.classes or "all", model)
     dtype = args.dtype or default_dtype(args.model, device)
-    return SampleRequest(
+    request = SampleRequest(
         args.num_samples, classes, args.class_order, args.seed, args.eval_size, dtype, sampling
     )
+    request.check_classes(model.num_classes)
+    return request
 
 
 @dataclass
@@ -280,8 +284,8 @@ class Sampling:
         (images,) = NpzImages(self.output.path).batches(slice(0, count), count)
         with writing(self.args.grid):
             self.args.grid.parent.mkdir(parents=True, exist_ok=True)
-        captions = [names[class_of(i, self.request)] for i in range(count)]
-        write_grid(images, self.args.grid, columns, captions)
+        classes = [class_of(i, self.request) for i in range(count)]
+        write_grid(images, self.args.grid, columns, [names[c] for c in classes], classes)
 
 
 def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Sampling:

@@ -3,11 +3,17 @@
 from dataclasses import asdict, dataclass
 
 from models.sampling import SamplingOptions
+from models.utils.errors import UserError
+from models.utils.limits import Limited, Limits
+from models.utils.precision import DTYPES
 
 
 @dataclass(frozen=True)
-class SampleRequest:
-    """What is sampled; ``classes`` lists the classes in use, ``eval_size`` resizes (bicubic)."""
+class SampleRequest(Limited):
+    """What is sampled; ``classes`` lists those in use, at least one; ``eval_size`` resizes (bicubic, pixels).
+
+    Raises UserError for values outside ``limits``.
+    """
 
     num_samples: int
     classes: tuple[int, ...]
@@ -17,10 +23,27 @@ class SampleRequest:
     dtype: str
     sampling: SamplingOptions
 
+    limits = {
+        "num_samples": Limits(1, kind=int),
+        "class_order": ("balanced", "random"),
+        "seed": Limits(0, kind=int),
+        "eval_size": Limits(1, kind=int),
+        "dtype": DTYPES,
+    }
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raise UserError unless there are classes, and all are among 0 … num_classes - 1."""
+        if not self.classes or not all(0 <= c < num_classes for c in self.classes):
+            text = ",".join(map(str, self.classes)) or "an empty list"
+            raise UserError(f"--classes: {text} goes beyond 0 … {num_classes - 1}")
+
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """Every option that decides what is trained; see ``--help`` of the commands."""
+class TrainingConfig(Limited):
+    """Every option that decides what is trained; see ``--help`` of the commands.
+
+    Raises UserError for values outside ``limits``.
+    """
 
     loss: str
     beta: float
@@ -38,6 +61,24 @@ class TrainingConfig:
     ema: float
     seed: int
     dtype: str
+
+    limits = {
+        "beta": Limits(0, above=True),
+        "lambda_": Limits(0),
+        "uncond_ratio": Limits(0, 1),
+        "batch_size": Limits(1, kind=int),
+        "lr": Limits(0),
+        "weight_decay": Limits(0),
+        "final_weight_decay": Limits(0),
+        "grad_clip": Limits(0, above=True),
+        "warmup": Limits(0, 1),
+        "final_lr": Limits(0, 1),
+        "schedule_accumulation": Limits(1, kind=int),
+        "max_steps": Limits(1, kind=int),
+        "ema": Limits(0, 1),
+        "seed": Limits(0, kind=int),
+        "dtype": DTYPES,
+    }
 
     def options(self) -> dict:
         """Return the options under their names in config.json."""

@@ -35,7 +35,11 @@ def cca_loss(
 
     Returns:
         scalar loss.
+
+    Raises:
+        ValueError: rewards or ``same_label`` of other shapes, or other hyperparameters.
     """
+    _check(reward, negative_reward, same_label, beta, lambda_)
     sign, weight = _negative_terms(same_label, negative_reward, lambda_)
     positive = -F.logsigmoid(beta * reward).mean()
     negative = -(weight * F.logsigmoid(sign * beta * negative_reward)).mean()
@@ -49,8 +53,9 @@ def dpo_loss(
 
     L = -mean_i log s(beta (r(x_i, c_i) - r(x_i, c_i-)))
 
-    Arguments as in ``cca_loss``; ``same_label`` and ``lambda_`` play no part.
+    Arguments and errors as in ``cca_loss``; ``same_label`` and ``lambda_`` play no part.
     """
+    _check(reward, negative_reward, same_label, beta=beta)
     return -F.logsigmoid(beta * (reward - negative_reward)).mean()
 
 
@@ -61,10 +66,22 @@ def unlearning_loss(
 
     L = [-mean_i r(x_i, c_i) - mean_i w_i sign_i r(x_i, c_i-)] / max(lambda_, 1)
 
-    Arguments, signs and weights as in ``cca_loss``; ``beta`` plays no part.
+    Arguments, errors, signs and weights as in ``cca_loss``; ``beta`` plays no part.
     """
+    _check(reward, negative_reward, same_label, lambda_=lambda_)
     sign, weight = _negative_terms(same_label, negative_reward, lambda_)
     return (-reward.mean() - (weight * sign * negative_reward).mean()) / max(lambda_, 1.0)
+
+
+def _check(
+    reward: Tensor, negative_reward: Tensor, same_label: Tensor, beta: float = 1.0, lambda_: float = 0.0
+) -> None:
+    """Raise ValueError unless all tensors are [B], beta is above 0 and lambda_ is at least 0."""
+    shapes = [list(tensor.shape) for tensor in (reward, negative_reward, same_label)]
+    if shapes != [[reward.numel()]] * 3:
+        raise ValueError(f"rewards and same_label are {', '.join(map(str, shapes))}; expected [B] each")
+    if not (0 < beta < float("inf") and 0 <= lambda_ < float("inf")):
+        raise ValueError(f"beta {beta} must be above 0, lambda_ {lambda_} at least 0, both finite")
 
 
 def _negative_terms(same_label: Tensor, like: Tensor, lambda_: float) -> tuple[Tensor, Tensor]:
@@ -111,7 +128,12 @@ def pair_labels(
     """Return c and c- of each image of a global batch: labels [B], uncond bool [B] -> [B], [B].
 
     Rows of ``uncond`` get the null class on both sides, which keeps the unconditional model alive.
+    Raises ValueError for other shapes.
     """
+    if labels.ndim != 1 or uncond.shape != labels.shape:
+        raise ValueError(
+            f"labels and uncond are {list(labels.shape)}, {list(uncond.shape)}; expected [B] each"
+        )
     null = torch.full_like(labels, null_class)
     return torch.where(uncond, null, labels), torch.where(uncond, null, negatives(labels))
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.log_likelihood import linear_sequence_logprob
+from models.log_likelihood import check_tokens, linear_sequence_logprob
 from models.sampling import DecodingState, SamplingOptions, generate_tokens, require_finite
 from models.transforms import Transform
 from models.utils.precision import autocast_dtype
@@ -233,18 +233,30 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
         return self.tokenizer.encode(images)
 
     def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:
-        """Tokens [B, L] -> images [B, 3, H, W] in [-1, 1], resized (bicubic) to side ``size`` if given."""
+        """Tokens [B, L] -> images [B, 3, H, W] in [-1, 1], resized (bicubic) to side ``size`` if given.
+
+        Raises ValueError for other tokens (see ``check_tokens``).
+        """
+        check_tokens(tokens, (len(tokens), self.sequence_length), self.vocab_size)
         images = self.tokenizer.decode(tokens).float()
         if size and size != images.shape[-1]:
             images = F.interpolate(images, size=(size, size), mode="bicubic")
         return images.clamp(-1, 1)  # after resizing, as the published LlamaGen script does
 
     def logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
-        """Teacher-forced float32 logits [B, L, V] of tokens [B, L] under labels [B]."""
+        """Teacher-forced float32 logits [B, L, V] of tokens [B, L] under labels [B].
+
+        Raises ValueError for other shapes, or tokens outside the vocabulary (see ``check_tokens``).
+        """
+        check_tokens(tokens, (*labels.shape, self.sequence_length), self.vocab_size)
         return self.transformer.logits(labels, self.inputs(tokens))
 
     def sequence_logprob(self, labels: Tensor, tokens: Tensor) -> Tensor:
-        """log p(tokens | label), summed over all tokens of an image: [B], [B, L] -> [B] float32."""
+        """log p(tokens | label), summed over all tokens of an image: [B], [B, L] -> [B] float32.
+
+        Raises ValueError as ``logits`` does.
+        """
+        check_tokens(tokens, (*labels.shape, self.sequence_length), self.vocab_size)
         return self.transformer(labels, self.inputs(tokens), tokens)
 
     def generate(
@@ -261,8 +273,15 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
             tokens [B, L] int64.
 
         Raises:
+            ValueError: other shapes, or a uniform number outside [0, 1).
             UserError: the logits are not finite.
         """
+        fits = labels.ndim == 1 and uniforms.shape == (len(labels), self.sequence_length)
+        if not fits or not ((uniforms >= 0) & (uniforms < 1)).all():  # nor NaN
+            raise ValueError(
+                f"labels {list(labels.shape)}, uniforms {list(uniforms.shape)}; expected [B] and "
+                f"[B, {self.sequence_length}] of numbers in [0, 1)"
+            )
         weight = self.transformer.output_layer().weight
         tokens = generate_tokens(self, labels, uniforms, options)
         # A copy is no inference tensor: it may be trained on.

@@ -6,7 +6,7 @@ its backward. Here they exist for a chunk of tokens at a time, in the forward an
 backward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -18,8 +18,25 @@ from models.utils.precision import LIKELIHOOD_LOGITS, row_chunks
 Layer = tuple[Tensor, Tensor | None]  # weight [V, D], bias [V] or None
 
 
+def check_tokens(tokens: Tensor, shape: Sequence[int], vocab_size: int) -> None:
+    """Raise ValueError for tokens that are not [B, L] of that shape, or that are outside 0 … vocab_size - 1.
+
+    Only on the CPU are their values looked at: a GPU would have to be waited for.
+    """
+    if tokens.ndim != 2 or list(tokens.shape) != list(shape):
+        raise ValueError(f"tokens are {list(tokens.shape)}; expected {list(shape)}")
+    if tokens.device.type == "cpu" and not ((tokens >= 0) & (tokens < vocab_size)).all():
+        raise ValueError(
+            f"tokens are {int(tokens.min())} … {int(tokens.max())}; expected 0 … {vocab_size - 1}"
+        )
+
+
 def sequence_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Sum over tokens of log softmax(logits)[token]: [B, L, V], [B, L] -> [B], in float32."""
+    """Sum over tokens of log softmax(logits)[token]: [B, L, V], [B, L] -> [B], in float32.
+
+    Raises ValueError for other tokens (see ``check_tokens``).
+    """
+    check_tokens(tokens, logits.shape[:-1], logits.shape[-1])
     return (
         -F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
         .view(tokens.shape)
@@ -34,8 +51,9 @@ def linear_sequence_logprob(
 
     hidden [B, L, D], weight [V, D], bias [V] or None, all of one dtype, in which the products are
     computed; tokens [B, L] int64 -> [B] float32. ``compiled``: by compiled functions of a chunk, which
-    serve chunks of any size.
+    serve chunks of any size. Raises ValueError for other tokens (see ``check_tokens``).
     """
+    check_tokens(tokens, hidden.shape[:-1], len(weight))
     logprob = _LinearLogprob.apply(hidden.flatten(0, 1), weight, bias, tokens.flatten(), compiled)
     return logprob.view(tokens.shape).sum(1)
 

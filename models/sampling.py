@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.utils.errors import UserError
+from models.utils.limits import Limited, Limits
 from models.utils.precision import DRAWN_LOGITS, row_chunks
 
 # Below it every draw is the likeliest token already, and the division would overflow.
@@ -18,14 +19,14 @@ NOT_FINITE = -1  # the "token" where a model's logits were not finite
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are drawn.
+class SamplingOptions(Limited):
+    """How tokens are drawn. Raises UserError for values outside ``limits``.
 
-    cfg_scale s: logits = uncond + s * (cond - uncond); 1 is guidance-free and runs no
+    cfg_scale s >= 0: logits = uncond + s * (cond - uncond); 1 is guidance-free and runs no
         unconditional pass (Ho & Salimans, 2022, arXiv 2207.12598, in LlamaGen's notation).
     cfg_schedule: "constant", or "linear": s - 1 grows from 0 at the first decoding step to its
         full value at the last (VAR's schedule; its own cfg is s - 1).
-    cfg_interval: guide only the first this many decoding steps (LlamaGen: tokens, VAR: levels);
+    cfg_interval: guide only the first this many decoding steps (LlamaGen: tokens, VAR: levels), >= 1;
         None guides all.
     top_k: keep the k likeliest tokens, 0 keeps all. top_p: then the smallest set with this much
         of the remaining probability, in (0, 1]. temperature: divides the logits first, >= 1e-6.
@@ -37,6 +38,15 @@ class SamplingOptions:
     top_k: int = 0
     top_p: float = 1.0
     temperature: float = 1.0
+
+    limits = {
+        "cfg_scale": Limits(0),
+        "cfg_schedule": ("constant", "linear"),
+        "cfg_interval": Limits(1, kind=int),
+        "top_k": Limits(0, kind=int),
+        "top_p": Limits(0, 1, above=True),
+        "temperature": Limits(LOWEST_TEMPERATURE),
+    }
 
     def scale_at(self, decoding_step: int, decoding_steps: int) -> float:
         """Guidance scale of decoding step ``decoding_step`` (from 0) out of ``decoding_steps``."""

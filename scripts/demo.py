@@ -180,10 +180,10 @@ class Demo:
                 yield images
 
     def picture(self, images: list[np.ndarray], request: SampleRequest) -> Image.Image:
-        captions = [self.class_names[class_of(i, request)] for i in range(len(images))]
-        classes = len(request.classes)
-        columns = classes if 1 < classes <= 6 else int(np.ceil(np.sqrt(len(images))))
-        return draw_grid(np.stack(images), columns, captions)
+        classes = [class_of(i, request) for i in range(len(images))]
+        count = len(request.classes)
+        columns = count if 1 < count <= 6 else int(np.ceil(np.sqrt(len(images))))
+        return draw_grid(np.stack(images), columns, [self.class_names[c] for c in classes], classes)
 
 
 def heading(demo: Demo) -> str:

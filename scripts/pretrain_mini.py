@@ -323,7 +323,7 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
     model.tokenizer.requires_grad_(False)
     model.transformer.init_weights()
     config = TrainingConfig(
-        loss="sft", beta=0.0, lambda_=0.0, uncond_ratio=0.1, batch_size=64, lr=TRANSFORMER_LR, warmup=0.02,
+        loss="sft", beta=1.0, lambda_=0.0, uncond_ratio=0.1, batch_size=64, lr=TRANSFORMER_LR, warmup=0.02,
         final_lr=0.01, weight_decay=0.05, final_weight_decay=None, grad_clip=1.0, schedule_accumulation=1,
         max_steps=steps, ema=0.0, seed=seed, dtype="bfloat16",
     )  # fmt: skip

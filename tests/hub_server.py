@@ -21,6 +21,13 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {self.path}")
         repository, _, rest = self.path[1:].partition("/resolve/")
         content = self.server.files.get(f"{repository}/{rest.partition('/')[2]}")
+        if self.server.refusal:
+            self.send_response(self.server.refusal)
+            if self.server.refusal == 401 and "Authorization" in self.headers:
+                self.send_header("X-Error-Message", "Invalid credentials in Authorization header")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if content is None:
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
@@ -54,7 +61,8 @@ class Handler(BaseHTTPRequestHandler):
 class Hub(ThreadingHTTPServer):
     """``files`` maps "OWNER/REPOSITORY/FILE" to what it serves; ``cut`` breaks downloads off half-way.
 
-    ranges: whether it sends a part that is asked for. sent: where each answer began.
+    ranges: whether it sends a part that is asked for. sent: where each answer began. refusal: the status that
+    it answers everything with, if any.
     """
 
     daemon_threads = True
@@ -63,6 +71,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.cut, self.ranges = files, False, False
         self.requests, self.sent = [], []
+        self.refusal: int | None = None
 
     @property
     def endpoint(self) -> str:

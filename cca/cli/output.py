@@ -26,6 +26,7 @@ from models.utils.files import (
     read_json,
     reason,
     remove_folder,
+    size_text,
     write_json,
     writing,
 )
@@ -338,8 +339,8 @@ def check_space(output: Output, needed: int, what: str) -> None:
     usage = shutil.disk_usage(existing_part(output.path))
     if needed > usage.free and usage.total:  # some file systems, /proc among them, have no sizes
         raise UserError(
-            f"{output.option}: {output.path} has {usage.free / 1e9:.1f} GB free, "
-            f"the run needs {needed / 1e9:.1f} GB ({what})"
+            f"{output.option}: {output.path} has {size_text(usage.free)} free, the run needs "
+            f"{size_text(needed)}, {size_text(needed - usage.free)} more ({what})"
         )
 
 

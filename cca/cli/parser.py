@@ -1,16 +1,15 @@
 """Command-line pieces that several commands share."""
 
 import argparse
-import math
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from dataclasses import astuple
+from typing import Any, NoReturn
 
 from models.utils.errors import UserError
+from models.utils.limits import Limits
 from models.utils.precision import MOST_LOADERS, default_loaders
-
-LARGEST_INTEGER = 2**63 - 1  # what a tensor holds, and what a seed may be (see ``cca.random_streams``)
 
 
 def command_line(module: str, arguments: Sequence[str] = ()) -> str:
@@ -50,10 +49,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(low: float, high: float | None = None, kind: type = float, above: bool = False):
-    """An argparse type: a finite number from ``low`` (or above it) to ``high`` (None: as large as one likes).
-
-    Integers end at LARGEST_INTEGER in any case.
-    """
+    """Return an argparse type: a number within ``Limits`` of these arguments."""
+    limits = Limits(low, high, kind, above)
 
     def parse(text: str):
         try:
@@ -62,17 +59,9 @@ def number(low: float, high: float | None = None, kind: type = float, above: boo
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not {'an integer' if kind is int else 'a number'}"
             ) from None
-        wanted = [f"above {low:g}" if above else f"at least {low:g}"]
-        if high is not None:
-            wanted.append(f"at most {high:g}")
-        inside = (low < value if above else low <= value) and (high is None or value <= high)
-        if kind is int and value > LARGEST_INTEGER:
-            wanted.append(f"at most {LARGEST_INTEGER}")
-        elif not math.isfinite(value):
-            wanted.append("finite")
-        elif inside:
-            return value
-        raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(wanted)}")
+        if problem := limits.problem(value):
+            raise argparse.ArgumentTypeError(f"{text} {problem}")
+        return value
 
     return parse
 
@@ -80,6 +69,12 @@ def number(low: float, high: float | None = None, kind: type = float, above: boo
 def count(low: int = 1):
     """An argparse type: an integer of at least ``low``; see ``number``."""
     return number(low, kind=int)
+
+
+def limits_of(options: Any, name: str) -> dict[str, Any]:
+    """Return argparse's ``type`` or ``choices`` for a field of a dataclass that has ``limits``."""
+    allowed = options.limits[name]
+    return {"type": number(*astuple(allowed))} if isinstance(allowed, Limits) else {"choices": allowed}
 
 
 def add_workers_option(parser: argparse.ArgumentParser) -> None:

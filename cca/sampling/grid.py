@@ -1,5 +1,9 @@
 """Pictures of samples."""
 
+import functools
+import unicodedata
+from collections.abc import Sequence
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -7,29 +11,58 @@ from PIL import Image, ImageDraw, ImageFont
 
 from models.utils.files import atomic_write
 
+MISSING = "\U0010ffff"  # a character that no font has
 
-def draw_grid(images: np.ndarray, columns: int, captions: list[str] | None = None) -> Image.Image:
-    """uint8 images [n, H, W, 3] in rows of ``columns``, with a caption under each if given."""
+
+@functools.cache
+def caption_font() -> ImageFont.FreeTypeFont:
+    """Return DejaVu Sans, which has most alphabets (Pillow's font has ASCII alone)."""
+    # Matplotlib brings it; to import that takes long.
+    return ImageFont.truetype(
+        str(distribution("matplotlib").locate_file("matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf")), 10
+    )
+
+
+def draw_grid(
+    images: np.ndarray,
+    columns: int,
+    captions: Sequence[str] | None = None,
+    classes: Sequence[int] | None = None,
+) -> Image.Image:
+    """uint8 images [n, H, W, 3] in rows of ``columns``, with a caption under each if given.
+
+    Where the font lacks a character of a caption, "class" and the image's number in ``classes`` replace it.
+    """
     height, width = images.shape[1:3]
     scale = max(1, 96 // width)  # small images are shown larger, pixel for pixel
     cell, strip = (width * scale, height * scale), 14 if captions else 0
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (cell[0] + 2), rows * (cell[1] + strip + 2)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    draw, font = ImageDraw.Draw(sheet), caption_font()
+    missing = bytes(font.getmask(MISSING))
     for i, image in enumerate(images):
         left, top = i % columns * (cell[0] + 2), i // columns * (cell[1] + strip + 2)
         sheet.paste(Image.fromarray(image).resize(cell, Image.Resampling.NEAREST), (left, top))
         if captions:
-            name = captions[i]
+            name = unicodedata.normalize("NFC", captions[i])
+            if classes and any(bytes(font.getmask(character)) == missing for character in name):
+                name = f"class {classes[i]}"
             while font.getlength(name) > cell[0] and len(name) > 1:
                 name = name[:-2] + "…"
             draw.text((left + 1, top + cell[1]), name, "black", font)
     return sheet
 
 
-def write_grid(images: np.ndarray, path: Path, columns: int, captions: list[str] | None = None) -> None:
-    """PNG of ``draw_grid``."""
-    atomic_write(path, lambda temporary: draw_grid(images, columns, captions).save(temporary, format="PNG"))
+def write_grid(
+    images: np.ndarray,
+    path: Path,
+    columns: int,
+    captions: Sequence[str] | None = None,
+    classes: Sequence[int] | None = None,
+) -> None:
+    """Write the PNG of ``draw_grid``. Raises UserError where it cannot be written."""
+    sheet = draw_grid(images, columns, captions, classes)
+    atomic_write(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 
 def side_by_side(panels: list[tuple[str, Image.Image]]) -> Image.Image:

@@ -61,8 +61,8 @@ def prepare(model: ARImageModel, dtype: str, device: torch.device, compile: bool
 
     Raises UserError where the GPU's memory does not suffice.
     """
-    model.transformer.store_matrices(DTYPES[dtype])
     with memory_named(f"--model: the model {DOES_NOT_FIT}"):
+        model.transformer.store_matrices(DTYPES[dtype])
         model.to(device)
         if device.type != "cuda":
             return
@@ -98,6 +98,7 @@ class Sampler:
     """Samples images of a request by their indices; the model is on ``device`` already.
 
     compile: decode with ``CompiledGenerate``.
+    Raises UserError for classes that the model does not have.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Sampler:
         device: torch.device,
         compile: bool = False,
     ):
+        request.check_classes(model.num_classes)
         self.model, self.request, self.batch_size, self.device = model, request, batch_size, device
         self.sequence_length = model.sequence_length
         self.batch_too_large = f"--batch-size: {batch_size} {TOO_MANY_IMAGES}"

@@ -1,13 +1,14 @@
 """The options of the training commands; what is not given is the recipe's of model and loss."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
-from cca.cli.parser import Parser, add_model_options, add_workers_option, count, number
+from cca.cli.parser import Parser, add_model_options, add_workers_option, count, limits_of
 from cca.cli.plan import add_dry_run_option
 from cca.config import TrainingConfig
 from cca.losses import LOSSES
-from models import DTYPES, ZOO, Recipe, UserError
+from models import ZOO, Recipe, UserError
 from models.zoo.registry import ZooEntry
 
 # Optimizer steps of a run from which on compilation pays on a GPU: on an H100 it took LlamaGen-L and VAR-d16
@@ -21,10 +22,10 @@ def training_parser(
 ) -> Parser:
     """Return the parser of the training command ``module``; ``data_option`` says where its data is."""
     parser = Parser(description, module)
-    add = parser.add_argument
+    add, limits = parser.add_argument, partial(limits_of, TrainingConfig)
     recipe = "default: the model's recipe"
     models = [name for name, entry in ZOO.items() if entry.backbone.training_command == module]
-    add_model_options(parser, models, "base|PATH")
+    add_model_options(parser, models, "base|PATH|RUN[/state/step-N][:ema]")
     add(data_option, required=True, type=Path, metavar="PATH", help=data_help)
     add("--output", required=True, type=Path, metavar="DIR",
         help="run folder; the same command again resumes it")
@@ -32,27 +33,29 @@ def training_parser(
         help="training loss (default cca); sft is plain maximum likelihood")
     add("--recipe", choices=("with-guidance",),
         help="other defaults for --loss cca: with-guidance, for sampling with guidance on top")
-    add("--beta", type=number(0, above=True), help=f"inverse temperature of the reward ({recipe})")
-    add("--lambda", dest="lambda_", type=number(0), help=f"weight of the negatives ({recipe})")
-    add("--uncond-ratio", type=number(0, 1), help=f"share of images trained without their class ({recipe})")
+    add("--beta", **limits("beta"), help=f"inverse temperature of the reward ({recipe})")
+    add("--lambda", dest="lambda_", **limits("lambda_"), help=f"weight of the negatives ({recipe})")
+    add("--uncond-ratio", **limits("uncond_ratio"),
+        help=f"share of images trained without their class ({recipe})")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=count(),
         help=f"passes over the data, each without its incomplete last batch ({recipe})")
-    length.add_argument("--max-steps", type=count(), help="optimizer steps, instead of --epochs")
-    add("--batch-size", type=count(), help=f"global batch in images, over all processes ({recipe})")
+    length.add_argument("--max-steps", **limits("max_steps"), help="optimizer steps, instead of --epochs")
+    add("--batch-size", **limits("batch_size"), help=f"global batch in images, over all processes ({recipe})")
     add("--micro-batch-size", type=count(),
         help="images of one forward pass in one process (default: what fits a GPU's memory; "
         "on CPUs, with --deterministic and fsdp as published on 8 GPUs; mini: 32; resumed: as before)")
-    add("--lr", type=number(0), help=f"peak learning rate ({recipe}; VAR: in proportion to --batch-size)")
-    add("--warmup", type=number(0, 1), help=f"fraction of the run with rising rate ({recipe})")
-    add("--final-lr", type=number(0, 1), help=f"last rate over peak rate; 1 keeps it constant ({recipe})")
-    add("--weight-decay", type=number(0), help=f"AdamW weight decay ({recipe})")
-    add("--final-weight-decay", type=number(0),
+    add("--lr", **limits("lr"), help=f"peak learning rate ({recipe}; VAR: in proportion to --batch-size)")
+    add("--warmup", **limits("warmup"), help=f"fraction of the run with rising rate ({recipe})")
+    add("--final-lr", **limits("final_lr"), help=f"last rate over peak rate; 1 keeps it constant ({recipe})")
+    add("--weight-decay", **limits("weight_decay"), help=f"AdamW weight decay ({recipe})")
+    add("--final-weight-decay", **limits("final_weight_decay"),
         help=f"weight decay at the end, reached along a cosine ({recipe}: constant but for var-d30)")
-    add("--grad-clip", type=number(0, above=True), help=f"largest gradient norm ({recipe})")
-    add("--ema", type=number(0, 1), default=0.0, metavar="DECAY",
+    add("--grad-clip", **limits("grad_clip"), help=f"largest gradient norm ({recipe})")
+    add("--ema", **limits("ema"), default=0.0, metavar="DECAY",
         help="also keep and write an average of the weights, e.g. 0.999 (default 0: none)")
-    add("--dtype", choices=DTYPES, help=f"precision of the forward pass; float16 scales the loss ({recipe})")
+    add("--dtype", **limits("dtype"),
+        help=f"precision of the forward pass; float16 scales the loss ({recipe})")
     add("--parallel", choices=("ddp", "fsdp"),
         help=f"replicate the model in each process, or shard it ({recipe})")
     add("--compile", action=argparse.BooleanOptionalAction,
@@ -62,7 +65,7 @@ def training_parser(
     add("--deterministic", action="store_true",
         help="compute so that a run on GPUs can be repeated bit for bit, more slowly")
     add_workers_option(parser)
-    add("--seed", type=count(0), default=0,
+    add("--seed", **limits("seed"), default=0,
         help="seed of data order, crops, null-class draws and dropout (default 0)")
     add("--save-every", type=count(), default=100, help="steps between saved states (default 100)")
     add("--keep-states", type=count(), metavar="N",

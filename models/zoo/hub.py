@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import (
     get_hf_file_metadata,
+    get_token,
     hf_hub_download,
     hf_hub_url,
     try_to_load_from_cache,
@@ -17,7 +18,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock
 
 from models.utils.errors import UserError
-from models.utils.files import existing_part, reason, size_text, writing
+from models.utils.files import causes, existing_part, reason, size_text, writing
 
 ASSETS = Path(__file__).parents[2] / "assets"
 
@@ -91,9 +92,22 @@ class WeightsFile:
         except Exception as error:  # the hub's client lets many kinds through
             out_of_reach = "it is not in the cache and the hub is out of reach"
             problem = f"the download failed: {reason(error)}" if reached else out_of_reach
+            problem = _refusal(error) or problem
         raise UserError(
             f"{option}: {self}: {problem}; fetch that file by hand and give its path with {option} PATH"
         )
+
+
+def _refusal(error: Exception) -> str | None:
+    """Return why a server refused a token or too many requests; None for other errors."""
+    statuses = {getattr(getattr(e, "response", None), "status_code", None) for e in causes(error)}
+    if statuses & {401, 403} and get_token():
+        return (
+            "the hub refuses your token (HF_TOKEN, or that of `hf auth login`): renew it, or give it access"
+        )
+    if 429 in statuses:
+        return "the rate limit is reached (429 Too Many Requests): try again in some minutes"
+    return None
 
 
 def download(address: str, path: Path, is_whole: Callable[[Path], bool], option: str) -> Path:
@@ -115,8 +129,9 @@ def download(address: str, path: Path, is_whole: Callable[[Path], bool], option:
     try:
         size = get_hf_file_metadata(address, token=False).size
     except Exception as error:  # the client lets many kinds through
+        why = _refusal(error) or reason(error)
         raise UserError(
-            f"{option}: {address} is out of reach ({reason(error)}); fetch it by hand and put it at {path}"
+            f"{option}: {address} is out of reach ({why}); fetch it by hand and put it at {path}"
         ) from None
     part = part_of(path)
     with writing(path):
@@ -148,5 +163,5 @@ def _download(address: str, size: int | None, part: Path, option: str) -> None:
         except Exception as error:  # the client lets many kinds through
             raise UserError(
                 f"{option}: {address}: the download was cut off after {file.tell():,} bytes "
-                f"({reason(error)}); the same command resumes it"
+                f"({_refusal(error) or reason(error)}); the same command resumes it"
             ) from None

@@ -1,5 +1,7 @@
 """Losses and their gradients against the figures of the published code, in float64."""
 
+import math
+
 import pytest
 import torch
 from golden_models import golden
@@ -25,6 +27,32 @@ def test_loss_and_gradient(name, masked, beta, lam):
     key = f"{name}_{'masked' if masked else 'nomask'}_beta{beta}_lambda{lam}"
     for actual, part in ((loss, "loss"), (positive.grad, "grad_positive"), (negative.grad, "grad_negative")):
         torch.testing.assert_close(actual, FIGURES[f"{key}_{part}"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", GOLDEN_LOSSES)
+def test_shapes_that_would_broadcast(name):
+    """And hyperparameters that no loss has; what a loss does not use may be anything."""
+    rows, loss = torch.zeros(4), LOSSES[name].objective
+    same = torch.zeros(4, dtype=torch.bool)
+    for wrong in (
+        (rows, rows, same[:, None]), (rows, rows[:, None], same), (rows[:, None],) * 2 + (same[:, None],),
+        (rows[:1], rows, same), (rows, rows[0], same), (rows, rows, same[:1]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"expected \[B\]"):
+            loss(*wrong, 0.1, 1.0)
+    used = LOSSES[name].hyperparameters
+    for beta, lambda_ in ((0.0, 1.0), (-1.0, 1.0), (math.nan, 1.0), (0.1, -1.0), (0.1, math.inf)):
+        if (beta != 0.1 and "beta" in used) or (lambda_ != 1.0 and "lambda_" in used):
+            with pytest.raises(ValueError, match="beta .* must be above 0"):
+                loss(rows, rows, same, beta, lambda_)
+    assert loss(rows, rows, same, 0.1, 0.0).isfinite()
+
+
+def test_pair_labels_of_one_shape():
+    labels = torch.arange(4)
+    for wrong in ((labels, torch.zeros(1, dtype=torch.bool)), (labels, torch.zeros(4, 1, dtype=torch.bool))):
+        with pytest.raises(ValueError, match=r"expected \[B\]"):
+            pair_labels(*wrong, 9)
 
 
 def test_pair_labels():

@@ -59,6 +59,26 @@ def test_logits_log_likelihoods_and_greedy_tokens(name):
     assert logits_error(name, torch.device("cpu")) < 1e-4
 
 
+@pytest.mark.parametrize("function", ["sequence_logprob", "logits", "decode"])
+def test_tokens_that_do_not_fit(case, function):
+    model, length = case[0], case[0].sequence_length
+
+    def call(tokens, labels):
+        return model.decode(tokens) if function == "decode" else getattr(model, function)(labels, tokens)
+
+    labels, tokens = torch.arange(2), torch.zeros(2, length, dtype=torch.int64)
+    call(tokens, labels)
+    for wrong in (length - 1, length + 1, 1):
+        with pytest.raises(ValueError, match=f"tokens are .*; expected .2, {length}."):
+            call(torch.zeros(2, wrong, dtype=torch.int64), labels)
+    for wrong in (-1, -100, model.vocab_size):
+        with pytest.raises(ValueError, match="tokens are .*; expected 0 … "):
+            call(tokens.index_fill(1, torch.tensor(length - 1), wrong), labels)
+    for wrong in (labels[:1], labels[:, None]) if function != "decode" else ():
+        with pytest.raises(ValueError, match="are .*; expected"):
+            call(tokens, wrong)
+
+
 @pytest.mark.parametrize("name", LLAMAGEN_CASES)
 def test_guidance_from_a_step_on(name):
     """The published interval 5 counts decode steps 0 to 5 after the first token: 7 tokens in all."""

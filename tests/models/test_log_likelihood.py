@@ -31,6 +31,26 @@ def test_chunked_logprob_equals_the_plain_one(monkeypatch, bias):
         torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("function", ["from logits", "from hidden states"])
+def test_tokens_that_do_not_fit(function):
+    """Also where the counts agree, and -100, which PyTorch's cross-entropy leaves out."""
+    hidden, weight = torch.randn(2, 5, 8), torch.randn(11, 8)
+
+    def logprob(tokens):
+        if function == "from logits":
+            return sequence_logprob(hidden @ weight.T, tokens)
+        return linear_sequence_logprob(hidden, weight, None, tokens)
+
+    for shape in ((5, 2), (2, 4), (10,), (2, 5, 1)):
+        with pytest.raises(ValueError, match=r"expected \[2, 5\]"):
+            logprob(torch.zeros(shape, dtype=torch.int64))
+    for value in (-100, -1, 11):
+        tokens = torch.zeros(2, 5, dtype=torch.int64)
+        tokens[1, 4] = value
+        with pytest.raises(ValueError, match=r"expected 0 … 10"):
+            logprob(tokens)
+
+
 def one_pass(hidden: Tensor, layer: list[Tensor], tokens: Tensor, compiled: bool):
     """Log-likelihoods, those of a reference, the gradients of their sum, and what is kept for these."""
     kept: list[tuple[torch.Size, torch.dtype]] = []

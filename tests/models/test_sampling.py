@@ -4,6 +4,7 @@ import itertools
 import math
 import struct
 
+import numpy as np
 import pytest
 import torch
 from golden_models import golden
@@ -146,11 +147,54 @@ def test_logits_that_are_not_finite_mark_their_row(backbone, options):
         require_finite(tokens, torch.float16)
 
 
-@pytest.mark.parametrize("options", [{"cfg_scale": 1e300}, {"temperature": 1e-45}])
-def test_options_that_overflow(options):
+def test_guidance_that_overflows():
     model = tiny("llamagen")
     with pytest.raises(UserError, match="not finite"):
-        model.generate(torch.tensor([0]), torch.rand(1, 4), SamplingOptions(**options))
+        model.generate(torch.tensor([0]), torch.rand(1, 4), SamplingOptions(cfg_scale=1e300))
+
+
+@pytest.mark.parametrize(
+    "name, values, wanted",
+    [
+        ("cfg_scale", (-0.5, math.nan, math.inf, "2", None, True), "at least 0|a number"),
+        ("cfg_schedule", ("cosine", "", None, ["linear"]), "one of constant, linear"),
+        ("cfg_interval", (0, -1, 1.5), "at least 1|an integer"),
+        ("top_k", (-1, 2.0, 2**63), "at least 0|an integer"),
+        ("top_p", (0, -0.1, 1.01, math.nan), "above 0 and at most 1"),
+        ("temperature", (-1, 0, 1e-45, LOWEST_TEMPERATURE / 2), "at least 1e-06"),
+    ],
+)
+def test_options_outside_their_limits(name, values, wanted):
+    for value in values:
+        with pytest.raises(UserError, match=f"^{name}: .* must be ({wanted})"):
+            SamplingOptions(**{name: value})
+
+
+def test_options_at_their_limits():
+    SamplingOptions(0, "linear", 1, 2**63 - 1, 1, LOWEST_TEMPERATURE)
+    SamplingOptions(np.float32(2), "constant", None, np.int64(5), np.float64(0.5), 1e30)
+
+
+@pytest.mark.parametrize("backbone", ["var", "llamagen"])
+def test_inputs_that_would_be_taken_for_others(backbone):
+    """Uniform numbers of another shape or outside [0, 1), labels that are no [B]."""
+    model, labels = tiny(backbone), torch.tensor([0, 1])
+    good = torch.full((2, model.sequence_length), 0.5)
+    for value in (1.0, -0.1, math.nan, math.inf):
+        uniforms = good.clone()
+        uniforms[1, 2] = value
+        with pytest.raises(ValueError, match=r"\[0, 1\)"):
+            model.generate(labels, uniforms)
+    for shape in (
+        (2, 1),
+        (1, model.sequence_length),
+        (2, model.sequence_length + 1),
+        (model.sequence_length,),
+    ):
+        with pytest.raises(ValueError, match="uniforms .*; expected"):
+            model.generate(labels, torch.full(shape, 0.5))
+    with pytest.raises(ValueError, match="labels .*; expected"):
+        model.generate(labels[:, None], good)
 
 
 @pytest.mark.parametrize("backbone", ["var", "llamagen"])

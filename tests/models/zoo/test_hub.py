@@ -99,6 +99,27 @@ def test_no_network(tmp_path, offline):
     one_line(result, tmp_path, "--weights: ", message)
 
 
+@pytest.mark.parametrize(
+    "status, token, message",
+    [
+        (401, "hf_old", "the hub refuses your token (HF_TOKEN, or that of `hf auth login`)"),
+        (403, "hf_old", "the hub refuses your token (HF_TOKEN, or that of `hf auth login`)"),
+        (401, "", "the hub is out of reach"),
+        (429, "", "the rate limit is reached (429 Too Many Requests)"),
+        (429, "hf_good", "the rate limit is reached (429 Too Many Requests)"),
+        (500, "hf_good", "the hub is out of reach"),
+    ],
+)
+def test_a_hub_that_refuses(status, token, message, hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.refusal = status
+    result = sample(tmp_path, hub.endpoint, "--model", "llamagen-b")
+    one_line(
+        result, tmp_path, "--weights: FoundationVision/LlamaGen/c2i_B_384.pt: ", message, "--weights PATH"
+    )
+    assert "hf_" not in result.stderr.replace("hf_hub", "")  # the token itself is told nobody
+
+
 def test_truncated_download(hub, tmp_path):
     hub.cut = True
     result = sample(tmp_path, hub.endpoint, "--model", "var-mini", "--tokenizer-weights", "vae_ch160v4096z32")
@@ -186,6 +207,9 @@ def test_another_content_is_removed(other, server, tmp_path):
 def test_out_of_reach(server, tmp_path, monkeypatch):
     """Nothing is made on the disk; the line says what to fetch and where to put it."""
     by_hand = rf"; fetch it by hand and put it at {tmp_path}/cache/FILE\.npz"
+    server.refusal = 429
+    refused(server, tmp_path, rf"is out of reach \(the rate limit is reached .*\){by_hand}")
+    server.refusal = None
     server.files.clear()
     refused(server, tmp_path, rf"is out of reach \(.*404.*\){by_hand}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
