@@ -83,8 +83,12 @@ def test_nothing_of_another_format_is_resumed(kind, found, tmp_path):
     }[kind]
     path = tmp_path / marker
     path.parent.mkdir(exist_ok=True)
-    path.write_text(f'{{{found}"options": {{"seed": 0}}}}')
-    with pytest.raises(UserError, match=f"{path.name}.* (holds format|is a file that this command did not)"):
+    content = f'"kind": "{output.noun}", "options": {{"seed": 0}}}}'
+    path.write_text(f"{{{found}{content}")
+    with pytest.raises(UserError, match=f"{path.name}: holds format"):
         output.look()
-    path.write_text('{"format": 1, "options": {"seed": 0}}')
+    path.write_text('{"format": 1, "kind": "something else", "options": {"seed": 0}}')
+    with pytest.raises(UserError, match=f"{path.name} describes 'something else', not {output.noun}"):
+        output.look()
+    path.write_text('{"format": 1, ' + content)
     assert output.look().options in ({}, {"seed": 0})  # {} where the described samples are gone

@@ -113,9 +113,9 @@ def test_a_finished_file(tmp_path, capsys):
 def test_what_sample_did_not_write_is_not_overwritten(tmp_path):
     (tmp_path / "config.json").write_text('{"mine": 1}')
     (tmp_path / "data.npz").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"config\.json, where the samples are described, is a file that"):
+    with pytest.raises(UserError, match=r"config\.json: holds format None"):
         make(tmp_path / "config.npz")
-    with pytest.raises(UserError, match=r"data\.npz exists, and data\.json does not say how it was made"):
+    with pytest.raises(UserError, match=r"data\.npz exists, and no record beside it"):
         make(tmp_path / "data.npz")
     assert sorted(os.listdir(tmp_path)) == ["config.json", "data.npz"]
 
