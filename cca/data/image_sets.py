@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cca.data.image_folders import IMAGE_SUFFIXES, find_images, fingerprint, read_image
 from cca.data.labels import number_classes, whole_numbers
+from cca.data.reading import read_items
 from models import ZOO, UserError
 from models.utils.files import file_sha256, finite_or_none, read_own_json, reason
 from models.zoo.loading import build_model
@@ -226,14 +227,7 @@ class FolderOfImages(Dataset):
 
     def batches(self, part: slice, batch_size: int) -> Iterator[np.ndarray]:
         """Images of a range in order, uint8 [n, H, W, 3], n <= batch_size at a time."""
-        loader = DataLoader(
-            self,
-            batch_size,
-            sampler=range(part.start, part.stop),
-            num_workers=self.workers,
-            multiprocessing_context="fork" if self.workers else None,
-        )
-        for images in loader:
+        for images in read_items(self, range(part.start, part.stop), self.workers, batch_size):
             yield images.numpy()
 
     def content_hash(self) -> str:
