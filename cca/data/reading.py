@@ -79,7 +79,8 @@ def from_workers(loader: DataLoader) -> Iterator[Any]:
         if "DataLoader worker (pid" in str(error):
             problem = "one of {} data-loading workers was killed, perhaps because the memory was full"
         elif "shared memory" in str(error) or isinstance(error, OSError) and error.filename is None:
-            why = str(error).strip().splitlines()[-1].rpartition(": ")[2]
+            last_line = str(error).strip().splitlines()[-1]  # the worker's own, below its traceback
+            why = getattr(error, "strerror", None) or last_line.rpartition(": ")[2]
             problem = f"{{}} data-loading workers find no room in the shared memory, /dev/shm ({why})"
         else:
             raise

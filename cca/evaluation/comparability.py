@@ -10,7 +10,7 @@ from cca.evaluation.evaluator import METRICS, Comparison
 from cca.evaluation.features import Extractor
 from cca.evaluation.references import REFERENCE_IMAGES
 from models import ZOO, UserError
-from models.utils.files import parse_json
+from models.utils.files import parse_json, regular
 
 
 def comparability(
@@ -83,7 +83,7 @@ def compare(paths: list[Path]) -> str:
 def result_cells(path: Path, columns: list[str]) -> list[str]:
     """Return a row: the samples' name, metrics, published FID and difference from it. Raises UserError."""
     try:
-        content = parse_json(path.read_text())
+        content = parse_json(regular(path).read_text())
         if content["format"] != 1:
             raise ValueError
         values = {column: float(value) for column, value in content["metrics"].items()}
