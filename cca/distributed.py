@@ -235,7 +235,13 @@ class Processes:
 
     def digest(self, take: Callable[[], str | None]) -> str | None:
         """A SHA-256 (or None) of files, taken once on each node; ``same`` compares them."""
-        own = take() if self.local == 0 else None
+        own = None
+
+        def take_own() -> None:
+            nonlocal own
+            own = take() if self.local == 0 else None
+
+        self.agree(take_own)
         of_main = self.from_main(own or "")
         return own if self.local == 0 else of_main or None
 

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cca.cli.main import play, run_command
@@ -33,7 +32,8 @@ from cca.cli.parts import Parts, fill, write_npy
 from cca.cli.plan import add_dry_run_option
 from cca.data.datasets import LabelledDataset, open_labelled_images
 from cca.data.labels import add_classes_option, read_classes
-from cca.distributed import Processes, children_ignore_signals
+from cca.data.reading import read_items
+from cca.distributed import Processes
 from cca.training.encoding import to_tokens
 from models.base import ARImageModel
 from models.transforms import TenCrops
@@ -90,15 +90,7 @@ def read_crops(
 
     n images have at least ``at_once`` crops, or end where a range ends.
     """
-    loader = DataLoader(
-        source,
-        batch_size=None,
-        sampler=[(0, index) for part in ranges for index in part],
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-    )
-    with children_ignore_signals():
-        items = iter(loader)
+    items = read_items(source, [(0, index) for part in ranges for index in part], workers)
     count = math.ceil(at_once / source.crops)
     for indices in (part[i : i + count] for part in ranges for i in range(0, len(part), count)):
         images, replaced = zip(*islice(items, len(indices)))

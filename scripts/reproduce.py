@@ -121,9 +121,13 @@ def resolve(args: Namespace) -> dict[str, list[Row]]:
             raise UserError(f"--models: {name} needs --mini")
         if entry.published and args.mini:
             raise UserError(f"--models: {name} does not go with --mini")
-    for loss, _ in args.loss_options:
+    for loss, options in args.loss_options:
         if loss not in LOSSES:
             raise UserError(f"--loss-options: {loss!r} is not one of {', '.join(LOSSES)}")
+        try:
+            shlex.split(options)
+        except ValueError as error:  # a quotation without its end
+            raise UserError(f"--loss-options: {options!r} are no options ({error})") from None
     if args.from_released and (experiment.rows is not table_rows or args.mini):
         raise UserError("--from-released: goes with the published models' tables alone")
     if args.nnodes > 1 and not args.rdzv_endpoint:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import zipfile
 
 import numpy as np
@@ -41,6 +42,18 @@ def folder(tmp_path, monkeypatch):
     np.save(array := io.BytesIO(), whole["arr_0"])
     with zipfile.ZipFile("short.npz", "w") as archive:  # it promises more images than it holds
         archive.writestr("arr_0.npy", array.getvalue().replace(b"(50, 32, 32)", b"(99, 32, 32)"))
+    for name, shape in (
+        ("negative", b"(-9, 32, 32)"),
+        ("absurd", b"(10**9, 9, 9)"),
+        ("huge", b"(9" + b"9" * 30 + b", 32, 32)"),
+    ):
+        with zipfile.ZipFile(f"{name}.npz", "w") as archive:
+            header = array.getvalue()[:128].replace(b"(50, 32, 32)", shape)
+            archive.writestr("arr_0.npy", header[:8] + struct.pack("<H", len(header) - 10) + header[10:])
+    os.symlink("circle.npz", "circle.npz")
+    os.symlink("circle", "circle")
+    os.mkfifo("pipe.json")
+    os.mkfifo("pipe.pth")
     (tmp_path / "codes-labels").mkdir()
     os.mkfifo("pipe.npz")
     for name in ("cat", "dog"):
@@ -51,6 +64,23 @@ def folder(tmp_path, monkeypatch):
 
 
 CASES = [
+    (eval_fid, [*EVAL, "negative.npz"], "negative.npz: arr_0"),
+    (eval_fid, [*EVAL, "absurd.npz"], "absurd.npz: "),
+    (eval_fid, [*EVAL, "huge.npz"], "huge.npz: arr_0 is cut off or damaged"),
+    (eval_fid, [*EVAL, "pipe.npz"], "pipe.npz: is not a file"),
+    (eval_fid, [*EVAL, "circle.npz"], "circle.npz: "),
+    (eval_fid, ["--compare", "pipe.json"], "pipe.json is not a result"),
+    (train_var_cca, [*VAR, "photos", "--classes-from", "pipe.json"], "pipe.json is not a readable JSON file"),
+    (convert_weights, ["pipe.pth", "out.pt"], "pipe.pth: "),
+    (sample, [*SAMPLE, "--weights", "pipe.pth"], "pipe.pth: "),
+    (sample, [*SAMPLE[:-1], "circle.npz"], "--output: circle.npz cannot be written (Symlink loop"),
+    (sample, [*SAMPLE[:-1], "circle/s.npz"], "--output: circle/s.npz cannot be written"),
+    (train_var_cca, ["--model", "var-mini", "--data", "good.npz", "--output", "circle"], "--output: circle"),
+    (
+        reproduce,
+        ["ablation", "--mini", "--loss-options", "dpo", "--beta '1", "--output", "out"],
+        '--loss-options: "--beta \'1" are no options (No closing quotation)',
+    ),
     (sample, ["--model", "var-d99", "--output", "s.npz"], "--model: invalid choice: 'var-d99'"),
     (sample, SAMPLE[:-1] + ["out/s.png"], "--output: out/s.png does not end in .npz"),
     (sample, [*SAMPLE, "--classes", "0,10"], "--classes: 0,10 goes beyond 0 … 9"),

@@ -154,6 +154,8 @@ def run_command(main: Callable[[], None]) -> None:
     Whatever the terminal's encoding, text is printed; where standard output is closed before the end
     (``| head -1``) the command does its work without printing.
     """
+    if sys.stderr is None:  # closed (2>&-); the next file to be opened would get its number
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     outlets = [_replace_stream(name) for name in ("stdout", "stderr")]
     try:
         main()

@@ -132,11 +132,12 @@ class Output:
                     raise UserError(
                         f"{self.option}: {self.path} {where} what {name} reads; take another name"
                     )
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # of links in a circle
             raise self.cannot_write(reason(error)) from None
 
     def _check_place(self) -> None:
         path = self.path
+        path.resolve()
         there = existing_part(path.absolute().parent)
         if not there.is_dir():
             raise self.cannot_write(f"{there} is not a folder")

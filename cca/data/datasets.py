@@ -81,7 +81,7 @@ class LabelledDataset(Dataset):
 
 
 class ImageArray(LabelledDataset):
-    """An ``.npz`` of labelled images at the model's size, held in memory."""
+    """An ``.npz`` of labelled images at the model's size, mapped into memory or held there."""
 
     def __init__(self, path: Path, model: ARImageModel):
         self.file = file = NpzImages(path)
@@ -94,13 +94,13 @@ class ImageArray(LabelledDataset):
                 f"the model takes {model.image_size} x {model.image_size}"
             )
         self.all_labels = check_labels(labels, model.num_classes, path)
-        (images,) = file.batches(slice(0, len(file)), len(file))
-        self.images = to_uint8_tensor(images)
+        self.images = file.array()
 
     def item(self, epoch: int, index: int) -> Tensor:
-        return self.images[index]
+        return to_uint8_tensor(self.images[index : index + 1].copy())[0]
 
     def fingerprint(self) -> str:
+        self.file.check_sum()
         return self.file.content_hash()
 
 

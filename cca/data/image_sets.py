@@ -1,7 +1,9 @@
 """Sets of images, read piece by piece: .npz files of any size, and folders."""
 
 import hashlib
+import math
 import os
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,15 +15,17 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cca.data.image_folders import IMAGE_SUFFIXES, find_images, fingerprint, read_image
 from cca.data.labels import number_classes, whole_numbers
+from cca.data.reading import read_items
 from models import ZOO, UserError
 from models.utils.files import file_sha256, finite_or_none, read_own_json, reason
 from models.zoo.loading import build_model
 
 LARGEST_STATISTIC = 1e100  # of features in float32, and their squares; beyond, distances overflow
+DAMAGED = "arr_0 is cut off or damaged"
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 
 
@@ -79,6 +83,9 @@ class NpzImages:
                 with archive.open("arr_0.npy") as file:
                     self.shape = self._read_header(file)
                     self.header_bytes = file.tell()
+                size = archive.getinfo("arr_0.npy").file_size - self.header_bytes
+                if self.shape[0] < 0 or math.prod(self.shape) > size:
+                    raise UserError(f"{path}: {DAMAGED}: {list(self.shape)} in {size:,} bytes")
         if "arr_0" not in self.names and not set(STATISTICS[:2]) <= set(self.names):
             held = ", ".join(self.names[:4]) or "nothing"
             raise UserError(f"{path}: holds {held}; expected arr_0 (images) or mu and sigma")
@@ -113,7 +120,7 @@ class NpzImages:
     def batches(self, part: slice, batch_size: int) -> Iterator[np.ndarray]:
         """Images of a range in order, uint8 [n, H, W, 3] or grey [n, H, W], n <= batch_size at a time."""
         image_bytes = int(np.prod(self.shape[1:]))
-        with self._opened("arr_0", "arr_0 is cut off or damaged") as file:
+        with self._opened("arr_0", DAMAGED) as file:
             file.seek(self.header_bytes + part.start * image_bytes)
             for start in range(part.start, part.stop, batch_size):
                 count = min(batch_size, part.stop - start)
@@ -121,6 +128,27 @@ class NpzImages:
                 if len(data) != count * image_bytes:
                     raise EOFError
                 yield np.frombuffer(bytearray(data), np.uint8).reshape(count, *self.shape[1:])
+
+    def array(self) -> np.ndarray:
+        """Return all images, uint8 [N, H, W, 3] or grey [N, H, W], which may not be written to.
+
+        They are mapped into memory where the file holds them uncompressed, so that all ranks and workers of
+        a machine share them (``check_sum`` finds damage); else they are read, and checked.
+        """
+        with reading(self.path, DAMAGED), zipfile.ZipFile(self.path) as archive:
+            entry = archive.getinfo("arr_0.npy")
+            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:  # encrypted
+                return self._array("arr_0")
+            with open(self.path, "rb") as file:  # the entry's own header: 30 bytes, its name, an extra field
+                file.seek(entry.header_offset + 26)
+                start = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4))) + self.header_bytes
+            return np.memmap(self.path, np.uint8, "r", start, self.shape)
+
+    def check_sum(self) -> None:
+        """Read ``arr_0`` to its end, where its checksum is compared. Raises UserError."""
+        with self._opened("arr_0", DAMAGED) as file:
+            while file.read(1 << 20):
+                pass
 
     def labels(self) -> np.ndarray | None:
         """Classes [N] int64 if the file holds them."""
@@ -226,14 +254,7 @@ class FolderOfImages(Dataset):
 
     def batches(self, part: slice, batch_size: int) -> Iterator[np.ndarray]:
         """Images of a range in order, uint8 [n, H, W, 3], n <= batch_size at a time."""
-        loader = DataLoader(
-            self,
-            batch_size,
-            sampler=range(part.start, part.stop),
-            num_workers=self.workers,
-            multiprocessing_context="fork" if self.workers else None,
-        )
-        for images in loader:
+        for images in read_items(self, range(part.start, part.stop), self.workers, batch_size):
             yield images.numpy()
 
     def content_hash(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models import UserError
 from models.utils.errors import printable
-from models.utils.files import parse_json
+from models.utils.files import parse_json, regular
 from models.zoo.hub import ASSETS
 from models.zoo.registry import class_name
 
@@ -38,7 +38,7 @@ def read_classes(path: Path | None) -> dict[str, int] | None:
         return None
 
     try:
-        pairs = parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=tuple)
+        pairs = parse_json(regular(path).read_text(encoding="utf-8"), object_pairs_hook=tuple)
     except FileNotFoundError:
         raise UserError(f"--classes-from: {path}: no such file") from None
     except (OSError, ValueError):

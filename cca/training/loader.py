@@ -4,12 +4,13 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cca.config import TrainingConfig
 from cca.data.datasets import LabelledDataset
-from cca.distributed import Processes, children_ignore_signals
+from cca.data.reading import read_items
+from cca.distributed import Processes
 from cca.losses import LOSSES, pair_labels
 from cca.training.batch import Batch
 from cca.training.schedule import global_batch, unconditional_rows
@@ -34,7 +35,7 @@ class Loader(Dataset):
         workers: int = 0,
     ):
         self.data, self.config, self.null_class, self.workers = data, config, null_class, workers
-        self.share = processes.share(config.batch_size)
+        self.processes, self.share = processes, processes.share(config.batch_size)
         self.unreadable: set[int] = set()  # indices of images that this rank could not read so far
 
     def __getitem__(self, step: int) -> tuple[Batch, list[int]]:
@@ -51,17 +52,8 @@ class Loader(Dataset):
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Yield the batch of each step from ``start`` to the last one."""
-        loader = DataLoader(
-            self,
-            batch_size=None,
-            sampler=range(start, self.config.max_steps),
-            num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-            multiprocessing_context="fork" if self.workers else None,
-        )
-        with children_ignore_signals():
-            steps = iter(loader)
-        for batch, replaced in steps:
+        steps = range(start, self.config.max_steps)
+        for batch, replaced in read_items(self, steps, self.workers, ranks=self.processes):
             for index in set(replaced) - self.unreadable:
                 tqdm.write(
                     f"unreadable, replaced by another image of its class: {self.data.name(index)}",

@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from commands import ROOT, environment
+from commands import REFERENCE, ROOT, environment
+from made_data import bundled
 
 from models.utils.errors import UserError, one_line
 
@@ -42,6 +44,51 @@ def test_no_standard_output(tmp_path):
     command = f"exec {sys.executable} -m models >&-"
     result = subprocess.run(command, shell=True, cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
     assert result.returncode == 0 and result.stderr == b""
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
+def test_no_standard_error(tmp_path, closed):
+    line = f"sample.py --model var-mini --num-samples 2 --output {tmp_path}/s.npz"
+    result = subprocess.run(f"exec {sys.executable} {line} {closed}", shell=True, cwd=ROOT, env=environment())
+    assert result.returncode == 0 and (tmp_path / "s.npz").exists()
+
+
+NO_HOME = """
+import pwd, sys
+def missing(uid): raise KeyError(uid)
+pwd.getpwuid = missing
+import eval_fid
+from cca.cli.main import run_command
+run_command(eval_fid.main)
+"""
+
+
+@pytest.mark.parametrize("reference", [REFERENCE, "imagenet256"])
+def test_no_home(tmp_path, reference):
+    """As for a user without an entry in passwd: the cache is done without, or one line says what is missing."""
+    variables = {k: v for k, v in environment(PYTHONPATH=str(ROOT)).items()}
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        variables.pop(name, None)
+    few = bundled(12, REFERENCE)
+    np.savez(tmp_path / "few.npz", **few)
+    reference = reference if reference == "imagenet256" else "few.npz"
+    line = [
+        sys.executable,
+        "-c",
+        NO_HOME,
+        "--samples",
+        "few.npz",
+        "--reference",
+        reference,
+        "--features",
+        "mini",
+    ]
+    result = subprocess.run(line, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert "Traceback" not in result.stderr and os.listdir(tmp_path) == ["few.npz"], result.stderr
+    if reference == "few.npz":
+        assert result.returncode == 0 and result.stderr.count("warning: ") == 1
+    else:
+        assert result.returncode == 2 and "set HOME" in result.stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

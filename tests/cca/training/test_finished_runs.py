@@ -1,0 +1,168 @@
+"""What becomes of a run's folder when it is finished, abandoned, in use, or holds others' files."""
+
+import os
+import shutil
+
+import pytest
+from commands import TRAIN, call, content, metrics
+from specimens import tokenizer, weights
+
+import cca.training.curves
+import cca.training.loop
+import cca.training.run_folder
+import sample
+import train_var_cca
+from cca.cli.output import Output
+from cca.compilation import decide_compile
+from cca.distributed import Processes
+from cca.training.run_folder import RunFolder
+from models.utils.errors import UserError
+from models.utils.files import read_json
+from scripts import extract_codes
+
+
+def train(*options, steps=4):
+    fixed = ["--data", "few.npz", "--max-steps", str(steps), "--save-every", "2", "--output", "run"]
+    train_var_cca.main([*weights("var"), *fixed, *options])
+
+
+def fail(*_):
+    raise ValueError("nonsense is no backend\nof matplotlib")
+
+
+def refuse(*_):
+    raise UserError("it may not be removed")
+
+
+def files(folder):
+    return {
+        path.relative_to(folder): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_run_without_curves_is_finished_and_gets_them_later(disk, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(cca.training.curves, "draw_curves", fail)
+        train()
+    assert capsys.readouterr().err.count("warning: ") == 1
+    before = files(disk / "run")
+    assert (disk / "run/model.pth").exists() and not (disk / "run/curves.png").exists()
+    train()
+    after = files(disk / "run")
+    assert after.pop((disk / "run/curves.png").relative_to(disk / "run")) and after == before
+
+
+def test_a_backend_that_does_not_exist(tmp_path):
+    line = [
+        "train_var_cca.py",
+        "--model",
+        "var-mini",
+        "--data",
+        TRAIN,
+        "--max-steps",
+        1,
+        "--output",
+        tmp_path,
+    ]
+    result = call(line, MPLBACKEND="nonsense")
+    assert result.returncode == 0 and result.stderr.count("warning: ") == 1
+    assert (tmp_path / "model.pth").exists()
+
+
+def test_what_is_optional_costs_no_run(disk, monkeypatch, capsys):
+    (disk / "run").mkdir()
+    (disk / "run/samples").write_text("mine")
+    monkeypatch.setattr(cca.training.run_folder, "remove_folder", refuse)
+    train("--sample-every", "2")
+    printed = capsys.readouterr().err
+    assert "no sample grid of step 2: " in printed and "warning: an old state stays" in printed
+    assert (disk / "run/model.pth").exists() and (disk / "run/samples").read_text() == "mine"
+
+
+@pytest.mark.parametrize("without", ["state", "metrics.jsonl"])
+def test_a_finished_run_stays_finished(without, disk):
+    train()
+    gone = disk / "run" / without
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    before = files(disk / "run")
+    train()
+    with pytest.raises(UserError, match="holds a run with .*beta 0.05 instead of 0.2|beta .* instead of 0.2"):
+        train("--beta", "0.2")
+    assert files(disk / "run") == before
+
+
+def test_a_run_without_a_checkpoint_takes_new_options(disk, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save", refuse)
+        with pytest.raises(UserError):
+            train("--sample-every", "1", "--beta", "0.3")
+    assert len(metrics(disk / "run")) == 2 and (disk / "run/samples/step-000001.png").exists()
+    events = set(os.listdir(disk / "run/tensorboard"))
+    train("--beta", "0.2", steps=3)
+    assert read_json(disk / "run/config.json")["options"]["beta"] == 0.2
+    assert [row["step"] for row in metrics(disk / "run")] == [1, 2, 3]
+    assert not (disk / "run/samples").exists() and not events & set(os.listdir(disk / "run/tensorboard"))
+
+
+def test_parts_and_codes_of_which_nothing_is_made_take_new_options(disk):
+    outputs = Output.npz(disk / "s.npz", "samples"), Output.codes(disk / "new")
+    for output in outputs:
+        output.begin({"options": {"model": "another", "seed": 7}})
+    sample.main([*weights("var"), "--num-samples", "3", "--seed", "1", "--output", "s.npz"])
+    line = [*tokenizer("llamagen"), "--data", "few.npz", "--output", "new"]
+    extract_codes.main(line)
+    assert read_json(disk / "s.json")["options"]["seed"] == 1
+    assert read_json(disk / "new/header.json")["model"] == "specimen-llamagen"
+
+
+def test_without_a_compiler(disk, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(disk))
+    for name in ("CXX", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="^--compile: there is no compiler .*--no-compile"):
+        train("--compile")
+    assert not (disk / "run").exists()
+    assert decide_compile(None, True, Processes()) is False
+    assert capsys.readouterr().err.startswith("note: runs without --compile: there is no compiler")
+    assert decide_compile(False, True, Processes()) is False and not capsys.readouterr().err
+    monkeypatch.setenv("CXX", shutil.which("true", path="/usr/bin:/bin"))
+    assert decide_compile(None, True, Processes())
+
+
+def test_the_number_of_states_is_kept(disk, monkeypatch):
+    save = RunFolder.save
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            RunFolder, "save", lambda self, trainer, done: (save, refuse)[done > 4](self, trainer, done)
+        )
+        with pytest.raises(UserError):
+            train("--keep-states", "3", steps=8)
+    train(steps=8)
+    assert sorted(os.listdir(disk / "run/state")) == ["step-4", "step-6", "step-8"]
+
+
+def test_a_model_of_others_is_not_written_over(disk):
+    (disk / "run").mkdir()
+    (disk / "run/model.pth").write_bytes(b"of others")
+    with pytest.raises(UserError, match="^--output: run/model.pth exists, and no record"):
+        train()
+    assert content(disk / "run") == {"model.pth": b"of others"}
+
+
+def test_a_second_run_is_refused_while_the_first_works(tmp_path, monkeypatch):
+    """In another process: it is the lock that refuses, which closing its file in the first would end."""
+    line = ["--model", "var-mini", "--data", TRAIN, "--max-steps", "2", "--output", str(tmp_path / "run")]
+    results, show = [], cca.training.loop.show
+
+    def meanwhile(*arguments):
+        if not results:
+            results.append(call(["train_var_cca.py", *line]))
+        show(*arguments)
+
+    monkeypatch.setattr(cca.training.loop, "show", meanwhile)
+    train_var_cca.main(line)
+    assert results[0].returncode == 2 and results[0].stderr.count("error: ") == 1
+    assert f"is being written by process {os.getpid()} on " in results[0].stderr
+    assert len(metrics(tmp_path / "run")) == 2 and (tmp_path / "run/model.pth").exists()
