@@ -32,6 +32,7 @@ from cca.cli.parser import Parser, add_workers_option, count, number
 from cca.cli.parts import Parts, fill, write_npy
 from cca.cli.plan import add_dry_run_option
 from cca.data.datasets import LabelledDataset, open_labelled_images
+from cca.data.image_folders import add_orientation_option, check_orientation_option
 from cca.data.labels import add_classes_option, read_classes
 from cca.distributed import Processes, children_ignore_signals
 from cca.training.encoding import to_tokens
@@ -65,6 +66,7 @@ def make_parser() -> Parser:
         help="folder of class folders, or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]",
     )
     add_classes_option(parser)
+    add_orientation_option(parser)
     add(
         "--crop-range",
         type=number(1, 2),
@@ -134,6 +136,7 @@ class Extraction:
             "crops": self.source.crops,
             "crop_range": self.args.crop_range if self.source.crops > 1 else None,
             "classes": self.source.classes,
+            "exif_orientation": self.source.exif_orientation,
             **{key: value for key, value in self.files.known().items() if key == "tokenizer_sha256"},
         }
 
@@ -188,12 +191,15 @@ def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Extract
     files = find_files(args.model, None, args.tokenizer_weights, args.image_size)
     model = files.build()
     transform, classes = TenCrops(model.image_size, args.crop_range), read_classes(args.classes_from)
-    source = open_labelled_images(args.data, model, transform=transform, classes=classes)
+    source = open_labelled_images(
+        args.data, model, transform=transform, classes=classes, upright=args.exif_orientation
+    )
     return Extraction(args, ranks, found, files, model, source)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    check_orientation_option(args, args.data)
     output = Output.codes(args.output)
     output.check_place({"--data": args.data})
     play(args, output, resolve)

@@ -97,8 +97,9 @@ class Training:
 
     def known(self) -> dict:
         """Return what decides what is trained, under its names in config.json, but for the data's hash."""
+        of_data = {"exif_orientation": self.data.exif_orientation}
         computed = {"deterministic": self.args.deterministic, "compile": self.compile}
-        return {**self.config.options(), **self.files.known(), "images": self.images, **computed}
+        return {**self.config.options(), **self.files.known(), "images": self.images, **of_data, **computed}
 
     def plan(self) -> dict[str, str]:
         config, data = self.config, self.data
