@@ -29,6 +29,7 @@ class LabelledDataset(Dataset):
     crops: int = 1  # views that an item holds; the trainer takes data sets of one
     classes: dict[str, int] | None = None  # class of each class folder, where there are such
     exif_orientation: bool = False  # whether pictures are turned as their EXIF data say
+    source: FolderFiles | None = None  # where images are files of a folder, of which some may be unreadable
     unreadable: set[int] | frozenset[int] = frozenset()  # images that this process could not read so far
 
     @abstractmethod
@@ -112,6 +113,8 @@ class FolderImages(LabelledDataset):
     readable one of its class and noted. ``given``: the user's own class of each folder; ``upright``: see
     ``FolderFiles``.
     """
+
+    source: FolderFiles
 
     def __init__(
         self,

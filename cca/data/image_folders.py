@@ -7,6 +7,7 @@ import itertools
 import os
 import unicodedata
 import warnings
+from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -134,6 +135,9 @@ class FolderFiles:
 
     def __init__(self, root: Path, names: Sequence[str], upright: bool = False):
         self.root, self.names, self.upright = root, names, upright
+        self.noted: dict[str, dict] = {}
+        self.sizes = array("q")  # of all files, as the fingerprint saw them
+        self.starts: dict[int, str] = {}  # of those that it opened
         self.opened = {i * len(names) // OPENED_FILES for i in range(OPENED_FILES if names else 0)}
 
     def __len__(self) -> int:
@@ -153,11 +157,43 @@ class FolderFiles:
             raise UserError(f"{self.path(index)}: cannot be read ({error.strerror})") from None
 
     def start(self, index: int) -> str:
-        """SHA-256 of a file's first bytes; empty where it cannot be opened, or is none of ``opened``."""
+        """SHA-256 of a file's first bytes; empty where it cannot be opened, or is not of ``opened``."""
         if index in self.opened:
             with suppress(OSError), self.open(index) as file:
                 return hashlib.sha256(file.read(OPENED_BYTES)).hexdigest()
         return ""
+
+    def key(self, index: int) -> str:
+        """A file's name, in one spelling."""
+        return one_spelling(self.names[index])
+
+    def places(self) -> dict[str, int]:
+        """The index of each file of ``noted`` that is there."""
+        keys = enumerate(map(one_spelling, self.names if self.noted else ()))
+        return {key: index for index, key in keys if key in self.noted}
+
+    def resume(self, noted: object) -> None:
+        """Take what a run that is resumed notes of files that it could not read.
+
+        The fingerprint has that in place of what is there now, so that such a file may be mended, but not
+        removed. Raises UserError.
+        """
+        if not isinstance(noted, dict) or not all(isinstance(seen, dict) for seen in noted.values()):
+            raise UserError("--output: what it notes of unreadable images is damaged; take another name")
+        self.noted = noted
+        if gone := sorted(noted.keys() - self.places().keys()):
+            raise UserError(
+                f"--data: {self.root}/{gone[0]} was removed after it could not be read; it may be mended, "
+                "not removed: put it back, or take another --output"
+            )
+
+    def seen(self, index: int) -> dict:
+        """What a fingerprint sees of a file; after it was taken on this rank, what it saw."""
+        if (key := self.key(index)) in self.noted:
+            return self.noted[key]
+        if self.sizes:
+            return {"size": self.sizes[index], "start": self.starts.get(index, "")}
+        return {"size": self.size(index), "start": self.start(index)}
 
     def image(self, index: int, side: int | None = None) -> Image.Image:
         """See ``read_image``."""
@@ -168,9 +204,12 @@ class FolderFiles:
 
         It tells one data set from another without reading it. Raises UserError for a missing file.
         """
-        digest = hashlib.sha256()
-        for index, (name, label) in enumerate(zip(self.names, labels)):
-            line = f"{one_spelling(name)}\0{self.size(index)}\0{self.start(index)}\0{label}\n"
+        digest, count = hashlib.sha256(), len(self.names)
+        self.sizes = array("q", map(self.size, range(count)))
+        self.starts = {index: self.start(index) for index in self.opened}
+        for index, label in zip(range(count), labels):
+            seen = self.seen(index)
+            line = f"{self.key(index)}\0{seen.get('size')}\0{seen.get('start')}\0{label}\n"
             digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
 

@@ -15,6 +15,7 @@ from cca.cli.output import Found, Output
 from cca.compilation import decide_compile
 from cca.config import TrainingConfig
 from cca.data.datasets import LabelledDataset
+from cca.data.unreadable import NOTED
 from cca.distributed import Processes
 from cca.losses import LOSSES, missing_negatives
 from cca.training.loader import Loader
@@ -51,6 +52,8 @@ def run_training(args: argparse.Namespace, path: Path, open_data: OpenData) -> N
         files = find_files(args.model, args.weights, args.tokenizer_weights, args.image_size)
         model = files.build()
         data = open_data(path, model, args.seed)
+        if data.source and found.content:
+            data.source.resume(found.content.get(NOTED, {}))
         config = training_config(args, recipe, len(data), model.lr_scales_with_batch)
         return Training(args, ranks, found, files, model, path, data, config, recipe)
 
