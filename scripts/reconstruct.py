@@ -122,20 +122,20 @@ class Reconstruction:
 
     def finish(self) -> None:
         """Write the description, then the file: an output that is there has a description."""
-        images, path = self.images, self.output.path
+        images, path, notes = self.images, self.output.path, self.images.notes()
         report = {
             "options": self.options,
             "model": self.args.model,
             "image_size": self.model.image_size,
             "tokenizer_tensors_sha256": self.options["tokenizer_tensors_sha256"],
             "images": {"file": str(self.args.images), "sha256": images.content_hash()},
-            "notes": images.notes(),
+            "notes": notes,
         }
         labels = images.labels()
         self.output.describe(report)
         write_npz(path, self.parts, None if labels is None else [labels])
         self.output.remove_parts()
-        for note in images.notes():
+        for note in notes:
             print(f"note: {note}", file=sys.stderr)
         print(f"{path}: {len(images):,} images, encoded and decoded")
 

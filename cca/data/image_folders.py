@@ -10,7 +10,6 @@ import warnings
 from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import IO
 
@@ -135,13 +134,11 @@ class FolderFiles:
 
     def __init__(self, root: Path, names: Sequence[str], upright: bool = False):
         self.root, self.names, self.upright = root, names, upright
-        self.noted: dict[str, dict] = {}
+        self.keys = list(map(one_spelling, names))  # by which files are known elsewhere
+        self.noted: dict[str, dict] = {}  # see ``resume``
         self.sizes = array("q")  # of all files, as the fingerprint saw them
-        self.starts: dict[int, str] = {}  # of those that it opened
+        self.starts: dict[int, str] = {}  # hashes of those that it opened
         self.opened = {i * len(names) // OPENED_FILES for i in range(OPENED_FILES if names else 0)}
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def path(self, index: int) -> str:
         return f"{self.root}/{self.names[index]}"
@@ -163,14 +160,9 @@ class FolderFiles:
                 return hashlib.sha256(file.read(OPENED_BYTES)).hexdigest()
         return ""
 
-    def key(self, index: int) -> str:
-        """A file's name, in one spelling."""
-        return one_spelling(self.names[index])
-
     def places(self) -> dict[str, int]:
         """The index of each file of ``noted`` that is there."""
-        keys = enumerate(map(one_spelling, self.names if self.noted else ()))
-        return {key: index for index, key in keys if key in self.noted}
+        return {key: index for index, key in enumerate(self.keys) if key in self.noted}
 
     def resume(self, noted: object) -> None:
         """Take what a run that is resumed notes of files that it could not read.
@@ -189,7 +181,7 @@ class FolderFiles:
 
     def seen(self, index: int) -> dict:
         """What a fingerprint sees of a file; after it was taken on this rank, what it saw."""
-        if (key := self.key(index)) in self.noted:
+        if (key := self.keys[index]) in self.noted:
             return self.noted[key]
         if self.sizes:
             return {"size": self.sizes[index], "start": self.starts.get(index, "")}
@@ -209,21 +201,16 @@ class FolderFiles:
         self.starts = {index: self.start(index) for index in self.opened}
         for index, label in zip(range(count), labels):
             seen = self.seen(index)
-            line = f"{self.key(index)}\0{seen.get('size')}\0{seen.get('start')}\0{label}\n"
+            line = f"{self.keys[index]}\0{seen.get('size')}\0{seen.get('start')}\0{label}\n"
             digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
-    @cached_property
-    def turned(self) -> int:
-        """How many of the files that the fingerprint opens are pictures with an EXIF rotation."""
-        count = 0
+    def notes(self) -> list[str]:
+        """What to tell of rotations: how many of the files that the fingerprint opens have one."""
+        turned = 0
         for index in self.opened:
             with suppress(Exception), warnings.catch_warnings(action="ignore"), self.open(index) as file:
-                count += orientation(Image.open(file)) is not None
-        return count
-
-    def notes(self) -> list[str]:
-        """What to tell of rotations."""
+                turned += orientation(Image.open(file)) is not None
         read = "turned upright" if self.upright else "read as they lie (--exif-orientation turns them)"
-        note = f"{self.root}: {self.turned:,} of {len(self.opened):,} pictures looked at are turned (EXIF)"
-        return [f"{note}; such are {read}"] if self.turned else []
+        note = f"{self.root}: {turned:,} of {len(self.opened):,} pictures looked at are turned (EXIF)"
+        return [f"{note}; such are {read}"] if turned else []

@@ -215,7 +215,7 @@ class FolderOfImages(Dataset):
         self.classes, self.why_unlabelled = self._number_classes(given)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.source.names)
 
     def _read(self, index: int) -> np.ndarray:
         return np.array(self.source.image(index, self.side))

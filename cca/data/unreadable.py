@@ -41,7 +41,7 @@ class Unreadable:
 
     def add(self, indices: Iterable[int]) -> dict[str, dict]:
         """Note and count images that could not be read; return what is noted of those that are new."""
-        names = {self.source.key(index): index for index in sorted(indices)}
+        names = {self.source.keys[index]: index for index in sorted(indices)}
         found = {
             name: {**self.source.seen(index), "replaced": True}
             for name, index in names.items()
