@@ -34,9 +34,9 @@ from cca.cli.plan import add_dry_run_option
 from cca.data.datasets import LabelledDataset, open_labelled_images
 from cca.data.image_folders import add_orientation_option, check_orientation_option
 from cca.data.labels import add_classes_option, read_classes
-from cca.data.unreadable import NOTED, Unreadable
 from cca.distributed import Processes, children_ignore_signals
 from cca.training.encoding import to_tokens
+from cca.training.unreadable import NOTED, Unreadable
 from models.base import ARImageModel
 from models.transforms import TenCrops
 from models.utils.files import read_json, size_text, write_binary, write_json

@@ -7,11 +7,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from cca.config import TrainingConfig
 from cca.data.datasets import LabelledDataset
-from cca.data.unreadable import Unreadable
 from cca.distributed import Processes, children_ignore_signals
 from cca.losses import LOSSES, pair_labels
 from cca.training.batch import Batch
 from cca.training.schedule import global_batch, unconditional_rows
+from cca.training.unreadable import Unreadable
 
 
 class Loader(Dataset):

@@ -12,11 +12,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from cca.data.unreadable import NOTED
 from cca.distributed import Processes
 from cca.losses import LOSSES
 from cca.training.checkpoints import load_checkpoint, write_checkpoint
 from cca.training.trainer import Trainer
+from cca.training.unreadable import NOTED
 from models import UserError
 from models.utils.files import (
     atomic_write,

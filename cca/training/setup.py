@@ -15,7 +15,6 @@ from cca.cli.output import Found, Output
 from cca.compilation import decide_compile
 from cca.config import TrainingConfig
 from cca.data.datasets import LabelledDataset
-from cca.data.unreadable import NOTED
 from cca.distributed import Processes
 from cca.losses import LOSSES, missing_negatives
 from cca.training.loader import Loader
@@ -25,6 +24,7 @@ from cca.training.options import COMPILED_FROM, chosen_recipe, training_config
 from cca.training.preview import grid_drawer
 from cca.training.run_folder import KEPT, MICRO_BATCH, RunFolder
 from cca.training.trainer import Trainer
+from cca.training.unreadable import NOTED
 from models import ARImageModel, Recipe, UserError, find_files, zoo_entry
 from models.utils.files import size_text
 from models.utils.precision import TRAINED_IMAGES, allow_tf32, compute_deterministically, memory_named

@@ -94,7 +94,7 @@ def test_training_goes_on_when_files_are_mended(data):
 
 def test_what_the_fingerprint_saw_counts(data, monkeypatch):
     """A file that is spoilt while the run is under way, then put back as it was."""
-    from cca.data.unreadable import Unreadable
+    from cca.training.unreadable import Unreadable
 
     begin = Unreadable.__init__
     monkeypatch.setattr(Unreadable, "__init__", lambda *a: (spoil(3), begin(*a))[1])
