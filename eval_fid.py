@@ -20,6 +20,7 @@ from cca.cli.main import play, run_command
 from cca.cli.output import Found, Output
 from cca.cli.parser import Parser, count
 from cca.cli.plan import add_dry_run_option
+from cca.data.image_folders import add_orientation_option, check_orientation_option
 from cca.data.image_sets import ImageSet, open_image_set, read_sampling_options, report_path
 from cca.data.labels import add_classes_option, read_classes
 from cca.distributed import Processes
@@ -52,6 +53,7 @@ def make_parser() -> Parser:
         metavar="PIXELS",
         help="resize images of folders and cut them to squares of this side, as guided-diffusion does it",
     )
+    add_orientation_option(parser)
     add_classes_option(parser)
     add("--output", type=Path, metavar="FILE.json", help="also write the results there")
     add(
@@ -87,7 +89,12 @@ class Evaluation:
 
     def known(self) -> dict:
         args = self.args
-        return {"samples": len(self.samples), "metrics": args.metrics, "resize": args.resize}
+        return {
+            "samples": len(self.samples),
+            "metrics": args.metrics,
+            "resize": args.resize,
+            "exif_orientation": args.exif_orientation,
+        }
 
     def plan(self) -> dict[str, str]:
         args = self.args
@@ -172,7 +179,8 @@ def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Evaluat
     """Open the samples and the reference, and plan their evaluation. Raises UserError."""
     if found.is_finished:
         read_row(args.output, "--output")  # its figures will be printed
-    samples = open_image_set(args.samples, args.resize, args.workers, read_classes(args.classes_from))
+    classes, upright = read_classes(args.classes_from), args.exif_orientation
+    samples = open_image_set(args.samples, args.resize, args.workers, classes, upright)
     check_count(samples, ranks)
     labels = samples.labels()
     if labels is not None and labels.min() < 0:
@@ -198,6 +206,7 @@ def check_options(args: argparse.Namespace, output: Output | None) -> None:
     args.reference = args.published.path if args.published else Path(args.reference)
     if args.resize and not any(os.path.isdir(path) for path in (args.samples, args.reference)):
         raise UserError("--resize: cuts images of folders; those of an .npz are taken as they are")
+    check_orientation_option(args, args.samples, args.reference)
     if args.classes_from and not os.path.isdir(args.samples):
         raise UserError(
             f"--classes-from: goes with a folder of samples; the labels of {args.samples} are arr_1"
@@ -221,7 +230,7 @@ def check_count(images: ImageSet, processes: Processes) -> None:
 
 def open_reference(args: argparse.Namespace, processes: Processes) -> ImageSet:
     """The reference, which may hold statistics alone. Raises UserError."""
-    images = open_image_set(args.reference, args.resize, args.workers)
+    images = open_image_set(args.reference, args.resize, args.workers, upright=args.exif_orientation)
     if not images.statistics and not len(images):
         raise UserError(f"--reference: {args.reference} holds neither images nor mu and sigma")
     if len(images):

@@ -13,6 +13,7 @@ from functools import partial
 from cca.cli.main import run_command
 from cca.cli.parser import Parser
 from cca.data.datasets import open_labelled_images
+from cca.data.image_folders import add_orientation_option, check_orientation_option
 from cca.data.labels import add_classes_option, read_classes
 from cca.training.options import training_parser
 from cca.training.setup import run_training
@@ -27,12 +28,16 @@ def make_parser() -> Parser:
         "or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]",
     )
     add_classes_option(parser)
+    add_orientation_option(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    run_training(args, args.data, partial(open_labelled_images, classes=read_classes(args.classes_from)))
+    check_orientation_option(args, args.data)
+    classes = read_classes(args.classes_from)
+    opened = partial(open_labelled_images, classes=classes, upright=args.exif_orientation)
+    run_training(args, args.data, opened)
 
 
 if __name__ == "__main__":

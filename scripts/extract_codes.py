@@ -18,12 +18,12 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress, islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cca.cli.main import play, run_command
 from cca.cli.output import Found, Output
@@ -31,19 +31,22 @@ from cca.cli.parser import Parser, add_workers_option, count, number
 from cca.cli.parts import Parts, fill, write_npy
 from cca.cli.plan import add_dry_run_option
 from cca.data.datasets import LabelledDataset, open_labelled_images
+from cca.data.image_folders import add_orientation_option, check_orientation_option
 from cca.data.labels import add_classes_option, read_classes
 from cca.data.reading import read_items
 from cca.distributed import Processes
 from cca.training.encoding import to_tokens
+from cca.training.unreadable import NOTED, Unreadable
 from models.base import ARImageModel
 from models.transforms import TenCrops
-from models.utils.files import size_text, write_binary
+from models.utils.files import read_json, size_text, write_binary, write_json
 from models.utils.precision import DOES_NOT_FIT, memory_named
 from models.zoo.checkpoint_formats import tensors_sha256
 from models.zoo.loading import ModelFiles, find_files
 from models.zoo.registry import ZOO
 
 CHUNK = 1024  # images of a part
+NOTES = ".unreadable-{}.json"  # beside the parts, of each rank; the header has those of all
 
 
 def make_parser() -> Parser:
@@ -65,6 +68,7 @@ def make_parser() -> Parser:
         help="folder of class folders, or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]",
     )
     add_classes_option(parser)
+    add_orientation_option(parser)
     add(
         "--crop-range",
         type=number(1, 2),
@@ -85,8 +89,9 @@ def make_parser() -> Parser:
 
 def read_crops(
     source: LabelledDataset, ranges: list[range], workers: int, at_once: int
-) -> Iterator[torch.Tensor]:
-    """Yield the pixels [n, crops, 3, H, W] uint8 of these ranges of images, in order.
+) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """Yield the pixels [n, crops, 3, H, W] uint8 of these ranges of images, in order; and those that others
+    stand in for.
 
     n images have at least ``at_once`` crops, or end where a range ends.
     """
@@ -94,10 +99,8 @@ def read_crops(
     count = math.ceil(at_once / source.crops)
     for indices in (part[i : i + count] for part in ranges for i in range(0, len(part), count)):
         images, replaced = zip(*islice(items, len(indices)))
-        for index in compress(indices, replaced):
-            line = f"unreadable, replaced by another image of its class: {source.name(index)}"
-            tqdm.write(line, file=sys.stderr)
-        yield torch.stack(images).view(len(images), source.crops, *images[0].shape[-3:])
+        pixels = torch.stack(images).view(len(images), source.crops, *images[0].shape[-3:])
+        yield pixels, list(compress(indices, replaced))
 
 
 @dataclass
@@ -126,6 +129,7 @@ class Extraction:
             "crops": self.source.crops,
             "crop_range": self.args.crop_range if self.source.crops > 1 else None,
             "classes": self.source.classes,
+            "exif_orientation": self.source.exif_orientation,
             **{key: value for key, value in self.files.known().items() if key == "tokenizer_sha256"},
         }
 
@@ -153,12 +157,42 @@ class Extraction:
         args, device = self.args, self.ranks.device
         with memory_named(f"--model: the tokenizer of {self.args.model} {DOES_NOT_FIT}"):
             self.model.tokenizer.to(device)
-            for pixels in read_crops(self.source, ranges, args.workers, args.batch_size):
+            for pixels, replaced in read_crops(self.source, ranges, args.workers, args.batch_size):
+                if replaced:
+                    self.note(replaced)
                 batches = pixels.flatten(0, 1).split(args.batch_size)
                 tokens = torch.cat([to_tokens(self.model, batch, device) for batch in batches])
                 yield tokens.unflatten(0, pixels.shape[:2]).cpu().numpy()
 
+    def begin_notes(self) -> None:
+        """Bring what is noted of unreadable images up to what is to be made again."""
+        self.unreadable = Unreadable(self.source, self.ranks)
+        missing = self.ranks.look_once(lambda: [part.start for part in self.parts.missing()])
+        for name, index in self.unreadable.places.items():
+            if index - index % self.parts.rows_per_part in missing:
+                self.unreadable.noted[name]["replaced"] = name in self.unreadable.counted
+        self.own = self.unreadable.noted.copy() if self.ranks.main else {}
+        self.ranks.agree(self.replace_notes, main=True)
+
+    def replace_notes(self) -> None:
+        for path in sorted(self.output.parts_folder.glob(NOTES.format("*")))[bool(self.own) :]:
+            path.unlink()
+        if self.own:
+            write_json(self.output.parts_folder / NOTES.format(0), self.own)
+
+    def note(self, replaced: list[int]) -> None:
+        """Note images that others stand in for before their part is stored; refuse too many of all ranks."""
+        found = self.unreadable.add(replaced)
+        self.unreadable.report(found)
+        self.own |= found
+        write_json(self.output.parts_folder / NOTES.format(self.ranks.rank), self.own)
+        of_others = read_notes(self.output.parts_folder)
+        self.unreadable.counted |= of_others.keys() - self.unreadable.noted.keys()
+        self.unreadable.noted |= of_others
+        self.unreadable.check()
+
     def work(self) -> bool:
+        self.begin_notes()
         if self.ranks.main:
             for note in self.source.notes():
                 print(f"note: {note}", file=sys.stderr)
@@ -172,20 +206,37 @@ class Extraction:
         labels = self.source.labels(np.arange(len(self.source))).numpy()
         write_binary(self.args.output / "labels.npy", lambda file: np.save(file, labels))
         write_npy(self.args.output / "codes.npy", self.parts)
-        self.output.describe(self.header)
+        noted = read_notes(self.output.parts_folder)
+        self.output.describe({**self.header, NOTED: noted} if noted else self.header)
         self.output.remove_parts()
+
+
+def read_notes(parts: Path) -> dict[str, dict]:
+    """What the ranks noted of unreadable images. Raises UserError for a damaged file."""
+    paths = sorted(parts.glob(NOTES.format("*")))
+    return {name: seen for path in paths for name, seen in read_json(path).items()}
 
 
 def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Extraction:
     files = find_files(args.model, None, args.tokenizer_weights, args.image_size)
     model = files.build()
     transform, classes = TenCrops(model.image_size, args.crop_range), read_classes(args.classes_from)
-    source = open_labelled_images(args.data, model, transform=transform, classes=classes)
-    return Extraction(args, ranks, found, files, model, source)
+    source = open_labelled_images(
+        args.data, model, transform=transform, classes=classes, upright=args.exif_orientation
+    )
+    job = Extraction(args, ranks, found, files, model, source)
+    if source.source and found.content:
+        parts = job.output.parts_folder
+        noted = (
+            found.options.get(NOTED, {}) if found.is_finished else ranks.look_once(partial(read_notes, parts))
+        )
+        source.source.resume(noted)
+    return job
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    check_orientation_option(args, args.data)
     output = Output.codes(args.output)
     output.check_place({"--data": args.data})
     play(args, output, resolve)

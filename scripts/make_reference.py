@@ -20,6 +20,7 @@ from cca.cli.main import play, run_command
 from cca.cli.output import Found, Output, check_space
 from cca.cli.parser import Parser, count
 from cca.cli.plan import add_dry_run_option
+from cca.data.image_folders import add_orientation_option, check_orientation_option
 from cca.data.image_sets import ImageSet, open_image_set
 from cca.distributed import Processes
 from cca.evaluation.evaluator import extract_batches
@@ -56,6 +57,7 @@ def make_parser() -> Parser:
         type=count(),
         help="cut images of a folder to squares of this side (default: they are squares already)",
     )
+    add_orientation_option(parser)
     add_features_options(parser)
     add(
         "--kept-images",
@@ -82,7 +84,13 @@ class Reference:
     def known(self) -> dict:
         args = self.args
         kept = min(args.kept_images, len(self.images))
-        return {"images": len(self.images), "image_size": args.image_size, "kept": kept, "seed": args.seed}
+        return {
+            "images": len(self.images),
+            "image_size": args.image_size,
+            "exif_orientation": args.exif_orientation,
+            "kept": kept,
+            "seed": args.seed,
+        }
 
     def plan(self) -> dict[str, str]:
         args, images = self.args, self.images
@@ -136,7 +144,8 @@ def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Referen
     """Open the images. Raises UserError."""
     if args.image_size and not os.path.isdir(args.images):
         raise UserError("--image-size: cuts images of a folder; those of an .npz are taken as they are")
-    images = open_image_set(args.images, args.image_size, args.workers)
+    check_orientation_option(args, args.images)
+    images = open_image_set(args.images, args.image_size, args.workers, upright=args.exif_orientation)
     if len(images) < 2 * ranks.world:
         raise UserError(
             f"--images: {args.images} holds {len(images)} images; at least {2 * ranks.world} are needed"

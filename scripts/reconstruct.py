@@ -23,6 +23,7 @@ from cca.cli.output import Found, Output
 from cca.cli.parser import Parser, add_model_options, add_workers_option, count
 from cca.cli.parts import Parts, fill, write_npz
 from cca.cli.plan import add_dry_run_option
+from cca.data.image_folders import add_orientation_option, check_orientation_option
 from cca.data.image_sets import ImageSet, open_image_set, to_uint8_tensor
 from cca.distributed import Processes
 from cca.sampling.sampler import decoded_at_once, to_pixels
@@ -43,6 +44,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add_model_options(parser, ZOO, None)
     add("--images", required=True, type=Path, metavar="FILE.npz|FOLDER", help="the images")
+    add_orientation_option(parser)
     add(
         "--batch-size",
         type=count(),
@@ -78,7 +80,12 @@ class Reconstruction:
         self.batch_size = math.ceil(self.args.batch_size / full) * full
 
     def known(self) -> dict:
-        return {"model": self.args.model, "image_size": self.model.image_size, "images": len(self.images)}
+        return {
+            "model": self.args.model,
+            "image_size": self.model.image_size,
+            "images": len(self.images),
+            "exif_orientation": self.args.exif_orientation,
+        }
 
     def plan(self) -> dict[str, str]:
         path, size = self.output.path, size_text(len(self.images) * self.parts.row_bytes)
@@ -115,20 +122,20 @@ class Reconstruction:
 
     def finish(self) -> None:
         """Write the description, then the file: an output that is there has a description."""
-        images, path = self.images, self.output.path
+        images, path, notes = self.images, self.output.path, self.images.notes()
         report = {
             "options": self.options,
             "model": self.args.model,
             "image_size": self.model.image_size,
             "tokenizer_tensors_sha256": self.options["tokenizer_tensors_sha256"],
             "images": {"file": str(self.args.images), "sha256": images.content_hash()},
-            "notes": images.notes(),
+            "notes": notes,
         }
         labels = images.labels()
         self.output.describe(report)
         write_npz(path, self.parts, None if labels is None else [labels])
         self.output.remove_parts()
-        for note in images.notes():
+        for note in notes:
             print(f"note: {note}", file=sys.stderr)
         print(f"{path}: {len(images):,} images, encoded and decoded")
 
@@ -137,7 +144,7 @@ def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Reconst
     files = find_files(args.model, None, args.tokenizer_weights, args.image_size)
     model = files.build()
     size = model.image_size
-    images = open_image_set(args.images, size, args.workers)
+    images = open_image_set(args.images, size, args.workers, upright=args.exif_orientation)
     if not len(images) or images.size != (size, size):
         raise UserError(
             f"--images: {args.images} has {len(images)} images of {images.size[0]} x {images.size[1]}, "
@@ -149,6 +156,7 @@ def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Reconst
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    check_orientation_option(args, args.images)
     output = Output.npz(args.output, "reconstructions")
     output.check_place({"--images": args.images}, suffix=".npz")
     play(args, output, resolve)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cca.data.image_folders import find_images, fingerprint, read_image
+from cca.data.image_folders import FolderFiles, find_images, one_spelling
 from cca.data.image_sets import NpzImages, to_uint8_tensor
-from cca.data.labels import check_labels, number_classes
+from cca.data.labels import check_labels, class_folder, number_classes, numbering_notes
 from cca.random_streams import CROPS, stream
 from models import ARImageModel, UserError
 from models.transforms import Transform
@@ -28,6 +28,8 @@ class LabelledDataset(Dataset):
     all_labels: Tensor  # classes [N] int64, on the CPU
     crops: int = 1  # views that an item holds; the trainer takes data sets of one
     classes: dict[str, int] | None = None  # class of each class folder, where there are such
+    exif_orientation: bool = False  # whether pictures are turned as their EXIF data say
+    source: FolderFiles | None = None  # where images are files of a folder, of which some may be unreadable
     unreadable: set[int] | frozenset[int] = frozenset()  # images that this process could not read so far
 
     @abstractmethod
@@ -108,8 +110,11 @@ class FolderImages(LabelledDataset):
     """An ImageNet-style folder, one subfolder per class (``number_classes`` has the rules).
 
     The class folders may lie in ``train/`` below it. An unreadable image is replaced by the next
-    readable one of its class and noted. ``given``: the user's own class of each folder.
+    readable one of its class and noted. ``given``: the user's own class of each folder; ``upright``: see
+    ``FolderFiles``.
     """
+
+    source: FolderFiles
 
     def __init__(
         self,
@@ -118,20 +123,22 @@ class FolderImages(LabelledDataset):
         transform: Transform,
         seed: int = 0,
         given: Mapping[str, int] | None = None,
+        upright: bool = False,
     ):
         inner = path / "train"
-        self.root = root = inner if any(inner.glob("[!.]*/")) else path
-        files, self.left_out = find_images(root)
-        # Class by class, then by folder and name: an image keeps its index from version to version.
-        self.files = sorted(
-            (file for file in files if "/" in file),
-            key=lambda file: (file.split("/")[0], *file.rsplit("/", 1)),
-        )
-        if not self.files:
-            raise UserError(f"--data: {root} is not a folder of class folders with images")
-        self.outside = len(files) - len(self.files)
-        folders = [file.split("/")[0] for file in self.files]
-        self.classes = number_classes(root, folders, model.num_classes, given)
+        for self.root in [inner, path] if any(inner.glob("[!.]*/")) else [path]:
+            found, self.left_out = find_images(self.root)
+            in_classes = [file for file in found if "/" in file]
+            if in_classes:
+                break
+        else:
+            raise UserError(f"--data: {self.root} is not a folder of class folders with images")
+        self.outside = len(found) - len(in_classes)
+        self.source = FolderFiles(self.root, sorted(in_classes, key=place), upright)
+        self.files, self.exif_orientation = self.source.names, upright
+        folders = [class_folder(file) for file in self.files]
+        self.classes = number_classes(self.root, folders, model.num_classes, given)
+        self.numbering = numbering_notes(self.classes, model.num_classes, given)
         self.all_labels = torch.tensor([self.classes[folder] for folder in folders])
         self.transform, self.seed, self.crops = transform, seed, transform.crops
         self.unreadable: set[int] = set()
@@ -140,7 +147,7 @@ class FolderImages(LabelledDataset):
         candidate = index
         for _ in range(100):
             try:
-                image = read_image(self.name(candidate))
+                image = self.source.image(candidate)
                 return self.transform(image, stream(self.seed, CROPS, epoch, index))
             except (UserError, ValueError):
                 self.unreadable.add(index)
@@ -150,14 +157,21 @@ class FolderImages(LabelledDataset):
         raise UserError(f"--data: {self.name(index)} and the 99 images after it cannot be read")
 
     def name(self, index: int) -> str:
-        return f"{self.root}/{self.files[index]}"
+        return self.source.path(index)
 
     def notes(self) -> list[str]:
         outside = f"{self.root}: {self.outside:,} images in no class folder are left out"
-        return [note for note in (self.left_out, self.outside and outside) if note]
+        found = [note for note in (self.left_out, self.outside and outside) if note]
+        return found + self.numbering + self.source.notes()
 
     def fingerprint(self) -> str:
-        return fingerprint(self.root, self.files, self.all_labels.tolist())
+        return self.source.fingerprint(self.all_labels.tolist())
+
+
+def place(file: str) -> tuple[str, ...]:
+    """What images are sorted by: class, folder, name. An image keeps its index from version to version."""
+    name = one_spelling(file)
+    return (name.split("/")[0], *name.rsplit("/", 1), file)
 
 
 def open_labelled_images(
@@ -166,14 +180,15 @@ def open_labelled_images(
     seed: int = 0,
     transform: Transform | None = None,
     classes: Mapping[str, int] | None = None,
+    upright: bool = False,
 ) -> LabelledDataset:
     """``--data``: an ``.npz`` of images at the model's size, or a folder of class folders.
 
     Photographs of a folder go through ``transform``, by default the model's own of training;
-    ``classes`` is the user's own class of each folder.
+    ``classes`` is the user's own class of each folder, ``upright``: see ``FolderFiles``.
     """
     if os.path.isdir(path):  # False for a name that cannot be one, too
-        return FolderImages(path, model, transform or model.training_transform(), seed, classes)
+        return FolderImages(path, model, transform or model.training_transform(), seed, classes, upright)
     if classes is not None:
         raise UserError(f"--classes-from: goes with class folders; the labels of {path} are its arr_1")
     return ImageArray(path, model)

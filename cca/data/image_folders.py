@@ -1,14 +1,19 @@
-"""Folders of images: which files are in them, and the one way to read a picture."""
+"""Folders of images: which files are in them, what tells them from others, the one way to read a picture."""
 
+import argparse
 import hashlib
 import heapq
 import itertools
 import os
+import unicodedata
 import warnings
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from models import UserError
 from models.transforms import centre_crop, to_rgb
@@ -17,14 +22,64 @@ from models.utils.errors import printable
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def read_image(path: str | Path, side: int | None = None) -> Image.Image:
-    """A picture, 8-bit RGB; ``side``: cut to a square of that side, as guided-diffusion does it.
+TURNS = Image.Transpose
+# What turns a picture upright, by its EXIF orientation.
+UPRIGHT = {
+    2: TURNS.FLIP_LEFT_RIGHT, 3: TURNS.ROTATE_180, 4: TURNS.FLIP_TOP_BOTTOM, 5: TURNS.TRANSPOSE,
+    6: TURNS.ROTATE_270, 7: TURNS.TRANSVERSE, 8: TURNS.ROTATE_90,
+}  # fmt: skip
+OPENED_FILES, OPENED_BYTES = 1000, 2**16  # that a fingerprint reads: so many files, so much of each
+
+
+def add_orientation_option(parser: argparse.ArgumentParser) -> None:
+    """--exif-orientation, of every command that reads pictures from folders."""
+    parser.add_argument(
+        "--exif-orientation",
+        action="store_true",
+        help="turn pictures of folders as their EXIF orientation says (default: not, as published)",
+    )
+
+
+def check_orientation_option(args: argparse.Namespace, *paths: Path) -> None:
+    """Raise UserError for --exif-orientation where none of the inputs is a folder."""
+    if args.exif_orientation and not any(os.path.isdir(path) for path in paths):
+        raise UserError(
+            "--exif-orientation: turns pictures of folders; those of an .npz are taken as they are"
+        )
+
+
+def one_spelling(name: str) -> str:
+    """The name with composed characters (NFC): file systems and archives differ in what they keep."""
+    return unicodedata.normalize("NFC", name)
+
+
+def orientation(image: Image.Image) -> Image.Transpose | None:
+    """What would turn a picture upright; None where it is, or where its EXIF data are damaged.
+
+    Pillow itself turns TIFF files when it reads them.
+    """
+    with suppress(Exception):
+        # The formats' own ``getexif`` decode the whole picture first.
+        exif = Image.Image.getexif(image) if image.format != "TIFF" else {}
+        return UPRIGHT.get(exif.get(ExifTags.Base.Orientation, 1))
+    return None
+
+
+def read_image(path: str | Path, side: int | None = None, upright: bool = False) -> Image.Image:
+    """A picture, 8-bit RGB.
+
+    Args:
+        side: cut to a square of that side, as guided-diffusion does it.
+        upright: turned as its EXIF orientation says.
 
     Raises UserError with the file and what is wrong with it.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            return centre_crop(to_rgb(image), side) if side else to_rgb(image)
+            image.load()
+            method = orientation(image) if upright else None
+            pixels = to_rgb(image if method is None else image.transpose(method))
+            return centre_crop(pixels, side) if side else pixels
     except Exception as error:  # damaged files raise whatever the library's readers stumble over
         reason = " ".join(str(error).replace(str(path), "").split())[:100] or type(error).__name__
         raise UserError(f"{path}: not a readable image ({reason})") from None
@@ -68,15 +123,94 @@ def find_images(root: Path) -> tuple[list[str], str | None]:
     return files, note
 
 
-def fingerprint(root: Path, files: Iterable[str], labels: Iterable[object] = itertools.repeat("")) -> str:
-    """SHA-256 of names, sizes and, if given, classes of files: what tells one data set from another
-    without reading it. Where the folder lies does not count. Raises UserError for a missing file."""
-    digest = hashlib.sha256()
-    try:
-        for file, label in zip(files, labels):
-            digest.update(
-                b"%s\0%d\0%s\n" % (os.fsencode(file), os.stat(root / file).st_size, str(label).encode())
+class FolderFiles:
+    """Files of a folder in a fixed order: the one place that names, opens, measures and compares them.
+
+    Args:
+        root: the folder; where it lies does not count.
+        names: paths below it, with ``/``.
+        upright: whether pictures are turned as their EXIF orientation says.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str], upright: bool = False):
+        self.root, self.names, self.upright = root, names, upright
+        self.keys = list(map(one_spelling, names))  # by which files are known elsewhere
+        self.noted: dict[str, dict] = {}  # see ``resume``
+        self.sizes = array("q")  # of all files, as the fingerprint saw them
+        self.starts: dict[int, str] = {}  # hashes of those that it opened
+        self.opened = {i * len(names) // OPENED_FILES for i in range(OPENED_FILES if names else 0)}
+
+    def path(self, index: int) -> str:
+        return f"{self.root}/{self.names[index]}"
+
+    def open(self, index: int) -> IO[bytes]:
+        return open(self.path(index), "rb")
+
+    def size(self, index: int) -> int:
+        """Bytes of a file. Raises UserError for a missing one."""
+        try:
+            return os.stat(self.path(index)).st_size
+        except OSError as error:
+            raise UserError(f"{self.path(index)}: cannot be read ({error.strerror})") from None
+
+    def start(self, index: int) -> str:
+        """SHA-256 of a file's first bytes; empty where it cannot be opened, or is not of ``opened``."""
+        if index in self.opened:
+            with suppress(OSError), self.open(index) as file:
+                return hashlib.sha256(file.read(OPENED_BYTES)).hexdigest()
+        return ""
+
+    def places(self) -> dict[str, int]:
+        """The index of each file of ``noted`` that is there."""
+        return {key: index for index, key in enumerate(self.keys) if key in self.noted}
+
+    def resume(self, noted: object) -> None:
+        """Take what a run that is resumed notes of files that it could not read.
+
+        The fingerprint has that in place of what is there now, so that such a file may be mended, but not
+        removed. Raises UserError.
+        """
+        if not isinstance(noted, dict) or not all(isinstance(seen, dict) for seen in noted.values()):
+            raise UserError("--output: what it notes of unreadable images is damaged; take another name")
+        self.noted = noted
+        if gone := sorted(noted.keys() - self.places().keys()):
+            raise UserError(
+                f"--data: {self.root}/{gone[0]} was removed after it could not be read; it may be mended, "
+                "not removed: put it back, or take another --output"
             )
-    except OSError as error:
-        raise UserError(f"{root / file}: cannot be read ({error.strerror})") from None
-    return digest.hexdigest()
+
+    def seen(self, index: int) -> dict:
+        """What a fingerprint sees of a file; after it was taken on this rank, what it saw."""
+        if (key := self.keys[index]) in self.noted:
+            return self.noted[key]
+        if self.sizes:
+            return {"size": self.sizes[index], "start": self.starts.get(index, "")}
+        return {"size": self.size(index), "start": self.start(index)}
+
+    def image(self, index: int, side: int | None = None) -> Image.Image:
+        """See ``read_image``."""
+        return read_image(self.path(index), side, self.upright)
+
+    def fingerprint(self, labels: Iterable[object] = itertools.repeat("")) -> str:
+        """SHA-256 of names, sizes and, if given, classes of the files, and of the start of some.
+
+        It tells one data set from another without reading it. Raises UserError for a missing file.
+        """
+        digest, count = hashlib.sha256(), len(self.names)
+        self.sizes = array("q", map(self.size, range(count)))
+        self.starts = {index: self.start(index) for index in self.opened}
+        for index, label in zip(range(count), labels):
+            seen = self.seen(index)
+            line = f"{self.keys[index]}\0{seen.get('size')}\0{seen.get('start')}\0{label}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def notes(self) -> list[str]:
+        """What to tell of rotations: how many of the files that the fingerprint opens have one."""
+        turned = 0
+        for index in self.opened:
+            with suppress(Exception), warnings.catch_warnings(action="ignore"), self.open(index) as file:
+                turned += orientation(Image.open(file)) is not None
+        read = "turned upright" if self.upright else "read as they lie (--exif-orientation turns them)"
+        note = f"{self.root}: {turned:,} of {len(self.opened):,} pictures looked at are turned (EXIF)"
+        return [f"{note}; such are {read}"] if turned else []

@@ -17,8 +17,8 @@ from numpy.lib import format as npy
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cca.data.image_folders import IMAGE_SUFFIXES, find_images, fingerprint, read_image
-from cca.data.labels import number_classes, whole_numbers
+from cca.data.image_folders import IMAGE_SUFFIXES, FolderFiles, find_images, one_spelling
+from cca.data.labels import class_folder, number_classes, numbering_notes, whole_numbers
 from cca.data.reading import read_items
 from models import ZOO, UserError
 from models.utils.files import file_sha256, finite_or_none, read_own_json, reason
@@ -217,29 +217,36 @@ class FolderOfImages(Dataset):
         workers: processes that read images ahead; 0 reads them as they are needed.
         given: the user's own class of each class folder; None: as ``number_classes`` says for the model that
             made the images, where a description beside the folder names it.
+        upright: whether pictures are turned as their EXIF orientation says.
 
     Raises UserError where there are no images, or ``given`` does not name the class folders.
     """
 
     def __init__(
-        self, path: Path, side: int | None = None, workers: int = 0, given: Mapping[str, int] | None = None
+        self,
+        path: Path,
+        side: int | None = None,
+        workers: int = 0,
+        given: Mapping[str, int] | None = None,
+        upright: bool = False,
     ):
         self.path, self.side, self.workers = path, side, workers
         files, self.left_out = find_images(path)
-        self.files = sorted(files, key=lambda file: file.split("/"))
-        if not self.files:
+        in_order = sorted(files, key=lambda file: (one_spelling(file).split("/"), file))
+        self.source = FolderFiles(path, in_order, upright)
+        if not files:
             left_out = f"; {self.left_out}" if self.left_out else ""
             raise UserError(f"{path}: holds no images ({', '.join(IMAGE_SUFFIXES)}){left_out}")
-        self.folders = [file.split("/")[0] for file in self.files]  # of the classes, where there are such
+        self.folders = list(map(class_folder, in_order))  # of the classes, where there are such
         self.size = self._read(0).shape[:2]  # height and width in pixels
         self.statistics: dict[str, np.ndarray] = {}  # which a folder does not hold
         self.classes, self.why_unlabelled = self._number_classes(given)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.source.names)
 
     def _read(self, index: int) -> np.ndarray:
-        return np.array(read_image(self.path / self.files[index], self.side))
+        return np.array(self.source.image(index, self.side))
 
     def __getitem__(self, index: int) -> Tensor:
         """Raises UserError for an image that cannot be read, or is of another size than the first."""
@@ -247,7 +254,7 @@ class FolderOfImages(Dataset):
         if image.shape[:2] != self.size:
             own, other = (f"{side[0]} x {side[1]}" for side in (image.shape, self.size))
             raise UserError(
-                f"{self.path / self.files[index]}: is {own}, other images are {other}; "
+                f"{self.source.path(index)}: is {own}, other images are {other}; "
                 "--resize (of make_reference: --image-size) cuts all to one size"
             )
         return torch.from_numpy(image)
@@ -258,29 +265,33 @@ class FolderOfImages(Dataset):
             yield images.numpy()
 
     def content_hash(self) -> str:
-        """SHA-256 of the images as they lie on disk and of how they are cut; their place does not count."""
+        """SHA-256 of the images as they lie on disk, wherever that is, and of how they are cut and turned."""
         digest = hashlib.sha256(b"" if self.side is None else b"side %d" % self.side)
-        for file in self.files:
-            with reading(self.path / file, "cannot be read"):
-                digest.update(os.fsencode(Path(file).name) + (self.path / file).read_bytes())
+        digest.update(b"upright" * self.source.upright)
+        for index, name in enumerate(self.source.names):
+            with reading(Path(self.source.path(index)), "cannot be read"), self.source.open(index) as file:
+                digest.update(os.fsencode(one_spelling(Path(name).name)) + file.read())
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
         """SHA-256 that tells other images from these without reading them."""
-        return fingerprint(self.path, self.files)
+        return self.source.fingerprint()
 
     def _number_classes(self, given: Mapping[str, int] | None) -> tuple[dict[str, int] | None, str | None]:
         """The class of each class folder, or why it is not known; neither without class folders."""
-        if given is None and not all("/" in file for file in self.files):
+        self.numbering: list[str] = []
+        if given is None and not all("/" in file for file in self.source.names):
             return None, None
         model = read_sampling_options(self.path).get("model")
         num_classes = build_model(model).num_classes if model in ZOO and given is None else None
         try:
-            return number_classes(self.path, self.folders, num_classes, given), None
+            classes = number_classes(self.path, self.folders, num_classes, given)
         except UserError as error:
             if given is not None:
                 raise
             return None, str(error)
+        self.numbering = numbering_notes(classes, num_classes, given)
+        return classes, None
 
     def labels(self) -> np.ndarray | None:
         """Classes [N] int64 if those of the class folders are known."""
@@ -290,20 +301,25 @@ class FolderOfImages(Dataset):
 
     def notes(self) -> list[str]:
         """What of these images makes figures not comparable with published ones."""
-        lossy = sum(file.lower().endswith((".jpg", ".jpeg", ".webp")) for file in self.files)
+        lossy = sum(file.lower().endswith((".jpg", ".jpeg", ".webp")) for file in self.source.names)
         cut = f"{self.path}: images are resized and cut to {self.side} x {self.side} (centre)"
         compressed = (
             f"{lossy:,} of {len(self):,} images of {self.path} are JPEG or WebP: "
             "lossy compression changes FID"
         )
-        return [note for note in (self.left_out, self.side and cut, lossy and compressed) if note]
+        found = [note for note in (self.left_out, self.side and cut, lossy and compressed) if note]
+        return found + self.numbering + self.source.notes()
 
 
 ImageSet = NpzImages | FolderOfImages
 
 
 def open_image_set(
-    path: Path, side: int | None = None, workers: int = 0, given: Mapping[str, int] | None = None
+    path: Path,
+    side: int | None = None,
+    workers: int = 0,
+    given: Mapping[str, int] | None = None,
+    upright: bool = False,
 ) -> ImageSet:
     """An .npz, or a folder: what ``FolderOfImages`` takes is for one. Raises UserError for anything else."""
-    return FolderOfImages(path, side, workers, given) if os.path.isdir(path) else NpzImages(path)
+    return FolderOfImages(path, side, workers, given, upright) if os.path.isdir(path) else NpzImages(path)

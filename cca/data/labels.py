@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cca.data.image_folders import one_spelling
 from models import UserError
 from models.utils.errors import printable
 from models.utils.files import parse_json, regular
@@ -47,16 +48,22 @@ def read_classes(path: Path | None) -> dict[str, int] | None:
         raise UserError(
             f'--classes-from: {path} is not an object of folder and class, such as {{"cat": 281}}'
         )
-    name, times = Counter(name for name, _ in pairs).most_common(1)[0]
+    classes = [(one_spelling(name), label) for name, label in pairs]
+    name, times = Counter(name for name, _ in classes).most_common(1)[0]
     if times > 1:
         raise UserError(f"--classes-from: {path} names {name!r} twice")
-    return dict(pairs)
+    return dict(classes)
 
 
 def wordnet_classes(num_classes: int | None) -> dict[str, int]:
     """WordNet id -> class, where the classes are as many as ImageNet-1k's; empty where they are not."""
     names = WORDNET_IDS.read_text().split()
     return {name: number for number, name in enumerate(names)} if num_classes == len(names) else {}
+
+
+def class_folder(file: str) -> str:
+    """The class folder that an image's path below its root begins with, in one spelling."""
+    return one_spelling(file.split("/")[0])
 
 
 def number_classes(
@@ -69,7 +76,7 @@ def number_classes(
 
     Args:
         folder: where the class folders lie, for messages.
-        names: of the class folders, each once or more often.
+        names: of the class folders in one spelling (see ``class_folder``), each once or more often.
         num_classes: of the model; None where it is not known: then ``given`` is needed.
         given: the user's own mapping, which may name other folders too.
 
@@ -101,6 +108,17 @@ def number_classes(
             text = f"class {number} of the folder {_some([name])} of {folder} is outside {limits}"
             raise UserError(f"--classes-from: {text}" if given else f"{text}; {HINT}")
     return numbers
+
+
+def numbering_notes(
+    classes: Mapping[str, int] | None, num_classes: int | None, given: Mapping[str, int] | None
+) -> list[str]:
+    """What to tell of classes that are the place of a folder's name in their sorted order."""
+    known = wordnet_classes(num_classes)
+    if given is not None or not classes or any(WHOLE_NUMBER.fullmatch(n) or n in known for n in classes):
+        return []
+    numbers = ", ".join(f"{number} {name}" for name, number in classes.items())
+    return [printable(f"classes are numbered in the order of their folders' names: {numbers}")]
 
 
 def class_folders(noted: object) -> dict[str, int] | None:

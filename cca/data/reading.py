@@ -89,4 +89,5 @@ def from_workers(loader: DataLoader) -> Iterator[Any]:
         ) from None
     finally:
         if items is not None and loader.num_workers:
-            items._shutdown_workers()  # else Python waits at its end for workers that an error keeps
+            # Else Python waits at its end for workers that an error keeps.
+            items._shutdown_workers()  # type: ignore[attr-defined]

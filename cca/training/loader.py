@@ -1,11 +1,9 @@
 """The batches of a run: pixels or codes together with their classes, one batch for each optimizer step."""
 
-import sys
 from collections.abc import Iterator
 
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from cca.config import TrainingConfig
 from cca.data.datasets import LabelledDataset
@@ -14,16 +12,14 @@ from cca.distributed import Processes
 from cca.losses import LOSSES, pair_labels
 from cca.training.batch import Batch
 from cca.training.schedule import global_batch, unconditional_rows
-from models import UserError
-
-UNREADABLE_SHARE = 0.001  # of all images; beyond it the run stops
+from cca.training.unreadable import Unreadable
 
 
 class Loader(Dataset):
     """The batches of this rank, one for each optimizer step, made in data-loading workers.
 
     Null-class draws and negatives are those of the global batch, so that they do not depend on the number
-    of ranks. Images that cannot be read are reported, and counted in ``unreadable``.
+    of ranks. Images that cannot be read are added to ``unreadable.new``.
     """
 
     def __init__(
@@ -36,7 +32,7 @@ class Loader(Dataset):
     ):
         self.data, self.config, self.null_class, self.workers = data, config, null_class, workers
         self.processes, self.share = processes, processes.share(config.batch_size)
-        self.unreadable: set[int] = set()  # indices of images that this rank could not read so far
+        self.unreadable = Unreadable(data, processes)
 
     def __getitem__(self, step: int) -> tuple[Batch, list[int]]:
         """Return the batch of ``step``, and the indices of its images that others stand in for."""
@@ -54,18 +50,5 @@ class Loader(Dataset):
         """Yield the batch of each step from ``start`` to the last one."""
         steps = range(start, self.config.max_steps)
         for batch, replaced in read_items(self, steps, self.workers, ranks=self.processes):
-            for index in set(replaced) - self.unreadable:
-                tqdm.write(
-                    f"unreadable, replaced by another image of its class: {self.data.name(index)}",
-                    file=sys.stderr,
-                )
-            self.unreadable.update(replaced)
+            self.unreadable.new.update(replaced)
             yield batch
-
-    def check_unreadable(self, count: int) -> None:
-        """Raise UserError if ``count``, the unreadable images of all ranks, is too many."""
-        if count > UNREADABLE_SHARE * len(self.data):
-            raise UserError(
-                f"--data: {count} of {len(self.data)} images cannot be read, "
-                f"more than {UNREADABLE_SHARE:.1%}; their paths are above"
-            )

@@ -29,7 +29,7 @@ def train(
     Returns:
         False where a signal came first.
     """
-    config, processes = trainer.config, trainer.processes
+    config, processes, unreadable = trainer.config, trainer.processes, loader.unreadable
     peak = peak_rate(processes.device)
     with StopRequest() as request:
         done = folder.resume(trainer)
@@ -46,12 +46,14 @@ def train(
                 if processes.main:
                     show(bar, metrics, done % log_every == 0)
                 # A signal reaches the ranks at different moments; they agree on the step to stop at.
-                stop, unreadable = processes.agree(
-                    partial(folder.log, done, metrics), True, request.asked, len(loader.unreadable)
+                stop, new = processes.agree(
+                    partial(folder.log, done, metrics), True, request.asked, len(unreadable.new)
                 )
-                loader.check_unreadable(int(unreadable))
-                if stop or done % save_every == 0 or done == config.max_steps:
-                    folder.save(trainer, done)
+                if new:
+                    unreadable.share()
+                if stop or unreadable.too_many or done % save_every == 0 or done == config.max_steps:
+                    folder.save(trainer, done, unreadable.noted)
+                unreadable.check()
                 draw_samples(done)
                 if stop:
                     break

@@ -16,6 +16,7 @@ from cca.distributed import Processes
 from cca.losses import LOSSES
 from cca.training.checkpoints import load_checkpoint, write_checkpoint
 from cca.training.trainer import Trainer
+from cca.training.unreadable import NOTED
 from models import UserError
 from models.utils.files import (
     atomic_write,
@@ -112,8 +113,10 @@ class RunFolder:
         except OSError as error:
             raise self.cannot_write(error) from None
 
-    def save(self, trainer: Trainer, done: int) -> None:
-        """Write the checkpoint of step ``done``, drop old ones; note the micro-batch that it was made with.
+    def save(self, trainer: Trainer, done: int, unreadable: dict[str, dict]) -> None:
+        """Write the checkpoint of step ``done``, drop old ones.
+
+        Note the micro-batch that it was made with, and the images that could not be read.
 
         Raises UserError if it cannot be written.
         """
@@ -127,11 +130,13 @@ class RunFolder:
                 raise self.cannot_write(error) from None
 
         self.processes.agree(write)
-        self.processes.agree(lambda: self._keep(temporary, done, trainer.micro_batch_size), main=True)
+        noted: dict = {MICRO_BATCH: trainer.micro_batch_size, KEPT: self.keep_states}
+        noted |= {NOTED: unreadable} if unreadable else {}
+        self.processes.agree(lambda: self._keep(temporary, done, noted), main=True)
 
-    def _keep(self, temporary: Path, done: int, micro_batch: int) -> None:
+    def _keep(self, temporary: Path, done: int, noted: dict) -> None:
         state, config = self.states / f"step-{done}", self.path / "config.json"
-        description, noted = read_json(config), {MICRO_BATCH: micro_batch, KEPT: self.keep_states}
+        description = read_json(config)
         if description != {**description, **noted}:
             write_json(config, {**description, **noted})
         with writing(state):

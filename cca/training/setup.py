@@ -24,6 +24,7 @@ from cca.training.options import COMPILED_FROM, chosen_recipe, training_config
 from cca.training.preview import grid_drawer
 from cca.training.run_folder import KEPT, MICRO_BATCH, RunFolder
 from cca.training.trainer import Trainer
+from cca.training.unreadable import NOTED
 from models import ARImageModel, Recipe, UserError, find_files, zoo_entry
 from models.utils.files import size_text
 from models.utils.precision import TRAINED_IMAGES, allow_tf32, compute_deterministically, memory_named
@@ -51,6 +52,8 @@ def run_training(args: argparse.Namespace, path: Path, open_data: OpenData) -> N
         files = find_files(args.model, args.weights, args.tokenizer_weights, args.image_size)
         model = files.build()
         data = open_data(path, model, args.seed)
+        if data.source and found.content:
+            data.source.resume(found.content.get(NOTED, {}))
         config = training_config(args, recipe, len(data), model.lr_scales_with_batch)
         return Training(args, ranks, found, files, model, path, data, config, recipe)
 
@@ -97,8 +100,9 @@ class Training:
 
     def known(self) -> dict:
         """Return what decides what is trained, under its names in config.json, but for the data's hash."""
+        of_data = {"exif_orientation": self.data.exif_orientation}
         computed = {"deterministic": self.args.deterministic, "compile": self.compile}
-        return {**self.config.options(), **self.files.known(), "images": self.images, **computed}
+        return {**self.config.options(), **self.files.known(), "images": self.images, **of_data, **computed}
 
     def plan(self) -> dict[str, str]:
         config, data = self.config, self.data

@@ -1,14 +1,15 @@
 """Folders of images: what is read, what is left out, and pictures of every depth."""
 
 import os
+import unicodedata
 
 import numpy as np
 import pytest
 from made_data import make_picture
-from PIL import Image
+from PIL import ExifTags, Image
 
 from cca.data.datasets import open_labelled_images
-from cca.data.image_folders import find_images, read_image
+from cca.data.image_folders import UPRIGHT, FolderFiles, find_images, read_image
 from cca.data.image_sets import FolderOfImages
 from models import load_model
 from models.transforms import TenCrops
@@ -104,3 +105,87 @@ def test_long_and_huge_pictures_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match="not a readable image"):
         read_image(tmp_path / "a.png")
+
+
+def test_fingerprint_sees_contents_behind_equal_names_and_sizes(tmp_path):
+    """Of 1,400 files the 1,000 at i * 1,400 // 1,000; of fewer all."""
+    names = [f"{i:04d}.bmp" for i in range(1400)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"a" * 70)
+    files = FolderFiles(tmp_path, names)
+    before, opened = files.fingerprint(), {i * 1400 // 1000 for i in range(1000)}
+    for index, is_seen in [(0, True), (1, True), (3, False), (1398, True), (1399, False)]:
+        assert is_seen == (index in opened)
+        alone = FolderFiles(tmp_path, names[index : index + 1])
+        alone_before = alone.fingerprint()
+        (tmp_path / names[index]).write_bytes(b"b" * 70)
+        assert (files.fingerprint() != before) == is_seen and alone.fingerprint() != alone_before
+        (tmp_path / names[index]).write_bytes(b"a" * 70)
+    assert files.fingerprint() == before
+
+
+def test_composed_and_decomposed_names_are_one(tmp_path, model):
+    found = []
+    for form in ("NFC", "NFD"):
+        for name in ("2/z\u00e9", "2/zf", "2/zd", "2/\u00e9/a"):
+            make_picture(
+                tmp_path / form / f"{unicodedata.normalize(form, name)}.png", grey=ord(name[-1]) % 200
+            )
+        for i, folder in enumerate(("caf\u00e9", "cafz", "cafa")):
+            make_picture(tmp_path / form / unicodedata.normalize(form, folder) / "a.png", grey=i)
+        given = {"2": 2, "caf\u00e9": 3, "cafz": 4, "cafa": 5}
+        data = open_labelled_images(tmp_path / form, model, classes=given)
+        pixels = np.concatenate(list(FolderOfImages(tmp_path / form).batches(slice(0, 7), 7)))
+        found.append((data.classes, labels_of(data), data.fingerprint(), pixels.tobytes()))
+        found[-1] += (
+            FolderOfImages(tmp_path / form).content_hash(),
+            FolderOfImages(tmp_path / form).fingerprint(),
+        )
+    assert found[0] == found[1]
+
+
+def test_folders_without_images_are_no_classes(tmp_path, model, monkeypatch):
+    for i in range(10):
+        make_picture(tmp_path / f"class{i}" / "a.png")
+    for name in ("annotations", "train/notes"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "list.txt").touch()
+    data = open_labelled_images(tmp_path, model)
+    assert labels_of(data) == list(range(10))
+    assert data.notes()[-1].endswith("their folders' names: " + ", ".join(f"{i} class{i}" for i in range(10)))
+    given = open_labelled_images(tmp_path, model, classes={f"class{i}": i for i in range(10)})
+    assert not any("numbered" in note for note in given.notes())
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_exif_orientation(tmp_path, model, suffix):
+    upright = Image.new("RGB", (48, 32))
+    upright.paste((250, 250, 250), (0, 0, 24, 8))
+    back = {method: method for method in UPRIGHT.values()}
+    back |= {Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270}
+    back |= {Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90}
+    (tmp_path / "2").mkdir()
+    for value in range(1, 9):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = value
+        lying = upright.transpose(back[UPRIGHT[value]]) if value > 1 else upright
+        lying.save(tmp_path / "2" / f"{value}.{suffix}", exif=exif, quality=95)
+    images = FolderOfImages(tmp_path, side=32, upright=True)
+    first, *others = next(images.batches(slice(0, 8), 8)).astype(int)
+    assert all(np.abs(first - other).max() < 60 and np.abs(first - other).mean() < 2 for other in others)
+    plain = FolderOfImages(tmp_path, side=32)
+    lying = next(plain.batches(slice(0, 8), 8)).astype(int)
+    if suffix == "tif":  # Pillow turns them in any case
+        assert not any("EXIF" in note for note in plain.notes()) and (lying == lying[0]).all()
+        return
+    assert np.array_equal(lying[0], first) and all(np.abs(first - other).mean() > 9 for other in lying[1:])
+    assert "7 of 8 pictures looked at are turned (EXIF)" in plain.notes()[-1]
+    assert plain.content_hash() != images.content_hash()
+    for turned in (False, True):
+        data = open_labelled_images(tmp_path, model, transform=TenCrops(16, 2), upright=turned)
+        crops = [data.item(0, index) for index in (0, 5)]
+        assert (np.abs(crops[0].numpy().astype(int) - crops[1].numpy()).mean() < 2) == turned
+        assert "7 of 8" in data.notes()[-1] and data.exif_orientation == turned
+    # Damaged EXIF data turn nothing.
+    upright.save(tmp_path / "2" / f"9.{suffix}", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05broken")
+    assert read_image(tmp_path / "2" / f"9.{suffix}", upright=True).size == (48, 32)

@@ -44,7 +44,9 @@ def test_data_may_move_but_not_change(disk, family, data):
 def test_folder_may_move_but_not_change(disk):
     for i in range(8):
         make_picture(disk / "data" / str(i % 2 * 2 + 1) / f"{i // 2}.png", grey=10 * i, size=(8, 8))
-    assert train("var", "data")["data"] == {"path": "data", "classes": {"1": 1, "3": 3}}
+    assert train("var", "data")["data"] == {
+        "path": "data", "classes": {"1": 1, "3": 3}, "labels": [1, 3]
+    }  # fmt: skip
     (disk / "data").rename(disk / "moved")
     train("var", "moved")
     (disk / "classes.json").write_text('{"1": 2, "3": 3}')
@@ -56,6 +58,16 @@ def test_folder_may_move_but_not_change(disk):
     with pytest.raises(UserError, match="data_sha256"):
         train("var", "moved")
     image.write_bytes(content)
+    train("var", "moved")
+    second = disk / "moved" / "1" / "1.png"
+    size = second.stat().st_size
+    make_picture(second, grey=90, size=(8, 8))
+    assert second.stat().st_size == size
+    with pytest.raises(UserError, match="data_sha256"):
+        train("var", "moved")
+    make_picture(second, grey=20, size=(8, 8))
+    with pytest.raises(UserError, match="exif_orientation False instead of True"):
+        train("var", "moved", "--exif-orientation")
     train("var", "moved")
     (disk / "moved" / "1").rename(disk / "moved" / "0")
     with pytest.raises(UserError, match="data_sha256"):

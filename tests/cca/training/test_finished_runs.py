@@ -12,8 +12,8 @@ import cca.training.loop
 import cca.training.run_folder
 import sample
 import train_var_cca
+from cca.cli.compilation import decide_compile
 from cca.cli.output import Output
-from cca.compilation import decide_compile
 from cca.distributed import Processes
 from cca.training.run_folder import RunFolder
 from models.utils.errors import UserError
