@@ -13,21 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from models import UserError
 from models.transforms import centre_crop, to_rgb
 from models.utils.errors import printable
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-
-
-TURNS = Image.Transpose
-# What turns a picture upright, by its EXIF orientation.
-UPRIGHT = {
-    2: TURNS.FLIP_LEFT_RIGHT, 3: TURNS.ROTATE_180, 4: TURNS.FLIP_TOP_BOTTOM, 5: TURNS.TRANSPOSE,
-    6: TURNS.ROTATE_270, 7: TURNS.TRANSVERSE, 8: TURNS.ROTATE_90,
-}  # fmt: skip
 OPENED_FILES, OPENED_BYTES = 1000, 2**16  # that a fingerprint reads: so many files, so much of each
 
 
@@ -53,16 +45,13 @@ def one_spelling(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def orientation(image: Image.Image) -> Image.Transpose | None:
-    """What would turn a picture upright; None where it is, or where its EXIF data are damaged.
-
-    Pillow itself turns TIFF files when it reads them.
-    """
-    with suppress(Exception):
+def is_turned(image: Image.Image) -> bool:
+    """Whether EXIF data say that a picture is not upright. Pillow itself turns TIFFs when it reads them."""
+    with suppress(Exception):  # damaged EXIF data
         # The formats' own ``getexif`` decode the whole picture first.
-        exif = Image.Image.getexif(image) if image.format != "TIFF" else {}
-        return UPRIGHT.get(exif.get(ExifTags.Base.Orientation, 1))
-    return None
+        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        return image.format != "TIFF" and found in range(2, 9)
+    return False
 
 
 def read_image(path: str | Path, side: int | None = None, upright: bool = False) -> Image.Image:
@@ -77,8 +66,7 @@ def read_image(path: str | Path, side: int | None = None, upright: bool = False)
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             image.load()
-            method = orientation(image) if upright else None
-            pixels = to_rgb(image if method is None else image.transpose(method))
+            pixels = to_rgb(ImageOps.exif_transpose(image) if upright and is_turned(image) else image)
             return centre_crop(pixels, side) if side else pixels
     except Exception as error:  # damaged files raise whatever the library's readers stumble over
         reason = " ".join(str(error).replace(str(path), "").split())[:100] or type(error).__name__
@@ -210,7 +198,7 @@ class FolderFiles:
         turned = 0
         for index in self.opened:
             with suppress(Exception), warnings.catch_warnings(action="ignore"), self.open(index) as file:
-                turned += orientation(Image.open(file)) is not None
+                turned += is_turned(Image.open(file))
         read = "turned upright" if self.upright else "read as they lie (--exif-orientation turns them)"
         note = f"{self.root}: {turned:,} of {len(self.opened):,} pictures looked at are turned (EXIF)"
         return [f"{note}; such are {read}"] if turned else []

@@ -9,7 +9,7 @@ from made_data import make_picture
 from PIL import ExifTags, Image
 
 from cca.data.datasets import open_labelled_images
-from cca.data.image_folders import UPRIGHT, FolderFiles, find_images, read_image
+from cca.data.image_folders import FolderFiles, find_images, read_image
 from cca.data.image_sets import FolderOfImages
 from models import load_model
 from models.transforms import TenCrops
@@ -161,14 +161,16 @@ def test_folders_without_images_are_no_classes(tmp_path, model, monkeypatch):
 def test_exif_orientation(tmp_path, model, suffix):
     upright = Image.new("RGB", (48, 32))
     upright.paste((250, 250, 250), (0, 0, 24, 8))
-    back = {method: method for method in UPRIGHT.values()}
-    back |= {Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270}
-    back |= {Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90}
+    turns = Image.Transpose
+    stored_as = {
+        2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE,
+        6: turns.ROTATE_90, 7: turns.TRANSVERSE, 8: turns.ROTATE_270,
+    }  # fmt: skip
     (tmp_path / "2").mkdir()
     for value in range(1, 9):
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = value
-        lying = upright.transpose(back[UPRIGHT[value]]) if value > 1 else upright
+        lying = upright.transpose(stored_as[value]) if value > 1 else upright
         lying.save(tmp_path / "2" / f"{value}.{suffix}", exif=exif, quality=95)
     images = FolderOfImages(tmp_path, side=32, upright=True)
     first, *others = next(images.batches(slice(0, 8), 8)).astype(int)
