@@ -16,7 +16,7 @@ LAYERS = {
     "cca.config": ("models",),
     "cca.losses": (),
     "cca.cli": ("models", "cca.distributed"),
-    "cca.data": ("models", "cca.random_streams"),
+    "cca.data": ("models", "cca.random_streams", "cca.distributed"),
     "cca.sampling": BASIS,
     "cca.evaluation": (*BASIS, "cca.cli", "cca.data"),
     "cca.training": (*BASIS, "cca.cli", "cca.data", "cca.sampling"),
