@@ -73,7 +73,7 @@ CASES = [
     (train_var_cca, [*VAR, "photos", "--classes-from", "pipe.json"], "pipe.json is not a readable JSON file"),
     (convert_weights, ["pipe.pth", "out.pt"], "pipe.pth: "),
     (sample, [*SAMPLE, "--weights", "pipe.pth"], "pipe.pth: "),
-    (sample, [*SAMPLE[:-1], "circle.npz"], "--output: circle.npz cannot be written (Symlink loop"),
+    (sample, [*SAMPLE[:-1], "circle.npz"], "--output: circle.npz cannot be written ("),
     (sample, [*SAMPLE[:-1], "circle/s.npz"], "--output: circle/s.npz cannot be written"),
     (train_var_cca, ["--model", "var-mini", "--data", "good.npz", "--output", "circle"], "--output: circle"),
     (

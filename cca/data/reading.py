@@ -67,7 +67,8 @@ def share(item: Any) -> Any:
 
 def from_workers(loader: DataLoader) -> Iterator[Any]:
     """Yield what the loader does. Raises UserError where a worker ends, or shared memory is full."""
-    handler, items = signal.getsignal(signal.SIGCHLD), None
+    items: Any = None
+    handler = signal.getsignal(signal.SIGCHLD)
     try:
         with children_ignore_signals():
             items = iter(loader)

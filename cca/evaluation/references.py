@@ -34,6 +34,8 @@ class PublishedReference:
 
     def downloads(self) -> list[Download]:
         """What ``fetch`` would download; raises UserError where a file is there and is no such reference."""
+        if Path(os.devnull) in self.path.parents:
+            raise UserError("--reference: there is no home folder to keep it in; set HOME or XDG_CACHE_HOME")
         if self.path.exists():
             if not is_batch(self.path):
                 raise UserError(f"--reference: {self.path} is damaged; delete it to have it downloaded again")

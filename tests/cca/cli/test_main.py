@@ -65,8 +65,8 @@ run_command(eval_fid.main)
 
 @pytest.mark.parametrize("reference", [REFERENCE, "imagenet256"])
 def test_no_home(tmp_path, reference):
-    """As for a user whom passwd does not know: no cache is used, or one line says what is missing."""
-    variables = dict(environment(PYTHONPATH=str(ROOT)))
+    """A user without an entry in passwd: the cache is done without, or one line says what is missing."""
+    variables = environment(PYTHONPATH=str(ROOT))
     for name in ("HOME", "XDG_CACHE_HOME"):
         variables.pop(name, None)
     few = bundled(12, REFERENCE)
