@@ -12,11 +12,11 @@ SRUN = """#!/usr/bin/env bash
 # Runs its command once for each node; SIGUSR1 goes to these tasks, and to none of their children.
 while [[ $1 == --* ]]; do shift; done
 tasks=()
+trap 'kill -USR1 $(jobs -p)' USR1
 for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
     SLURM_NODEID=$node "$@" &
     tasks+=($!)
 done
-trap 'kill -USR1 "${tasks[@]}"' USR1
 status=0
 for task in "${tasks[@]}"; do
     while kill -0 "$task" 2> /dev/null; do wait "$task"; done
