@@ -101,7 +101,7 @@ def test_a_full_disk(disk, monkeypatch):
 def test_codes_that_are_in_the_way(disk):
     (disk / "new").mkdir()
     (disk / "new" / "codes.npy").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"codes\.npy is there without a header\.json; remove it, or take"):
+    with pytest.raises(UserError, match=r"codes\.npy exists, and no record beside it"):
         extract("new")
     assert content(disk / "new") == {"codes.npy": b"mine"}
 

@@ -86,7 +86,7 @@ def test_what_others_wrote_is_not_replaced(evaluate, command, record):
 
 
 def test_a_record_without_figures_is_no_finished_evaluation(evaluate):
-    Path("made.json").write_text('{"format": 1, "options": {}}')
+    Path("made.json").write_text('{"format": 1, "kind": "results", "options": {}}')
     with pytest.raises(UserError, match="--output: made.json is not a result of eval_fid.py"):
         eval_fid.main([*EVALUATION, "--output", "made.json"])
 
@@ -94,7 +94,7 @@ def test_a_record_without_figures_is_no_finished_evaluation(evaluate):
 def test_a_record_of_samples_stops_a_reference(evaluate):
     """Also where the samples are gone: the record would be taken for the reference's."""
     Path("made.json").write_text(DESCRIPTION)
-    with pytest.raises(UserError, match="made.json describes samples, not a reference"):
+    with pytest.raises(UserError, match="made.json describes 'samples', not a reference"):
         make_reference.main([*REFERENCE, "--output", "made.npz"])
     assert Path("made.json").read_text() == DESCRIPTION and not Path("made.npz").exists()
 
