@@ -153,18 +153,20 @@ def test_what_the_output_holds_already(folder, capsys):
     np.savez("few.npz", arr_0=np.zeros((2500, 32, 32), np.uint8), arr_1=np.zeros(2500, np.int64))
     sampled = ["--model", "var-mini", "--num-samples", "3", "--output", "s.npz"]
     sample.main(sampled)
-    config = {"format": 1, "options": {"seed": 1, "max_steps": 3, "model": "var-mini"}}
+    config = {"format": 1, "kind": "a run", "options": {"seed": 1, "max_steps": 3, "model": "var-mini"}}
     (folder / "run/state/step-2").mkdir(parents=True)
     (folder / "run/config.json").write_text(json.dumps(config))
     for place in ("begun/progress", "made"):
         (folder / place).mkdir(parents=True)
-        (folder / place / "header.json").write_text(json.dumps({"format": 1, "crops": 1}))
+        (folder / place / "header.json").write_text(
+            json.dumps({"format": 1, "kind": "finished codes", "crops": 1})
+        )
     for start, count in ((0, 1024), (2048, 452)):
         np.save(folder / f"begun/progress/{start:08d}.npy", np.zeros((count, 1, 64), np.uint16))
     unfinished = folder / "parts.npz.parts"
     unfinished.mkdir()
     (unfinished / "options.json").write_text(
-        json.dumps({"format": 1, "options": {"num_samples": 300, "seed": 0}})
+        json.dumps({"format": 1, "kind": "samples", "options": {"num_samples": 300, "seed": 0}})
     )
     np.save(unfinished / "00000256.npy", np.zeros((44, 32, 32, 3), np.uint8))
     before = everything(folder)
@@ -181,7 +183,7 @@ def test_what_the_output_holds_already(folder, capsys):
     ):
         main([*options, "--dry-run"])
         assert row in capsys.readouterr().out.splitlines()
-    (folder / "made/header.json").write_text(json.dumps({"format": 1, "crops": 10}))
+    (folder / "made/header.json").write_text(json.dumps({"format": 1, "kind": "finished codes", "crops": 10}))
     before |= everything(folder)
     for main, options, message in (
         (sample.main, [*sampled, "--seed", "1"], "s.npz holds samples with seed 0 instead of 1"),
@@ -202,7 +204,7 @@ def test_what_the_output_holds_already(folder, capsys):
 
 def test_other_options_are_refused_before_a_download(folder, monkeypatch):
     """``folder`` refuses the network: a published model's weights are not fetched for nothing."""
-    described = {"format": 1, "options": {"num_samples": 3, "model": "var-d16"}}
+    described = {"format": 1, "kind": "samples", "options": {"num_samples": 3, "model": "var-d16"}}
     (folder / "s.json").write_text(json.dumps(described))
     np.savez(folder / "s.npz", arr_0=np.zeros((3, 256, 256, 3), np.uint8))
     with pytest.raises(UserError, match="s.npz holds samples with num_samples 3 instead of 8"):

@@ -119,8 +119,6 @@ class Output:
         Raises:
             UserError: names the option and what to do.
         """
-        if suffix and self.path.suffix != suffix:
-            raise UserError(f"{self.option}: {self.path} does not end in {suffix}")
         try:
             self._check_place()
             for name, given in (inputs or {}).items():
@@ -134,6 +132,8 @@ class Output:
                     )
         except (OSError, RuntimeError) as error:  # of links in a circle
             raise self.cannot_write(reason(error)) from None
+        if suffix and self.path.suffix != suffix:
+            raise UserError(f"{self.option}: {self.path} does not end in {suffix}")
 
     def _check_place(self) -> None:
         path = self.path

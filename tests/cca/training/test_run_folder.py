@@ -227,7 +227,7 @@ def test_what_a_killed_save_left_is_swept(stopped):
     shutil.copytree(stopped / "state" / "step-2", stopped / "state" / ".step-1.removed")
     shutil.copytree(stopped / "state" / "step-2", stopped / "state" / ".writing")
     (stopped / "state" / "step-9-mine").mkdir()
-    train("run")
+    train("run", "--keep-states", "1")
     assert states(stopped) == ["step-6", "step-9-mine"]
 
 

@@ -140,8 +140,8 @@ def test_what_the_run_was_not_trained_with_is_refused(run, way):
     refused(
         f"^--tokenizer-weights: {OTHER} has another SHA-256 .*{sha256}", way, "--tokenizer-weights", OTHER
     )
-    refused("^--image-size: .* was trained with 8, not with 16", way, "--image-size", "16")
-    with pytest.raises(UserError, match="^--model: .* was trained with specimen-var, not with var-mini"):
+    refused("^--image-size: .* was trained at 8 pixels, not at 16", way, "--image-size", "16")
+    with pytest.raises(UserError, match="^--weights: .* is a run of specimen-var, not of var-mini"):
         find_files("var-mini", way)
 
 
