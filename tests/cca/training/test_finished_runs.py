@@ -134,9 +134,7 @@ def test_without_a_compiler(disk, monkeypatch, capsys):
 def test_the_number_of_states_is_kept(disk, monkeypatch):
     save = RunFolder.save
     with monkeypatch.context() as patch:
-        patch.setattr(
-            RunFolder, "save", lambda self, trainer, done: (save, refuse)[done > 4](self, trainer, done)
-        )
+        patch.setattr(RunFolder, "save", lambda self, *given: (save, refuse)[given[1] > 4](self, *given))
         with pytest.raises(UserError):
             train("--keep-states", "3", steps=8)
     train(steps=8)
