@@ -10,6 +10,7 @@ from benchmarks.workloads import Card, random_model, sampling_work
 from models import SamplingOptions, UserError
 
 
+@pytest.mark.slow
 def test_rows_of_the_mini_models(tmp_path, monkeypatch, capsys):
     """A row that fails says so, and the next goes on; compiled rows run, without a compiler."""
     found = gpu.rows(small=True)
