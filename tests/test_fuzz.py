@@ -206,7 +206,8 @@ def template(tmp_path_factory):
     parts = folder / "parts.npz.parts"  # an unfinished run whose only part is made
     parts.mkdir()
     made = json.loads((folder / "made.json").read_text())
-    (parts / "options.json").write_text(json.dumps({"format": 1, "options": made["options"]}))
+    marker = {"format": 1, "kind": "samples", "options": made["options"]}
+    (parts / "options.json").write_text(json.dumps(marker))
     with np.load(folder / "made.npz") as file:
         np.save(parts / "00000000.npy", file["arr_0"])
     progress = folder / "unfinished" / "progress"  # codes whose only part is made
