@@ -18,7 +18,7 @@ from torch import Tensor
 from cca.cli.main import OnePart, play, run_command
 from cca.cli.output import Found, Output
 from cca.cli.parser import Parser
-from cca.cli.plan import add_dry_run_option, output_text
+from cca.cli.plan import add_dry_run_option
 from cca.distributed import Processes
 from models.utils.errors import UserError
 from models.utils.files import size_text
@@ -42,7 +42,7 @@ def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> OnePart
     """Read the weights, and plan how they are written. Raises UserError."""
     state, key = read_weights(args.input)
     size = size_text(sum(file.stat().st_size for file in weights_files(args.input)))
-    rows = {"reads": f"{args.input} ({size})", "writes": output_text(args.output)}
+    rows = {"reads": f"{args.input} ({size})", "writes": str(args.output)}
     return OnePart(rows, partial(work, args, state, published_key(state) if key is None else key))
 
 

@@ -4,7 +4,6 @@ import argparse
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from huggingface_hub import constants
 
@@ -52,8 +51,3 @@ def show_plan(rows: Mapping[str, str], downloads: Sequence[Download] = ()) -> No
         for line in others:
             print(f"{'':<{width}}{printable(line)}")
     print(flush=True)
-
-
-def output_text(path: Path) -> str:
-    """How a plan names a file that is written, whatever is there."""
-    return f"{path}, instead of what is there" if path.exists() else str(path)

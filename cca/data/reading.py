@@ -67,28 +67,26 @@ def share(item: Any) -> Any:
 
 def from_workers(loader: DataLoader) -> Iterator[Any]:
     """Yield what the loader does. Raises UserError where a worker ends, or shared memory is full."""
-    items: Any = None
+    items, count = None, loader.num_workers
     handler = signal.getsignal(signal.SIGCHLD)
     try:
         with children_ignore_signals():
             items = iter(loader)
-        if loader.num_workers and threading.current_thread() is threading.main_thread():
+        if count and threading.current_thread() is threading.main_thread():
             # PyTorch's handler raises as soon as a worker ends, whatever the command is doing then.
             signal.signal(signal.SIGCHLD, handler)
         yield from items
     except (OSError, RuntimeError) as error:
         if "DataLoader worker (pid" in str(error):
-            problem = "one of {} data-loading workers was killed, perhaps because the memory was full"
+            problem = f"one of {count} data-loading workers was killed, perhaps because the memory was full"
         elif "shared memory" in str(error) or isinstance(error, OSError) and error.filename is None:
             last_line = str(error).strip().splitlines()[-1]  # the worker's own, below its traceback
             why = getattr(error, "strerror", None) or last_line.rpartition(": ")[2]
-            problem = f"{{}} data-loading workers find no room in the shared memory, /dev/shm ({why})"
+            problem = f"{count} data-loading workers find no room in the shared memory, /dev/shm ({why})"
         else:
             raise
-        raise UserError(
-            f"--workers: {problem.format(loader.num_workers)}; take fewer workers, or give more memory"
-        ) from None
+        raise UserError(f"--workers: {problem}; take fewer workers, or give more memory") from None
     finally:
-        if items is not None and loader.num_workers:
+        if items is not None and count:
             # Else Python waits at its end for workers that an error keeps.
             items._shutdown_workers()  # type: ignore[attr-defined]
