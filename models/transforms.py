@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import functional as transforms
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -46,6 +45,12 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def square(image: Image.Image, left: int, top: int, size: int) -> Tensor:
+    """Cut uint8 [3, size, size] out of an RGB image."""
+    pixels = np.array(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
 class Transform(ABC):
     """An RGB photograph -> uint8 [3, size, size], or [crops, 3, size, size] where there are several."""
 
@@ -65,9 +70,10 @@ class RandomCrop(Transform):
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
         short = round(1.125 * self.size)
         check_sides(image, short)
-        image = transforms.resize(image, short, transforms.InterpolationMode.LANCZOS)
-        top, left = (int(generator.integers(side - self.size + 1)) for side in (image.height, image.width))
-        return transforms.pil_to_tensor(transforms.crop(image, top, left, self.size, self.size))
+        width, height = (short * side // min(image.size) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        top, left = (int(generator.integers(side - self.size + 1)) for side in (height, width))
+        return square(image, left, top, self.size)
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,11 @@ class TenCrops(Transform):
     crops = 10
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
-        crops = transforms.ten_crop(centre_crop(image, int(self.size * self.crop_range)), self.size)
-        return torch.stack([transforms.pil_to_tensor(crop) for crop in crops])
+        image = centre_crop(image, int(self.size * self.crop_range))
+        end = image.width - self.size
+        places = ((0, 0), (end, 0), (0, end), (end, end), (round(end / 2), round(end / 2)))
+        views = (image, ImageOps.mirror(image))
+        return torch.stack([square(view, *place, self.size) for view in views for place in places])
 
 
 class OneOfTenCrops(TenCrops):

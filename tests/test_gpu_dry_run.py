@@ -50,8 +50,10 @@ TRAINING = {  # model, precision, loss, and whether blocks are computed again in
 }
 
 
-def cases(table: dict) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", table.values(), ids=table.keys())
+def cases(table: dict, slow: str = "") -> pytest.MarkDecorator:
+    marks = {slow: pytest.mark.slow}
+    rows = [pytest.param(case, id=name, marks=marks.get(name, ())) for name, case in table.items()]
+    return pytest.mark.parametrize("case", rows)
 
 
 def check_sampling(name: str, images: int, dtype: str, options: SamplingOptions) -> None:
@@ -91,7 +93,7 @@ def test_training(case):
     assert len(recorder.waits) <= WAITS_PER_OPTIMIZER_STEP, recorder.waits
 
 
-@cases(COMPILED_STEPS)
+@cases(COMPILED_STEPS, slow="llamagen-3b, heads of 100")
 def test_compiled_steps(case, monkeypatch):
     budget, graphs, name, images, dtype, options = case
     writer, recorder = Writer(), Recorder()

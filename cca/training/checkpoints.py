@@ -7,7 +7,8 @@ import torch.distributed.checkpoint as dcp
 
 from cca.distributed import Processes
 from models.utils.files import file_sha256, write_json
-from models.zoo.run_checkpoints import Planner, Reader, careful, check_checkpoint
+from models.zoo.run_checkpoints import Planner, Reader, careful
+from models.zoo.run_folders import check_checkpoint
 
 
 def write_checkpoint(state: dict, folder: Path, processes: Processes) -> None:

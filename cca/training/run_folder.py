@@ -29,7 +29,7 @@ from models.utils.files import (
     writing,
 )
 from models.zoo.checkpoint_formats import save_published
-from models.zoo.run_checkpoints import ema_name, saved_steps
+from models.zoo.run_folders import ema_name, saved_steps
 
 # Told there beside the options, not compared: a run that goes on takes it unless the user says otherwise.
 MICRO_BATCH, KEPT = "micro_batch_size", "keep_states"

@@ -29,7 +29,7 @@ from models import ARImageModel, Recipe, UserError, find_files, zoo_entry
 from models.utils.files import size_text
 from models.utils.precision import TRAINED_IMAGES, allow_tf32, compute_deterministically, memory_named
 from models.zoo.loading import ModelFiles, numbers
-from models.zoo.run_checkpoints import ema_name, saved_steps
+from models.zoo.run_folders import ema_name, saved_steps
 
 PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
 # Path, model, seed -> what is trained on.

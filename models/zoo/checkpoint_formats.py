@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from models.utils.errors import UserError
 from models.utils.files import file_sha256, parse_json, regular, write_binary
-from models.zoo.run_checkpoints import checkpoint_sha256, read_checkpoint
+from models.zoo.run_folders import INDEX, checkpoint_folder, checkpoint_sha256
 
 # Where the published files and trainers keep the state dict.
 WRAPPERS = ("model", "module", "state_dict", "trainer", "var_wo_ddp")
@@ -39,7 +39,6 @@ _ALLOWED: list[Any] = [
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # numpy 1 and 2
     *{type(np.dtype(code)) for code in "?bhilqBHILQefdgFDG"},
 ]
-INDEX = "*.safetensors.index.json"
 # A file holds every number once, or a few times where tensors share their storage.
 LARGEST_SHARE, SMALL = 8, 2**26
 
@@ -63,6 +62,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
     """
     path = Path(path)
     if folder := checkpoint_folder(path):
+        from models.zoo.run_checkpoints import read_checkpoint  # slow to import
+
         return read_checkpoint(folder, path != folder), None
     try:
         files = weights_files(path)
@@ -85,12 +86,6 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
         raise UserError(
             f"{path}: not a weights file (.pt, .pth or .safetensors), or truncated or damaged{again}"
         ) from None
-
-
-def checkpoint_folder(path: Path) -> Path | None:
-    """Return the folder of the checkpoint that ``path`` names, with ``:ema`` or without; None: of none."""
-    folder = path.with_name(path.name.removesuffix(":ema")) if path.name else path
-    return folder if (folder / ".metadata").exists() else None
 
 
 def weights_files(path: Path) -> list[Path]:

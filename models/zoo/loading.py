@@ -12,18 +12,15 @@ from torch import Tensor, nn
 
 from models.base import ARImageModel, ImageTokenizer
 from models.utils.errors import UserError
-from models.utils.files import FORMAT, read_json
 from models.zoo.checkpoint_formats import (
-    INDEX,
     approximate_size,
-    checkpoint_folder,
     load_weights,
     mismatch,
     weights_sha256,
 )
 from models.zoo.hub import Download, WeightsFile
 from models.zoo.registry import TOKENIZERS, ZOO, ZooEntry
-from models.zoo.run_checkpoints import ema_name, saved_steps
+from models.zoo.run_folders import run_config, run_weights
 
 
 def numbers(module: nn.Module) -> int:
@@ -232,45 +229,6 @@ def _locate_tokenizer(model: str, given: str, sha256: str | None, run: str | Non
         trained_with = f"; {run} was trained with the file of SHA-256 {sha256}" if sha256 else ""
         raise UserError(f"{error}{trained_with}") from None
     return replace(file, expected_sha256=sha256, expected_by=run).checked() if file and sha256 else file
-
-
-def run_weights(text: str, checkpoint_name: str) -> Path | None:
-    """Find the weights that RUN, RUN/state/step-N or RUN/model.pth means; ``:ema`` asks for the average.
-
-    Returns:
-        a weights file, or a checkpoint as ``read_state_dict`` takes it; of a run, its exported model, or its
-        newest checkpoint. None where the text names no run.
-
-    Raises:
-        UserError: the folder holds neither.
-    """
-    path, average = Path(text.removesuffix(":ema")), text.endswith(":ema")
-    exported = path / (ema_name(checkpoint_name) if average else checkpoint_name)
-    if text in ("base", "cca") or any(path.glob(INDEX)):  # published, in shards
-        return None
-    if checkpoint_folder(path):
-        return Path(text)
-    if exported.exists():
-        return exported
-    if not path.is_dir():
-        is_exported = path.name in (checkpoint_name, ema_name(checkpoint_name)) and Path(text).is_file()
-        return path if is_exported else None
-    steps = saved_steps(path)
-    if not steps:
-        raise UserError(f"--weights: {path} holds no {exported.name} and no saved state")
-    return path / "state" / f"step-{steps[-1]}{':ema' if average else ''}"
-
-
-def run_config(weights: Path) -> dict:
-    """Return the config.json of the run that weights belong to; empty where there is none of ours.
-
-    Raises UserError for a damaged one.
-    """
-    folder = checkpoint_folder(weights)
-    path = (folder.parent.parent if folder else weights.parent) / "config.json"
-    content = read_json(path) if path.exists() else {}
-    is_own = content.get("format") == FORMAT and isinstance(content.get("options"), dict)
-    return content if is_own else {}
 
 
 def _locate(option: str, text: str, published: Mapping[str, WeightsFile | None]) -> LocatedFile | None:

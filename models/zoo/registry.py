@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torchvision.models import ResNet50_Weights
-
 from models import llamagen, var
 from models.autoencoder import LLAMAGEN_KEYS, VAR_KEYS, AutoencoderConfig
 from models.base import ARImageModel
@@ -338,5 +336,7 @@ FASHION_CLASSES = (
 def class_name(label: int, num_classes: int) -> str:
     """English name of a class: ImageNet-1k's from torchvision, else those of the bundled data."""
     if num_classes == 1000:
+        from torchvision.models import ResNet50_Weights  # takes longer to import than all the rest
+
         return ResNet50_Weights.DEFAULT.meta["categories"][label]
     return FASHION_CLASSES[label]

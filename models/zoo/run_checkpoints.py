@@ -1,6 +1,8 @@
-"""Checkpoints of training runs: read without executing anything, and checked for damage."""
+"""Checkpoints of training runs, read without executing anything.
 
-import hashlib
+This file imports torch.distributed.checkpoint, which takes over a second.
+"""
+
 import io
 import pickle
 import pickletools
@@ -16,7 +18,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem
 
 from models.utils.errors import UserError
-from models.utils.files import file_sha256, read_json, reason
+from models.utils.files import reason
+from models.zoo.run_folders import check_checkpoint
 
 # What the framework's description of a state is made of. It is a pickle: nothing else is let through.
 ALLOWED = {
@@ -78,33 +81,6 @@ def careful(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} is damaged or not a state of this trainer ({reason(error)})") from None
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 that was noted of each file of a checkpoint; empty where none was."""
-    paths = sorted(folder.glob("sha256-*.json"))
-    return {name: digest for path in paths for name, digest in read_json(path).items()}
-
-
-def check_checkpoint(folder: Path, share: slice = slice(None)) -> None:
-    """Raise UserError unless all files are as they were written; ``share``: those of them that are read.
-
-    A checkpoint without checksums is taken as it is.
-    """
-    noted = _checksums(folder)
-    files = {path.name for path in folder.iterdir() if not path.name.startswith("sha256-")}
-    if noted and files != set(noted):
-        name = min(files ^ set(noted))
-        raise UserError(f"{folder} is damaged ({name} is {'missing' if name in noted else 'not of it'})")
-    for name in sorted(noted)[share]:
-        if file_sha256(folder / name) != noted[name]:
-            raise UserError(f"{folder} is damaged ({name} is not what was written)")
-
-
-def checkpoint_sha256(folder: Path, average: bool = False) -> str:
-    """Return a hash of a checkpoint's files, as their checksums tell it, and of which weights are meant."""
-    noted = _checksums(folder) or {file.name: file_sha256(file) for file in folder.iterdir()}
-    return hashlib.sha256(repr((sorted(noted.items()), average)).encode()).hexdigest()
-
-
 def read_checkpoint(folder: Path, average: bool = False) -> dict[str, torch.Tensor]:
     """Return the transformer's weights of a checkpoint, or their average, whole. Raises UserError."""
     with careful(folder):
@@ -123,14 +99,3 @@ def read_checkpoint(folder: Path, average: bool = False) -> dict[str, torch.Tens
             raise UserError(f"{folder}: holds no {missing}")
         dcp.load(state, storage_reader=Reader(folder), planner=Planner(), no_dist=True)
     return state["model"] | state.get("ema", {})
-
-
-def saved_steps(run: Path) -> list[int]:
-    """Numbers of the steps whose state a run folder holds, ascending."""
-    names = [path.name.removeprefix("step-") for path in (run / "state").glob("step-*")]
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def ema_name(checkpoint_name: str) -> str:
-    """Under which name the average of the weights is written beside the model."""
-    return checkpoint_name.replace(".", "_ema.")

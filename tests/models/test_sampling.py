@@ -25,7 +25,7 @@ from models.sampling import (
 )
 from models.utils.errors import UserError
 
-SAMPLES = 200_000
+SAMPLES = 60_000
 CPU = torch.device("cpu")
 OPTIONS = {
     "plain": SamplingOptions(),

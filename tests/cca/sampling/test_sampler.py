@@ -36,10 +36,9 @@ def in_batches(model, batch_size, asked):
 @pytest.mark.parametrize("name", MODELS)
 def test_batch_size_does_not_matter(name, options):
     model = load_model(name)
-    whole = in_batches(model, 64, request(**options))
-    for batch_size in (1, 17):
-        differs = (in_batches(model, batch_size, request(**options)) != whole).any((1, 2, 3))
-        assert differs.sum() <= 0.005 * len(whole)
+    whole = in_batches(model, 24, request(24, **options))
+    for batch_size in (1, 7):
+        assert np.array_equal(in_batches(model, batch_size, request(24, **options)), whole)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -102,15 +101,15 @@ sample.main(sys.argv[1:])
 
 @pytest.mark.parametrize("name", MODELS)
 def test_processes_and_interruption_do_not_matter(name, tmp_path):
-    options = ["sample.py", "--model", name, "--num-samples", 600, "--seed", 3]
-    run(*options, "--output", tmp_path / "one.npz", "--grid", tmp_path / "grid.png")
-    run(*options, "--output", tmp_path / "two.npz", "--batch-size", 50, processes=3)
+    options = ["--model", name, "--num-samples", "600", "--seed", "3"]
+    sample.main([*options, "--output", str(tmp_path / "one.npz"), "--grid", str(tmp_path / "grid.png")])
+    run("sample.py", *options, "--output", tmp_path / "two.npz", "--batch-size", 50, processes=3)
     cut, parts = tmp_path / "cut.npz", tmp_path / "cut.npz.parts"
-    command = command_line(["-c", KILLED_AFTER_A_PART, *options[1:], "--output", cut])
+    command = command_line(["-c", KILLED_AFTER_A_PART, *options, "--output", cut])
     killed = subprocess.run(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
     assert killed.returncode == -signal.SIGKILL and not cut.exists()
     assert [path.name for path in parts.glob("*.npy")] == ["00000000.npy"]
-    run(*options, "--output", cut)
+    sample.main([*options, "--output", str(cut)])
     assert json.loads(cut.with_suffix(".json").read_text())["images_made_by_this_run"] == 600 - 256
     with np.load(tmp_path / "one.npz") as one:
         assert one["arr_0"].shape == (600, 32, 32, 3) and one["arr_0"].dtype == np.uint8

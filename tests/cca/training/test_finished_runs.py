@@ -55,18 +55,8 @@ def test_a_run_without_curves_is_finished_and_gets_them_later(disk, monkeypatch,
 
 
 def test_a_backend_that_does_not_exist(tmp_path):
-    line = [
-        "train_var_cca.py",
-        "--model",
-        "var-mini",
-        "--data",
-        TRAIN,
-        "--max-steps",
-        1,
-        "--output",
-        tmp_path,
-    ]
-    result = call(line, MPLBACKEND="nonsense")
+    common = ["train_var_cca.py", "--model", "var-mini", "--data", TRAIN, "--batch-size", 8]
+    result = call([*common, "--max-steps", 1, "--output", tmp_path], MPLBACKEND="nonsense")
     assert result.returncode == 0 and result.stderr.count("warning: ") == 1
     assert (tmp_path / "model.pth").exists()
 
@@ -151,7 +141,8 @@ def test_a_model_of_others_is_not_written_over(disk):
 
 def test_a_second_run_is_refused_while_the_first_works(tmp_path, monkeypatch):
     """In another process: it is the lock that refuses, which closing its file in the first would end."""
-    line = ["--model", "var-mini", "--data", TRAIN, "--max-steps", "2", "--output", str(tmp_path / "run")]
+    line = ["--model", "var-mini", "--data", TRAIN, "--batch-size", "8", "--max-steps", "2"]
+    line += ["--output", str(tmp_path / "run")]
     results, show = [], cca.training.loop.show
 
     def meanwhile(*arguments):
