@@ -26,7 +26,7 @@ from cca.data.labels import add_classes_option, read_classes
 from cca.distributed import Processes
 from cca.evaluation.comparability import comparability, compare, read_row
 from cca.evaluation.evaluator import METRICS, Comparison, evaluate, extract, load_reference, timed
-from cca.evaluation.features import Extractor, add_features_options, features_plan
+from cca.evaluation.features import Extractor, add_features_options, features_plan, make_extractor
 from cca.evaluation.references import REFERENCES, find_reference, published_name
 from models.utils.errors import UserError
 from models.zoo.hub import Download
@@ -122,7 +122,7 @@ class Evaluation:
         if self.reference is None:
             args.published.fetch()  # on each rank: one downloads, the others wait
             self.reference = open_reference(args, ranks)
-        self.extractor = Extractor(args.features, args.inception_weights, ranks.device)
+        self.extractor = make_extractor(args.features, args.inception_weights, ranks)
         self.options = {
             **self.known(),
             "samples_sha256": ranks.digest(self.samples.fingerprint),

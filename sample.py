@@ -164,7 +164,7 @@ def make_request(args: argparse.Namespace, model: ARImageModel, device: torch.de
     sampling = SamplingOptions(
         args.cfg_scale, schedule, args.cfg_interval, args.top_k, args.top_p, args.temperature
     )
-    classes = parse_classes(args.classes or "all", model)
+    classes = parse_classes("all" if args.classes is None else args.classes, model)
     dtype = args.dtype or default_dtype(args.model, device)
     request = SampleRequest(
         args.num_samples, classes, args.class_order, args.seed, args.eval_size, dtype, sampling
@@ -194,7 +194,10 @@ class Sampling:
         self.downloads = self.files.downloads(self.model)
         self.batch_size = args.batch_size or default_batch_size(self.model, request, device)
         default = compiles_by_default(self.model, request, device, self.ranks.world)
-        self.compile = decide_compile(before if args.compile is None else args.compile, default, self.ranks)
+        asked = before if args.compile is None else args.compile
+        self.compile = bool(before)
+        if not self.found.is_finished or before is None:
+            self.compile = decide_compile(asked, default, self.ranks)
 
     def known(self) -> dict:
         request, trained = asdict(self.request), self.files.config.get("options", {})
@@ -262,7 +265,8 @@ class Sampling:
             "images_per_second": made / (ended - loaded) if made else None,
             "wall_seconds": ended - began,
         }
-        ranks.agree(lambda: self.finish(report), main=True)
+        if ranks.main:  # the others need not wait, which they could for half an hour
+            self.finish(report)
         return True
 
     def make_sampler(self) -> Sampler:

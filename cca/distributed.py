@@ -219,7 +219,7 @@ class Processes:
     def gather(self, part: Tensor) -> Tensor | None:
         """The rows of all processes in the order of their ranks, on the main one (None elsewhere).
 
-        They stay on their device. Parts may differ by one row, as ``share`` cuts them.
+        They stay on their device. Parts may have different numbers of rows.
         """
         if self.world == 1:
             return part
@@ -234,7 +234,7 @@ class Processes:
         return torch.cat([p[:n] for p, n in zip(parts, counts)])
 
     def digest(self, take: Callable[[], str | None]) -> str | None:
-        """A SHA-256 (or None) of files, taken once on each node; ``same`` compares them."""
+        """A SHA-256 (or None) of files, taken once on each node."""
         own = None
 
         def take_own() -> None:

@@ -43,7 +43,7 @@ def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> OnePart
     state, key = read_weights(args.input)
     size = size_text(sum(file.stat().st_size for file in weights_files(args.input)))
     rows = {"reads": f"{args.input} ({size})", "writes": str(args.output)}
-    return OnePart(rows, partial(work, args, state, published_key(state) if key is None else key))
+    return OnePart(ranks, rows, partial(work, args, state, published_key(state) if key is None else key))
 
 
 def work(args: argparse.Namespace, state: dict[str, Tensor], key: str) -> None:

@@ -1,7 +1,7 @@
 """A page to play with: base, guided base and CCA side by side, from the same random numbers.
 
     pip install -r requirements-demo.txt
-    python -m scripts.demo --model llamagen-mini --weights runs/llamagen-mini-cca
+    python -m scripts.demo --model llamagen-mini --weights runs/quickstart/llamagen-mini-cca
     python -m scripts.demo --model var-d24 --weights cca        # the published ones; on a GPU
 
 Serves http://127.0.0.1:7860 until Ctrl-C. Below the pictures stand the sample.py commands that make the
@@ -350,7 +350,7 @@ def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> OnePart
         "serves": f"http://{args.host}:{args.port}",
     }  # fmt: skip
     downloads = list(dict.fromkeys(file for each in (base, *tuned) for file in each.downloads(model)))
-    return OnePart(rows, partial(load_and_serve, args, ranks.device), downloads)
+    return OnePart(ranks, rows, partial(load_and_serve, args, ranks.device), downloads)
 
 
 def load_and_serve(args: argparse.Namespace, device: torch.device) -> None:

@@ -122,7 +122,6 @@ class Extraction:
 
     def known(self) -> dict:
         return {
-            "model": self.args.model,
             "image_size": self.model.image_size,
             "vocab_size": self.model.vocab_size,
             "images": len(self.source),
@@ -175,10 +174,12 @@ class Extraction:
         self.ranks.agree(self.replace_notes, main=True)
 
     def replace_notes(self) -> None:
-        for path in sorted(self.output.parts_folder.glob(NOTES.format("*")))[bool(self.own) :]:
-            path.unlink()
+        kept = self.output.parts_folder / NOTES.format(0)
         if self.own:
-            write_json(self.output.parts_folder / NOTES.format(0), self.own)
+            write_json(kept, self.own)
+        for path in self.output.parts_folder.glob(NOTES.format("*")):
+            if not self.own or path != kept:
+                path.unlink()
 
     def note(self, replaced: list[int]) -> None:
         """Note images that others stand in for before their part is stored; refuse too many of all ranks."""
@@ -198,7 +199,8 @@ class Extraction:
                 print(f"note: {note}", file=sys.stderr)
         if not fill(self.ranks, self.parts, self.make, "encoding"):
             return False
-        self.ranks.agree(self.finish, main=True)
+        if self.ranks.main:  # the others need not wait, which they could for half an hour
+            self.finish()
         return True
 
     def finish(self) -> None:

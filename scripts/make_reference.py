@@ -24,7 +24,7 @@ from cca.data.image_folders import add_orientation_option, check_orientation_opt
 from cca.data.image_sets import ImageSet, open_image_set
 from cca.distributed import Processes
 from cca.evaluation.evaluator import extract_batches
-from cca.evaluation.features import Extractor, add_features_options, features_plan
+from cca.evaluation.features import add_features_options, features_plan, make_extractor
 from cca.evaluation.metrics import RunningGaussian
 from cca.evaluation.references import REFERENCE_IMAGES
 from cca.random_streams import DATA_ORDER, stream
@@ -77,6 +77,7 @@ class Reference:
 
     args: argparse.Namespace
     ranks: Processes
+    found: Found
     images: ImageSet
     downloads: list[Download]
     parts: None = None  # its output has none
@@ -95,7 +96,8 @@ class Reference:
     def plan(self) -> dict[str, str]:
         args, images = self.args, self.images
         size = self.known()["kept"] * math.prod(images.size) * 3
-        check_space(output_of(args), size + STATISTICS_BYTES, "images and statistics")
+        if not self.found.is_finished:
+            check_space(output_of(args), size + STATISTICS_BYTES, "images and statistics")
         return {
             "images": f"{args.images}, {len(images):,} images",
             "features": features_plan(args.features, args.inception_weights)[0],
@@ -105,7 +107,7 @@ class Reference:
 
     def prepare(self) -> dict:
         args = self.args
-        self.extractor = Extractor(args.features, args.inception_weights, self.ranks.device)
+        self.extractor = make_extractor(args.features, args.inception_weights, self.ranks)
         features = {"features": self.extractor.name, "features_sha256": self.extractor.weights_sha256}
         found = self.ranks.digest(self.images.fingerprint)
         self.content = {"options": {**self.known(), **features, "images_sha256": found}}
@@ -121,15 +123,12 @@ class Reference:
             pooled.add(found.pooled.numpy())
             if found.spatial is not None:
                 spatial.add(found.spatial.numpy())
-            kept += [image for i, image in enumerate(batch, index) if i in chosen]
+            kept.append(batch[[i - index for i in range(index, index + len(batch)) if i in chosen]])
             index += len(batch)
         arrays = dict(zip(("mu", "sigma"), total(pooled, ranks)))
         if spatial.count:
             arrays |= zip(("mu_s", "sigma_s"), total(spatial, ranks))
-        pixels = (
-            torch.from_numpy(np.stack(kept)) if kept else torch.empty(0, *images.size, 3, dtype=torch.uint8)
-        )
-        gathered = ranks.gather(pixels)
+        gathered = ranks.gather(torch.from_numpy(np.concatenate(kept)))
         if gathered is not None:  # rank 0 has the images of all
             arrays["arr_0"] = gathered.numpy()
             for note in images.notes():
@@ -150,7 +149,7 @@ def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Referen
         raise UserError(
             f"--images: {args.images} holds {len(images)} images; at least {2 * ranks.world} are needed"
         )
-    return Reference(args, ranks, images, features_plan(args.features, args.inception_weights)[1])
+    return Reference(args, ranks, found, images, features_plan(args.features, args.inception_weights)[1])
 
 
 def output_of(args: argparse.Namespace) -> Output:

@@ -5,6 +5,7 @@
     python -m scripts.pretrain_mini tokenizer --model var-mini --raw ...
     python -m scripts.pretrain_mini transformer --model var-mini --raw ...
     python -m scripts.pretrain_mini decoder --model var-mini --raw ...
+    python -m scripts.pretrain_mini cca --model var-mini --run runs/quickstart/var-mini-cca
 
 ``--raw`` is a folder with the four ``*-ubyte.gz`` files (Debian: package dataset-fashion-mnist).
 Training images 0-49,999 train every network; 50,000-59,999 are for tuning; the 10,000 test
@@ -328,7 +329,7 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
         max_steps=steps, ema=0.0, seed=seed, dtype="bfloat16",
     )  # fmt: skip
     processes = Processes()
-    output = Output.run(Path(f"runs/pretrain-{name}"), model.checkpoint_name)
+    output = Output.run(Path(f"runs/pretrain-{name}-{seed}"), model.checkpoint_name)
     options = {**config.options(), "model": name}
     output.check(output.look(), options)
     output.begin({"options": options})
@@ -361,12 +362,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=("data", "networks", *STEPS))
-    parser.add_argument("--model", choices=MODELS, help="for the last three stages")
+    parser.add_argument("stage", choices=("data", "networks", *STEPS, "cca"))
+    parser.add_argument("--model", choices=MODELS, help="for the last four stages")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="of cca: the run whose weights ship")
     parser.add_argument(
         "--raw", type=Path, default=RAW, help="folder of the four files (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="of a transformer (default: assets/MODEL.safetensors)"
+    )
     parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {STEPS})")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default %(default)s)"
@@ -389,8 +394,14 @@ def train_networks(raw: Path, images: Tensor, labels: Tensor, seed: int) -> None
 
 def main() -> None:
     args = make_parser().parse_args()
-    if args.stage in STEPS and not args.model:
+    if args.stage not in ("data", "networks") and not args.model:
         raise UserError(f"--model: the stage {args.stage} needs one of {', '.join(MODELS)}")
+    if args.stage == "cca":
+        if not args.run:
+            raise UserError("--run: the stage cca needs the run of which the weights are")
+        model = load_model(args.model, str(args.run))
+        save(ASSETS / f"{args.model}-cca.safetensors", model.transformer, model.checkpoint_key)
+        return
     if args.stage == "decoder" and not is_multi_scale(build_model(args.model)):
         raise UserError(
             f"--model: the stage decoder is not for {args.model}, which draws its tokens one by one"
@@ -412,7 +423,8 @@ def main() -> None:
     steps = args.steps or STEPS[args.stage]
     if args.stage == "transformer":
         model = train_transformer(args.model, images, labels, steps, args.seed)
-        save(ASSETS / f"{args.model}.safetensors", model.transformer, model.checkpoint_key)
+        path = args.output or ASSETS / f"{args.model}.safetensors"
+        save(path, model.transformer, model.checkpoint_key)
     elif args.stage == "tokenizer":
         save_tokenizer(args.model, train_tokenizer(args.model, images, steps))
     else:

@@ -27,7 +27,7 @@ class Row:
 
     weights: "base", "cca" (as published), or the run that makes them.
     sampling: options of sample.py.
-    published: FID-50k of the paper, where it has one.
+    published: FID-50k of the paper, where it has one for these settings.
     series: the lines of a picture that the row is a point of (``report.SERIES``), each with the value
         that varies along it.
     """
@@ -60,10 +60,11 @@ class Sweep:
     usual: float = 2.0
 
 
-# Figure 4: guidance from 0 to 3, lambda from 1 to 10,000 at beta 0.02; figure 9: beta at lambda 1,000.
+# Figure 4: guidance from 0 to 3, lambda from 1 to 10,000 at beta 0.02; figure 9: beta at lambda 1,000, and
+# lambda from 0.
 PUBLISHED = Sweep(
     scales=(1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0),
-    lambdas=(1, 10, 100, 300, 1000, 10_000),
+    lambdas=(0, 1, 10, 100, 300, 1000, 10_000),
     betas=(2, 0.5, 0.1, 0.02, 0.005),
     beta_lambda=1000,
 )
@@ -90,9 +91,21 @@ def published_fid(model: str, what: str) -> float | None:
     return published and published.fid(what)
 
 
-def base_row(model: str) -> Row:
-    fid = published_fid(model, "base")
-    return Row(model, "base", "base, no guidance", "base", sampled(model), fid, {"guidance": 1.0})
+def base_rows(model: str) -> list[Row]:
+    """The base without guidance; of VAR with the filters of its sampler, and without any.
+
+    The paper does not say which of the two its figures are of, so neither is set beside them.
+    """
+    settings, guidance = ZOO[model].published, {"guidance": 1.0}
+    if settings is None or not settings.has_filters:
+        fid = published_fid(model, "base")
+        return [Row(model, "base", "base, no guidance", "base", sampled(model), fid, guidance)]
+    filters = f"top-k {settings.top_k}, top-p {settings.top_p:g}"
+    without = (*sampled(model), "--top-k", "0", "--top-p", "1")
+    return [
+        Row(model, "base-no-filters", "base, no guidance, no filters", "base", without, None, {"free": 1.0}),
+        Row(model, "base", f"base, no guidance, {filters}", "base", sampled(model), None, guidance),
+    ]
 
 
 def guided_row(model: str, scale: float) -> Row:
@@ -114,7 +127,7 @@ def trained_row(model: str, run: Run, label: str, **other) -> Row:
 
 def quickstart_rows(model: str, options: Namespace) -> list[Row]:
     """The main job: base, CCA, the base over its guidance scales; with --control the controls."""
-    rows = [base_row(model), trained_row(model, CCA, "CCA, no guidance", series={"recipe": 1.0})]
+    rows = [*base_rows(model), trained_row(model, CCA, "CCA, no guidance", series={"recipe": 1.0})]
     if not options.control:
         return [*rows, *guided_rows(model)]
     label = "control: maximum likelihood, no guidance"
@@ -129,13 +142,13 @@ def table_rows(model: str, options: Namespace) -> list[Row]:
     cca, published = published_fid(model, "cca"), ZOO[model].published
     own = trained_row(model, CCA, "CCA trained here, no guidance", published=cca)
     if published is None:
-        return [base_row(model), guided_row(model, sweep(model).usual), own]
+        return [*base_rows(model), guided_row(model, sweep(model).usual), own]
     guided = Row(
         model, "base-guided", f"base, guidance {published.cfg_scale:g}",
         sampling=("--preset", "published-cfg"), published=published.fid("guided"),
     )  # fmt: skip
     released = Row(model, "cca-released", "CCA as published, no guidance", "cca", sampled(model), cca)
-    return [base_row(model), guided, released, *([] if options.from_released else [own])]
+    return [*base_rows(model), guided, released, *([] if options.from_released else [own])]
 
 
 def ablation_rows(model: str, options: Namespace) -> list[Row]:
@@ -143,7 +156,7 @@ def ablation_rows(model: str, options: Namespace) -> list[Row]:
 
     A loss whose settings nobody has published for the model needs --loss-options, else it is left out.
     """
-    rows, given = [base_row(model)], dict(options.loss_options)
+    rows, given = base_rows(model), dict(options.loss_options)
     for loss in LOSSES:
         if loss in given or loss in ZOO[model].recipes:
             run = Run(loss, ("--loss", loss, *shlex.split(given.get(loss, ""))))
@@ -165,20 +178,29 @@ def left_out(model: str, rows: list[Row]) -> str:
 
 
 def tradeoff_rows(model: str, options: Namespace) -> list[Row]:
-    """Figures 4 and 9: CCA over lambda and over beta against guidance over its scale."""
+    """Figures 4 and 9: CCA over lambda and over beta against guidance over its scale.
+
+    A pair of beta and lambda that lies on both lines, or is the recipe's, is trained once.
+    """
     recipe, varied = ZOO[model].recipes["cca"], sweep(model)
-    fixed = () if varied.beta_lambda is None else ("--lambda", f"{varied.beta_lambda:g}")
-    series = {"recipe": 1.0, "lambda": recipe.lambda_} | ({} if fixed else {"beta": recipe.beta})
-    rows = [base_row(model), *guided_rows(model), trained_row(model, CCA, "CCA, the recipe", series=series)]
-    for name, values, more in (("lambda", varied.lambdas, ()), ("beta", varied.betas, fixed)):
-        for value in values:
-            run = Run(f"cca-{name}{value:g}", (f"--{name}", f"{value:g}", *more))
-            rows.append(trained_row(model, run, f"CCA, {name} {value:g}", series={name: value}))
+    at_lambda = varied.beta_lambda or recipe.lambda_
+    betas = {*varied.betas, recipe.beta} if at_lambda == recipe.lambda_ else {*varied.betas}
+    points: dict[tuple[float, float], dict[str, float]] = {(recipe.beta, recipe.lambda_): {"recipe": 1.0}}
+    for value in sorted({*varied.lambdas, recipe.lambda_}):
+        points.setdefault((recipe.beta, value), {})["lambda"] = value
+    for value in sorted(betas):
+        points.setdefault((value, at_lambda), {})["beta"] = value
+    rows = [*base_rows(model), *guided_rows(model)]
+    for (beta, lambda_), series in points.items():
+        options = ("--beta", f"{beta:g}", "--lambda", f"{lambda_:g}")
+        run = CCA if "recipe" in series else Run(f"cca-beta{beta:g}-lambda{lambda_:g}", options)
+        label = "CCA, the recipe" if run is CCA else f"CCA, beta {beta:g}, lambda {lambda_:g}"
+        rows.append(trained_row(model, run, label, series=series))
     return [*rows, trained_row(model, CONTROL, "control: maximum likelihood", series={"control": 1.0})]
 
 
 def with_guidance_rows(model: str, options: Namespace) -> list[Row]:
-    """Figures 5 and 6: CCA by the recipe for it, with guidance on top."""
+    """Figure 6: CCA by the recipe for it, with guidance on top."""
     if "with-guidance" not in ZOO[model].recipes:
         raise UserError(f"--models: {model} has no recipe for CCA with guidance on top")
     run = Run("with-guidance", ("--recipe", "with-guidance"))
@@ -190,7 +212,7 @@ def with_guidance_rows(model: str, options: Namespace) -> list[Row]:
         )
         for scale in sweep(model).scales
     ]  # fmt: skip
-    return [base_row(model), *guided_rows(model), *rows]
+    return [*base_rows(model), *guided_rows(model), *rows]
 
 
 SHEET = (6, 4)  # columns and lines of the pictures of figures 7 and 8
@@ -199,11 +221,13 @@ SHEET = (6, 4)  # columns and lines of the pictures of figures 7 and 8
 def same_noise_rows(model: str, options: Namespace) -> list[Row]:
     """Figures 7 and 8: one class from the same random numbers, three ways."""
     published = ZOO[model].published
-    guidance = options.guidance or (published.cfg_scale if published else 2.0)
+    guidance = options.guidance
+    if guidance is None:
+        guidance = published.cfg_scale if published else sweep(model).usual
     weights = "cca" if ZOO[model].cca else CCA
     fixed = ("--classes", str(options.label), "--num-samples", str(SHEET[0] * SHEET[1]))
     ways = (("base", "base, no guidance", "base", None), ("cca", "CCA, no guidance", weights, None),
-            ("guided", f"base, guidance {guidance:g}", "base", guidance))  # fmt: skip
+            (f"cfg{guidance:g}", f"base, guidance {guidance:g}", "base", guidance))  # fmt: skip
     return [
         Row(model, f"class{options.label}-{name}", title, source, (*sampled(model, scale), *fixed))
         for name, title, source, scale in ways

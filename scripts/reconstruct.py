@@ -117,7 +117,8 @@ class Reconstruction:
     def work(self) -> bool:
         if not fill(self.ranks, self.parts, self.make, "reconstructing"):
             return False
-        self.ranks.agree(self.finish, main=True)
+        if self.ranks.main:  # the others need not wait, which they could for half an hour
+            self.finish()
         return True
 
     def finish(self) -> None:

@@ -26,22 +26,24 @@ Results = dict[str, tuple[list[Row], list[Figures]]]  # of each model: its rows,
 COLUMNS = (
     ("fid", "FID ↓", ".3f"), ("is", "IS ↑", ".3f"), ("sfid", "sFID ↓", ".2f"),
     ("precision", "precision ↑", ".3f"), ("recall", "recall ↑", ".3f"),
-    ("accuracy", "class accuracy ↑", ".3f"), ("published", "published FID", ".2f"),
-    ("difference", "difference", "+.3f"), ("images_per_second", "images/s", ".1f"),
-    ("training_hours", "processor-hours of training", ".3f"),
+    ("accuracy", "class accuracy ↑", ".3f"), ("pixel_fid", "FID of pixels ↓", ".3f"),
+    ("published", "published FID", ".2f"), ("difference", "difference", "+.3f"),
 )  # fmt: skip
 # Lines of the pictures: what the legend says, and matplotlib's format.
 SERIES = {
-    "guidance": ("base, guidance over its scale", "o-"),
-    "lambda": ("CCA, no guidance, over lambda", "s--"),
-    "beta": ("CCA, no guidance, over beta", "^--"),
+    "guidance": ("base, guidance (numbers: its scale)", "o-"),
+    "lambda": ("CCA, no guidance (numbers: lambda)", "s--"),
+    "beta": ("CCA, no guidance (numbers: beta)", "^--"),
+    "free": ("base, no guidance, no filters", "D"),
     "recipe": ("CCA, the recipe, no guidance", "*"),
     "control": ("control: maximum likelihood", "x"),
-    "on top": ("CCA with guidance on top", "s-"),
+    "on top": ("CCA with guidance on top (numbers: its scale)", "s-"),
 }
+# Where the number of a point stands, in points from it, so that those of other lines do not cover it.
+NUMBERS_AT = {"guidance": (0, 8), "lambda": (0, -14), "beta": (10, 2), "on top": (0, -14)}
 CHARTS = {"tradeoff": "inception score", "with-guidance": "inception score", "quickstart": "guidance scale"}
 # In the paper: guidance-free CCA over the guided base, and over the unguided one.
-PAPER_OVER_GUIDED, PAPER_OVER_BASE = "1.02 to 1.33", "0.16 to 0.5"
+PAPER_OVER_GUIDED, PAPER_OVER_BASE = "1.02 to 1.33", "0.18 to 0.48"
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -66,10 +68,20 @@ def cell(runs: list[dict], name: str, form: str) -> str:
 
 
 def figures_table(rows: list[Row], seeds: list[Figures]) -> str:
-    """One line per row, without columns that no row has."""
+    """Return one line per row, without columns that no row has, the best mean of each metric in bold."""
     found = {row.label: [measured(row, run) for run in seeds] for row in rows}
     columns = [c for c in COLUMNS if any(c[0] in run for runs in found.values() for run in runs)]
-    lines = [[label, *(cell(runs, name, form) for name, _, form in columns)] for label, runs in found.items()]
+    lines = [[label] for label in found]
+    for name, title, form in columns:
+        cells = [cell(runs, name, form) for runs in found.values()]
+        means = {i: statistics.mean(run[name] for run in runs)
+                 for i, runs in enumerate(found.values()) if cells[i] != "–"}  # fmt: skip
+        choose = {"↓": min, "↑": max}.get(title[-1])
+        if choose and means:
+            best = choose(means, key=means.__getitem__)
+            cells[best] = f"**{cells[best]}**"
+        for line, text in zip(lines, cells):
+            line.append(text)
     return markdown_table(["samples", *(title for _, title, _ in columns)], lines)
 
 
@@ -125,9 +137,18 @@ def quickstart_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
         f"Without guidance CCA has {ratio('cca', 'guided')} × the FID of the best guided base "
         f"(paper: {PAPER_OVER_GUIDED}) and {ratio('cca', 'base')} × that of the unguided one "
         f"(paper: {PAPER_OVER_BASE}), closes {spread(gaps, '.2f')} of the gap between the two, "
-        f"has {spread(recall, '+.3f')} recall, and takes "
-        f"{ratio('guided', 'cca', 'images_per_second')} × the time."
+        f"and has {spread(recall, '+.3f')} recall."
     ]
+    if all(values("guided", "images_per_second") + values("cca", "images_per_second")):  # else not measured
+        remarks.append(
+            f"CCA samples in {ratio('guided', 'cca', 'images_per_second')} × the time of guidance."
+        )
+    if "pixel_fid" in seeds[0][rows[0].key]:
+        guided, cca = ratio("guided", "base", "pixel_fid"), ratio("cca", "base", "pixel_fid")
+        remarks.append(
+            f"In FID of pixels, which no network takes part in, the best guided base has {guided} × and CCA "
+            f"{cca} × that of the unguided base."
+        )
     if any(row.name == "sft" for row in rows):
         remarks.append(f"Maximum likelihood, the control, has {ratio('sft', 'base')} × the FID of the base.")
     return remarks
@@ -136,7 +157,8 @@ def quickstart_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
 def ablation_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
     """The order of the losses here and in the paper's table 3, and which losses are missing."""
     model = rows[0].model
-    names = [row.label.partition(",")[0] for row in sorted(rows, key=lambda row: mean(seeds, row, "fid"))]
+    by_fid = sorted(rows, key=lambda row: mean(seeds, row, "fid"))
+    names = [row.label.replace(", no guidance", "") for row in by_fid]
     remarks = [f"Order by FID: {' < '.join(names)}."]
     labels = {"base": "base", **LOSS_LABELS}
     for other in ABLATED:
@@ -197,8 +219,37 @@ def save_figure(figure: Figure, path: Path) -> None:
     )
 
 
+def deviation(seeds: list[Figures], row: Row, metric: str) -> float:
+    """Return the standard deviation over the seeds; 0 of one seed."""
+    return statistics.stdev(run[row.key][metric] for run in seeds) if len(seeds) > 1 else 0.0
+
+
+def bar_chart(path: Path, results: Results) -> None:
+    """Draw FID without guidance, before and after CCA, of all models: figure 1."""
+    figure = Figure(figsize=(2 + 1.6 * len(results), 4.6))
+    axis, labels = figure.subplots(), list[str]()
+    for place, (rows, seeds) in enumerate(results.values()):
+        shown = [row for row in rows if "no guidance" in row.label]
+        labels += [row.label for row in shown if row.label not in labels]
+        for i, row in enumerate(shown):
+            width = 0.8 / len(shown)
+            axis.bar(
+                place - 0.4 + (i + 0.5) * width, mean(seeds, row, "fid"), 0.95 * width,
+                yerr=deviation(seeds, row, "fid"), color=f"C{labels.index(row.label)}",
+            )  # fmt: skip
+    for i, label in enumerate(labels):
+        axis.bar(0, 0, color=f"C{i}", label=label)
+    axis.set_xticks(range(len(results)), list(results))
+    axis.set(ylabel="FID without guidance")
+    axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
 def fid_chart(path: Path, results: Results, over: str) -> None:
-    """Means of FID over the "inception score", or over the "guidance scale" (CCA's is 1): a panel a model."""
+    """Draw means of FID over the "inception score" or the "guidance scale" (CCA's is 1), a panel a model.
+
+    Bars: the standard deviation over the seeds.
+    """
     figure = Figure(figsize=(6.4 * len(results), 4.6))
     axes = figure.subplots(1, len(results), squeeze=False)
     by_scale = over == "guidance scale"
@@ -207,14 +258,18 @@ def fid_chart(path: Path, results: Results, over: str) -> None:
             points = on(rows, series)
             fids = [mean(seeds, row, "fid") for row in points]
             across = [row.series[series] if by_scale else mean(seeds, row, "is") for row in points]
+            errors = [deviation(seeds, row, "fid") for row in points]
             if points:
-                axis.plot(across, fids, form, label=label, markersize=12 if form == "*" else 7)
+                size = 12 if form == "*" else 6
+                axis.errorbar(across, fids, errors, fmt=form, label=label, markersize=size, capsize=2)
             for row, place in zip(points, zip(across, fids)) if len(points) > 1 and not by_scale else ():
-                value = row.label.split()[-1].replace("guidance", "1")
-                axis.annotate(value, place, textcoords="offset points", xytext=(4, 5), fontsize=7)
+                axis.annotate(
+                    f"{row.series[series]:g}", place, textcoords="offset points", fontsize=7,
+                    xytext=NUMBERS_AT[series], ha="center",
+                )  # fmt: skip
         if by_scale:
             axis.axhline(mean(seeds, on(rows, "recipe")[0], "fid"), color="tab:gray", linestyle=":")
-            axis.set_ylim(0)
+        axis.set_ylim(0)
         axis.set(title=model, xlabel=over, ylabel="FID")
         axis.legend(fontsize=8)
     save_figure(figure, path)
@@ -260,24 +315,6 @@ def quickstart_section(args: Namespace, rows: list[Row], run: Figures) -> list[s
     return [f"![the same classes (columns) and random numbers from three ways of sampling]({model}.png)"]
 
 
-def summary(rows: list[Row], run: Figures) -> dict:
-    """A model's part of a seed's summary.json; ``rows`` of the quickstart, "guided" among them."""
-    described = {
-        row.name: {
-            "label": row.label, "file": row.key,
-            "seconds_per_image": 1 / run[row.key]["images_per_second"], **run[row.key],
-        }
-        for row in rows
-    }  # fmt: skip
-    sweep = [{"scale": row.series["guidance"], **described[row.name]} for row in on(rows, "guidance")[1:]]
-    return {
-        "best_scale": min(sweep, key=lambda figures: figures["fid"])["scale"],
-        "main": {name: described[name] for name in ("base", "guided", "cca", "sft") if name in described},
-        "sweep": sweep,
-        "temperature": [row for name, row in described.items() if name.startswith("base-t")],
-    }
-
-
 def write_report(args: Namespace, results: Results, processes: int, seconds: float) -> None:
     """Write OUTPUT/EXPERIMENT.md and its pictures (of the quickstart: report.md), and print the text.
 
@@ -299,6 +336,9 @@ def write_report(args: Namespace, results: Results, processes: int, seconds: flo
     if name in CHARTS:
         fid_chart(args.output / picture, results, CHARTS[name])
         sections.append(f"![FID over {CHARTS[name]}]({picture})")
+    elif "tables" in name:
+        bar_chart(args.output / picture, results)
+        sections.append(f"![FID without guidance, before and after]({picture})")
     path, text = args.output / f"{report}.md", "\n\n".join(sections) + "\n"
     atomic_write(path, lambda temporary: temporary.write_text(text))
     print(f"\n{text}\nwritten to {path}")

@@ -18,6 +18,8 @@ What is run:
   --features NAME        of eval_fid.py (default inception; --mini: mini)
   --num-samples N        images of each row, also --samples (default 50000; --mini: 5000)
   --seed N, --seeds N    the first seed (default 0), and how many; the report has mean and standard deviation
+  --base FILE            weights of the base (default: the published or bundled ones); {model} and {seed} in
+                         it are replaced, so that each seed may have a base of its own
   --dry-run              print every command and stop
 
 Of single experiments:
@@ -26,13 +28,14 @@ Of single experiments:
   --loss-options LOSS OPTIONS
                          ablation: options of a loss's training run, e.g. dpo "--beta 0.02 --lr 1e-6"
   --class N              samples: the class (default 207, golden retriever; --mini: 5, sandal)
-  --guidance SCALE       samples: scale of the guided row (default: the published one; --mini: 2)
+  --guidance SCALE       samples: scale of the guided row (default: the published one; llamagen-mini: 2,
+                         var-mini: 3)
 
 Where it runs, and what it writes:
   --nproc N              processes of each machine (default: GPUs; --mini without GPUs: cores, 4 at most)
   --nnodes N, --rdzv-endpoint HOST:PORT
                          several machines (default 1), each with this command and one shared OUTPUT
-  --output DIR           EXPERIMENT.md (quickstart: report.md and summary.json), pictures, and in DIR or, of
+  --output DIR           EXPERIMENT.md (quickstart: report.md), pictures, and in DIR or, of
                          further seeds, DIR/seed-N: runs, samples, results (default runs/quickstart,
                          runs/reproduce, runs/reproduce-mini)
 
@@ -53,7 +56,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.table import processor
 from cca.cli.main import run_command
 from cca.cli.output import Output
 from cca.cli.parser import Parser, command_line, count, number
@@ -62,10 +64,11 @@ from cca.distributed import Processes
 from cca.evaluation.references import find_reference
 from cca.losses import LOSSES
 from models import UserError, zoo_entry
-from models.utils.files import parse_json, read_json, write_json
+from models.utils.files import read_json
 from models.zoo.loading import build_model
-from scripts.recipes import EXPERIMENTS, Row, Run, left_out, table_rows
-from scripts.report import Figures, Results, summary, with_best_guided, write_report
+from scripts.pixel_distance import pixel_distance
+from scripts.recipes import EXPERIMENTS, SHEET, Row, Run, left_out, table_rows
+from scripts.report import Figures, with_best_guided, write_report
 
 # What --mini decides where no option does.
 DEFAULTS = {"data": None, "reference": None, "features": "inception", "num_samples": 50_000}
@@ -74,6 +77,11 @@ MINI_DEFAULTS = {
     "features": "mini", "num_samples": 5000,
 }  # fmt: skip
 MINI_BATCH = 128  # of sampling
+# Options of a single experiment: where the parser keeps each, and of which it is.
+ONLY_OF = {
+    "--control": ("control", "quickstart"), "--loss-options": ("loss_options", "ablation"),
+    "--class": ("label", "samples"), "--guidance": ("guidance", "samples"),
+}  # fmt: skip
 
 
 # fmt: off
@@ -90,6 +98,7 @@ def make_parser() -> Parser:
     add("--num-samples", "--samples", type=count(100))
     add("--seed", type=count(0), default=0)
     add("--seeds", type=count(), default=1)
+    add("--base", default="base")
     add("--dry-run", action="store_true")
     add("--control", action="store_true")
     add("--from-released", action="store_true")
@@ -119,7 +128,7 @@ def resolve(args: Namespace) -> dict[str, list[Row]]:
         entry = zoo_entry(name)
         if entry.bundled and not args.mini:
             raise UserError(f"--models: {name} needs --mini")
-        if entry.published and args.mini:
+        if args.mini and not entry.bundled:
             raise UserError(f"--models: {name} does not go with --mini")
     for loss, options in args.loss_options:
         if loss not in LOSSES:
@@ -130,6 +139,12 @@ def resolve(args: Namespace) -> dict[str, list[Row]]:
             raise UserError(f"--loss-options: {options!r} are no options ({error})") from None
     if args.from_released and (experiment.rows is not table_rows or args.mini):
         raise UserError("--from-released: goes with the published models' tables alone")
+    for option, (name, wanted) in ONLY_OF.items():
+        given = getattr(args, name)
+        if not (given is None or given is False or given == []) and args.experiment != wanted:
+            raise UserError(f"{option}: goes with {wanted} alone")
+    if args.nnodes > 1 and args.mini:
+        raise UserError("--nnodes: --mini runs on one machine")
     if args.nnodes > 1 and not args.rdzv_endpoint:
         raise UserError("--rdzv-endpoint: several machines need one, HOST:PORT of the first")
     for name, value in (MINI_DEFAULTS if args.mini else DEFAULTS).items():
@@ -166,6 +181,18 @@ def check_inputs(args: Namespace, trains: bool) -> None:
             raise UserError(f"--{name}: {value}: no such file or folder")
 
 
+def extent(rows: dict[str, list[Row]], args: Namespace) -> str:
+    """Return a sentence on how much is trained and sampled."""
+    every = [row for of_model in rows.values() for row in of_model]
+    runs = {(row.model, row.weights) for row in every if isinstance(row.weights, Run)}
+    trainings, samplings = args.seeds * len(runs), args.seeds * len(every)
+    images = SHEET[0] * SHEET[1] if args.experiment == "samples" else args.num_samples
+    return (
+        f"{args.experiment}: {trainings:,} trainings and {samplings:,} samplings of {images:,} images, "
+        f"{samplings * images:,} in all."
+    )
+
+
 class Launcher:
     """Runs commands: in this process and those beside it (``own``, --mini), or each as a torchrun of its own.
 
@@ -180,20 +207,23 @@ class Launcher:
         per_node = args.nproc or torch.cuda.device_count() or 1
         self.processes = self.own.world if self.own else per_node * args.nnodes
         several = f"--nnodes {args.nnodes} --rdzv-backend c10d --rdzv-endpoint {args.rdzv_endpoint}"
-        self.options = f"{several if args.nnodes > 1 else '--standalone'} --nproc_per_node {per_node}"
+        self.options = f"--nproc_per_node {per_node} {several if args.nnodes > 1 else '--standalone'}"
+        self.is_on_several, self.started = args.nnodes > 1, 0
 
     def run(self, module: str, arguments: list[str]) -> None:
         """Run the command of ``module``, such as "sample" or "scripts.extract_codes". Raises UserError."""
-        line = command_line(module, arguments)
+        line, self.started = command_line(module, arguments), self.started + 1
+        # The machines run the same commands; each command meets under a name of its own.
+        options = f"{self.options} --rdzv-id {self.started}" if self.is_on_several else self.options
         if self.main:
-            print(f"$ python {line}" if self.own else f"$ torchrun {self.options} {line}", flush=True)
+            print(f"$ python {line}" if self.own else f"$ torchrun {options} {line}", flush=True)
         if self.own and not self.dry:
             with hidden_plans():
                 importlib.import_module(module).main(arguments)
             self.own.barrier()
         elif not self.dry:
             torchrun = [sys.executable, "-m", "torch.distributed.run"]
-            if status := subprocess.call([*torchrun, *shlex.split(f"{self.options} {line}")]):
+            if status := subprocess.call([*torchrun, *shlex.split(f"{options} {line}")]):
                 raise UserError(f"{module} ended with status {status}; this script goes on from there")
 
 
@@ -223,12 +253,14 @@ class Pipeline:
 
     def weights(self, row: Row) -> str:
         """Return what sample.py takes as --weights, trained if need be."""
+        base = self.args.base.replace("{model}", row.model).replace("{seed}", str(self.seed))
         if isinstance(row.weights, str):
-            return row.weights
+            return base if row.weights == "base" else row.weights
         backbone, folder = zoo_entry(row.model).backbone, self.folder / f"{row.model}-{row.weights.name}"
         path = folder / backbone.checkpoint_name
-        data, options = self.training_data(row.model), ["--seed", str(self.seed), *row.weights.options]
-        self.make(path, folder, backbone.training_command, "--model", row.model, *data, *options)
+        fixed = ["--model", row.model, "--weights", base, "--seed", str(self.seed)]
+        data = self.training_data(row.model)
+        self.make(path, folder, backbone.training_command, *fixed, *data, *row.weights.options)
         return str(path)
 
     def training_data(self, model: str) -> list[str]:
@@ -255,16 +287,12 @@ class Pipeline:
         return path
 
     def figures(self, row: Row) -> dict:
-        """Metrics of a row, with images per second of its sampling, and processor-hours of its run."""
-        sampled = read_json(self.sample(row).with_suffix(".json"))
+        """Return the metrics of a row, and the images per second of its sampling."""
+        path = self.sample(row)
         figures = read_json(self.evaluate(row))["metrics"]
-        figures["images_per_second"] = sampled["images_per_second"]
-        if isinstance(row.weights, Run):
-            folder = self.folder / f"{row.model}-{row.weights.name}"
-            batch = read_json(folder / "config.json")["options"]["batch_size"]
-            steps = map(parse_json, (folder / "metrics.jsonl").read_text().splitlines())
-            seconds = sum(batch / step["images_per_second"] for step in steps)
-            figures["training_hours"] = seconds * self.launcher.processes / 3600
+        figures["images_per_second"] = read_json(path.with_suffix(".json"))["images_per_second"]
+        if all(getattr(self.args, name) == MINI_DEFAULTS[name] for name in ("data", "reference")):
+            figures["pixel_fid"] = pixel_distance(path, self.args.reference, self.args.data)
         return figures
 
     def run(self, rows: list[Row], measured: bool = True) -> Figures:
@@ -274,17 +302,6 @@ class Pipeline:
         for row in rows:
             self.evaluate(row) if measured else self.sample(row)
         return {row.key: self.figures(row) for row in rows if measured and not self.launcher.dry}
-
-
-def write_summaries(pipelines: list[Pipeline], results: Results, seconds: float) -> None:
-    """Write each seed's summary.json: all figures of the quickstart, by model and kind."""
-    for i, pipeline in enumerate(pipelines):
-        write_json(pipeline.folder / "summary.json", {
-            "models": {model: summary(rows, seeds[i]) for model, (rows, seeds) in results.items()},
-            "wall_seconds": seconds, "seed": pipeline.seed, "samples": pipeline.args.num_samples,
-            "threads": torch.get_num_threads() * pipeline.launcher.processes, "processor": processor(),
-            "versions": {"torch": torch.__version__},
-        })  # fmt: skip
 
 
 def run_with_torchrun(args: Namespace, argv: list[str]) -> None:
@@ -304,6 +321,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.mini and not args.dry_run and args.nproc != 1 and "RANK" not in os.environ:
         run_with_torchrun(args, argv)
     launcher, called = Launcher(args), set()
+    if launcher.main:
+        print(extent(rows, args), flush=True)
     folders = {args.seed + i: args.output / (f"seed-{args.seed + i}" if i else "") for i in range(args.seeds)}
     pipelines = [Pipeline(folder, seed, launcher, args, called) for seed, folder in folders.items()]
     results = {}
@@ -315,10 +334,7 @@ def main(argv: list[str] | None = None) -> None:
             every = with_best_guided(every, seeds)
         results[model] = every, seeds
     if launcher.main and not launcher.dry:
-        seconds = time.perf_counter() - began
-        write_report(args, results, launcher.processes, seconds)
-        if quickstart:
-            write_summaries(pipelines, results, seconds)
+        write_report(args, results, launcher.processes, time.perf_counter() - began)
 
 
 if __name__ == "__main__":

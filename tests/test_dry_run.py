@@ -2,8 +2,10 @@
 
 import json
 import re
+import shlex
 import shutil
 import socket
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,13 +14,14 @@ import torch
 from commands import ROOT
 from huggingface_hub import constants
 from made_data import make_picture
+from rehearsal import rehearse
 from test_documentation import COMMANDS, LINES, module_and_options
 
 import eval_fid
 import sample
 import train_var_cca
 from models.utils.errors import UserError
-from scripts import convert_weights, extract_codes, make_reference
+from scripts import convert_weights, extract_codes, make_reference, reproduce
 
 PLANNED = [
     (page, line)
@@ -85,6 +88,35 @@ def test_every_command_of_the_pages(page, line, folder, capsys):
     published = any(model in line for model in ("var-d16", "var-d30", "llamagen-l "))
     assert ("downloads" in rows) == (published or "eval_fid" in line or "make_reference" in line), printed.out
     assert everything(folder) == before
+
+
+EXPERIMENTS = [line for _, line in LINES if "scripts/reproduce_" in line and "--mini" not in line] + [
+    "bash scripts/reproduce_llamagen.sh --data IMAGENET --reference imagenet256 --models llamagen-l",
+    "bash scripts/reproduce_llamagen.sh --from-released --reference imagenet256",
+    "bash scripts/reproduce_tradeoff.sh --data IMAGENET --reference imagenet256 --models var-d24",
+    "bash scripts/reproduce_ablation.sh --data IMAGENET --reference imagenet256 --models var-d24",
+    "bash scripts/reproduce_with_guidance.sh --data IMAGENET --reference imagenet256 --models llamagen-b",
+]
+
+
+@pytest.mark.parametrize("line", EXPERIMENTS)
+def test_every_command_that_a_script_starts(line, folder, monkeypatch):
+    """As the script starts it, after what it read was made; and the report of it all."""
+    (folder / "IMAGENET").symlink_to("imagenet")
+    _, script, *options = shlex.split(line)
+    started = []
+
+    def call(command):
+        assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+        started.append(shlex.join(command[3:]))
+        rehearse(f"torchrun {started[-1]}")
+        return 0
+
+    monkeypatch.setattr(reproduce.subprocess, "call", call)
+    (experiment,) = re.findall(r"scripts\.reproduce ([a-z-]+)", (ROOT / script).read_text())
+    reproduce.main([experiment, *(option for option in options if option != "--dry-run")])
+    assert len(started) == len(set(started)) > 2
+    assert (folder / f"runs/reproduce/{experiment}.md").exists()
 
 
 def test_sizes_and_room(folder, capsys, monkeypatch):

@@ -64,6 +64,15 @@ def folder(tmp_path, monkeypatch):
 
 
 CASES = [
+    (sample, ["--model", "var-mini", "--output", ""], "--output: . names no file"),
+    (eval_fid, [*EVAL, "good.npz", "--output", "."], "--output: . names no file"),
+    (sample, [*SAMPLE, "--weights", ""], "--weights: . holds no model.pth and no saved state"),
+    (sample, [*SAMPLE, "--classes", ""], "--classes: '' is neither 'all' nor a list"),
+    (
+        eval_fid,
+        [*EVAL[:2], "--samples", "good.npz", "--features", "a.pth", "--inception-weights", "b.pth"],
+        "--inception-weights: goes with --features inception, not a.pth",
+    ),
     (eval_fid, [*EVAL, "negative.npz"], "negative.npz: arr_0"),
     (eval_fid, [*EVAL, "absurd.npz"], "absurd.npz: "),
     (eval_fid, [*EVAL, "huge.npz"], "huge.npz: arr_0 is cut off or damaged"),
@@ -90,7 +99,6 @@ CASES = [
     (sample, [*SAMPLE, "--top-p", "0"], "--top-p: 0 must be above 0"),
     (sample, [*SAMPLE, "--top-k", "some"], "--top-k: 'some' is not an integer"),
     (sample, [*SAMPLE, "--temperature", "nan"], "--temperature: nan must be at least 1e-06 and finite"),
-    (sample, [*SAMPLE, "--weights", "cca"], "no cca weights are published for var-mini"),
     (sample, [*SAMPLE, "--weights", "none.pth"], "none.pth: no such file"),
     (sample, [*SAMPLE, "--weights", "assets/llamagen-mini.safetensors"], "does not fit var-mini"),
     (sample, [*SAMPLE, "--tokenizer-weights", "junk.npz"], "junk.npz: not a weights file"),

@@ -29,11 +29,12 @@ OF_THE_MACHINE = {
 
 @dataclass
 class OnePart:
-    """The job of a command that writes one file at once, whatever is there.
+    """The job of a command that writes one file at once.
 
     rows: the plan. make: writes the file, on rank 0.
     """
 
+    ranks: Processes
     rows: dict[str, str]
     make: Callable[[], None]
     downloads: Sequence[Download] = ()
@@ -49,7 +50,7 @@ class OnePart:
         return {}
 
     def work(self) -> bool:
-        self.make()
+        self.ranks.agree(self.make, main=True)
         return True
 
 
@@ -72,7 +73,7 @@ def play(
         the job, when its output is finished; None after a dry run, or where a signal came first.
 
     Raises:
-        UserError: on the rank that refused; the others end without a word.
+        UserError: on the rank that refused; the others end.
     """
     ranks = Processes()
     found = Found(*ranks.look_once(output.look)) if output else Found()
@@ -82,9 +83,9 @@ def play(
         return None
     ranks.agree(partial(require_space, job.downloads))  # all look before the first one downloads
     content = job.prepare()
+    refuse_other_options(ranks, options_of(content))
     if output is None:
         return job if job.work() else None
-    refuse_other_options(ranks, options_of(content))
     with ExitStack() as stack:
         lock, is_finished = ranks.look_once(partial(claim, output, content, stack))
         # Rank 0 does not look: its lock would end when it closes the file.
@@ -161,9 +162,9 @@ def run_command(main: Callable[[], None]) -> None:
         main()
         if sys.stdout is not None:
             sys.stdout.flush()
-        for outlet in outlets:
-            if outlet and outlet.lost and outlet.lost.errno != errno.EPIPE:  # else its reader left
-                raise UserError(f"standard output cannot be written ({outlet.lost.strerror})")
+        lost = outlets[0] and outlets[0].lost
+        if lost and lost.errno != errno.EPIPE:  # else its reader left
+            raise UserError(f"standard output cannot be written ({lost.strerror})")
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and (error.errno not in OF_THE_MACHINE or error.filename is None):
             raise

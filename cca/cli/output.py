@@ -83,13 +83,18 @@ class Output:
 
     @classmethod
     def npz(cls, path: Path, noun: str) -> "Output":
-        """FILE.npz, described in FILE.json, with its parts in FILE.npz.parts/."""
+        """FILE.npz, described in FILE.json, with its parts in FILE.npz.parts/. Raises UserError."""
+        check_names_file(path)
         parts = path.with_name(f"{path.name}.parts")
         return cls(path, False, noun, parts / "options.json", parts, path, path.with_suffix(".json"))
 
     @classmethod
     def file(cls, path: Path, noun: str) -> "Output":
-        """FILE, written at once and described in FILE.json, which is the file itself if that is its name."""
+        """FILE, written at once and described in FILE.json, which is the file itself if that is its name.
+
+        Raises UserError for a path that names no file.
+        """
+        check_names_file(path)
         return cls(path, False, noun, last=path, description=path.with_suffix(".json"))
 
     @classmethod
@@ -105,8 +110,9 @@ class Output:
         config = folder / "config.json"
         last = folder / checkpoint_name
         advice = f"--weights {folder} with a new --output trains it on, with it as the reference"
+        products = tuple(folder / name for name in ("metrics.jsonl", "curves.png", "tensorboard", "samples"))
         return cls(
-            folder, True, "a run", config, folder / "state", last, config, pattern="step-*", advice=advice
+            folder, True, "a run", config, folder / "state", last, config, products, "step-*", advice=advice
         )
 
     def check_place(self, inputs: Mapping[str, Path | None] | None = None, suffix: str = "") -> None:
@@ -122,7 +128,7 @@ class Output:
         try:
             self._check_place()
             for name, given in (inputs or {}).items():
-                if given is None or not given.exists():
+                if given is None or not os.path.exists(given):  # a reader says what is wrong with it
                     continue
                 own, read = self.path.resolve(), given.resolve()
                 if own == read or (read in own.parents and name != "--codes"):
@@ -239,9 +245,19 @@ class Output:
             remove_folder(self.parts)
 
     def leave(self) -> None:
-        """Remove the folder of parts if it holds none: what was asked for may have been impossible."""
-        if self.marker is not None and not _names(self.marker.parent) - {self.marker.name}:
+        """Remove what was begun if nothing came of it: what was asked for may have been impossible.
+
+        Of a run that is as long as no step is logged.
+        """
+        is_finished = self.last is not None and self.last.exists()
+        if self.marker is None or self.parts is None or self.has_parts() or is_finished:
+            return
+        if self._has_removable_parts:
             self.remove_parts()
+        elif not any(path.is_file() and path.stat().st_size for path in self.products):
+            self.marker.unlink(missing_ok=True)
+            for path in (self.parts, *self.products):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _lock_path(self) -> Path:
         real = self.path.resolve()
@@ -330,6 +346,12 @@ class Output:
         )
 
 
+def check_names_file(path: Path) -> None:
+    """Raise UserError for a path such as "" or "/"."""
+    if not path.name:
+        raise UserError(f"--output: {path} names no file")
+
+
 def _names(folder: Path) -> set[str]:
     """Return the names in a folder, if it is there, without hidden ones."""
     return {name for name in os.listdir(folder) if not name.startswith(".")} if folder.is_dir() else set()
@@ -350,4 +372,4 @@ def differing(before: Mapping, now: Mapping) -> list[str]:
     before, now = json.loads(json.dumps([before, now]))  # as they read back: tuples become lists
     both = [name for name in now if name in before and name not in NOT_COMPARED]
     changed = [name for name in both if before[name] != now[name]]
-    return [f"{name} {before[name]} instead of {now[name]}" for name in changed]
+    return [f"{name} {before[name]!s:.60} instead of {now[name]!s:.60}" for name in changed]

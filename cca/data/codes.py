@@ -13,7 +13,7 @@ from cca.data.image_folders import FolderFiles
 from cca.data.labels import check_labels, class_folders
 from cca.random_streams import CROPS, stream
 from models import ARImageModel, UserError
-from models.utils.files import file_sha256, read_array, read_json
+from models.utils.files import file_sha256, read_array, read_json, reason
 from models.zoo.checkpoint_formats import tensors_sha256
 
 CHECKED_AT_ONCE = 4096  # images
@@ -92,7 +92,10 @@ class NpyCodes:
         self.codes_folder, self.labels_folder = path / f"{stem}_codes", path / f"{stem}_labels"
         self.length, self.vocab_size = model.sequence_length, model.vocab_size
         self.num_classes = model.num_classes
-        names = {name for name in os.listdir(self.codes_folder) if name.endswith(".npy")}
+        try:
+            names = {name for name in os.listdir(self.codes_folder) if name.endswith(".npy")}
+        except OSError as error:
+            raise UserError(f"--codes: {self.codes_folder}: cannot be listed ({error.strerror})") from None
         self.size, last = len(names), f"{len(names) - 1}.npy"
         if last not in names or not (self.labels_folder / last).exists():
             raise UserError(
@@ -125,8 +128,11 @@ class NpyCodes:
         """Hash the files as ``FolderFiles`` does; of another size than the first they are read: a check."""
         files = []
         for folder, read in ((self.codes_folder, self.crops), (self.labels_folder, self.label)):
-            with os.scandir(folder) as entries:
-                sizes = {entry.name: entry.stat().st_size for entry in entries}
+            try:
+                with os.scandir(folder) as entries:
+                    sizes = {entry.name: entry.stat().st_size for entry in entries}
+            except OSError as error:  # of a link that leads nowhere, among others
+                raise UserError(f"--codes: {folder}: cannot be read ({reason(error)})") from None
             for index in range(self.size):
                 if index == 0 or sizes.get(f"{index}.npy") != sizes["0.npy"]:
                     read(index)
@@ -156,6 +162,9 @@ class Codes(LabelledDataset):
             raise UserError(
                 f"--codes: {path} has {len(self.readers[0])} images, {sister} has {len(self.readers[1])}"
             )
+        known = [reader.all_labels for reader in self.readers if reader.all_labels is not None]
+        if not all(torch.equal(labels, known[0]) for labels in known):
+            raise UserError(f"--codes: {path} and {sister} have different labels")
 
     def __len__(self) -> int:
         return len(self.readers[0])

@@ -60,10 +60,6 @@ class LabelledDataset(Dataset):
         """Return the classes that occur, ascending; None where it would take reading a file of each image."""
         return self.all_labels.unique().tolist()
 
-    def name(self, index: int) -> str:
-        """What to call image ``index`` in a message."""
-        return f"image {index}"
-
     def notes(self) -> list[str]:
         """What to tell the user of the data: what was left out, what could not be checked."""
         return []
@@ -154,10 +150,9 @@ class FolderImages(LabelledDataset):
                 candidate = (candidate + 1) % len(self)
                 if self.all_labels[candidate] != self.all_labels[index]:
                     candidate = int((self.all_labels == self.all_labels[index]).nonzero()[0])
-        raise UserError(f"--data: {self.name(index)} and the 99 images after it cannot be read")
-
-    def name(self, index: int) -> str:
-        return self.source.path(index)
+        raise UserError(
+            f"--data: {self.source.path(index)} and others of its class that were tried cannot be read"
+        )
 
     def notes(self) -> list[str]:
         outside = f"{self.root}: {self.outside:,} images in no class folder are left out"

@@ -173,6 +173,8 @@ class FolderFiles:
             return self.noted[key]
         if self.sizes:
             return {"size": self.sizes[index], "start": self.starts.get(index, "")}
+        if not os.path.exists(self.path(index)):
+            return {"size": -1, "start": ""}  # as no fingerprint sees it
         return {"size": self.size(index), "start": self.start(index)}
 
     def image(self, index: int, side: int | None = None) -> Image.Image:

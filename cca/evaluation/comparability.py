@@ -34,6 +34,7 @@ SAMPLED_WITH: dict[str, Callable[[Mapping[str, Any]], str]] = {
             if size
         )
     ),
+    "class order": lambda of: of["class_order"],
     "classes": lambda of: (
         f"{len(set(of['classes'])):,}"
         if len(set(of["classes"])) > 10
@@ -178,6 +179,8 @@ def _published_cells(
     published = entry.published
     if published is None or (figure := published.fid(sampled)) is None:
         return "–", f"no FID is published of {model}, {sampled}"
+    if sampled == "base" and published.has_filters:
+        return f"{figure:.2f}", "the paper does not state its filters"
     wanted = {
         "count": "50,000",
         "features": INCEPTION,

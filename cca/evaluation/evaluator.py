@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cca.cli.main import refuse_other_options
 from cca.cli.output import Output
 from cca.data.image_sets import ImageSet, to_uint8_tensor
 from cca.distributed import Processes
@@ -53,14 +52,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def extract_batches(
     images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes
 ) -> Iterator[tuple[np.ndarray, Features]]:
-    """Yield this rank's share of the images, a batch at a time, with their features.
-
-    Raises UserError where a node has other images or weights.
-    """
-    refuse_other_options(
-        processes,
-        {f"{images.path}": processes.digest(images.fingerprint), "features": extractor.weights_sha256},
-    )
+    """Yield this rank's share of the images, a batch at a time, with their features."""
     share = processes.share(len(images))
     with tqdm(
         total=share.stop - share.start,
@@ -119,8 +111,8 @@ def reference_features(
     images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes
 ) -> dict[str, Any]:
     """Pooled and spatial features of the reference's images, from the cache if they were taken before."""
-    path = cache_path(images, extractor)
-    arrays = read_cache(path)
+    is_kept = len(images) <= CACHED_IMAGES
+    arrays = read_cache(cache_path(images, extractor)) if is_kept else {}
     if not processes.any(not arrays):  # all extract, or none: nodes may not share the cache
         return arrays
     found = extract(images, extractor, batch_size, processes)
@@ -128,8 +120,8 @@ def reference_features(
         return {}
     kept = {"pooled": found.pooled, "spatial": found.spatial}
     arrays = {name: features.numpy() for name, features in kept.items() if features is not None}
-    if len(images) <= CACHED_IMAGES:
-        write_cache(path, arrays)
+    if is_kept:
+        write_cache(cache_path(images, extractor), arrays)
     return arrays
 
 

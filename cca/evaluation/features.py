@@ -3,6 +3,7 @@
 import argparse
 import functools
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 
 from cca.cli.parser import add_workers_option, count
+from cca.distributed import Processes
 from models import UserError
 from models.utils.precision import ELSEWHERE, EXTRACTED_IMAGES, exact_products, memory_named
 from models.zoo.checkpoint_formats import not_finite, read_state_dict, tensors_sha256
@@ -197,8 +199,26 @@ def add_features_options(parser: argparse.ArgumentParser) -> None:
     add_workers_option(parser)
 
 
+def make_extractor(features: str, inception_weights: Path | None, ranks: Processes) -> Extractor:
+    """Return an extractor on this rank's device; see ``Extractor``.
+
+    On each node one rank builds it first, and downloads what it needs; then the others do. Raises UserError.
+    """
+    built: list[Extractor] = []
+
+    def build(is_first: bool) -> None:
+        if (ranks.local == 0) == is_first:
+            built.append(Extractor(features, inception_weights, ranks.device))
+
+    ranks.agree(partial(build, True))
+    ranks.agree(partial(build, False))
+    return built[0]
+
+
 def resolve_features(name: str, inception_weights: Path | None) -> tuple[str, Path | None]:
     """torch-fidelity's name of an extractor, and the weights given by the user; see ``Extractor``."""
+    if inception_weights and name != "inception":
+        raise UserError(f"--inception-weights: goes with --features inception, not {name}")
     name = INCEPTION if name == "inception" else name
     if name not in FEATURE_EXTRACTORS_REGISTRY and Path(name).exists():
         name, inception_weights = INCEPTION, Path(name)
@@ -207,8 +227,6 @@ def resolve_features(name: str, inception_weights: Path | None) -> tuple[str, Pa
             f"--features: {name!r} is neither a file of Inception weights nor one of inception, "
             f"{', '.join(sorted(FEATURE_EXTRACTORS_REGISTRY))}"
         )
-    if inception_weights and name != INCEPTION:
-        raise UserError(f"--inception-weights: goes with --features inception, not {name}")
     if inception_weights and not inception_weights.exists():
         raise UserError(f"--inception-weights: {inception_weights}: no such file")
     return name, inception_weights

@@ -27,6 +27,9 @@ def load_checkpoint(state: dict, folder: Path, processes: Processes) -> None:
             check_checkpoint(folder, slice(processes.rank, None, processes.world))
             Reader(folder).read_metadata()
 
+    def load() -> None:
+        with careful(folder):
+            dcp.load(state, storage_reader=Reader(folder), planner=Planner())
+
     processes.agree(check)
-    with careful(folder):
-        dcp.load(state, storage_reader=Reader(folder), planner=Planner())
+    processes.agree(load)

@@ -65,12 +65,14 @@ def draw_curves(path: Path, rows: list[dict], title: str) -> None:
     """Write a PNG with a panel for each of PANELS that the rows have numbers of.
 
     Args:
-        rows: what was logged of each step, by ascending ``step``, under today's names.
+        rows: what was logged of each step, by ascending ``step``. A first step at which policy and reference
+            are one, so that all rewards are 0, is left out where there are others.
         title: stands on top.
 
     Raises:
         UserError: it cannot be written.
     """
+    rows = [row for row in rows if row["step"] > 1 or row.get("rewards/margins")] or rows
     steps = np.array([row["step"] for row in rows])
     series = {
         panel: {label: values_of(rows, name) for name, label in names.items()}

@@ -65,7 +65,8 @@ def images_that_fit(of_two: int, of_four: int, memory: float, later: int) -> int
 def fitting_micro_batch(trainer: Trainer, most: int) -> int:
     """``images_that_fit`` of a trainer on a GPU, measured on made-up images; at most ``most``.
 
-    Depends on the model, its options and the kind of GPU, not on what else is in its memory.
+    Depends on the model, its options and the kind of GPU, not on what else is in its memory; but 1 where that
+    leaves no room to measure.
     """
     device, model = trainer.processes.device, trainer.model
 

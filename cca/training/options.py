@@ -51,7 +51,8 @@ def training_parser(
     add("--weight-decay", **limits("weight_decay"), help=f"AdamW weight decay ({recipe})")
     add("--final-weight-decay", **limits("final_weight_decay"),
         help=f"weight decay at the end, reached along a cosine ({recipe}: constant but for var-d30)")
-    add("--grad-clip", **limits("grad_clip"), help=f"largest gradient norm ({recipe})")
+    add("--grad-clip", **limits("grad_clip"),
+        help=f"largest norm of the gradient of the global batch's mean loss ({recipe})")
     add("--ema", **limits("ema"), default=0.0, metavar="DECAY",
         help="also keep and write an average of the weights, e.g. 0.999 (default 0: none)")
     add("--dtype", **limits("dtype"),

@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from cca.distributed import Processes
 from cca.losses import LOSSES
 from cca.training.checkpoints import load_checkpoint, write_checkpoint
-from cca.training.trainer import Trainer
+from cca.training.trainer import Trainer, check_finite
 from cca.training.unreadable import NOTED
 from models import UserError
 from models.utils.files import (
@@ -36,7 +35,10 @@ MICRO_BATCH, KEPT = "micro_batch_size", "keep_states"
 
 
 class RunFolder:
-    """Where a run writes; every write is atomic, so a run killed at any moment leaves its last good state."""
+    """Where a run writes, so that a run killed at any moment leaves its last good state.
+
+    Files are replaced at once, except metrics.jsonl and TensorBoard's, which grow; ``resume`` cuts them.
+    """
 
     def __init__(self, path: Path, processes: Processes, options: dict, keep_states: int = 1):
         """``options``: those of config.json."""
@@ -52,7 +54,7 @@ class RunFolder:
         done = int(self.processes.from_main(str((saved_steps(self.path) or [0])[-1])))
         if done:
             state = trainer.state()
-            self.processes.agree(lambda: self._load(state, done))
+            self._load(state, done)
             trainer.load_state(state)
         self.processes.agree(lambda: self._begin(done), main=True)
         return done
@@ -84,7 +86,7 @@ class RunFolder:
         text = "".join(f"{json.dumps(row)}\n" for row in rows)
         atomic_write(self.metrics_path, lambda temporary: temporary.write_text(text))
         with writing(self.path / "tensorboard"):
-            self.writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=done or None)
+            self.writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=done + 1 if done else None)
 
     def _rows(self) -> list[dict]:
         """Return the last line of each step in metrics.jsonl, in order."""
@@ -153,14 +155,18 @@ class RunFolder:
 
     def export(self, trainer: Trainer) -> None:
         """Write the average of the weights if there is one, then the model: with it the run is finished."""
-        model = trainer.model
-        for weights, name in (
-            (trainer.full_ema(), ema_name(model.checkpoint_name)),
-            (trainer.full_weights(), model.checkpoint_name),
-        ):
-            # Of a sharded model, rank 0 alone has the weights.
-            save = partial(save_published, weights, self.path / name, model.checkpoint_key)
-            self.processes.agree(save if weights else lambda: None, main=True)
+        model, key = trainer.model.checkpoint_name, trainer.model.checkpoint_key
+        # Of a sharded model, rank 0 alone has the weights.
+        gathered = {ema_name(model): trainer.full_ema(), model: trainer.full_weights()}
+
+        def write() -> None:
+            for weights in gathered.values():
+                check_finite(weights)
+            for name, weights in gathered.items():
+                if weights:
+                    save_published(weights, self.path / name, key)
+
+        self.processes.agree(write, main=True)
 
     def draw_curves(self) -> None:
         """Draw ``curves.png`` of all steps if it is missing; where that fails, a warning says so."""

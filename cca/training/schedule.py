@@ -1,4 +1,4 @@
-"""What is trained when: the options of a run, its schedules, and the order of the data.
+"""What is trained when: the schedules of a run, and the order of the data.
 
 Everything here is a function of the options and the step, so a resumed run, or one with other
 processes, plans the same.

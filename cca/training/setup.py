@@ -152,10 +152,7 @@ class Training:
     def work(self) -> bool:
         args, config, ranks = self.args, self.config, self.ranks
         folder = RunFolder(args.output, ranks, self.all_options, self.keep_states)
-        if ranks.main:
-            without = missing_negatives(config.loss, config.batch_size, self.data.same_class)
-            for note in [*self.data.notes(), *filter(None, [without])]:
-                print(f"note: {note}", file=sys.stderr)
+        ranks.agree(self.print_notes, main=True)
         with memory_named(MODEL_TOO_LARGE):
             self.model.transformer.checkpointing = args.checkpointing
             trainer = Trainer(self.model, config, self.micro_batch_size, ranks, self.parallel, self.compile)
@@ -167,6 +164,12 @@ class Training:
         loader = Loader(self.data, config, ranks, self.model.null_class, args.workers)
         with memory_named(MICRO_BATCH_TOO_LARGE):
             return train(trainer, loader, folder, args.save_every, args.log_every, draw)
+
+    def print_notes(self) -> None:
+        """Print what is to be known of the data. Raises UserError for labels that cannot be read."""
+        without = missing_negatives(self.config.loss, self.config.batch_size, self.data.same_class)
+        for note in [*self.data.notes(), *filter(None, [without])]:
+            print(f"note: {note}", file=sys.stderr)
 
 
 def noted_number(run: Path, found: Found, name: str) -> int:

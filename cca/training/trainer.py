@@ -99,14 +99,13 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _finite(state: dict[str, Any]) -> dict[str, Any]:
-    """Trained weights as they are; raises UserError where one is NaN or infinite."""
+def check_finite(state: dict[str, Any]) -> None:
+    """Raise UserError where a trained weight is NaN or infinite: nothing of such a model is worth writing."""
     if wrong := not_finite(state):
         raise UserError(
             f"--lr: the trained weights are not finite ({wrong}), so no model is written; "
             "begin again in another folder with a lower --lr or --weight-decay, or --dtype float32"
         )
-    return state
 
 
 class Trainer:
@@ -262,7 +261,11 @@ class Trainer:
 
     def state(self) -> dict:
         """Everything that decides the following steps, sharded where the model is."""
+        is_new = not self.optimizer.state
         net, optimizer = get_state_dict(self.net, self.optimizer)
+        if is_new:  # PyTorch has made the moments by a step with gradients of zero, which is not to count
+            for moments in self.optimizer.state.values():
+                moments["step"].zero_()
         return {
             "model": net,
             "optimizer": optimizer,
@@ -280,17 +283,14 @@ class Trainer:
         self.skipped, self.skipped_in_a_row = state["counters"].tolist()
 
     def full_weights(self) -> dict[str, Any]:
-        """The whole state dict on the CPU (all processes take part; the main one gets it).
-
-        Raises UserError for weights that are not finite: nothing of them is worth writing.
-        """
+        """The whole state dict on the CPU (all processes take part; the main one gets it)."""
         if not self.sharded:
-            return _finite(self.net.state_dict())
-        return _finite(
-            get_model_state_dict(self.net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            return self.net.state_dict()
+        return get_model_state_dict(
+            self.net, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
 
     def full_ema(self) -> dict[str, Any]:
-        """The averaged weights in the published layout, constant buffers included; raises as above."""
+        """The averaged weights in the published layout, constant buffers included; empty without --ema."""
         averaged = {k: _whole(v).cpu() for k, v in self.ema.items()}
-        return {**self.full_weights(), **_finite(averaged)} if averaged else {}
+        return {**self.full_weights(), **averaged} if averaged else {}

@@ -183,7 +183,7 @@ def find_files(
         UserError: an unknown name, size or file, or others than those of the run.
     """
     entry = zoo_entry(name)
-    path = run_weights(weights, entry.backbone.checkpoint_name) if weights else None
+    path = None if weights is None else run_weights(weights, entry.backbone.checkpoint_name)
     config = run_config(path) if path else {}
     options = config.get("options", {})
     if options.get("model", name) != name:
@@ -202,7 +202,7 @@ def find_files(
             f"--weights: no {weights} weights are published for {name} at {size} pixels; give a path"
         )
     transformer_file = None
-    if weights:
+    if weights is not None:
         located = LocatedFile("--weights", weights, str(path), path)
         transformer_file = located if path else _locate("--weights", weights, published)
     given = tokenizer_weights or config.get("tokenizer") or entry.tokenizer

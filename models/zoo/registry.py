@@ -41,6 +41,10 @@ class Published:
     dtype: str = "bfloat16"
     eval_size: int | None = 256
 
+    @property
+    def has_filters(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1
+
     def fid(self, sampled: str) -> float | None:
         return self.figures.get(sampled, {}).get("fid")
 
@@ -116,6 +120,7 @@ class Recipe:
     """Defaults of fine-tuning one model with one loss.
 
     lr: peak learning rate at a global batch of ``batch_size``; scaled in proportion for VAR.
+    grad_clip: largest norm of the gradient of the global batch's mean loss.
     warmup: fraction of the run; final_lr: fraction of the peak at the end (1 = constant).
     final_weight_decay: where a cosine takes the weight decay by the end; None keeps it.
     published_accumulation: micro-batches per step in the published run, whose schedule counts
@@ -256,8 +261,10 @@ def _llamagen(
     """
     published = PUBLISHED.get(f"llamagen-{name.lower()}")
     cca = WeightsFile(f"CCA_LlamaGen_Guidance_Free/c2i_{name}_384_CCA_0005000.pt", "ChenDRAG/CCA_LlamaGen")
+    # The published trainers add the gradients of 16 micro-batches up and clip the sum at 1; here their mean
+    # is clipped.
     recipe = Recipe(
-        beta=0.02, lambda_=lambda_, lr=1e-5, batch_size=256, grad_clip=1.0, dtype="bfloat16",
+        beta=0.02, lambda_=lambda_, lr=1e-5, batch_size=256, grad_clip=1 / 16, dtype="bfloat16",
         published_accumulation=16, **other,
     )  # fmt: skip
     guided = replace(recipe, lambda_=1, beta=0.02 if name == "L" else 0.1)  # the paper's section on both
@@ -308,6 +315,7 @@ ZOO: dict[str, ZooEntry] = {
             "dpo": _mini(0.2, 1, 1e-4, 64, 2.0),
             "unlearning": _mini(1, 0.3, 3e-5, 64, 2.0),
         },
+        {32: WeightsFile("var-mini-cca.safetensors")},
         default_image_size=32,
     ),
     "llamagen-mini": ZooEntry(
@@ -324,6 +332,7 @@ ZOO: dict[str, ZooEntry] = {
             "dpo": _mini(0.2, 1, 1e-4, 128, 1.0),
             "unlearning": _mini(1, 0.3, 3e-5, 128, 1.0),
         },
+        {32: WeightsFile("llamagen-mini-cca.safetensors")},
         default_image_size=32,
     ),
 }

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from test_documentation import module_and_options
 
+import sample
 import scripts.reproduce as reproduce
 import train_var_cca
+from models import ZOO
 from models.utils.errors import UserError
-from scripts.recipes import CCA, EXPERIMENTS, Row, base_row
+from scripts.recipes import CCA, EXPERIMENTS, Row, Run, base_rows
 from scripts.report import distances_to_curve, figures_table
 from scripts.reproduce import Pipeline
 
@@ -51,6 +53,50 @@ def test_every_planned_command_is_understood(experiment, mini, capsys, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("model", ["llamagen-l", "var-d24", "llamagen-xl", "var-mini"])
+def test_the_tradeoff_trains_nothing_twice(model):
+    rows = EXPERIMENTS["tradeoff"].rows(model, Namespace())
+    recipe = ZOO[model].recipes["cca"]
+    defaults = {"--beta": f"{recipe.beta:g}", "--lambda": f"{recipe.lambda_:g}"}
+    trained = []
+    for row in rows:
+        if isinstance(row.weights, Run) and row.name != "sft":
+            given = dict(zip(row.weights.options[::2], row.weights.options[1::2]))
+            trained.append(tuple((defaults | given).values()))
+    assert len(trained) == len(set(trained)) > 4
+    lines = {name: [row.series[name] for row in rows if name in row.series] for name in ("lambda", "beta")}
+    assert recipe.lambda_ in lines["lambda"] and all(len(set(line)) == len(line) for line in lines.values())
+    assert (0 in lines["lambda"]) == (model != "var-mini")
+
+
+def test_unguided_var_is_sampled_with_filters_and_without(capsys):
+    commands = planned(capsys, "var-tables", "--models", "var-d24", "--from-released")
+    filters = {
+        tuple(a[a.index(option) + 1] if option in a else "preset" for option in ("--top-k", "--top-p"))
+        for module, a in commands
+        if module is sample and "base" in a and "published-cfg" not in a
+    }
+    assert filters == {("0", "1"), ("preset", "preset")}
+    rows = EXPERIMENTS["var-tables"].rows("var-d24", Namespace(from_released=True))
+    assert [row.published for row in rows if "no guidance" in row.label] == [None, None, 2.63]
+
+
+def test_it_says_first_how_much_there_is_to_do(capsys):
+    reproduce.main(["ablation", "--mini", "--seeds", "2", "--models", "var-mini", "--dry-run"])
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said == "ablation: 8 trainings and 10 samplings of 5,000 images, 50,000 in all."
+
+
+def test_a_base_of_ones_own(capsys):
+    commands = planned(capsys, "quickstart", "--seeds", "2", "--base", "bases/{model}-{seed}.safetensors")
+    found = {
+        (Path(a[a.index("--weights") + 1]).name, a[a.index("--seed") + 1])
+        for module, a in commands
+        if module in (sample, train_var_cca) and "var-mini" in a and "bases" in a[a.index("--weights") + 1]
+    }
+    assert found == {("var-mini-0.safetensors", "0"), ("var-mini-1.safetensors", "1")}
+
+
 def test_losses_without_published_values_are_left_out(capsys):
     commands = planned(capsys, "ablation", "--models", "var-d24")
     assert {"cca", "sft"} == {a[a.index("--loss") + 1] for module, a in commands if module is train_var_cca}
@@ -69,6 +115,10 @@ def test_losses_without_published_values_are_left_out(capsys):
         (["var-tables", "--data", ".", "--reference", "none.npz"], "--reference: none.npz: no such file"),
         (["var-tables", "--nnodes", "2", "--dry-run"], "--rdzv-endpoint: several machines need one"),
         (["with-guidance", "--models", "var-d24", "--dry-run"], "no recipe for CCA with guidance on top"),
+        (["tradeoff", "--mini", "--models", "var-d36"], "var-d36 does not go with --mini"),
+        (["tradeoff", "--mini", "--class", "0"], "--class: goes with samples alone"),
+        (["quickstart", "--guidance", "0"], "--guidance: goes with samples alone"),
+        (["quickstart", "--nnodes", "2"], "--nnodes: --mini runs on one machine"),
     ],
 )
 def test_wrong_options(arguments, message, tmp_path, monkeypatch):
@@ -128,8 +178,6 @@ class Pretender:
             output.write_text(json.dumps({"metrics": self.metrics(output)}))
         else:
             output.mkdir(exist_ok=True)
-            (output / "config.json").write_text(json.dumps({"options": {"batch_size": 10}}))
-            (output / "metrics.jsonl").write_text('{"images_per_second": 5.0}\n' * 3)
             for name in ("model.pth", "model.pt", "header.json"):
                 (output / name).touch()
 
@@ -139,11 +187,11 @@ class Pretender:
 
 def pipeline(folder, launcher, seed=0):
     options = {"data": "data.npz", "reference": "reference.npz", "features": "mini", "num_samples": 100}
-    return Pipeline(folder, seed, launcher, Namespace(**options, output=folder, mini=False))
+    return Pipeline(folder, seed, launcher, Namespace(**options, base="base", output=folder, mini=False))
 
 
 ROWS = [
-    base_row("var-mini"),
+    *base_rows("var-mini"),
     Row("var-mini", "cca", "CCA", CCA),
     Row("var-mini", "guided", "CCA", CCA, ("--cfg-scale", "2")),
 ]
@@ -153,12 +201,7 @@ def test_goes_on_after_every_command(tmp_path):
     whole = Pretender()
     figures = pipeline(tmp_path / "whole", whole).run(ROWS)
     assert len(whole.done) == 1 + 3 + 3  # one training serves two rows
-    assert figures["var-mini-cca"] == {
-        "fid": 1.5,
-        "is": 2.0,
-        "images_per_second": 7.0,
-        "training_hours": 6.0 * 2 / 3600,
-    }
+    assert figures["var-mini-cca"] == {"fid": 1.5, "is": 2.0, "images_per_second": 7.0}
     for stop_at in range(1, len(whole.done) + 1):
         folder, cut, rest = tmp_path / f"{stop_at}", Pretender(stop_at), Pretender()
         with pytest.raises(KeyboardInterrupt):
@@ -191,21 +234,23 @@ def pretended(monkeypatch, tmp_path):
 
 def test_quickstart(pretended):
     folder = pretended("quickstart", "--control", "--seeds", "3")
-    report = (folder / "report.md").read_text()
-    files = [folder / name / "summary.json" for name in (".", "seed-1", "seed-2")]
-    summaries = [json.loads(file.read_text()) for file in files]
-    assert [content["seed"] for content in summaries] == [0, 1, 2]
+    report = (folder / "report.md").read_text().replace("**", "")  # the best are bold
     for model in ("llamagen-mini", "var-mini"):
-        seeds = [content["models"][model] for content in summaries]
-        for found in seeds:
-            best = min(found["sweep"], key=lambda row: row["fid"])
-            assert found["main"]["guided"]["fid"] == best["fid"] and found["best_scale"] == best["scale"]
-            assert found["temperature"][0]["label"] == "control: base at temperature 0.8"
-        fids = [[found["main"][kind]["fid"] for found in seeds] for kind in ("base", "guided", "cca", "sft")]
+        seeds = [
+            {
+                path.stem.removeprefix(f"{model}-"): json.loads(path.read_text())["metrics"]["fid"]
+                for path in (folder / name / "results").glob(f"{model}-*.json")
+            }
+            for name in (".", "seed-1", "seed-2")
+        ]
+        best = [min(fid for row, fid in found.items() if "cfg" in row) for found in seeds]
+        fids = [best, *([found[row] for found in seeds] for row in ("base", "cca", "sft", "base-t0.8"))]
         for values in fids:
             assert f"| {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} |" in report
-        gaps = [(base - cca) / (base - guided) for base, guided, cca in zip(*fids[:3])]
+        guided, base, cca, *_ = fids
+        gaps = [(b - c) / (b - g) for b, c, g in zip(base, cca, guided)]
         assert f"closes {np.mean(gaps):.2f} ± {np.std(gaps, ddof=1):.2f} of the gap" in report
+        assert "| control: base at temperature 0.8 |" in report
     assert "(paper: 1.02 to 1.33)" in report and "| base, best guidance" in report
     assert report.count("| control: maximum likelihood, no guidance |") == 2
     for picture in ("llamagen-mini.png", "var-mini.png", "fid.png"):
@@ -215,7 +260,7 @@ def test_quickstart(pretended):
 @pytest.mark.parametrize("experiment", OPTIONS)
 def test_reports_of_the_paper(experiment, pretended):
     folder = pretended(experiment, "--seeds", "2", "--models", "llamagen-mini")
-    report = (folder / f"{experiment}.md").read_text()
+    report = (folder / f"{experiment}.md").read_text().replace("**", "")
     assert f"scripts.reproduce {experiment} --mini" in report and "## llamagen-mini" in report
     assert ("seed 0, 1. Mean ±" in report) != (experiment == "samples")
     for picture in re.findall(r"!\[.*\]\((.*)\)", report):
@@ -236,10 +281,7 @@ def test_distances_to_the_guidance_curve():
 
 def test_table_states_published_figures_and_spread():
     rows = [Row("m", "a", "first", published=3.0), Row("m", "b", "second")]
-    seeds = [
-        {"m-a": {"fid": f, "images_per_second": 2.0}, "m-b": {"fid": 1.0, "images_per_second": 2.0}}
-        for f in (3.0, 5.0)
-    ]
+    seeds = [{"m-a": {"fid": f}, "m-b": {"fid": 1.0}} for f in (3.0, 5.0)]
     lines = figures_table(rows, seeds).splitlines()
-    assert lines[2] == "| first | 4.000 ± 1.414 | 3.00 | +1.000 ± 1.414 | 2.0 ± 0.0 |"
-    assert lines[3] == "| second | 1.000 ± 0.000 | – | – | 2.0 ± 0.0 |"
+    assert lines[2] == "| first | 4.000 ± 1.414 | 3.00 | +1.000 ± 1.414 |"
+    assert lines[3] == "| second | **1.000 ± 0.000** | – | – |"

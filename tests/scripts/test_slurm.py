@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 from commands import REFERENCE, ROOT, TRAIN, environment, lines, wait_until
+from made_data import make_picture
+from rehearsal import rehearse
 
 SRUN = """#!/usr/bin/env bash
 # Runs its command once for each node; SIGUSR1 goes to these tasks, and to none of their children.
@@ -89,7 +91,7 @@ def ended(process, status=0):
 
 
 @pytest.mark.parametrize("model", ["var-d16", "llamagen-l"])
-def test_a_warning_saves_and_queues_the_job_again_once(model, start, tmp_path):
+def test_a_warning_saves_and_queues_the_job_again_once(model, start, tmp_path, monkeypatch):
     job = {"nodes": "first,second", "MODEL": model, "TRAINING": "--epochs 2 --ema 0.9"}
     process = start(**job)
     text = warn(process, lambda: len(list(tmp_path.glob("started-*"))) == 2)
@@ -111,6 +113,13 @@ def test_a_warning_saves_and_queues_the_job_again_once(model, start, tmp_path):
     for call, name in zip(again, [name for name in names for _ in range(2)], strict=True):
         assert name in call and "--nnodes 2 " in call and "--rdzv-endpoint first:" in call
     assert sum("is_host=1" in call for call in again) == sum("is_host=0" in call for call in again)
+
+    (tmp_path / "imagenet").unlink()
+    for i in range(256):
+        make_picture(tmp_path / "imagenet" / "n01440764" / f"{i}.png", size=(8, 8))
+    monkeypatch.chdir(tmp_path)
+    for call in again[::2]:
+        rehearse(f"torchrun {call}")
 
 
 def test_a_step_that_fails_ends_the_job(start, tmp_path):

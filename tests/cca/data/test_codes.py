@@ -20,6 +20,26 @@ def model():
     return load_model("llamagen-mini")
 
 
+def test_sister_folders_that_do_not_fit(tmp_path, model):
+    path = make_codes(tmp_path)
+    shutil.copytree(path, sister := tmp_path / "codes_105")
+    np.save(sister / "labels.npy", (np.arange(40) + 1) % 10)
+    with pytest.raises(UserError, match="--codes: .*codes and .*codes_105 have different labels"):
+        Codes(path, model)
+    published = make_codes(tmp_path / "published", published=True)
+    shutil.copytree(path, f"{published}_105")
+    with pytest.raises(UserError, match="--codes: .*codes_105/imagenet32_codes: cannot be listed"):
+        Codes(published, model)
+
+
+def test_a_link_that_leads_nowhere_among_published_codes(tmp_path, model):
+    path = make_codes(tmp_path, published=True)
+    (path / "imagenet32_codes/3.npy").unlink()
+    (path / "imagenet32_codes/3.npy").symlink_to("gone.npy")
+    with pytest.raises(UserError, match="--codes: .*imagenet32_codes: cannot be read"):
+        Codes(path, model).fingerprint()
+
+
 def test_sister_folder_is_drawn_half_of_the_time(tmp_path, model, monkeypatch):
     path = make_codes(tmp_path)
     shifted = np.load(path / "codes.npy") % 256

@@ -18,6 +18,7 @@ GUIDED = {
     "model": "var-d16", "weights": "base", "weights_sha256": "0123456789", "image_size": 256,
     "num_samples": 50_000, "classes": list(range(1000)), "eval_size": 256, "cfg_scale": 2.5,
     "cfg_schedule": "linear", "cfg_interval": None, "top_k": 900, "top_p": 0.96, "temperature": 1.0,
+    "class_order": "balanced",
 }  # fmt: skip
 CCA = {**GUIDED, "weights": "runs/own", "loss": "cca", "cfg_scale": 1.0}
 

@@ -62,7 +62,7 @@ def test_a_backend_that_does_not_exist(tmp_path):
 
 
 def test_what_is_optional_costs_no_run(disk, monkeypatch, capsys):
-    (disk / "run").mkdir()
+    Output.run(disk / "run", "model.pth").begin({"options": {}})  # a start that came to nothing
     (disk / "run/samples").write_text("mine")
     monkeypatch.setattr(cca.training.run_folder, "remove_folder", refuse)
     train("--sample-every", "2")
@@ -96,6 +96,29 @@ def test_a_run_without_a_checkpoint_takes_new_options(disk, monkeypatch):
     assert not (disk / "run/samples").exists() and not events & set(os.listdir(disk / "run/tensorboard"))
 
 
+@pytest.mark.parametrize("name", ["samples", "tensorboard", "metrics.jsonl", "curves.png"])
+def test_what_no_run_made_is_not_touched(name, disk):
+    """A folder of samples that training is given as its output by mistake."""
+    place = disk / "run" / name
+    if "." in name:
+        place.parent.mkdir()
+        place.write_text("mine")
+    else:
+        place.mkdir(parents=True)
+        (place / "0.png").write_text("mine")
+    before = files(disk / "run")
+    with pytest.raises(UserError, match=f"--output: run/{name} exists, and no record beside it"):
+        train()
+    assert files(disk / "run") == before
+
+
+def test_a_refusal_in_the_first_step_leaves_nothing(disk, monkeypatch):
+    monkeypatch.setattr(cca.training.loop, "show", refuse)
+    with pytest.raises(UserError, match="it may not be removed"):
+        train()
+    assert not (disk / "run").exists()
+
+
 def test_parts_and_codes_of_which_nothing_is_made_take_new_options(disk):
     outputs = Output.npz(disk / "s.npz", "samples"), Output.codes(disk / "new")
     for output in outputs:
@@ -104,7 +127,7 @@ def test_parts_and_codes_of_which_nothing_is_made_take_new_options(disk):
     line = [*tokenizer("llamagen"), "--data", "few.npz", "--output", "new"]
     extract_codes.main(line)
     assert read_json(disk / "s.json")["options"]["seed"] == 1
-    assert read_json(disk / "new/header.json")["model"] == "specimen-llamagen"
+    assert read_json(disk / "new/header.json")["image_size"] == 8
 
 
 def test_without_a_compiler(disk, monkeypatch, capsys):

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import metrics
+from commands import TRAIN, call, metrics, run
 from limits import largest_file, memory_full
 from made_data import Hostile
 from specimens import weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.metadata import Metadata
 
 import cca.training.loop as command
@@ -255,6 +256,25 @@ def test_a_full_disk_is_one_line_at_every_size(disk, capsys):  # what is printed
     train("full")
     train("whole")
     assert equal(exported(disk / "full"), exported(disk / "whole"))
+
+
+def test_two_ranks_say_which_checkpoint_is_damaged(tmp_path):
+    """Though each file is checked by one of them."""
+    common = ["train_var_cca.py", "--model", "var-mini", "--data", TRAIN, "--batch-size", 4]
+    line = [*common, "--max-steps", 2, "--save-every", 1, "--keep-states", 2, "--output", tmp_path / "run"]
+    run(*line, processes=2)
+    (tmp_path / "run/model.pth").unlink()
+    file = max((tmp_path / "run/state/step-2").glob("__*"))
+    file.write_bytes(file.read_bytes()[:-1])
+    result = call(line, processes=2)
+    assert result.returncode != 0 and "step-2 is damaged" in result.stderr, result.stderr
+    assert "the same command goes on from step 1" in result.stderr and "lost another" not in result.stderr
+
+
+def test_tensorboard_keeps_every_step(stopped):
+    train("run", "--keep-states", "3")
+    events = EventAccumulator(str(stopped / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_weights_of_a_run_and_of_its_states(stopped):

@@ -1,5 +1,6 @@
 """The trainer's own step against six micro-steps of training with the published code."""
 
+import copy
 import signal
 from dataclasses import replace
 from functools import cache, partial
@@ -13,11 +14,12 @@ from torch import nn
 
 import models.log_likelihood
 import models.utils.precision
+from benchmarks.workloads import random_batch
 from cca.cli.output import Output
 from cca.config import TrainingConfig
 from cca.data.datasets import ImageArray
 from cca.distributed import Processes
-from cca.losses import pair_labels
+from cca.losses import cca_loss, pair_labels
 from cca.training.batch import Batch
 from cca.training.loader import Loader
 from cca.training.loop import train
@@ -73,6 +75,71 @@ def test_training_trace(backbone, model_name, loss):
             torch.testing.assert_close(
                 weights[key.removeprefix("final/")].flatten()[:64], expected, rtol=0, atol=1e-5
             )
+
+
+def published_loop(model, batches, micro_batch_size: int, config: TrainingConfig, max_norm: float):
+    """Train as LlamaGen's trainers do: gradients of micro-batch means are summed, and the sum is clipped."""
+    net, reference = model.transformer.train(), copy.deepcopy(model.transformer)
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    others = [p for p in net.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+    for batch in batches:
+        optimizer.zero_grad()
+        for part in batch.micro_batches(micro_batch_size):
+            inputs = model.inputs(part.images)
+            rewards = [
+                net(labels, inputs, part.images) - reference(labels, inputs, part.images).detach()
+                for labels in (part.labels, part.negatives)
+            ]
+            cca_loss(*rewards, part.same_label, config.beta, config.lambda_).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+        optimizer.step()
+    return net.state_dict()
+
+
+@pytest.mark.parametrize("factor, least, most", [(1, 0, 0.005), (16, 0.3, 1)])
+def test_the_clip_of_the_published_llamagen_trainers(factor, least, most):
+    """Three steps of 16 micro-batches whose summed gradients are clipped at 1, here at 1/16 of the mean's.
+
+    The weights then move alike but for AdamW's epsilon, which is 16 times as large beside our gradients.
+    """
+    clip, size = ZOO["llamagen-l"].recipes["cca"].grad_clip, 2 * 16
+    config = replace(
+        config_of("llamagen", "cca"), batch_size=size, lambda_=300.0, grad_clip=factor * clip,
+        schedule_accumulation=16,
+    )  # fmt: skip
+    generator, batches = torch.Generator().manual_seed(0), []
+    for _ in range(3):
+        uncond = torch.rand(size, generator=generator) < 0.1
+        tokens = torch.randint(512, (size, 64), generator=generator)
+        pairs = pair_labels(torch.randint(10, (size,), generator=generator), uncond, 10)
+        batches.append(Batch(tokens, *pairs, uncond))
+    expected = published_loop(load_model("llamagen-mini"), batches, 2, config, max_norm=1.0)
+    trainer = Trainer(load_model("llamagen-mini"), config, 8, Processes())
+    norms = [trainer.optimizer_step(step, batch)["grad_norm"] for step, batch in enumerate(batches)]
+    assert min(norms) > clip  # all are clipped
+    found, begin = trainer.net.state_dict(), load_model("llamagen-mini").transformer.state_dict()
+    apart, moved = (
+        sum((weights[key] - expected[key]).abs().sum().item() for key in expected)
+        for weights in (found, begin)
+    )
+    assert least * moved <= apart <= most * moved
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_saving_before_the_first_finite_step_changes_nothing(is_saved, monkeypatch):
+    """As after an overflow of float16 in the first step."""
+    trainer = Trainer(load_model("llamagen-mini"), config_of("llamagen", "cca"), 8, Processes())
+    before = copy.deepcopy(trainer.net.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "clip", lambda: torch.tensor(torch.inf))
+        trainer.optimizer_step(0, batch := random_batch(trainer.model, torch.zeros(8, dtype=torch.bool)))
+    if is_saved:
+        trainer.state()
+    trainer.optimizer_step(1, batch)
+    moved = [(value - before[key]).abs().max().item() for key, value in trainer.net.state_dict().items()]
+    assert max(moved) == pytest.approx(1e-3, rel=0.06)  # AdamW's first update: the rate, and weight decay
 
 
 def deep(family: str, rate: float) -> ARImageModel:
@@ -165,7 +232,7 @@ def test_no_moment_of_a_step_loses_a_signal(tmp_path):
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_weights_that_are_not_finite_are_not_exported(ema):
+def test_weights_that_are_not_finite_are_not_exported(ema, tmp_path):
     """The last steps of a run can break the weights after the last finite gradient."""
     config = replace(config_of("var", "cca"), ema=ema)
     trainer = Trainer(build("var_tiny_a"), config, micro_batch_size=4, processes=Processes())
@@ -173,4 +240,5 @@ def test_weights_that_are_not_finite_are_not_exported(ema):
     with torch.no_grad():
         (trainer.ema if ema else dict(trainer.net.named_parameters()))["head.bias"][0] = torch.inf
     with pytest.raises(UserError, match=r"--lr: the trained weights are not finite \(head.bias\)"):
-        trainer.full_ema() if ema else trainer.full_weights()
+        RunFolder(tmp_path, trainer.processes, {}).export(trainer)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,209 @@
+"""Compare what CCA has learned with the direction in which guidance moves.
+
+    python -m scripts.learned_direction runs/quickstart/llamagen-mini-cca runs/quickstart/var-mini-cca
+
+For each image x, under its own class c and under another one, this sets
+
+    learned(x, c)  = log p_theta(x|c) - log p_ref(x|c), with p_theta of the run and p_ref of the base,
+    guidance(x, c) = log p_ref(x|c) - log p_ref(x|null class)
+
+side by side, in nats. Guidance raises log p(x|c) along the second; the optimum of CCA's loss is proportional
+to log p(x|c)/p(x), which the second estimates (arXiv 2410.09347). A slope is that of the line by least
+squares: how many nats the run learned for one nat of guidance. Several runs of one model are several seeds.
+"""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.table import provenance
+from cca.cli.main import OnePart, play, run_command
+from cca.cli.output import Found, Output
+from cca.cli.parser import Parser, count
+from cca.cli.plan import add_dry_run_option
+from cca.cli.tables import markdown_table
+from cca.data.image_sets import NpzImages, to_uint8_tensor
+from cca.distributed import Processes
+from cca.training.encoding import to_tokens
+from models import ARImageModel, UserError, find_files, load_model
+from models.utils.files import atomic_write
+from models.zoo.run_folders import run_config
+from scripts.report import save_figure, spread
+
+BATCH = 100  # images of one forward pass
+CPU = torch.device("cpu")
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__, "scripts.learned_direction")
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="finished CCA runs of bundled models")
+    add(
+        "--images",
+        type=Path,
+        default=Path("assets/fashion-mnist-test-10k.npz"),
+        metavar="FILE.npz",
+        help="labelled images that no network was trained on (default %(default)s)",
+    )
+    add("--num-images", type=count(2), default=1500, help="the first so many (default %(default)s)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/learned-direction.md"),
+        metavar="FILE.md",
+        help="tables; the picture goes beside them, as FILE.png (default %(default)s)",
+    )
+    add_dry_run_option(parser)
+    return parser
+
+
+@dataclass
+class Comparison:
+    """One run. learned, guidance: nats of each token [2 N, L], of N images with their own class, then with
+    another one. parts: the slice of tokens of each VAR level, or of each row of LlamaGen's grid."""
+
+    learned: np.ndarray
+    guidance: np.ndarray
+    parts: list[slice]
+
+    def fit(self, tokens: slice = slice(None)) -> tuple[float, float]:
+        """Return the correlation and the slope of learned over guidance, both summed over some tokens."""
+        x, y = self.guidance[:, tokens].sum(1), self.learned[:, tokens].sum(1)
+        return float(np.corrcoef(x, y)[0, 1]), float(np.polyfit(x, y, 1)[0])
+
+    def mean(self, own_class: bool) -> float:
+        """Return the mean of learned over images with their own class, or with another one, in nats."""
+        matched, mismatched = np.split(self.learned.sum(1), 2)
+        return float((matched if own_class else mismatched).mean())
+
+
+def options_of_run(run: Path) -> dict:
+    """Return the options that a run was trained with. Raises UserError where it is none."""
+    options = run_config(run / "config.json").get("options", {})
+    if not {"model", "weights", "weights_sha256"} <= options.keys():
+        raise UserError(f"RUN: {run}: holds no config.json of a training run")
+    return options
+
+
+@torch.no_grad()
+def token_logprobs(model: ARImageModel, labels: Tensor, tokens: Tensor) -> Tensor:
+    """Return log p of each token [B, L], float32, of tokens [B, L] under labels [B]."""
+    return model.logits(labels, tokens).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+
+def compare(run: Path, images: Tensor, labels: Tensor) -> Comparison:
+    """Compare one run on uint8 images [N, 3, H, W] of classes [N]. Raises UserError."""
+    options = options_of_run(run)
+    name, weights = options["model"], options["weights"]
+    if find_files(name, weights).known()["weights_sha256"] != options["weights_sha256"]:
+        raise UserError(f"RUN: {run}: the base that it was trained from, {weights}, is another now")
+    trained, base = load_model(name, str(run)), load_model(name, weights)
+    # Every other class in turn, so that no pair is a match by accident.
+    others = (labels + 1 + torch.arange(len(labels)) % (base.num_classes - 1)) % base.num_classes
+    learned, guidance = [], []
+    for classes in (labels, others):
+        for pixels, own in zip(images.split(BATCH), classes.split(BATCH)):
+            tokens = to_tokens(base, pixels, CPU)
+            reference = token_logprobs(base, own, tokens)
+            learned.append(token_logprobs(trained, own, tokens) - reference)
+            guidance.append(reference - token_logprobs(base, torch.full_like(own, base.null_class), tokens))
+    sizes = base.step_sizes
+    if len(sizes) == base.sequence_length:  # one token a step: rows of the grid
+        sizes = (round(len(sizes) ** 0.5),) * round(len(sizes) ** 0.5)
+    ends = np.cumsum(sizes)
+    parts = [slice(end - size, end) for end, size in zip(ends.tolist(), sizes)]
+    return Comparison(torch.cat(learned).double().numpy(), torch.cat(guidance).double().numpy(), parts)
+
+
+def tables(found: dict[str, list[Comparison]]) -> list[str]:
+    """Return the figures of all models, then the slopes by part of each, as Markdown."""
+    rows = [
+        [
+            model,
+            *(spread([run.fit()[i] for run in runs], ".2f") for i in (0, 1)),
+            *(spread([run.mean(own) for run in runs], "+.2f") for own in (True, False)),
+        ]
+        for model, runs in found.items()
+    ]
+    columns = ["model", "correlation", "slope", "learned, own class (nats)", "learned, another class (nats)"]
+    sections = [markdown_table(columns, rows)]
+    for model, runs in found.items():
+        parts = range(len(runs[0].parts))
+        slopes = [spread([run.fit(run.parts[i])[1] for run in runs], ".2f") for i in parts]
+        sections.append(f"{model}: slope by level, coarsest first, or by row of the grid, from the top.")
+        sections.append(markdown_table([str(i + 1) for i in parts], [slopes]))
+    return sections
+
+
+def draw(path: Path, found: dict[str, list[Comparison]]) -> None:
+    """Draw a panel for each model: learned over guidance of the first run's pairs, and its line."""
+    figure = Figure(figsize=(5.6 * len(found), 4.8))
+    axes = figure.subplots(1, len(found), squeeze=False)
+    for axis, (model, (first, *_)) in zip(axes[0], found.items()):
+        x, y = first.guidance.sum(1), first.learned.sum(1)
+        for half, label in (
+            (slice(len(x) // 2, None), "another class"),
+            (slice(0, len(x) // 2), "its own class"),
+        ):
+            axis.plot(x[half], y[half], ".", markersize=3, alpha=0.4, label=f"image under {label}")
+        slope, offset = np.polyfit(x, y, 1)
+        ends = np.array([x.min(), x.max()])
+        axis.plot(ends, slope * ends + offset, color="black", linewidth=1, label=f"slope {slope:.2f}")
+        axis.axhline(0, color="gray", linewidth=0.8, zorder=0)
+        axis.set(
+            title=f"{model}: correlation {first.fit()[0]:.2f}",
+            xlabel="guidance: log p_ref(x|c) − log p_ref(x|∅), nats",
+            ylabel="learned: log p_θ(x|c) − log p_ref(x|c), nats",
+        )
+        axis.legend(fontsize=8, markerscale=3)
+    save_figure(figure, path)
+
+
+def resolve(args: Namespace, ranks: Processes, found: Found) -> OnePart:
+    """Return what is to be done. Raises UserError for runs and images that cannot be compared."""
+    for run in args.runs:
+        options_of_run(run)
+    images = NpzImages(args.images)
+    if images.labels() is None:
+        raise UserError(f"--images: {args.images}: holds no labels (arr_1)")
+    args.num_images = min(args.num_images, len(images))
+    rows = {
+        "runs": ", ".join(map(str, args.runs)),
+        "images": f"{args.num_images:,} of {args.images}",
+        "writes": f"{args.output}, {args.output.with_suffix('.png')}",
+    }
+    return OnePart(ranks, rows, partial(write, args, images))
+
+
+def write(args: Namespace, images: NpzImages) -> None:
+    """Compare all runs, and write tables and picture."""
+    (pixels,) = images.batches(slice(0, args.num_images), args.num_images)
+    labels = torch.from_numpy(images.labels()[: args.num_images])
+    found: dict[str, list[Comparison]] = {}
+    for run in args.runs:
+        compared = compare(run, to_uint8_tensor(pixels), labels)
+        found.setdefault(options_of_run(run)["model"], []).append(compared)
+    picture = args.output.with_suffix(".png")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    draw(picture, found)
+    intro = f"{provenance(args.command)}. {len(pixels):,} images of {args.images.name}; mean ± standard"
+    sections = ["# What CCA has learned", f"{intro} deviation over the runs of a model.", *tables(found)]
+    text = "\n\n".join([*sections, f"![learned over guidance]({picture.name})"]) + "\n"
+    atomic_write(args.output, lambda temporary: temporary.write_text(text))
+    print(f"{text}\nwritten to {args.output} and {picture}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    Output(args.output).check_place(suffix=".md")
+    play(args, None, resolve)
+
+
+if __name__ == "__main__":
+    run_command(main)

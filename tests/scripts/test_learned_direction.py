@@ -1,0 +1,70 @@
+"""What CCA learned, beside the direction in which guidance moves."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from commands import ROOT, TRAIN
+from made_data import bundled
+
+import train_var_cca
+from models import UserError, load_model
+from scripts import learned_direction
+from scripts.learned_direction import Comparison, token_logprobs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run, of a rate at which something is learned."""
+    folder = tmp_path_factory.mktemp("run") / "var"
+    options = ["--model", "var-mini", "--data", str(ROOT / TRAIN), "--max-steps", "3", "--batch-size", "32"]
+    train_var_cca.main([*options, "--warmup", "0", "--output", str(folder)])
+    return folder
+
+
+def test_tokens_add_up_to_the_image():
+    model, tokens = load_model("llamagen-mini"), torch.randint(512, (3, 64))
+    labels = torch.tensor([1, 10, 3])  # the null class among them
+    with torch.no_grad():
+        expected = model.sequence_logprob(labels, tokens)
+    torch.testing.assert_close(token_logprobs(model, labels, tokens).sum(1), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_slope_and_correlation():
+    guidance = np.random.default_rng(0).normal(size=(40, 6))
+    learned = 2 * guidance
+    learned[:, 3:] = -0.5 * guidance[:, 3:] + 1
+    compared = Comparison(learned, guidance, [slice(0, 3), slice(3, 6)])
+    assert compared.fit(slice(0, 3)) == pytest.approx((1, 2))
+    assert compared.fit(slice(3, 6)) == pytest.approx((-1, -0.5))
+    assert compared.mean(True) == pytest.approx(learned[:20].sum(1).mean())
+
+
+def test_tables_and_picture(run, tmp_path):
+    output = tmp_path / "learned.md"
+    images = ["--images", str(ROOT / "assets/fashion-mnist-test-10k.npz"), "--num-images", "60"]
+    learned_direction.main([str(run), str(run), *images, "--output", str(output)])
+    text = output.read_text()
+    assert "| var-mini | " in text and "± 0.00" in text and "slope by level" in text
+    assert (tmp_path / "learned.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_wrong_inputs(run, tmp_path):
+    np.savez(tmp_path / "bare.npz", arr_0=bundled(4)["arr_0"])
+    output = ["--output", str(tmp_path / "x.md")]
+    for arguments, message in (
+        ([str(tmp_path), *output], "holds no config.json of a training run"),
+        ([str(run), *output, "--images", str(tmp_path / "bare.npz")], r"holds no labels \(arr_1\)"),
+        ([str(run), "--output", str(tmp_path / "x.txt")], "--output: .*x.txt does not end in .md"),
+    ):
+        with pytest.raises(UserError, match=message):
+            learned_direction.main(arguments)
+    assert not list(tmp_path.glob("x.*"))
+    config = json.loads((run / "config.json").read_text())
+    config["options"]["weights_sha256"] = "0" * 64
+    shutil.copytree(run, tmp_path / "other")
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="the base that it was trained from, base, is another now"):
+        learned_direction.main([str(tmp_path / "other"), *output])
