@@ -195,8 +195,9 @@ class Sampling:
         self.batch_size = args.batch_size or default_batch_size(self.model, request, device)
         default = compiles_by_default(self.model, request, device, self.ranks.world)
         asked = before if args.compile is None else args.compile
-        self.compile = bool(before)
-        if not self.found.is_finished or before is None:
+        if self.found.is_finished:  # nothing is compiled any more
+            self.compile = bool(asked)
+        else:
             self.compile = decide_compile(asked, default, self.ranks)
 
     def known(self) -> dict:

@@ -12,7 +12,6 @@ Training images 0-49,999 train every network; 50,000-59,999 are for tuning; the 
 images are the evaluation reference and are seen by no stage.
 """
 
-import argparse
 import gzip
 import math
 import zipfile
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from cca.cli.main import run_command
 from cca.cli.output import Output
+from cca.cli.parser import Parser, count
 from cca.config import TrainingConfig
 from cca.data.datasets import LabelledDataset
 from cca.data.image_sets import to_uint8_tensor
@@ -228,6 +228,8 @@ def revive_codes(model: ARImageModel, used: Tensor, images: Tensor) -> int:
 
 
 def load_perceptual() -> PerceptualNetwork:
+    if not PERCEPTUAL_WEIGHTS.exists():
+        raise UserError(f"{PERCEPTUAL_WEIGHTS}: no such file; run the stage networks first")
     network = PerceptualNetwork()
     network.load_state_dict(load_file(PERCEPTUAL_WEIGHTS))
     return network.eval().requires_grad_(False)
@@ -358,24 +360,17 @@ def save_tokenizer(name: str, model: ARImageModel) -> None:
     save(ASSETS / f"{name}-tokenizer.safetensors", model.tokenizer, model.checkpoint_key)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("stage", choices=("data", "networks", *STEPS, "cca"))
-    parser.add_argument("--model", choices=MODELS, help="for the last four stages")
-    parser.add_argument("--run", type=Path, metavar="RUN", help="of cca: the run whose weights ship")
-    parser.add_argument(
-        "--raw", type=Path, default=RAW, help="folder of the four files (default %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="of a transformer (default: assets/MODEL.safetensors)"
-    )
-    parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {STEPS})")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default %(default)s)"
-    )
+def make_parser() -> Parser:
+    parser = Parser(__doc__, "scripts.pretrain_mini")
+    add = parser.add_argument
+    add("stage", choices=("data", "networks", *STEPS, "cca"))
+    add("--model", choices=MODELS, help="for the last four stages")
+    add("--run", type=Path, metavar="RUN", help="of cca: the run whose weights ship")
+    add("--raw", type=Path, default=RAW, help="folder of the four files (default %(default)s)")
+    add("--seed", type=count(0), default=0, help="seed of weights and data order (default 0)")
+    add("--output", type=Path, metavar="FILE", help="of a transformer (default: assets/MODEL.safetensors)")
+    add("--steps", type=count(2), help=f"optimizer steps (default: {STEPS})")
+    add("--threads", type=count(), default=torch.get_num_threads(), help="CPU threads (default %(default)s)")
     return parser
 
 

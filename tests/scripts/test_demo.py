@@ -185,7 +185,6 @@ def test_wrong_command_lines(refused, monkeypatch):
         (("--host", "192.0.2.1", "--port", "0"), "--host, --port: 192.0.2.1:0 cannot be served"),
         (("--port", "70000"), "--port: 70000 must be"),
         (("--weights", "nothing.pt", "--port", "0"), "--weights: nothing.pt: no such file"),
-        (("--weights", "cca", "--port", "0"), "--weights: no cca weights are published"),
         (("--max-images", "0"), "--max-images: 0 must be at least 1"),
     ):
         assert message in refused(*arguments)
