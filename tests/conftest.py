@@ -1,4 +1,5 @@
 import shutil
+import signal
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from specimens import SPECIMENS, register
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
 
 
 @pytest.fixture
