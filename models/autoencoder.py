@@ -57,16 +57,36 @@ class AutoencoderConfig:
         return 2 ** (len(self.multipliers) - 1)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """32 groups. Compiled, channels_last is read as it lies: statistics of each channel come first, while
+    PyTorch's own decomposition makes a transposed copy. The result is the same up to rounding."""
+
+    def __init__(self, channels: int):
+        super().__init__(32, channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by_channel(x) if torch.compiler.is_compiling() else super().forward(x)
+
+    def by_channel(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same in float32."""
+        x = x.float()
+        variances, means = torch.var_mean(x, dim=(2, 3), correction=0)
+        # Channels of a group have equally many pixels: its variance is the mean of theirs and that of
+        # their means.
+        variances, means = (t.unflatten(1, (self.num_groups, -1)) for t in (variances, means))
+        spread, mean = torch.var_mean(means, dim=2, correction=0, keepdim=True)
+        inverse = (variances.mean(2, keepdim=True) + spread + self.eps).rsqrt()
+        scale = self.weight * inverse.expand_as(means).flatten(1)
+        shift = self.bias - mean.expand_as(means).flatten(1) * scale
+        return x * scale[..., None, None] + shift[..., None, None]
 
 
 class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.norm1 = _norm(in_channels)
+        self.norm1 = GroupNorm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = GroupNorm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = (
             nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -83,7 +103,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, fused_qkv: bool):
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = GroupNorm(channels)
         if fused_qkv:
             self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         else:
@@ -182,7 +202,7 @@ class Encoder(nn.Module):
         ]
         self.add_module(keys.encoder_stages, nn.ModuleList(stages))
         self.mid = _middle(widths[-1], keys)
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = GroupNorm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
         self.stages_name = keys.encoder_stages
 
@@ -208,7 +228,7 @@ class Decoder(nn.Module):
         ]
         self.finest_first = keys.decoder_finest_first
         self.add_module(keys.decoder_stages, nn.ModuleList(reversed(stages) if self.finest_first else stages))
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = GroupNorm(widths[-1])
         self.conv_out = PixelConv(widths[-1], 3, 3, padding=1)
         self.stages_name = keys.decoder_stages
 

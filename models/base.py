@@ -62,6 +62,10 @@ class ARTransformer(nn.Module, ABC):
             if isinstance(module, nn.Linear):
                 module.to(dtype)
 
+    def join_matrices(self) -> None:
+        """Make one matmul of linear layers that take the same input: for compiled sampling, which is bound
+        by the number of kernels. The numbers may be rounded otherwise."""
+
     def logits(self, labels: Tensor, inputs: Tensor) -> Tensor:
         """Teacher-forced float32 logits [B, L, V]."""
         return self.to_logits(self.hidden(labels, inputs))

@@ -99,6 +99,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    w13: Tensor | None = None  # see ``join_matrices``
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.w1 = nn.Linear(config.dim, config.hidden, bias=False)
@@ -106,8 +108,14 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
+    def join_matrices(self) -> None:
+        """Keep w1 and w3 as the halves of one matrix."""
+        self.w13 = torch.cat([self.w1.weight, self.w3.weight])
+        self.w1.weight.data, self.w3.weight.data = self.w13.chunk(2)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        gate, value = (self.w1(x), self.w3(x)) if self.w13 is None else F.linear(x, self.w13).chunk(2, -1)
+        return self.dropout(self.w2(F.silu(gate) * value))
 
 
 class Block(nn.Module):
@@ -146,6 +154,11 @@ class LlamaGenTransformer(ARTransformer):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)
+
+    def join_matrices(self) -> None:
+        for module in self.modules():
+            if isinstance(module, FeedForward):
+                module.join_matrices()
 
     def transformer_blocks(self) -> nn.ModuleList:
         return self.layers

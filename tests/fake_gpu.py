@@ -180,11 +180,13 @@ def _inductor_sees_an_h100() -> AbstractContextManager[None]:
 class Writer:
     """A backend of torch.compile inside ``fake_gpu``: code is written, and eager operators are run.
 
-    graphs: how many kernels each graph has that was compiled. kernels: of all calls so far.
+    graphs: how many kernels each graph has that was compiled. transposed: how many of Triton's kernels read
+    memory in one order and write it in another. kernels: of all calls so far.
     """
 
     def __init__(self):
         self.graphs: list[int] = []
+        self.transposed = 0
         self.kernels = 0
 
     def __call__(
@@ -203,6 +205,7 @@ class Writer:
         body = written[0][written[0].index("def call") :]
         kernels = len(re.findall(r"\.run\(", body)) + sum(KERNELS.get(n, 1) for n in EXTERNAL.findall(body))
         self.graphs.append(kernels)
+        self.transposed += len(re.findall(r"size_hints=\{'y'", written[0]))
 
         def run(*arguments: Any) -> Any:
             self.kernels += kernels

@@ -10,10 +10,11 @@ from fake_gpu import GPU, Recorder, Writer, fake_gpu, fake_model
 
 from benchmarks.workloads import random_batch, recipe_config
 from cca.distributed import Processes
-from cca.sampling.cuda_graphs import CompiledGenerate, compiled_decoding
+from cca.sampling.cuda_graphs import ROUNDED_AS_EAGER, CompiledGenerate, compiled_decoding
 from cca.sampling.sampler import prepare
 from cca.training.trainer import Trainer
 from models import SamplingOptions, autocast
+from models.autoencoder import GroupNorm
 from models.base import ARTransformer
 from models.sampling import generate_tokens
 
@@ -24,7 +25,7 @@ WAITS_IN_GENERATE = 0
 WAITS_PER_OPTIMIZER_STEP = 1  # none of them of a micro-batch
 # Of compiled decoding: kernels of the last step, drawing included, and graphs that are compiled.
 COMPILED_STEPS = {
-    "llamagen-b, one token": (160, 3, "llamagen-b", 64, "bfloat16", SamplingOptions()),
+    "llamagen-b, one token": (148, 3, "llamagen-b", 64, "bfloat16", SamplingOptions()),
     "llamagen-3b, heads of 100": (410, 3, "llamagen-3b", 8, "bfloat16", SamplingOptions(1.65)),
     "var-d16, the last level": (220, 7, "var-d16", 64, "float16",
         SamplingOptions(1.0, "linear", top_k=900, top_p=0.96)),
@@ -100,7 +101,7 @@ def test_compiled_steps(case, monkeypatch):
     torch._dynamo.reset()
     with fake_gpu():
         model = fake_model(name).requires_grad_(False)
-        prepare(model, dtype, GPU)
+        prepare(model, dtype, GPU, compile=True)
         eager = model.block_arguments
 
         def block_arguments(*arguments):  # what runs between the compiled parts
@@ -116,6 +117,25 @@ def test_compiled_steps(case, monkeypatch):
             last()
     assert budget / 2 < writer.kernels + recorder.kernels <= budget
     assert len(writer.graphs) <= graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_channel", [True, False], ids=["as it is", "PyTorch's own normalisation"])
+def test_compiled_decoder_copies_nothing(by_channel, monkeypatch):
+    """Convolutions and what lies between them take one layout."""
+    if not by_channel:
+        monkeypatch.setattr(GroupNorm, "forward", torch.nn.GroupNorm.forward)
+    writer = Writer()
+    torch._dynamo.reset()
+    with fake_gpu():
+        model = fake_model("var-d16").requires_grad_(False)
+        prepare(model, "float16", GPU, compile=True)
+        for child in model.tokenizer.children():
+            child.compile(dynamic=False, backend=writer, options=ROUNDED_AS_EAGER)
+        tokens = torch.zeros(32, model.sequence_length, dtype=torch.int64, device=GPU)
+        with autocast(GPU, "float16"), torch.inference_mode():
+            model.decode(tokens)
+    assert (writer.transposed == 0) == by_channel
 
 
 # Faults, planted where logits are made, and what each is called. The check must see it.

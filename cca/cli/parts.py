@@ -3,6 +3,7 @@
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -16,7 +17,8 @@ from models.utils.files import atomic_write, read_array, write_binary
 
 HEADER_BYTES = 128  # of a part's file: np.save pads to this
 
-# Ranges of rows -> these rows in order, in pieces of any number, empty ones among them.
+# Ranges of rows -> these rows in order, in pieces of any number, empty ones among them. A piece ends where
+# its range ends.
 MakeRows = Callable[[list[range]], Iterator[np.ndarray]]
 
 
@@ -79,11 +81,13 @@ class Parts:
         header = {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape}
         np.lib.format.write_array_header_1_0(file, header)
         for part in self.all():
-            file.write(self._read(part).tobytes())
+            file.write(self._read(part).data)
 
 
 def fill(ranks: Processes, parts: Parts, make: MakeRows, description: str, begun_with: str = "") -> bool:
     """Make the parts that are missing, dealt out over the ranks.
+
+    A thread writes a part while the next one is made, so that two of them are in memory.
 
     Args:
         make: makes the rows of some ranges.
@@ -97,14 +101,21 @@ def fill(ranks: Processes, parts: Parts, make: MakeRows, description: str, begun
     # Rank 0 looks, before any rank writes: on other nodes, a file that is there may not be seen yet.
     missing = ranks.look_once(lambda: [part.start for part in parts.missing()])
     own = [parts.part(start) for start in missing[ranks.share(len(missing))]]
-    pieces, waiting, to_store = make(own), [], own.copy()
+    pieces, made, to_store = make(own), [], own.copy()
+    being_written: Future[None] | None = None
     with (
+        ThreadPoolExecutor(1) as writer,
         StopRequest() as stop,
         tqdm(total=sum(map(len, own)), desc=description, unit="image", disable=not ranks.main) as bar,
     ):
         bar.set_postfix_str(begun_with)
 
+        def end_writing() -> None:
+            if being_written:
+                being_written.result()
+
         def advance() -> None:
+            nonlocal being_written
             if not to_store:
                 return
             rows = next(pieces)
@@ -113,15 +124,16 @@ def fill(ranks: Processes, parts: Parts, make: MakeRows, description: str, begun
             if len(rows):
                 bar.set_postfix_str("", refresh=False)
             bar.update(len(rows))
-            waiting.append(rows)
-            while to_store and sum(map(len, waiting)) >= len(to_store[0]):
-                part, made = to_store.pop(0), np.concatenate(waiting)
-                parts.write(part, made[: len(part)])
-                waiting[:] = [made[len(part) :]]
+            made.append(rows)
+            if sum(map(len, made)) == len(to_store[0]):
+                end_writing()
+                being_written = writer.submit(parts.write, to_store.pop(0), np.concatenate(made))
+                made.clear()
 
         # Signals reach the ranks at different moments, and one may have a part more than another.
         while ranks.any(bool(to_store)) and not ranks.any(stop.asked):
             ranks.agree(advance)
+        ranks.agree(end_writing)
         stopped = ranks.any(stop.asked)
     if stopped and ranks.main:
         print(

@@ -56,8 +56,8 @@ def eager_generate(model: ARImageModel, request: SampleRequest) -> Generate:
 def prepare(model: ARImageModel, dtype: str, device: torch.device, compile: bool = False) -> None:
     """Put a model on the device for sampling alone.
 
-    Its linear layers get the run's precision, with the numbers of autocast. On a GPU its convolutions get
-    the layout that is fast there, and are compiled if asked.
+    Its linear layers get the run's precision, with the numbers of autocast, and on a GPU so do its
+    convolutions. Compiled, these get the layout that is fast there; eager normalisation would copy it.
 
     Raises UserError where the GPU's memory does not suffice.
     """
@@ -67,12 +67,14 @@ def prepare(model: ARImageModel, dtype: str, device: torch.device, compile: bool
         if device.type != "cuda":
             return
         allow_tf32(device)
-        model.tokenizer.to(memory_format=torch.channels_last)
         for part in model.tokenizer.modules():
             if isinstance(part, nn.Conv2d) and model.decodes_in_half_precision:
                 part.to(DTYPES[dtype])
-        for child in model.tokenizer.children() if compile else ():
-            child.compile(dynamic=False, options=ROUNDED_AS_EAGER)
+        if compile:
+            model.transformer.join_matrices()
+            model.tokenizer.to(memory_format=torch.channels_last)
+            for child in model.tokenizer.children():
+                child.compile(dynamic=False, options=ROUNDED_AS_EAGER)
 
 
 def decoded_at_once(model: ARImageModel, device: torch.device) -> int:
@@ -86,12 +88,14 @@ def to_pixels(model: ARImageModel, tokens: Tensor, dtype: str, size: int | None 
 
     Decoding runs in batches of one fixed size, whatever n is; see ``full_parts``.
     """
-    images = []
+    side = size or model.image_size
+    images, done = torch.empty(len(tokens), side, side, 3, dtype=torch.uint8), 0
     for part, count in full_parts(tokens, decoded_at_once(model, tokens.device)):
         with autocast(tokens.device, dtype):
             decoded = model.decode(part, size)
-        images.append(model.to_uint8(decoded[:count]).permute(0, 2, 3, 1).cpu())
-    return torch.cat(images).numpy()
+        images[done : done + count] = model.to_uint8(decoded[:count]).permute(0, 2, 3, 1)
+        done += count
+    return images.numpy()
 
 
 class Sampler:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from golden_models import VAR_CASES, build, golden, logits_error
 
-from models.autoencoder import PixelConv
+from models.autoencoder import GroupNorm, PixelConv
 from models.var_tokenizer import MultiScaleQuantizer, bicubic_taps, resize_lines
 from models.zoo.registry import TOKENIZERS
 
@@ -39,6 +39,20 @@ def test_figures_of_the_published_code(name, monkeypatch):
             (model.tokenizer.teacher_forcing_input(expected["tokens"]), "teacher_forcing_input"),
         ):
             torch.testing.assert_close(found, expected[key], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_normalisation_by_channel(mean):
+    """What compiled decoders compute is PyTorch's group normalisation."""
+    generator = torch.Generator().manual_seed(0)
+    norm, x = GroupNorm(96), torch.randn(2, 96, 9, 7, generator=generator)
+    x = x * torch.linspace(0.5, 2, 96)[:, None, None] + mean * torch.linspace(-1, 1, 96)[:, None, None]
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    with torch.no_grad():
+        expected = F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double(), norm.eps)
+        assert (norm.by_channel(x) - expected).abs().max() < 2e-5
+        assert (norm(x) - expected).abs().max() < 2e-5
 
 
 def test_more_channels_than_pixels_have():

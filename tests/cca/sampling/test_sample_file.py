@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import after_plan
+from commands import after_plan, call
 from limits import largest_file
 
 import sample
@@ -139,3 +140,28 @@ def test_a_full_disk(tmp_path):
     assert os.listdir(tmp_path / "s.npz.parts") and not path.exists()
     make(path)
     assert sorted(os.listdir(tmp_path)) == ["s.json", "s.npz"]
+
+
+FULL_ON_RANK_1 = """
+import os, resource, sample
+from cca.cli.main import run_command
+sample.PART_IMAGES = 16
+if os.environ["RANK"] == "1":  # one part is 49,280 bytes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+run_command(sample.main)
+"""
+
+
+def test_a_full_disk_of_one_rank(tmp_path):
+    """Its line ends all ranks, and none of its parts is there; what the other one stored is."""
+    (tmp_path / "full.py").write_text(FULL_ON_RANK_1)
+    path, fixed = tmp_path / "s.npz", ["--model", "var-mini", "--num-samples", 120, "--batch-size", PART]
+    result = call([tmp_path / "full.py", *fixed, "--output", path], 2, PYTHONPATH=".")
+    (error,) = re.findall("error: .*", result.stderr)  # after the progress bar
+    assert result.returncode != 0 and "00000064.npy: cannot be written" in error
+    stored = {file.name: file.stat().st_size for file in (tmp_path / "s.npz.parts").iterdir()}
+    assert stored.pop("options.json") and not path.exists()
+    assert stored and set(stored.values()) == {49_280} and max(stored) < "00000064.npy"
+    make(path, samples=120)
+    make(tmp_path / "whole.npz", samples=120)
+    assert path.read_bytes() == (tmp_path / "whole.npz").read_bytes()
