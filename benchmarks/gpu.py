@@ -4,6 +4,9 @@
     python -m benchmarks.gpu --list
     python -m benchmarks.gpu --only sample-var-d16-free-eager --only decode-var-256
 
+sample: tokens of a batch. images: tokens and pixels, at the batch that users get. file: the same for 2,048
+images, into an .npz as ``sample.py`` writes it. train: a step on tokens, or (-images) on pixels.
+
 Weights are random, so nothing is downloaded. Every row runs in a process of its own; --jobs rows are
 prepared and compiled side by side, then measured one after the other. Each may take its share of
 --minutes and what earlier ones left; one that fails or takes longer says so, and the next goes on.
@@ -18,16 +21,20 @@ compared with the rate of TF32, the others with that of bfloat16.
 import math
 import multiprocessing
 import statistics
+import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch._inductor import config as inductor
 
 import sample
@@ -46,6 +53,7 @@ from benchmarks.workloads import (
 )
 from cca.cli.main import run_command
 from cca.cli.parser import count, number
+from cca.cli.parts import Parts, fill, write_npz
 from cca.config import SampleRequest
 from cca.distributed import Processes
 from cca.sampling.sampler import Sampler, prepare
@@ -62,6 +70,8 @@ TOKENIZERS = {  # model, tokenizer, and so many images that the decoder's batche
     "llamagen-384-finer": ("llamagen-b", "vq_ds8_c2i", 56),
     "var-512": ("var-d36", None, 32),
 }
+WITH_PIXELS = ("llamagen-b", "var-d16", "var-d30")
+USERS_BATCH, FILE_IMAGES = 256, 2048
 MINI = ("llamagen-mini", "var-mini")
 COLUMNS = (
     "row", "images at once", "images/s", "peak memory, GB", "share of the limit by bytes",
@@ -74,7 +84,10 @@ PREPARING = 0.7  # of that time, before its rows are measured
 
 @dataclass(frozen=True)
 class Row:
-    """``kind``: sample, train, decode or encode; ``images`` at once, in training per micro-batch."""
+    """``kind``: the first word of the name; ``images`` at once, in training per micro-batch.
+
+    from_pixels: training encodes its images. total: images of a file.
+    """
 
     name: str
     kind: str
@@ -83,15 +96,20 @@ class Row:
     tokenizer: str | None = None
     guided: bool = False
     compiled: bool = False
+    from_pixels: bool = False
+    total: int = 0
 
 
 def rows(small: bool) -> dict[str, Row]:
     """All rows in the order in which they run; those that compile, which takes longest, come last."""
     sampled, trained, tokenizers, images, micro_batch = SAMPLED, TRAINED, TOKENIZERS, 64, 16
+    with_pixels, batch, total, batches = WITH_PIXELS, USERS_BATCH, FILE_IMAGES, (256, 512)
     if small:
         sampled, trained, tokenizers = MINI, MINI, {name: (name, None, 2) for name in MINI}
+        with_pixels, batch, total, batches = MINI, 3, 6, (3, 4)
         images = micro_batch = 2
     found = [Row(f"train-{name}", "train", name, micro_batch) for name in trained]
+    found += [replace(found[-1], name=f"{found[-1].name}-images", from_pixels=True)]
     found += [
         Row(f"sample-{name}-{way}-eager", "sample", name, images, guided=way == "guided")
         for name, way in product(sampled, ("free", "guided"))
@@ -106,6 +124,16 @@ def rows(small: bool) -> dict[str, Row]:
         for row in found
         if row.kind in ("sample", "train") or row.name in decoders
     ]
+    for name, way in product(with_pixels, ("free", "guided")):
+        row = Row(f"images-{name}-{way}-compiled", "images", name, batch, None, way == "guided", True)
+        found += [row]
+        if way == "free" and name in with_pixels[:2]:
+            found += [replace(row, name=f"file-{name}-free-compiled", kind="file", total=total)]
+    found += [
+        Row(f"sample-{with_pixels[0]}-{way}-compiled-{size}", "sample", with_pixels[0], size,
+            guided=way == "guided", compiled=True)
+        for size, way in product(batches, ("free", "guided"))
+    ]  # fmt: skip
     return {row.name: row for row in found}
 
 
@@ -115,7 +143,7 @@ class Prepared:
 
     run: Callable[[], object]
     images: int
-    work: Work
+    works: tuple[Work, ...]
 
 
 def request_of(row: Row, model: ARImageModel, device: torch.device) -> SampleRequest:
@@ -123,7 +151,8 @@ def request_of(row: Row, model: ARImageModel, device: torch.device) -> SampleReq
     options = ["--cfg-scale", "2" if row.guided else "1"]
     if ZOO[row.model].published:
         options = ["--preset", "published-cfg" if row.guided else "published"]
-    fixed = ["--model", row.model, "--num-samples", str(row.images), "--output", "unused.npz"]
+    count = row.total or row.images
+    fixed = ["--model", row.model, "--num-samples", str(count), "--output", "unused.npz"]
     args = sample.make_parser().parse_args([*fixed, *options])
     sample.apply_preset(args)
     return sample.make_request(args, model, device)
@@ -134,8 +163,25 @@ def sampling(row: Row, device: torch.device) -> Prepared:
     request = request_of(row, model, device)
     prepare(model, request.dtype, device, row.compiled)
     sampler = Sampler(model, request, row.images, device, row.compiled)
-    work = sampling_work(model, row.images, request.sampling, DTYPES[request.dtype])
-    return Prepared(lambda: sampler.tokens(range(row.images)), row.images, work)
+    tokens = sampling_work(model, row.images, request.sampling, DTYPES[request.dtype])
+    if row.kind == "sample":
+        return Prepared(lambda: sampler.tokens(range(row.images)), row.images, (tokens,))
+    pixels = tokenizer_work(row.model, None, False, row.images, DTYPES[sampler.decoder_dtype])
+    if row.kind == "images":
+        run = lambda: deque(sampler.images([range(row.images)]), maxlen=0)  # noqa: E731
+        return Prepared(run, row.images, (tokens, pixels))
+    works = (tokens, pixels) * (row.total // row.images)
+    return Prepared(partial(sample_file, sampler, row.total), row.total, works)
+
+
+def sample_file(sampler: Sampler, images: int) -> None:
+    """Sample into an .npz, by way of parts, as sample.py does."""
+    side = sampler.request.eval_size or sampler.model.image_size
+    with tempfile.TemporaryDirectory() as folder:
+        shape = (images, side, side, 3)
+        parts = Parts(Path(folder), shape, np.dtype(np.uint8), sample.PART_IMAGES)
+        assert fill(Processes(), parts, sampler.images, "sampling")
+        write_npz(Path(folder, "samples.npz"), parts, None)
 
 
 def training(row: Row, device: torch.device) -> Prepared:
@@ -144,8 +190,16 @@ def training(row: Row, device: torch.device) -> Prepared:
     config = recipe_config(row.model, images, sample.default_dtype(row.model, device))
     trainer = Trainer(model, config, row.images, Processes(), compile=row.compiled)
     batch = random_batch(model, torch.zeros(images, dtype=torch.bool))
-    work = training_work(model, images, 2, DTYPES[config.dtype])
-    return Prepared(lambda: trainer.optimizer_step(0, batch), images, work)
+    works = [training_work(model, images, 2, DTYPES[config.dtype])]
+    if row.from_pixels:
+        batch = replace(batch, images=random_pixels(images, model))
+        works.append(tokenizer_work(row.model, None, True, images, torch.float32))
+    return Prepared(lambda: trainer.optimizer_step(0, batch), images, tuple(works))
+
+
+def random_pixels(images: int, model: ARImageModel) -> Tensor:
+    """uint8 [images, 3, H, W]."""
+    return torch.randint(0, 256, (images, 3, model.image_size, model.image_size), dtype=torch.uint8)
 
 
 def decoding(row: Row, device: torch.device) -> Prepared:
@@ -156,18 +210,25 @@ def decoding(row: Row, device: torch.device) -> Prepared:
     dtype = DTYPES[request.dtype if model.decodes_in_half_precision else "float32"]
     work = tokenizer_work(row.model, row.tokenizer, False, row.images, dtype)
     sampler = Sampler(model, request, row.images, device)
-    return Prepared(lambda: sampler.decode(tokens), row.images, work)
+    return Prepared(lambda: sampler.decode(tokens), row.images, (work,))
 
 
 def encoding(row: Row, device: torch.device) -> Prepared:
     """As training on images does it."""
     model = random_model(row.model, device, tokenizer=row.tokenizer)
-    pixels = torch.randint(0, 256, (row.images, 3, model.image_size, model.image_size), dtype=torch.uint8)
+    pixels = random_pixels(row.images, model)
     work = tokenizer_work(row.model, row.tokenizer, True, row.images, torch.float32)
-    return Prepared(lambda: to_tokens(model, pixels, device), row.images, work)
+    return Prepared(lambda: to_tokens(model, pixels, device), row.images, (work,))
 
 
-KINDS = {"sample": sampling, "train": training, "decode": decoding, "encode": encoding}
+KINDS = {
+    "sample": sampling,
+    "images": sampling,
+    "file": sampling,
+    "train": training,
+    "decode": decoding,
+    "encode": encoding,
+}
 
 
 @cache
@@ -193,7 +254,7 @@ def measure(row: Row, first: float, card: Card) -> list[str]:
     while len(seconds) < MOST_ROUNDS and sum(seconds) + seconds[-1] < LONGEST_MEASURED:
         seconds.append(timed(prepared.run))
     median = statistics.median(seconds)
-    by_bytes, by_flops = card.shares(prepared.work, median)
+    by_bytes, by_flops = card.shares(prepared.works, median)
     return [
         str(row.images),
         f"{prepared.images / median:.4g}",

@@ -6,7 +6,7 @@ that a batch would take if all else were free: a share of one of them near 1 lea
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,10 +81,11 @@ class Card:
     half: float
     single: float
 
-    def shares(self, work: Work, seconds: float) -> tuple[float, float]:
-        """The least time by bytes and by FLOPs, over the time that it took."""
-        rate = self.single if work.dtype == torch.float32 else self.half
-        return work.bytes / self.bandwidth / seconds, work.flops / rate / seconds
+    def shares(self, works: Sequence[Work], seconds: float) -> tuple[float, float]:
+        """The least time of all by bytes and by FLOPs, over the time that they took."""
+        moving = sum(work.bytes for work in works) / self.bandwidth
+        rates = [self.single if work.dtype == torch.float32 else self.half for work in works]
+        return moving / seconds, sum(work.flops / rate for work, rate in zip(works, rates)) / seconds
 
 
 def _matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
