@@ -26,7 +26,7 @@ WAITS_PER_OPTIMIZER_STEP = 1  # none of them of a micro-batch
 # Of compiled decoding: kernels of the last step, drawing included, and graphs that are compiled.
 COMPILED_STEPS = {
     "llamagen-b, one token": (148, 3, "llamagen-b", 64, "bfloat16", SamplingOptions()),
-    "llamagen-3b, heads of 100": (410, 3, "llamagen-3b", 8, "bfloat16", SamplingOptions(1.65)),
+    "llamagen-3b, heads of 100": (358, 3, "llamagen-3b", 8, "bfloat16", SamplingOptions(1.65)),
     "var-d16, the last level": (220, 7, "var-d16", 64, "float16",
         SamplingOptions(1.0, "linear", top_k=900, top_p=0.96)),
 }  # fmt: skip
