@@ -83,6 +83,12 @@ class Processes:
         """Raises UserError where the environment's RANK, WORLD_SIZE and the like do not make a group."""
         self.rank, self.world = _environment("RANK", 0, 0), _environment("WORLD_SIZE", 1, 1)
         self.local = local = _environment("LOCAL_RANK", 0, 0)
+        tasks = _environment("SLURM_STEP_NUM_TASKS", 1, 1)
+        if tasks > 1 and "RANK" not in os.environ:
+            raise UserError(
+                f"SLURM_STEP_NUM_TASKS: srun started {tasks} processes that do not know each other; "
+                "let srun start one torchrun per node, as scripts/slurm.sbatch does"
+            )
         if self.rank >= self.world:
             raise UserError(
                 f"RANK: the environment says {self.rank}, WORLD_SIZE {self.world}; "

@@ -1,6 +1,7 @@
 """Command-line pieces that several commands share."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -35,8 +36,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse's, but for ``--option=--``, which it takes as an empty list, unchecked."""
-        args = list(sys.argv[1:] if args is None else args)
+        """As argparse's, but for ``--option=--``, which it takes as an empty list, unchecked, and for
+        ``--option=~/...``, in which a shell does not expand the home folder."""
+        args = [_with_home(text) for text in (sys.argv[1:] if args is None else args)]
         for text in args:
             if text.startswith("--") and text.endswith("=--"):
                 self.error(f"{text.removesuffix('=--')}: expected one argument")
@@ -46,6 +48,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
+
+
+def _with_home(text: str) -> str:
+    option, equals, value = text.partition("=")
+    return f"{option}={os.path.expanduser(value)}" if option.startswith("--") and equals else text
 
 
 def number(low: float, high: float | None = None, kind: type = float, above: bool = False):

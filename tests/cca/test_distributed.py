@@ -78,6 +78,7 @@ def test_a_gpu_without_room_for_a_context(monkeypatch):
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR: is not set, though WORLD_SIZE is 2"),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK: is not set"),
         ({"LOCAL_RANK": ""}, "LOCAL_RANK: the environment says ''"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "srun started 8 processes that do not know each other; let srun"),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"},
             "MASTER_ADDR: the 2 processes do not meet at localhost:x",

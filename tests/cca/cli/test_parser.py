@@ -38,3 +38,12 @@ def test_options_without_a_value(given):
     parser.add_argument("--seed", type=count(0))
     with pytest.raises(UserError, match="--seed: (expected one argument|'' is not an integer)"):
         parser.parse_args(given)
+
+
+def test_a_home_folder_that_the_shell_left(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = Parser("made", "made")
+    parser.add_argument("--output")
+    assert parser.parse_args(["--output=~/runs/x"]).output == "/home/me/runs/x"
+    args = parser.parse_args(["--output", "a=~/x"])
+    assert args.output == "a=~/x" and args.command == "made.py --output 'a=~/x'"
