@@ -2,8 +2,9 @@
 
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -84,10 +85,27 @@ class Parts:
             file.write(self._read(part).data)
 
 
-def fill(ranks: Processes, parts: Parts, make: MakeRows, description: str, begun_with: str = "") -> bool:
-    """Make the parts that are missing, dealt out over the ranks.
+def store(parts: Parts, own: list[range], pieces: Iterator[np.ndarray]) -> Generator[int, None, None]:
+    """Store parts as their rows come; yields how many rows each piece has.
 
     A thread writes a part while the next one is made, so that two of them are in memory.
+    """
+    being_written: Future[None] | None = None
+    with ThreadPoolExecutor(1) as writer:
+        for part in own:
+            made = list[np.ndarray]()
+            while sum(map(len, made)) < len(part):
+                made.append(next(pieces))
+                yield len(made[-1])
+            if being_written:
+                being_written.result()
+            being_written = writer.submit(parts.write, part, np.concatenate(made))
+        if being_written:
+            being_written.result()
+
+
+def fill(ranks: Processes, parts: Parts, make: MakeRows, description: str, begun_with: str = "") -> bool:
+    """Make the parts that are missing, dealt out over the ranks.
 
     Args:
         make: makes the rows of some ranges.
@@ -101,40 +119,27 @@ def fill(ranks: Processes, parts: Parts, make: MakeRows, description: str, begun
     # Rank 0 looks, before any rank writes: on other nodes, a file that is there may not be seen yet.
     missing = ranks.look_once(lambda: [part.start for part in parts.missing()])
     own = [parts.part(start) for start in missing[ranks.share(len(missing))]]
-    pieces, made, to_store = make(own), [], own.copy()
-    being_written: Future[None] | None = None
+    steps, is_done = store(parts, own, make(own)), False
     with (
-        ThreadPoolExecutor(1) as writer,
+        closing(steps),  # a part that is whole is stored
         StopRequest() as stop,
         tqdm(total=sum(map(len, own)), desc=description, unit="image", disable=not ranks.main) as bar,
     ):
         bar.set_postfix_str(begun_with)
 
-        def end_writing() -> None:
-            if being_written:
-                being_written.result()
-
         def advance() -> None:
-            nonlocal being_written
-            if not to_store:
-                return
-            rows = next(pieces)
-            if stop.asked:
-                return  # a part of a part is not kept
-            if len(rows):
+            nonlocal is_done
+            rows = None if is_done else next(steps, None)
+            is_done = rows is None
+            if rows:
                 bar.set_postfix_str("", refresh=False)
-            bar.update(len(rows))
-            made.append(rows)
-            if sum(map(len, made)) == len(to_store[0]):
-                end_writing()
-                being_written = writer.submit(parts.write, to_store.pop(0), np.concatenate(made))
-                made.clear()
+                bar.update(rows)
 
         # Signals reach the ranks at different moments, and one may have a part more than another.
-        while ranks.any(bool(to_store)) and not ranks.any(stop.asked):
+        while ranks.any(not is_done) and not ranks.any(stop.asked):
             ranks.agree(advance)
-        ranks.agree(end_writing)
         stopped = ranks.any(stop.asked)
+    ranks.barrier()
     if stopped and ranks.main:
         print(
             f"stopped; {parts.rows_stored()} of {parts.shape[0]} images are stored, "
