@@ -40,7 +40,7 @@ SERIES = {
     "on top": ("CCA with guidance on top (numbers: its scale)", "s-"),
 }
 # Where the number of a point stands, in points from it, so that those of other lines do not cover it.
-NUMBERS_AT = {"guidance": (0, 8), "lambda": (0, -14), "beta": (10, 2), "on top": (0, -14)}
+NUMBERS_AT = {"guidance": (0, -14), "lambda": (-8, 9), "beta": (12, 8), "on top": (0, 10)}
 CHARTS = {"tradeoff": "inception score", "with-guidance": "inception score", "quickstart": "guidance scale"}
 # In the paper: guidance-free CCA over the guided base, and over the unguided one.
 PAPER_OVER_GUIDED, PAPER_OVER_BASE = "1.02 to 1.33", "0.18 to 0.48"
@@ -261,11 +261,11 @@ def fid_chart(path: Path, results: Results, over: str) -> None:
             errors = [deviation(seeds, row, "fid") for row in points]
             if points:
                 size = 12 if form == "*" else 6
-                axis.errorbar(across, fids, errors, fmt=form, label=label, markersize=size, capsize=2)
+                drawn = axis.errorbar(across, fids, errors, fmt=form, label=label, markersize=size, capsize=2)
             for row, place in zip(points, zip(across, fids)) if len(points) > 1 and not by_scale else ():
                 axis.annotate(
                     f"{row.series[series]:g}", place, textcoords="offset points", fontsize=7,
-                    xytext=NUMBERS_AT[series], ha="center",
+                    xytext=NUMBERS_AT[series], ha="center", color=drawn.lines[0].get_color(),
                 )  # fmt: skip
         if by_scale:
             axis.axhline(mean(seeds, on(rows, "recipe")[0], "fid"), color="tab:gray", linestyle=":")
