@@ -194,7 +194,8 @@ def write(args: Namespace, images: NpzImages) -> None:
     draw(picture, found)
     intro = f"{provenance(args.command)}. {len(pixels):,} images of {args.images.name}; mean ± standard"
     sections = ["# What CCA has learned", f"{intro} deviation over the runs of a model.", *tables(found)]
-    text = "\n\n".join([*sections, f"![learned over guidance]({picture.name})"]) + "\n"
+    shown = f"![learned over guidance, the first run of each model]({picture.name})"
+    text = "\n\n".join([*sections, shown]) + "\n"
     atomic_write(args.output, lambda temporary: temporary.write_text(text))
     print(f"{text}\nwritten to {args.output} and {picture}")
 
