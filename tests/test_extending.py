@@ -118,7 +118,7 @@ class Toy(ARImageModel[ToyState]):
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """The model in the zoo, its random weights on disk, and images whose grey tells their class."""
-    recipe = Recipe(beta=0.5, lambda_=1.0, lr=0.3, batch_size=16, grad_clip=10.0, dtype="float32", epochs=20)
+    recipe = Recipe(beta=0.5, lambda_=1.0, lr=0.03, batch_size=16, grad_clip=10.0, dtype="float32", epochs=20)
     monkeypatch.setitem(TOKENIZERS, "pixels", TokenizerEntry(Toy, None, None))
     base, recipes = {SIDE: WeightsFile("base.pt")}, {"cca": recipe, "hinge": recipe}
     monkeypatch.setitem(ZOO, "toy", ZooEntry(Toy, 16, "pixels", base, recipes, default_image_size=SIDE))
