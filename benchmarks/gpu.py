@@ -5,7 +5,7 @@
     python -m benchmarks.gpu --only sample-var-d16-free-eager --only decode-var-256
 
 sample: tokens of a batch. images: tokens and pixels, at the batch that users get. file: the same for 2,048
-images, into an .npz as ``sample.py`` writes it. train: a step on tokens, or (-images) on pixels.
+images, into an .npz without labels. train: a step on tokens, or (-images) on pixels.
 
 Weights are random, so nothing is downloaded. Every row runs in a process of its own; --jobs rows are
 prepared and compiled side by side, then measured one after the other. Each may take its share of
@@ -53,7 +53,7 @@ from benchmarks.workloads import (
 )
 from cca.cli.main import run_command
 from cca.cli.parser import count, number
-from cca.cli.parts import Parts, fill, write_npz
+from cca.cli.parts import Parts, store, write_npz
 from cca.config import SampleRequest
 from cca.distributed import Processes
 from cca.sampling.sampler import Sampler, prepare
@@ -175,12 +175,13 @@ def sampling(row: Row, device: torch.device) -> Prepared:
 
 
 def sample_file(sampler: Sampler, images: int) -> None:
-    """Sample into an .npz, by way of parts, as sample.py does."""
+    """Sample into an .npz without labels, by way of parts."""
     side = sampler.request.eval_size or sampler.model.image_size
     with tempfile.TemporaryDirectory() as folder:
         shape = (images, side, side, 3)
         parts = Parts(Path(folder), shape, np.dtype(np.uint8), sample.PART_IMAGES)
-        assert fill(Processes(), parts, sampler.images, "sampling")
+        for _ in store(parts, [*parts.all()], sampler.images(parts.all())):
+            pass
         write_npz(Path(folder, "samples.npz"), parts, None)
 
 

@@ -66,7 +66,7 @@ def request(options: SamplingOptions, dtype: str, images: int, classes: int = 10
 def tokens_of(name, options, dtype="float32", device=GPU, images=256, batch=256, compiled=False, exact=False):
     """Tokens on the CPU; ``exact``: float32 without TF32."""
     model, asked = load_model(name), request(options, dtype, images)
-    prepare(model, dtype, device)
+    prepare(model, dtype, device, compiled)
     if exact:
         torch.set_float32_matmul_precision("highest")
     sampler = Sampler(model, asked, batch, device, compiled)
@@ -179,7 +179,7 @@ def no_waits():
 @pytest.mark.parametrize("name", MINI)
 def test_the_host_does_not_wait_while_tokens_are_drawn(name, compiled):
     model, options = load_model(name), OPTIONS["guided in part"]
-    prepare(model, "bfloat16", GPU)
+    prepare(model, "bfloat16", GPU, compiled)
     generate = Sampler(model, request(options, "bfloat16", 16), 16, GPU, compiled).generate
     labels = torch.arange(16, device=GPU) % 10
     uniforms = torch.rand(16, model.sequence_length, dtype=torch.float64, device=GPU)
@@ -327,7 +327,7 @@ def test_the_batch_chosen_for_sampling_fits(name, compiled):
     model = random_model(name, CPU)
     asked = request(options, dtype, 256, model.num_classes)
     images = default_batch_size(model, asked, GPU)
-    prepare(model, dtype, GPU)
+    prepare(model, dtype, GPU, compiled)
     torch.cuda.reset_peak_memory_stats()
     if not compiled:
         model.step_sizes = model.step_sizes[:12]

@@ -255,9 +255,11 @@ class Output:
         if self._has_removable_parts:
             self.remove_parts()
         elif not any(path.is_file() and path.stat().st_size for path in self.products):
-            self.marker.unlink(missing_ok=True)
-            for path in (self.parts, *self.products):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            products = [path for path in (self.parts, *self.products) if os.path.lexists(path)]
+            for path in products:  # best effort: what is in the way keeps the marker, with which it is known
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            if not any(os.path.lexists(path) for path in products):
+                self.marker.unlink(missing_ok=True)
 
     def _lock_path(self) -> Path:
         real = self.path.resolve()

@@ -18,8 +18,7 @@ from models.utils.files import atomic_write, read_array, write_binary
 
 HEADER_BYTES = 128  # of a part's file: np.save pads to this
 
-# Ranges of rows -> these rows in order, in pieces of any number, empty ones among them. A piece ends where
-# its range ends.
+# Ranges of rows -> these rows in order, in pieces of any number, empty ones among them.
 MakeRows = Callable[[list[range]], Iterator[np.ndarray]]
 
 
@@ -82,7 +81,7 @@ class Parts:
         header = {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape}
         np.lib.format.write_array_header_1_0(file, header)
         for part in self.all():
-            file.write(self._read(part).data)
+            file.write(np.ascontiguousarray(self._read(part)).data)
 
 
 def store(parts: Parts, own: list[range], pieces: Iterator[np.ndarray]) -> Generator[int, None, None]:
@@ -91,15 +90,17 @@ def store(parts: Parts, own: list[range], pieces: Iterator[np.ndarray]) -> Gener
     A thread writes a part while the next one is made, so that two of them are in memory.
     """
     being_written: Future[None] | None = None
+    made = list[np.ndarray]()
     with ThreadPoolExecutor(1) as writer:
         for part in own:
-            made = list[np.ndarray]()
             while sum(map(len, made)) < len(part):
                 made.append(next(pieces))
                 yield len(made[-1])
             if being_written:
                 being_written.result()
-            being_written = writer.submit(parts.write, part, np.concatenate(made))
+            rows = np.concatenate(made)
+            being_written = writer.submit(parts.write, part, rows[: len(part)])
+            made = [rows[len(part) :].copy()]  # what a piece has of the next part
         if being_written:
             being_written.result()
 
@@ -121,7 +122,7 @@ def fill(ranks: Processes, parts: Parts, make: MakeRows, description: str, begun
     own = [parts.part(start) for start in missing[ranks.share(len(missing))]]
     steps, is_done = store(parts, own, make(own)), False
     with (
-        closing(steps),  # a part that is whole is stored
+        closing(steps),  # waits for the part that is being written
         StopRequest() as stop,
         tqdm(total=sum(map(len, own)), desc=description, unit="image", disable=not ranks.main) as bar,
     ):

@@ -72,7 +72,7 @@ def draw_curves(path: Path, rows: list[dict], title: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    rows = [row for row in rows if row["step"] > 1 or row.get("rewards/margins")] or rows
+    rows = [row for row in rows if row["step"] > 1 or row.get("rewards/margins") != 0] or rows
     steps = np.array([row["step"] for row in rows])
     series = {
         panel: {label: values_of(rows, name) for name, label in names.items()}

@@ -92,3 +92,14 @@ def test_folder_is_cut_to_the_models_size(tmp_path):
     reconstruct.main([*common, str(output), "--workers", "1"])
     with np.load(output) as file:
         assert file.files == ["arr_0"] and file["arr_0"].shape == (3, 32, 32, 3)
+
+
+def test_batches_that_end_in_the_middle_of_a_part(tmp_path, monkeypatch):
+    """Parts get their own rows, whatever is read at once."""
+    monkeypatch.setattr(reconstruct, "PART_IMAGES", 16)
+    np.savez(tmp_path / "images.npz", arr_0=bundled(40, REFERENCE)["arr_0"])
+    for size in ("8", "7", "21"):
+        common = ["--model", "llamagen-mini", "--images", str(tmp_path / "images.npz")]
+        reconstruct.main([*common, "--batch-size", size, "--output", str(tmp_path / f"{size}.npz")])
+        with np.load(tmp_path / "8.npz") as whole, np.load(tmp_path / f"{size}.npz") as other:
+            assert len(other["arr_0"]) == 40 and np.array_equal(whole["arr_0"], other["arr_0"])
