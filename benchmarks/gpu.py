@@ -23,7 +23,6 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -151,8 +150,8 @@ def request_of(row: Row, model: ARImageModel, device: torch.device) -> SampleReq
     options = ["--cfg-scale", "2" if row.guided else "1"]
     if ZOO[row.model].published:
         options = ["--preset", "published-cfg" if row.guided else "published"]
-    count = row.total or row.images
-    fixed = ["--model", row.model, "--num-samples", str(count), "--output", "unused.npz"]
+    images = row.total or row.images
+    fixed = ["--model", row.model, "--num-samples", str(images), "--output", "unused.npz"]
     args = sample.make_parser().parse_args([*fixed, *options])
     sample.apply_preset(args)
     return sample.make_request(args, model, device)
@@ -168,8 +167,7 @@ def sampling(row: Row, device: torch.device) -> Prepared:
         return Prepared(lambda: sampler.tokens(range(row.images)), row.images, (tokens,))
     pixels = tokenizer_work(row.model, None, False, row.images, DTYPES[sampler.decoder_dtype])
     if row.kind == "images":
-        run = lambda: deque(sampler.images([range(row.images)]), maxlen=0)  # noqa: E731
-        return Prepared(run, row.images, (tokens, pixels))
+        return Prepared(lambda: [*sampler.images([range(row.images)])], row.images, (tokens, pixels))
     works = (tokens, pixels) * (row.total // row.images)
     return Prepared(partial(sample_file, sampler, row.total), row.total, works)
 
@@ -223,9 +221,7 @@ def encoding(row: Row, device: torch.device) -> Prepared:
 
 
 KINDS = {
-    "sample": sampling,
-    "images": sampling,
-    "file": sampling,
+    **dict.fromkeys(("sample", "images", "file"), sampling),
     "train": training,
     "decode": decoding,
     "encode": encoding,

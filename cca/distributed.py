@@ -87,8 +87,8 @@ class Processes:
         if tasks > 1 and "RANK" not in os.environ:
             raise UserError(
                 f"SLURM_STEP_NUM_TASKS: srun started {tasks} processes that do not know each other; "
-                "let srun start one torchrun per node, as scripts/slurm.sbatch does, "
-                "or unset it for commands that are independent"
+                "let srun start one torchrun per node, as scripts/slurm.sbatch does; "
+                "if each process is a run of its own, unset SLURM_STEP_NUM_TASKS"
             )
         if self.rank >= self.world:
             raise UserError(

@@ -58,8 +58,11 @@ class AutoencoderConfig:
 
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups. Compiled, channels_last is read as it lies: statistics of each channel come first, while
-    PyTorch's own decomposition makes a transposed copy. The result is the same up to rounding."""
+    """Group normalisation with 32 groups.
+
+    When compiled, it first computes the statistics of each channel, which reads channels_last in the order
+    of memory; PyTorch's own code would make a transposed copy. The results are equal up to rounding.
+    """
 
     def __init__(self, channels: int):
         super().__init__(32, channels, eps=1e-6)
@@ -68,11 +71,11 @@ class GroupNorm(nn.GroupNorm):
         return self.by_channel(x) if torch.compiler.is_compiling() else super().forward(x)
 
     def by_channel(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> the same in float32."""
+        """Normalise x [B, C, H, W]; return float32 [B, C, H, W]."""
         x = x.float()
         variances, means = torch.var_mean(x, dim=(2, 3), correction=0)
-        # Channels of a group have equally many pixels: its variance is the mean of theirs and that of
-        # their means.
+        # All channels have equally many pixels, so the variance of a group is the mean of its channels'
+        # variances plus the variance of their means.
         variances, means = (t.unflatten(1, (self.num_groups, -1)) for t in (variances, means))
         spread, mean = torch.var_mean(means, dim=2, correction=0, keepdim=True)
         inverse = (variances.mean(2, keepdim=True) + spread + self.eps).rsqrt()

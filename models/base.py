@@ -63,8 +63,11 @@ class ARTransformer(nn.Module, ABC):
                 module.to(dtype)
 
     def join_matrices(self) -> None:
-        """Make one matmul of linear layers that take the same input: for compiled sampling, which is bound
-        by the number of kernels. The numbers may be rounded otherwise."""
+        """Join linear layers that take the same input into one matmul, where a backbone has such layers.
+
+        This is for compiled sampling, whose time grows with the number of kernels. Results may differ by
+        rounding.
+        """
 
     def logits(self, labels: Tensor, inputs: Tensor) -> Tensor:
         """Teacher-forced float32 logits [B, L, V]."""

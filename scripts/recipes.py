@@ -224,7 +224,7 @@ def same_noise_rows(model: str, options: Namespace) -> list[Row]:
     guidance = options.guidance
     if guidance is None:
         guidance = published.cfg_scale if published else sweep(model).usual
-    weights = "cca" if ZOO[model].cca else CCA
+    weights = "cca" if ZOO[model].cca and options.base == "base" else CCA  # of the same base
     fixed = ("--classes", str(options.label), "--num-samples", str(SHEET[0] * SHEET[1]))
     ways = (("base", "base, no guidance", "base", None), ("cca", "CCA, no guidance", weights, None),
             (f"cfg{guidance:g}", f"base, guidance {guidance:g}", "base", guidance))  # fmt: skip

@@ -256,7 +256,7 @@ class Output:
             self.remove_parts()
         elif not any(path.is_file() and path.stat().st_size for path in self.products):
             products = [path for path in (self.parts, *self.products) if os.path.lexists(path)]
-            for path in products:  # best effort: what is in the way keeps the marker, with which it is known
+            for path in products:  # while one of them cannot be removed, the marker says whose it is
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             if not any(os.path.lexists(path) for path in products):
                 self.marker.unlink(missing_ok=True)

@@ -56,8 +56,9 @@ def eager_generate(model: ARImageModel, request: SampleRequest) -> Generate:
 def prepare(model: ARImageModel, dtype: str, device: torch.device, compile: bool = False) -> None:
     """Put a model on the device for sampling alone.
 
-    Its linear layers get the run's precision, with the numbers of autocast, and on a GPU so do its
-    convolutions. Compiled, these get the layout that is fast there; eager normalisation would copy it.
+    Its linear layers get the run's precision, with the numbers of autocast. On a GPU so do convolutions that
+    are published to decode in it. Compiled, the tokenizer gets the layout channels_last, which is fast there;
+    eager normalisation would copy it.
 
     Raises UserError where the GPU's memory does not suffice.
     """
