@@ -12,7 +12,6 @@ Prints a table, writes JSON, and says what makes a figure not comparable with pu
 """
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from cca.cli.main import play, run_command
 from cca.cli.output import Found, Output
 from cca.cli.parser import Parser, count
 from cca.cli.plan import add_dry_run_option
-from cca.data.image_folders import add_orientation_option, check_orientation_option
+from cca.data.image_folders import add_orientation_option, check_orientation_option, is_image_folder
 from cca.data.image_sets import ImageSet, open_image_set, read_sampling_options, report_path
 from cca.data.labels import add_classes_option, read_classes
 from cca.distributed import Processes
@@ -204,10 +203,10 @@ def check_options(args: argparse.Namespace, output: Output | None) -> None:
         raise UserError(f"--{missing[0]}: is required")
     args.published = find_reference(args.reference)
     args.reference = args.published.path if args.published else Path(args.reference)
-    if args.resize and not any(os.path.isdir(path) for path in (args.samples, args.reference)):
+    if args.resize and not any(is_image_folder(path) for path in (args.samples, args.reference)):
         raise UserError("--resize: cuts images of folders; those of an .npz are taken as they are")
     check_orientation_option(args, args.samples, args.reference)
-    if args.classes_from and not os.path.isdir(args.samples):
+    if args.classes_from and not is_image_folder(args.samples):
         raise UserError(
             f"--classes-from: goes with a folder of samples; the labels of {args.samples} are arr_1"
         )
@@ -215,7 +214,7 @@ def check_options(args: argparse.Namespace, output: Output | None) -> None:
         return
     output.check_place({"--samples": args.samples, "--reference": args.reference}, suffix=".json")
     # Beside a folder, any other JSON is not sample.py's; beside an .npz it would be taken for that later.
-    described = not os.path.isdir(args.samples) or read_sampling_options(args.samples)
+    described = not is_image_folder(args.samples) or read_sampling_options(args.samples)
     if described and args.output.resolve() == report_path(args.samples).resolve():
         raise UserError(
             f"--output: {args.output} is where sample.py describes the samples; take another name"

@@ -8,7 +8,6 @@ some of the images, uint8 [n, H, W, 3], for precision and recall. torchrun share
 
 import argparse
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from cca.cli.main import play, run_command
 from cca.cli.output import Found, Output, check_space
 from cca.cli.parser import Parser, count
 from cca.cli.plan import add_dry_run_option
-from cca.data.image_folders import add_orientation_option, check_orientation_option
+from cca.data.image_folders import add_orientation_option, check_orientation_option, is_image_folder
 from cca.data.image_sets import ImageSet, open_image_set
 from cca.distributed import Processes
 from cca.evaluation.evaluator import extract_batches
@@ -141,7 +140,7 @@ class Reference:
 
 def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Reference:
     """Open the images. Raises UserError."""
-    if args.image_size and not os.path.isdir(args.images):
+    if args.image_size and not is_image_folder(args.images):
         raise UserError("--image-size: cuts images of a folder; those of an .npz are taken as they are")
     check_orientation_option(args, args.images)
     images = open_image_set(args.images, args.image_size, args.workers, upright=args.exif_orientation)

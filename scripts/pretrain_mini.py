@@ -34,6 +34,7 @@ from cca.data.datasets import LabelledDataset
 from cca.data.image_sets import to_uint8_tensor
 from cca.distributed import Processes
 from cca.evaluation.features import MINI_WEIGHTS, FeatureNetwork
+from cca.progress import ProgressBar
 from cca.training.encoding import to_model_input
 from cca.training.loader import Loader
 from cca.training.loop import train
@@ -96,7 +97,7 @@ def fit(
         optimizer,
         lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(i - warm, 0) / (steps - warm))),
     )
-    bar = tqdm(range(steps), desc=name, mininterval=2)
+    bar = ProgressBar(range(steps), desc=name)
     for step in bar:
         place = step % (TRAINING.stop // batch)  # of the batch in its epoch
         if place == 0:
@@ -241,7 +242,7 @@ def pixel_distance(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_all(model: ARImageModel, images: Tensor) -> Tensor:
-    return torch.cat([model.encode(part) for part in tqdm(images.split(250), desc="encoding")])
+    return torch.cat([model.encode(part) for part in ProgressBar(images.split(250), desc="encoding")])
 
 
 def train_tokenizer(name: str, images: Tensor, steps: int) -> ARImageModel:

@@ -7,16 +7,17 @@ import pytest
 from commands import ROOT
 
 # Each may import itself and what stands behind it; the longest prefix counts.
-BASIS = ("models", "cca.random_streams", "cca.distributed", "cca.config", "cca.losses")
+BASIS = ("models", "cca.random_streams", "cca.distributed", "cca.config", "cca.losses", "cca.progress")
 LAYERS = {
     "models": (),
     "models.__main__": ("models", "cca.cli"),  # a command
     "cca.random_streams": (),
+    "cca.progress": (),
     "cca.distributed": ("models",),
     "cca.config": ("models",),
     "cca.losses": (),
-    "cca.cli": ("models", "cca.distributed"),
-    "cca.data": ("models", "cca.random_streams", "cca.distributed"),
+    "cca.cli": ("models", "cca.distributed", "cca.progress"),
+    "cca.data": ("models", "cca.random_streams", "cca.distributed", "cca.progress"),
     "cca.sampling": BASIS,
     "cca.evaluation": (*BASIS, "cca.cli", "cca.data"),
     "cca.training": (*BASIS, "cca.cli", "cca.data", "cca.sampling"),

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from tqdm import tqdm
 
 from cca.distributed import Processes, StopRequest
+from cca.progress import ProgressBar
 from models.utils.errors import UserError
 from models.utils.files import atomic_write, read_array, write_binary
 
@@ -124,9 +124,10 @@ def fill(ranks: Processes, parts: Parts, make: MakeRows, description: str, begun
     with (
         closing(steps),  # waits for the part that is being written
         StopRequest() as stop,
-        tqdm(total=sum(map(len, own)), desc=description, unit="image", disable=not ranks.main) as bar,
+        ProgressBar(total=sum(map(len, own)), desc=description, unit="image", disable=not ranks.main) as bar,
     ):
-        bar.set_postfix_str(begun_with)
+        if begun_with:
+            bar.set_postfix_str(begun_with)
 
         def advance() -> None:
             nonlocal is_done

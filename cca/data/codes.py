@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cca.data.datasets import LabelledDataset
-from cca.data.image_folders import FolderFiles
+from cca.data.image_folders import FileList, Folder
 from cca.data.labels import check_labels, class_folders
 from cca.random_streams import CROPS, stream
 from models import ARImageModel, UserError
@@ -125,7 +125,7 @@ class NpyCodes:
         return check_labels(labels, self.num_classes, f"--codes: {self.labels_folder}")
 
     def fingerprint(self) -> str:
-        """Hash the files as ``FolderFiles`` does; of another size than the first they are read: a check."""
+        """Hash the files as ``FileList`` does; of another size than the first they are read: a check."""
         files = []
         for folder, read in ((self.codes_folder, self.crops), (self.labels_folder, self.label)):
             try:
@@ -137,7 +137,7 @@ class NpyCodes:
                 if index == 0 or sizes.get(f"{index}.npy") != sizes["0.npy"]:
                     read(index)
             files += [f"{folder.name}/{name}" for name in sorted(sizes)]
-        return FolderFiles(self.path, files).fingerprint()
+        return FileList(Folder(self.path), files).fingerprint()
 
 
 def _read(path: Path) -> np.ndarray:

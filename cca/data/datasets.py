@@ -4,9 +4,8 @@ An item belongs to (epoch, image index): its crop is drawn from that image's own
 neither the number of ranks nor of data-loading workers changes what is trained.
 """
 
-import os
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cca.data.image_folders import FolderFiles, find_images, one_spelling
+from cca.data.archives import Archive
+from cca.data.image_folders import FileList, Folder, find_images, one_spelling, open_image_folder
 from cca.data.image_sets import NpzImages, to_uint8_tensor
-from cca.data.labels import check_labels, class_folder, number_classes, numbering_notes
+from cca.data.labels import (
+    LISTED,
+    check_labels,
+    class_folder,
+    number_classes,
+    numbering_notes,
+    read_listed_classes,
+)
 from cca.random_streams import CROPS, stream
 from models import ARImageModel, UserError
 from models.transforms import Transform
+
+LAYOUTS = "docs/data.md says which layouts are read"
 
 
 class LabelledDataset(Dataset):
@@ -29,7 +38,7 @@ class LabelledDataset(Dataset):
     crops: int = 1  # views that an item holds; the trainer takes data sets of one
     classes: dict[str, int] | None = None  # class of each class folder, where there are such
     exif_orientation: bool = False  # whether pictures are turned as their EXIF data say
-    source: FolderFiles | None = None  # where images are files of a folder, of which some may be unreadable
+    source: FileList | None = None  # where images are files, of which some may be unreadable
     unreadable: set[int] | frozenset[int] = frozenset()  # images that this process could not read so far
 
     @abstractmethod
@@ -103,41 +112,60 @@ class ImageArray(LabelledDataset):
 
 
 class FolderImages(LabelledDataset):
-    """An ImageNet-style folder, one subfolder per class (``number_classes`` has the rules).
+    """An ImageNet-style folder or archive, one subfolder per class (``number_classes`` has the rules).
 
-    The class folders may lie in ``train/`` below it. An unreadable image is replaced by the next
-    readable one of its class and noted. ``given``: the user's own class of each folder; ``upright``: see
-    ``FolderFiles``.
+    The class folders may lie in ``train/`` below it. Where ``dataset.json`` lists the classes, folders are no
+    classes. An unreadable image is replaced by the next readable one of its class and noted. ``given``: the
+    user's own class of each folder; ``upright``: see ``FileList``.
+
+    Raises UserError where there are no images, or the class of one is not known.
     """
 
-    source: FolderFiles
+    source: FileList
+    numbering: Sequence[str] = ()  # notes on how class folders were numbered
 
     def __init__(
         self,
-        path: Path,
+        folder: Folder | Archive,
         model: ARImageModel,
         transform: Transform,
         seed: int = 0,
         given: Mapping[str, int] | None = None,
         upright: bool = False,
     ):
-        inner = path / "train"
-        for self.root in [inner, path] if any(inner.glob("[!.]*/")) else [path]:
-            found, self.left_out = find_images(self.root)
-            in_classes = [file for file in found if "/" in file]
-            if in_classes:
+        listed = read_listed_classes(folder)
+        if listed and given is not None:
+            raise UserError(
+                f"--classes-from: goes with class folders; {folder.root} lists classes in {LISTED}"
+            )
+        train = None if listed else folder.subfolder("train")
+        for inner in (train, folder) if train else (folder,):
+            found, self.left_out = find_images(inner)
+            used = [file for file in found if listed or "/" in file]
+            if used:
                 break
         else:
-            raise UserError(f"--data: {self.root} is not a folder of class folders with images")
-        self.outside = len(found) - len(in_classes)
-        self.source = FolderFiles(self.root, sorted(in_classes, key=place), upright)
-        self.files, self.exif_orientation = self.source.names, upright
-        folders = [class_folder(file) for file in self.files]
-        self.classes = number_classes(self.root, folders, model.num_classes, given)
-        self.numbering = numbering_notes(self.classes, model.num_classes, given)
-        self.all_labels = torch.tensor([self.classes[folder] for folder in folders])
+            problem = f"its {len(found):,} images lie in no class folders, so that their classes are unknown"
+            raise UserError(f"--data: {folder.root}: {problem if found else 'holds no images'}; {LAYOUTS}")
+        self.root, self.outside = inner.root, len(found) - len(used)
+        if missing := [file for file in used if listed and one_spelling(file) not in listed]:
+            raise UserError(f"--data: {folder.root / LISTED} gives no class of {missing[0]}")
+        used.sort(key=lambda file: (listed.get(one_spelling(file), 0), place(file)))
+        self.source, self.exif_orientation = FileList(inner, used, upright), upright
+        if listed:
+            labels = np.array([listed[key] for key in self.source.keys])
+            self.all_labels = check_labels(labels, model.num_classes, f"--data: {folder.root / LISTED}")
+        else:
+            self.all_labels = self._number_folders(model, given)
         self.transform, self.seed, self.crops = transform, seed, transform.crops
         self.unreadable: set[int] = set()
+
+    def _number_folders(self, model: ARImageModel, given: Mapping[str, int] | None) -> Tensor:
+        """Return the class of each image by its class folder, [N]."""
+        folders = [class_folder(file) for file in self.source.names]
+        self.classes = number_classes(self.root, folders, model.num_classes, given)
+        self.numbering = numbering_notes(self.classes, model.num_classes, given)
+        return torch.tensor([self.classes[folder] for folder in folders])
 
     def item(self, epoch: int, index: int) -> Tensor:
         candidate = index
@@ -157,7 +185,7 @@ class FolderImages(LabelledDataset):
     def notes(self) -> list[str]:
         outside = f"{self.root}: {self.outside:,} images in no class folder are left out"
         found = [note for note in (self.left_out, self.outside and outside) if note]
-        return found + self.numbering + self.source.notes()
+        return [*found, *self.numbering, *self.source.notes()]
 
     def fingerprint(self) -> str:
         return self.source.fingerprint(self.all_labels.tolist())
@@ -177,13 +205,13 @@ def open_labelled_images(
     classes: Mapping[str, int] | None = None,
     upright: bool = False,
 ) -> LabelledDataset:
-    """``--data``: an ``.npz`` of images at the model's size, or a folder of class folders.
+    """Open ``--data``: a folder or archive of class folders, or an ``.npz`` of images at the model's size.
 
     Photographs of a folder go through ``transform``, by default the model's own of training;
-    ``classes`` is the user's own class of each folder, ``upright``: see ``FolderFiles``.
+    ``classes`` is the user's own class of each folder, ``upright``: see ``FileList``.
     """
-    if os.path.isdir(path):  # False for a name that cannot be one, too
-        return FolderImages(path, model, transform or model.training_transform(), seed, classes, upright)
+    if folder := open_image_folder(path):
+        return FolderImages(folder, model, transform or model.training_transform(), seed, classes, upright)
     if classes is not None:
         raise UserError(f"--classes-from: goes with class folders; the labels of {path} are its arr_1")
     return ImageArray(path, model)

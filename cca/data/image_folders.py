@@ -1,4 +1,4 @@
-"""Folders of images: which files are in them, what tells them from others, the one way to read a picture."""
+"""Images in folders and archives: which there are, what tells them from others, the one way to read one."""
 
 import argparse
 import hashlib
@@ -13,28 +13,30 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from cca.data.archives import Archive, find_archive
 from models import UserError
 from models.transforms import centre_crop, to_rgb
 from models.utils.errors import printable
+from models.utils.files import reason
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 OPENED_FILES, OPENED_BYTES = 1000, 2**16  # that a fingerprint reads: so many files, so much of each
 
 
 def add_orientation_option(parser: argparse.ArgumentParser) -> None:
-    """--exif-orientation, of every command that reads pictures from folders."""
+    """Add --exif-orientation, of every command that reads pictures from folders and archives."""
     parser.add_argument(
         "--exif-orientation",
         action="store_true",
-        help="turn pictures of folders as their EXIF orientation says (default: not, as published)",
+        help="turn pictures as their EXIF orientation says (default: not, as published)",
     )
 
 
 def check_orientation_option(args: argparse.Namespace, *paths: Path) -> None:
-    """Raise UserError for --exif-orientation where none of the inputs is a folder."""
-    if args.exif_orientation and not any(os.path.isdir(path) for path in paths):
+    """Raise UserError for --exif-orientation where none of the inputs is a folder or an archive."""
+    if args.exif_orientation and not any(is_image_folder(path) for path in paths):
         raise UserError(
             "--exif-orientation: turns pictures of folders; those of an .npz are taken as they are"
         )
@@ -54,74 +56,131 @@ def is_turned(image: Image.Image) -> bool:
     return False
 
 
-def read_image(path: str | Path, side: int | None = None, upright: bool = False) -> Image.Image:
-    """A picture, 8-bit RGB.
+def read_image(
+    file: str | Path | IO[bytes], path: str | Path, side: int | None = None, upright: bool = False
+) -> Image.Image:
+    """Return a picture, 8-bit RGB.
 
     Args:
+        file: its path, or the open file.
+        path: what errors call it.
         side: cut to a square of that side, as guided-diffusion does it.
         upright: turned as its EXIF orientation says.
 
     Raises UserError with the file and what is wrong with it.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
             image.load()
             pixels = to_rgb(ImageOps.exif_transpose(image) if upright and is_turned(image) else image)
             return centre_crop(pixels, side) if side else pixels
     except Exception as error:  # damaged files raise whatever the library's readers stumble over
-        reason = " ".join(str(error).replace(str(path), "").split())[:100] or type(error).__name__
-        raise UserError(f"{path}: not a readable image ({reason})") from None
+        text = " ".join(str(error).replace(str(path), "").split())[:100] or type(error).__name__
+        why = "no known format" if isinstance(error, UnidentifiedImageError) else text
+        raise UserError(f"{path}: not a readable image ({why})") from None
 
 
-def find_images(root: Path) -> tuple[list[str], str | None]:
-    """Return the images below a folder, in no order, as paths relative to it with ``/``; and a note.
+class Folder:
+    """The files of a folder, by their paths relative to it with ``/``; ``Archive`` has the same methods."""
 
-    Hidden entries are skipped. The note says how much else was left out: files of other kinds, and what is
-    named like an image and is no file. Links are followed, and each folder counts once: at its own place, if
-    that is below ``root``, else at the first link to it. Raises UserError for a folder that cannot be listed.
+    def __init__(self, root: Path):
+        self.root = root
+
+    def subfolder(self, name: str) -> "Folder | None":
+        """Return a folder of this one; None where there is none."""
+        return Folder(self.root / name) if os.path.isdir(self.root / name) else None
+
+    def is_file(self, name: str) -> bool:
+        return os.path.isfile(f"{self.root}/{name}")
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a file. Raises OSError where there is none."""
+        return os.stat(f"{self.root}/{name}").st_size
+
+    def open(self, name: str) -> IO[bytes]:
+        """Raises OSError for a missing file."""
+        return open(f"{self.root}/{name}", "rb")
+
+    def list_files(self) -> tuple[list[str], list[str]]:
+        """Return the files below the folder, in no order, and what is neither file nor folder (broken links).
+
+        Hidden entries are skipped. Links are followed, and each folder counts once: at its own place, if that
+        is below the root, else at the first link to it. Raises UserError for a folder that cannot be listed.
+        """
+        files, others, root = list[str](), list[str](), self.root
+        seen: set[tuple[int, int]] = set()
+        folders, links = [""], list[str]()  # links wait until all folders that need none have their place
+        while folders or links:
+            place = folders.pop() if folders else heapq.heappop(links)
+            try:
+                status = os.stat(root / place)
+                if (status.st_dev, status.st_ino) in seen:
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                with os.scandir(root / place) as listing:
+                    entries = [entry for entry in listing if not entry.name.startswith(".")]
+            except OSError as error:
+                raise UserError(f"{root / place}: cannot be listed ({error.strerror})") from None
+            for entry in entries:
+                name = f"{place}/{entry.name}" if place else entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(name)
+                elif entry.is_symlink() and os.path.isdir(entry):
+                    heapq.heappush(links, name)
+                else:
+                    is_file = entry.is_file(follow_symlinks=False) or os.path.isfile(entry)
+                    (files if is_file else others).append(name)
+        return files, others
+
+
+def open_image_folder(path: Path) -> Folder | Archive | None:
+    """Open a folder, an archive, or ``ARCHIVE/FOLDER``, a folder inside one; None for anything else.
+
+    Raises UserError for an archive that cannot be read.
     """
-    files, left_out = list[str](), list[str]()
-    seen: set[tuple[int, int]] = set()
-    folders, links = [""], list[str]()  # links wait until all folders that need none have their place
-    while folders or links:
-        place = folders.pop() if folders else heapq.heappop(links)
-        try:
-            status = os.stat(root / place)
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(root / place) as listing:
-                entries = [entry for entry in listing if not entry.name.startswith(".")]
-        except OSError as error:
-            raise UserError(f"{root / place}: cannot be listed ({error.strerror})") from None
-        for entry in entries:
-            name = f"{place}/{entry.name}" if place else entry.name
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(name)
-            elif entry.is_symlink() and os.path.isdir(entry):
-                heapq.heappush(links, name)
-            elif name.lower().endswith(IMAGE_SUFFIXES) and (
-                entry.is_file(follow_symlinks=False) or os.path.isfile(entry)
-            ):
-                files.append(name)
-            else:  # a pipe would be waited for, a broken link cannot be read
-                left_out.append(name)
+    if os.path.isdir(path):  # False for a name that cannot be one, too
+        return Folder(path)
+    found = find_archive(path)
+    if not found:
+        return None
+    archive = Archive(found[0])
+    folder = archive.subfolder(found[1]) if found[1] else archive
+    if not folder:
+        raise UserError(f"{archive.root}: holds no folder {found[1]}")
+    return folder
+
+
+def is_image_folder(path: Path) -> bool:
+    """Return whether a path is a folder, an archive or in one. Raises UserError for unsupported archives."""
+    return os.path.isdir(path) or find_archive(path) is not None
+
+
+def find_images(folder: Folder | Archive) -> tuple[list[str], str | None]:
+    """Return the names of the images, in no order, and a note.
+
+    The note says how much else was left out: files of other kinds, and what is no file (a pipe would be
+    waited for, a broken link cannot be read). Raises UserError for a folder that cannot be listed.
+    """
+    found, left_out = folder.list_files()
+    images = [name for name in found if name.lower().endswith(IMAGE_SUFFIXES)]
+    left_out += [name for name in found if not name.lower().endswith(IMAGE_SUFFIXES)]
     such = min(left_out, default=None)
-    note = such and printable(f"{root}: left out, no image files: {len(left_out):,} (such as {such})")
-    return files, note
+    note = such and printable(f"{folder.root}: left out, no image files: {len(left_out):,} (such as {such})")
+    return images, note
 
 
-class FolderFiles:
-    """Files of a folder in a fixed order: the one place that names, opens, measures and compares them.
+class FileList:
+    """Files of a folder or archive in a fixed order: the one place that names, opens and compares them.
 
     Args:
-        root: the folder; where it lies does not count.
+        folder: where it lies does not count, nor whether it is an archive.
         names: paths below it, with ``/``.
         upright: whether pictures are turned as their EXIF orientation says.
     """
 
-    def __init__(self, root: Path, names: Sequence[str], upright: bool = False):
-        self.root, self.names, self.upright = root, names, upright
+    def __init__(self, folder: Folder | Archive, names: Sequence[str], upright: bool = False):
+        self.folder, self.names, self.upright = folder, names, upright
+        self.root = folder.root
         self.keys = list(map(one_spelling, names))  # by which files are known elsewhere
         self.noted: dict[str, dict] = {}  # see ``resume``
         self.sizes = array("q")  # of all files, as the fingerprint saw them
@@ -132,12 +191,13 @@ class FolderFiles:
         return f"{self.root}/{self.names[index]}"
 
     def open(self, index: int) -> IO[bytes]:
-        return open(self.path(index), "rb")
+        """Raises OSError for a file that is missing, or damaged in its archive."""
+        return self.folder.open(self.names[index])
 
     def size(self, index: int) -> int:
-        """Bytes of a file. Raises UserError for a missing one."""
+        """Return the bytes of a file. Raises UserError for a missing one."""
         try:
-            return os.stat(self.path(index)).st_size
+            return self.folder.size(self.names[index])
         except OSError as error:
             raise UserError(f"{self.path(index)}: cannot be read ({error.strerror})") from None
 
@@ -173,13 +233,17 @@ class FolderFiles:
             return self.noted[key]
         if self.sizes:
             return {"size": self.sizes[index], "start": self.starts.get(index, "")}
-        if not os.path.exists(self.path(index)):
+        if not self.folder.is_file(self.names[index]):
             return {"size": -1, "start": ""}  # as no fingerprint sees it
         return {"size": self.size(index), "start": self.start(index)}
 
     def image(self, index: int, side: int | None = None) -> Image.Image:
-        """See ``read_image``."""
-        return read_image(self.path(index), side, self.upright)
+        """See ``read_image``. Raises UserError."""
+        try:
+            with self.open(index) as file:
+                return read_image(file, self.path(index), side, self.upright)
+        except OSError as error:
+            raise UserError(f"{self.path(index)}: cannot be read ({reason(error)})") from None
 
     def fingerprint(self, labels: Iterable[object] = itertools.repeat("")) -> str:
         """SHA-256 of names, sizes and, if given, classes of the files, and of the start of some.

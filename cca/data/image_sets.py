@@ -1,4 +1,4 @@
-"""Sets of images, read piece by piece: .npz files of any size, and folders."""
+"""Sets of images, read piece by piece: .npz files of any size, folders and archives."""
 
 import hashlib
 import math
@@ -17,7 +17,15 @@ from numpy.lib import format as npy
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cca.data.image_folders import IMAGE_SUFFIXES, FolderFiles, find_images, one_spelling
+from cca.data.archives import Archive
+from cca.data.image_folders import (
+    IMAGE_SUFFIXES,
+    FileList,
+    Folder,
+    find_images,
+    one_spelling,
+    open_image_folder,
+)
 from cca.data.labels import class_folder, number_classes, numbering_notes, whole_numbers
 from cca.data.reading import read_items
 from models import ZOO, UserError
@@ -210,7 +218,7 @@ class NpzImages:
 
 
 class FolderOfImages(Dataset):
-    """All images below a folder, in the order of their paths; item i is image i, uint8 [H, W, 3].
+    """All images of a folder or an archive, in the order of their paths; item i is uint8 [H, W, 3].
 
     Args:
         side: cut each to a square of that side as guided-diffusion does it; None takes them as they are.
@@ -224,16 +232,17 @@ class FolderOfImages(Dataset):
 
     def __init__(
         self,
-        path: Path,
+        folder: Folder | Archive,
         side: int | None = None,
         workers: int = 0,
         given: Mapping[str, int] | None = None,
         upright: bool = False,
     ):
-        self.path, self.side, self.workers = path, side, workers
-        files, self.left_out = find_images(path)
+        self.path = path = folder.root
+        self.side, self.workers = side, workers
+        files, self.left_out = find_images(folder)
         in_order = sorted(files, key=lambda file: (one_spelling(file).split("/"), file))
-        self.source = FolderFiles(path, in_order, upright)
+        self.source = FileList(folder, in_order, upright)
         if not files:
             left_out = f"; {self.left_out}" if self.left_out else ""
             raise UserError(f"{path}: holds no images ({', '.join(IMAGE_SUFFIXES)}){left_out}")
@@ -321,5 +330,6 @@ def open_image_set(
     given: Mapping[str, int] | None = None,
     upright: bool = False,
 ) -> ImageSet:
-    """An .npz, or a folder: what ``FolderOfImages`` takes is for one. Raises UserError for anything else."""
-    return FolderOfImages(path, side, workers, given, upright) if os.path.isdir(path) else NpzImages(path)
+    """Open a folder, an archive, or an .npz, which takes no option. Raises UserError for anything else."""
+    folder = open_image_folder(path)
+    return FolderOfImages(folder, side, workers, given, upright) if folder else NpzImages(path)

@@ -11,15 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cca.data.image_folders import one_spelling
+from cca.data.archives import Archive
+from cca.data.image_folders import Folder, one_spelling
 from models import UserError
 from models.utils.errors import printable
-from models.utils.files import parse_json, regular
+from models.utils.files import parse_json, reason, regular
 from models.zoo.hub import ASSETS
 from models.zoo.registry import class_name
 
 WORDNET_IDS = ASSETS / "imagenet1k-wordnet-ids.txt"
 WHOLE_NUMBER = re.compile("-?[0-9]{1,18}")
+LISTED = "dataset.json"
 HINT = "--classes-from FILE.json says which class each folder is"
 
 
@@ -53,6 +55,31 @@ def read_classes(path: Path | None) -> dict[str, int] | None:
     if times > 1:
         raise UserError(f"--classes-from: {path} names {name!r} twice")
     return dict(classes)
+
+
+def read_listed_classes(folder: Folder | Archive) -> dict[str, int]:
+    """Return the class of each image as ``dataset.json`` lists them; empty without such a file.
+
+    EDM's and StyleGAN's tools write it, beside folders that are no classes. Raises UserError for a list that
+    does not give one class to each image.
+    """
+    if not folder.is_file(LISTED):
+        return {}
+    path = folder.root / LISTED
+    try:
+        with folder.open(LISTED) as file:
+            content = parse_json(file.read())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not readable JSON ({reason(error)})") from None
+    if not isinstance(content, dict) or "labels" not in content:
+        return {}  # of another program
+    try:
+        listed = {one_spelling(name): label for name, label in content["labels"] or ()}
+    except (TypeError, ValueError):
+        listed = {}
+    if not listed or not all(type(label) is int for label in listed.values()):
+        raise UserError(f"{path}: its labels are no classes of images; make the archive from class folders")
+    return listed
 
 
 def wordnet_classes(num_classes: int | None) -> dict[str, int]:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cca.cli.output import Output
 from cca.data.image_sets import ImageSet, to_uint8_tensor
@@ -31,9 +30,9 @@ from cca.evaluation.metrics import (
     kernel_distance,
     precision_recall,
 )
-from cca.evaluation.references import cache_folder
+from cca.progress import ProgressBar
 from models import UserError
-from models.utils.files import write_binary
+from models.utils.files import cache_folder, write_binary
 from models.utils.precision import ELSEWHERE, memory_named
 
 CACHED_IMAGES = 50_000  # features of larger references are not kept
@@ -54,7 +53,7 @@ def extract_batches(
 ) -> Iterator[tuple[np.ndarray, Features]]:
     """Yield this rank's share of the images, a batch at a time, with their features."""
     share = processes.share(len(images))
-    with tqdm(
+    with ProgressBar(
         total=share.stop - share.start,
         desc=f"features of {images.path.name}",
         unit="image",

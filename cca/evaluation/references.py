@@ -8,16 +8,11 @@ from filecmp import cmp
 from pathlib import Path
 
 from models import UserError
+from models.utils.files import cache_folder
 from models.zoo.hub import Download, download, part_of
 
 REFERENCE_IMAGES = 10_000  # of a published reference; as many are kept of others
 BATCHES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
-
-
-def cache_folder() -> Path:
-    """Where references are kept, and the features of their images; no usable place where there is no home."""
-    place = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.devnull, "no home, set HOME") if place.startswith("~") else Path(place, "cca-evaluator")
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from tqdm import tqdm
-
 from cca.distributed import StopRequest
+from cca.progress import ProgressBar
 from cca.training.loader import Loader
 from cca.training.memory import peak_rate, step_flops
 from cca.training.run_folder import RunFolder
@@ -34,7 +33,7 @@ def train(
     with StopRequest() as request:
         done = folder.resume(trainer)
         title = f"{config.loss} {folder.path.name}"
-        with tqdm(total=config.max_steps, initial=done, desc=title, disable=not processes.main) as bar:
+        with ProgressBar(total=config.max_steps, initial=done, desc=title, disable=not processes.main) as bar:
             began = time.perf_counter()
             for batch in loader.batches(done):
                 metrics = trainer.optimizer_step(done, batch)
@@ -65,10 +64,11 @@ def train(
     return done == config.max_steps
 
 
-def show(bar: tqdm, metrics: dict[str, float], refresh: bool) -> None:
-    """Move the progress bar on by a step; ``refresh``: show the step's metrics beside it."""
-    bar.update()
+def show(bar: ProgressBar, metrics: dict[str, float], refresh: bool) -> None:
+    """Move the progress bar on by a step; ``refresh``: with the step's metrics beside it."""
     if refresh:
         shown = ["loss", "rewards/accuracies", "rewards/margins", "images_per_second", "mfu"]
         shown += ["skipped_steps"] if metrics["skipped_steps"] else []
-        bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown if name in metrics})
+        values = {name: f"{metrics[name]:.4g}" for name in shown if name in metrics}
+        bar.set_postfix(values, refresh=False)
+    bar.update()

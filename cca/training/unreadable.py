@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cca.data.datasets import LabelledDataset
-from cca.data.image_folders import FolderFiles
+from cca.data.image_folders import FileList, Folder
 from cca.distributed import Processes
 from models import UserError
 
@@ -19,7 +19,7 @@ class Unreadable:
     """Images that another one of their class stands in for, since they cannot be read.
 
     ``noted`` is what the output keeps of all that there were since it was begun, by name: what the
-    fingerprint saw of the file (see ``FolderFiles.resume``), and whether what is made holds the other image.
+    fingerprint saw of the file (see ``FileList.resume``), and whether what is made holds the other image.
     ``counted`` are names of those that could not be read in this run of the command.
 
     Raises UserError where too many of those that were noted before still cannot be read.
@@ -27,7 +27,7 @@ class Unreadable:
 
     def __init__(self, data: LabelledDataset, ranks: Processes):
         self.data, self.ranks = data, ranks
-        self.source = data.source or FolderFiles(Path(), [])
+        self.source = data.source or FileList(Folder(Path()), [])
         self.noted, self.places = dict(self.source.noted), self.source.places()
         self.new: set[int] = set()  # indices that this rank has not shared with the others
         self.counted = set(

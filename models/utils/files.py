@@ -52,6 +52,12 @@ def reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 
+def cache_folder() -> Path:
+    """Return where all runs keep what they need again; no usable place where there is no home."""
+    place = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.devnull, "no home, set HOME") if place.startswith("~") else Path(place, "cca-evaluator")
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what the file system refuses (full, read-only, a folder in the way) into a UserError."""

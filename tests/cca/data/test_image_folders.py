@@ -9,8 +9,8 @@ from made_data import make_picture
 from PIL import ExifTags, Image
 
 from cca.data.datasets import open_labelled_images
-from cca.data.image_folders import FolderFiles, find_images, read_image
-from cca.data.image_sets import FolderOfImages
+from cca.data.image_folders import FileList, Folder, find_images
+from cca.data.image_sets import open_image_set
 from models import load_model
 from models.transforms import TenCrops
 from models.utils.errors import UserError
@@ -41,7 +41,12 @@ def test_numbered_folders_in_the_order_of_their_names(tmp_path, model):
         open_labelled_images(tmp_path, model)
     (tmp_path / "train" / "10").rename(tmp_path / "train" / "08")
     data = open_labelled_images(tmp_path, model)
-    assert data.files == ["0/a.png", "08/a.png", "1/a.png", "9/a.png"] and labels_of(data) == [0, 8, 1, 9]
+    assert data.source.names == ["0/a.png", "08/a.png", "1/a.png", "9/a.png"] and labels_of(data) == [
+        0,
+        8,
+        1,
+        9,
+    ]
 
 
 def test_one_list_of_suffixes_and_links_followed_once(tmp_path, model):
@@ -53,11 +58,11 @@ def test_one_list_of_suffixes_and_links_followed_once(tmp_path, model):
         (data / link).symlink_to(target)
     (data / "0" / "list.txt").write_text("")
     os.mkfifo(data / "0" / "pipe.png")
-    files, left_out = find_images(data)
+    files, left_out = find_images(Folder(data))
     assert sorted(files) == sorted([*(f"0/a.{suffix}" for suffix in suffixes), "1/b.png"])
     assert left_out == f"{data}: left out, no image files: 4 (such as 0/gone.png)"
-    assert len(FolderOfImages(data)) == len(open_labelled_images(data, model)) == 10
-    assert left_out in FolderOfImages(data).notes() and left_out in open_labelled_images(data, model).notes()
+    assert len(open_image_set(data)) == len(open_labelled_images(data, model)) == 10
+    assert left_out in open_image_set(data).notes() and left_out in open_labelled_images(data, model).notes()
 
 
 def test_unreadable_images_are_replaced_by_others_of_their_class(tmp_path, model):
@@ -82,7 +87,7 @@ def test_grey_of_16_bits_is_scaled(tmp_path, model):
         (tmp_path / name).parent.mkdir()
         Image.fromarray(levels).save(tmp_path / name)
     Image.fromarray(levels.astype(np.int32)).save(tmp_path / "0" / "b.tif")
-    images = np.concatenate(list(FolderOfImages(tmp_path).batches(slice(0, 4), 2)))
+    images = np.concatenate(list(open_image_set(tmp_path).batches(slice(0, 4), 2)))
     assert (images == expected[..., None]).all()
     crops = open_labelled_images(tmp_path, model, transform=TenCrops(16, 2)).item(0, 2)
     assert np.array_equal(crops[0, 0], expected[:16, :16])
@@ -95,16 +100,16 @@ def test_grey_of_16_bits_is_scaled(tmp_path, model):
 def test_other_depths_are_refused(tmp_path, pixels, message):
     Image.fromarray(pixels).save(tmp_path / "a.tif")
     with pytest.raises(UserError, match=message):
-        read_image(tmp_path / "a.tif")
+        FileList(Folder(tmp_path), ["a.tif"]).image(0)
 
 
 def test_long_and_huge_pictures_are_refused(tmp_path, monkeypatch):
     make_picture(tmp_path / "a.png", size=(400_000, 1))
     with pytest.raises(UserError, match="400000 x 1 pixels: too long"):
-        FolderOfImages(tmp_path, side=256)
+        open_image_set(tmp_path, side=256)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match="not a readable image"):
-        read_image(tmp_path / "a.png")
+        FileList(Folder(tmp_path), ["a.png"]).image(0)
 
 
 def test_fingerprint_sees_contents_behind_equal_names_and_sizes(tmp_path):
@@ -112,11 +117,11 @@ def test_fingerprint_sees_contents_behind_equal_names_and_sizes(tmp_path):
     names = [f"{i:04d}.bmp" for i in range(1400)]
     for name in names:
         (tmp_path / name).write_bytes(b"a" * 70)
-    files = FolderFiles(tmp_path, names)
+    files = FileList(Folder(tmp_path), names)
     before, opened = files.fingerprint(), {i * 1400 // 1000 for i in range(1000)}
     for index, is_seen in [(0, True), (1, True), (3, False), (1398, True), (1399, False)]:
         assert is_seen == (index in opened)
-        alone = FolderFiles(tmp_path, names[index : index + 1])
+        alone = FileList(Folder(tmp_path), names[index : index + 1])
         alone_before = alone.fingerprint()
         (tmp_path / names[index]).write_bytes(b"b" * 70)
         assert (files.fingerprint() != before) == is_seen and alone.fingerprint() != alone_before
@@ -135,11 +140,11 @@ def test_composed_and_decomposed_names_are_one(tmp_path, model):
             make_picture(tmp_path / form / unicodedata.normalize(form, folder) / "a.png", grey=i)
         given = {"2": 2, "caf\u00e9": 3, "cafz": 4, "cafa": 5}
         data = open_labelled_images(tmp_path / form, model, classes=given)
-        pixels = np.concatenate(list(FolderOfImages(tmp_path / form).batches(slice(0, 7), 7)))
+        pixels = np.concatenate(list(open_image_set(tmp_path / form).batches(slice(0, 7), 7)))
         found.append((data.classes, labels_of(data), data.fingerprint(), pixels.tobytes()))
         found[-1] += (
-            FolderOfImages(tmp_path / form).content_hash(),
-            FolderOfImages(tmp_path / form).fingerprint(),
+            open_image_set(tmp_path / form).content_hash(),
+            open_image_set(tmp_path / form).fingerprint(),
         )
     assert found[0] == found[1]
 
@@ -172,10 +177,10 @@ def test_exif_orientation(tmp_path, model, suffix):
         exif[ExifTags.Base.Orientation] = value
         lying = upright.transpose(stored_as[value]) if value > 1 else upright
         lying.save(tmp_path / "2" / f"{value}.{suffix}", exif=exif, quality=95)
-    images = FolderOfImages(tmp_path, side=32, upright=True)
+    images = open_image_set(tmp_path, side=32, upright=True)
     first, *others = next(images.batches(slice(0, 8), 8)).astype(int)
     assert all(np.abs(first - other).max() < 60 and np.abs(first - other).mean() < 2 for other in others)
-    plain = FolderOfImages(tmp_path, side=32)
+    plain = open_image_set(tmp_path, side=32)
     lying = next(plain.batches(slice(0, 8), 8)).astype(int)
     if suffix == "tif":  # Pillow turns them in any case
         assert not any("EXIF" in note for note in plain.notes()) and (lying == lying[0]).all()
@@ -190,4 +195,4 @@ def test_exif_orientation(tmp_path, model, suffix):
         assert "7 of 8" in data.notes()[-1] and data.exif_orientation == turned
     # Damaged EXIF data turn nothing.
     upright.save(tmp_path / "2" / f"9.{suffix}", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05broken")
-    assert read_image(tmp_path / "2" / f"9.{suffix}", upright=True).size == (48, 32)
+    assert FileList(Folder(tmp_path), [f"2/9.{suffix}"], upright=True).image(0).size == (48, 32)

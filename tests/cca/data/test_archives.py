@@ -1,0 +1,286 @@
+"""Archives are read in place, and give the same run as the folder that they were made from."""
+
+import io
+import json
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import content, metrics, run
+from made_data import bundled, make_picture
+from PIL import Image
+
+import train_var_cca
+from cca.data import archives
+from cca.data.archives import Archive
+from cca.data.datasets import open_labelled_images
+from cca.data.image_sets import open_image_set
+from cca.training.trainer import Trainer
+from models import UserError, load_model
+from models.utils.files import cache_folder
+
+KINDS = ("stored.zip", "deflated.zip", "data.tar", "nested.tar")
+
+
+def add(tar, name, data, **fields):
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    for field, value in fields.items():
+        setattr(entry, field, value)
+    tar.addfile(entry, io.BytesIO(data))
+
+
+def make_zip(path, files, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+
+
+def make_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            add(tar, f"./{name}", data)
+
+
+def make_nested(path, files):
+    """A tar of one tar per class, as ImageNet's training set is downloaded."""
+    with tarfile.open(path, "w") as outer:
+        for folder in dict.fromkeys(name.split("/")[0] for name in files):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                for name, data in files.items():
+                    if name.startswith(f"{folder}/"):
+                        add(tar, name.partition("/")[2], data)
+            add(outer, f"{folder}.tar", inner.getvalue())
+
+
+def make_archives(files):
+    """One archive of each of KINDS in the current folder; members in the reverse order of the folder's."""
+    files = {name: files[name] for name in sorted(files, reverse=True)}
+    make_zip("stored.zip", files)
+    make_zip("deflated.zip", files, zipfile.ZIP_DEFLATED)
+    make_tar("data.tar", files)
+    make_nested("nested.tar", files)
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """JPEGs of three classes in ``data/``, of which one is broken; returns their contents by name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for i, (image, label) in enumerate(zip(*bundled(60).values())):
+        if label < 3:
+            target = Path("data", str(label), f"é{i:02d}.JPEG")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).resize((40, 48)).save(target)
+    broken = sorted(Path("data/2").iterdir())[1]
+    broken.write_bytes(broken.read_bytes()[:100])
+    found = {str(path.relative_to("data")): path.read_bytes() for path in Path("data").rglob("*.JPEG")}
+    make_archives(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("var-mini")
+
+
+def described(data):
+    items = [data[1, index] for index in range(len(data))]
+    pixels = b"".join(pixels.numpy().tobytes() for pixels, _ in items)
+    noted = [data.source.seen(i) for i in sorted(data.unreadable)]
+    return data.source.keys, data.all_labels.tolist(), data.classes, pixels, data.fingerprint(), noted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_archive_is_the_folder(files, model, kind):
+    folder, archive = (open_labelled_images(Path(name), model) for name in ("data", kind))
+    assert described(folder) == described(archive) and len(archive.unreadable) == 1
+    for name in files:
+        if "2/" in name:
+            Path("data", name).unlink()
+    sets = []
+    for name in ("data", kind):
+        images = open_image_set(Path(f"{name}/1"), side=32)
+        pixels = np.concatenate(list(images.batches(slice(0, len(images)), 4)))
+        sets.append((pixels.tobytes(), images.content_hash(), images.fingerprint()))
+    assert sets[0] == sets[1]
+
+
+def train(data, output, *options):
+    line = ["--model", "var-mini", "--data", data, "--output", output, "--batch-size", "4"]
+    train_var_cca.main([*line, "--max-steps", "4", "--save-every", "2", *options])
+    logged = [{k: v for k, v in row.items() if k != "images_per_second"} for row in metrics(Path(output))]
+    config = json.loads(Path(output, "config.json").read_text())
+    return logged, Path(output, "model.pth").read_bytes(), config["options"], config["unreadable"]
+
+
+@pytest.mark.parametrize("kind", ["deflated.zip", "nested.tar"])
+def test_training_is_the_same_bit_for_bit_and_goes_on_with_the_other(files, kind, monkeypatch):
+    whole = train("data", "run")
+    assert train(kind, "alone", "--workers", "2") == whole
+    step = Trainer.optimizer_step
+
+    def interrupted(trainer, done, batch):
+        if done == 3:
+            raise KeyboardInterrupt
+        return step(trainer, done, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "optimizer_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train("data", "resumed")
+    assert train(kind, "resumed") == whole
+
+
+def test_workers_of_several_ranks_read_one_archive(files):
+    """Processes that shared a position in the file would read each other's images."""
+    line = ["-m", "scripts.extract_codes", "--model", "llamagen-mini", "--batch-size", "20"]
+    place = Path.cwd()
+    run(*line, "--data", place / "data", "--output", place / "of-folder", "--workers", "0")
+    for kind in ("stored.zip", "nested.tar"):
+        options = ["--data", place / kind, "--output", place / f"of-{kind}", "--workers", "2"]
+        run(*line, *options, processes=3)
+        assert content(place / f"of-{kind}") == content(place / "of-folder")
+
+
+def test_the_index_is_kept_until_the_archive_changes(files, model, monkeypatch):
+    first = open_labelled_images(Path("data.tar"), model)
+    monkeypatch.setattr(archives, "_list_tar", lambda *_: pytest.fail("listed again"))
+    assert open_labelled_images(Path("data.tar"), model).source.keys == first.source.keys
+    (kept,) = (cache_folder() / "archives").glob("*.npz")
+    monkeypatch.undo()
+    os.chdir(kept.parents[3])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept.parents[2]))
+    for spoil in (lambda: kept.write_bytes(kept.read_bytes()[:-50]), lambda: make_nested("data.tar", files)):
+        spoil()
+        assert open_labelled_images(Path("data.tar"), model).source.keys == first.source.keys
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # no place to keep it
+    assert open_labelled_images(Path("data.tar"), model).source.keys == first.source.keys
+
+
+def test_folders_inside_an_archive(files, model):
+    for name, maker in (("a.zip", make_zip), ("a.tar", make_tar)):
+        inner = {f"ILSVRC/Data/train/{name}": data for name, data in files.items()}
+        maker(name, {**inner, "ILSVRC/Data/val/a.JPEG": b"", "ILSVRC/.hidden/a.JPEG": b"", "list.csv": b""})
+        data = open_labelled_images(Path(name, "ILSVRC/Data"), model)
+        assert data.source.keys == open_labelled_images(Path("data"), model).source.keys
+        assert data.source.path(0).startswith(f"{name}/ILSVRC/Data/train/0/")
+        with pytest.raises(UserError, match=f"{name}: holds no folder ILSVRC/Date"):
+            open_labelled_images(Path(name, "ILSVRC/Date"), model)
+
+
+def test_links_are_left_out_and_the_last_of_a_name_counts(tmp_path, monkeypatch, model):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pictures = [io.BytesIO(), io.BytesIO()]
+    for grey, file in zip((10, 200), pictures):
+        Image.new("L", (32, 32), grey).save(file, "png")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for file in pictures:
+            add(tar, "1/a.png", file.getvalue())
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            add(tar, f"1/{kind!r}.png", b"", type=kind, linkname="a.png")
+    data = open_labelled_images(tmp_path / "a.tar", model)
+    assert len(data) == 1 and "left out, no image files: 2" in data.notes()[0]
+    assert int(data[0, 0][0].float().mean()) == 200
+
+
+def test_damaged_members_are_unreadable(files, model):
+    for kind in ("stored.zip", "deflated.zip"):
+        data = open_labelled_images(Path(kind), model)
+        row = data.source.folder._member(data.source.names[0])
+        content = bytearray(Path(kind).read_bytes())
+        content[row[0] + 30 + len(data.source.names[0].encode()) + row[1] // 2] ^= 1
+        Path(kind).write_bytes(content)
+        data = open_labelled_images(Path(kind), model)
+        assert data[0, 0][1] and not data[0, 1][1] and data.fingerprint()
+
+
+def cut_off(path, count):
+    content = path.read_bytes()
+    path.write_bytes(content[:count])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_an_archive_that_ends_early_is_refused(files, kind, share):
+    cut_off(Path(kind), int(Path(kind).stat().st_size * share))
+    with pytest.raises(UserError, match=f"{kind}: is (no readable archive|cut off or damaged)"):
+        Archive(Path(kind))
+
+
+def test_tars_that_end_or_break_between_members_are_refused(files):
+    """Where tarfile itself ends without an error."""
+    with open("data.tar", "rb") as file:
+        _, (start, size, *_) = next(archives._list_tar(Path("data.tar"), file))
+    offset = start + -(-size // 512) * 512  # where the header of the second one begins
+    whole = Path("data.tar").read_bytes()
+    for damaged in (whole[:offset], whole[:offset] + b"x" * 512 + whole[offset + 512 :], whole + whole):
+        Path("data.tar").write_bytes(damaged)
+        with pytest.raises(UserError, match="data.tar: is cut off or damaged"):
+            Archive(Path("data.tar"))
+    inner = Path("nested.tar").read_bytes().replace(b"ustar", b"ustor", 3)
+    Path("nested.tar").write_bytes(inner)
+    with pytest.raises(UserError, match="nested.tar: is "):
+        Archive(Path("nested.tar"))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("a.tar.gz", "a compressed tar has no places"),
+        ("a.parquet", "neither a .zip nor a .tar; docs/data.md"),
+        ("a.zip", "a.zip: is no readable archive"),
+        ("a.tar", "a.tar: is no readable archive"),
+        ("lzma.zip", "1/a.png is encrypted, or compressed by another method"),
+        ("flat.zip", "its 1 images lie in no class folders.*docs/data.md"),
+        ("flat", "its 1 images lie in no class folders.*docs/data.md"),
+        ("empty.tar", "holds no images"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, monkeypatch, model, name, message):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / name
+    if name == "lzma.zip":
+        make_zip(path, {"1/a.png": b"a"}, zipfile.ZIP_LZMA)
+    elif name == "empty.tar":
+        make_tar(path, {})
+    elif name == "flat.zip":
+        make_zip(path, {"a.png": b"a"})
+    elif name == "flat":
+        make_picture(path / "a.png")
+    else:
+        path.write_bytes(b"other" * 300)
+    with pytest.raises(UserError, match=message):
+        open_labelled_images(path, model)
+
+
+def test_classes_that_dataset_json_lists(tmp_path, monkeypatch, model):
+    """As EDM's tools write them, beside folders 00000, 00001, … that are no classes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    png = io.BytesIO()
+    Image.new("L", (32, 32), 10).save(png, "png")
+    names = [f"0000{i // 4}/img0000000{i}.png" for i in range(8)]
+    images = dict.fromkeys(names, png.getvalue())
+    listed = [[name, 7 - i % 3] for i, name in enumerate(names)]
+
+    def opened(labels, **options):
+        make_zip(tmp_path / "a.zip", {**images, "dataset.json": json.dumps({"labels": labels}).encode()})
+        return open_labelled_images(tmp_path / "a.zip", model, **options)
+
+    data = opened(listed)
+    assert {key: int(label) for key, label in zip(data.source.keys, data.all_labels)} == dict(listed)
+    assert data.classes is None
+    for labels, message in (
+        (None, "a.zip/dataset.json: its labels are no classes"),
+        (listed[1:], "dataset.json gives no class of 00000/img00000000.png"),
+        ([[name, 10] for name in names], "labels must lie in 0 … 9"),
+        ([[name, [0.5]] for name in names], "its labels are no classes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            opened(labels)
+    with pytest.raises(UserError, match="--classes-from: goes with class folders"):
+        opened(listed, classes={"00000": 1})
