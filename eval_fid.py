@@ -34,10 +34,10 @@ from models.zoo.hub import Download
 def make_parser() -> Parser:
     parser = Parser(__doc__, "eval_fid")
     add = parser.add_argument
-    add("--samples", type=Path, metavar="FILE.npz|FOLDER", help="images to evaluate")
+    add("--samples", type=Path, metavar="FILE.npz|FOLDER|ARCHIVE", help="images to evaluate")
     add(
         "--reference",
-        metavar=f"{'|'.join(REFERENCES)}|FILE.npz|FOLDER",
+        metavar=f"{'|'.join(REFERENCES)}|FILE.npz|FOLDER|ARCHIVE",
         help="what they are held against: a published reference, or one of your own",
     )
     add_features_options(parser)

@@ -47,7 +47,7 @@ DEFAULTS = {
 def make_parser() -> Parser:
     parser = Parser(__doc__, "sample")
     add = parser.add_argument
-    add_model_options(parser, ZOO, "base|cca|PATH|RUN[/state/step-N][:ema]")
+    add_model_options(parser, ZOO, "base|cca|PATH|RUN[/state/step-N][:ema]|hf://ORG/REPO/FILE")
     add(
         "--preset", choices=("published", "published-cfg"),
         help="sampling settings behind the published figures, without or with guidance; options overrule it",

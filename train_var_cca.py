@@ -12,7 +12,7 @@ from functools import partial
 
 from cca.cli.main import run_command
 from cca.cli.parser import Parser
-from cca.data.datasets import open_labelled_images
+from cca.data.datasets import DATA_HELP, open_labelled_images
 from cca.data.image_folders import add_orientation_option, check_orientation_option
 from cca.data.labels import add_classes_option, read_classes
 from cca.training.options import training_parser
@@ -24,8 +24,7 @@ def make_parser() -> Parser:
         __doc__,
         "train_var_cca",
         "--data",
-        "ImageNet-style folder, one subfolder per class; "
-        "or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]",
+        DATA_HELP,
     )
     add_classes_option(parser)
     add_orientation_option(parser)

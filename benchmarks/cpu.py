@@ -17,15 +17,20 @@ whole logits, log_softmax, gather.
 
 evaluate: ``eval_fid.py`` on .npz files, with the bundled features.
 
+read: images of a folder, cut to 256 pixels, beside the same images in archives. index: opening so many empty
+files of 1,000 classes as ``--data``; of an archive first without, then with the index that is kept.
+
 load: ``load_model`` of weights files as published, in half precision, and as .safetensors; each weight is
 read once.
 """
 
 import contextlib
+import gc
 import io
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -40,6 +45,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import eval_fid
@@ -47,6 +53,8 @@ from benchmarks.table import Report, make_parser, select
 from benchmarks.workloads import random_batch, random_model, recipe_config, timed
 from cca.cli.main import run_command
 from cca.cli.parser import count
+from cca.data.datasets import open_labelled_images
+from cca.data.image_sets import open_image_set
 from cca.distributed import Processes
 from cca.training.trainer import Trainer
 from models import DTYPES, ARImageModel, ARTransformer, SamplingOptions, autocast, load_model
@@ -55,6 +63,7 @@ from models.llamagen import Attention, LlamaGen, rotate
 from models.sampling import draw_tokens, filter_logits
 from models.var import VAR
 from models.zoo.checkpoint_formats import save_published, save_safetensors
+from models.zoo.loading import build_model
 
 OUTPUT = Path("results/cpu.md")
 CPU = torch.device("cpu")
@@ -179,6 +188,66 @@ def evaluate(images: int, reference_images: int, size: int, rounds: int) -> Line
     return [[part, f"{value:.2f}"] for part, value in seconds.items()]
 
 
+def pack(folder: Path, name: str) -> Path:
+    """Return an archive of a folder's files, beside it; "nested.tar" has a tar for each class folder."""
+    path = folder.with_name(name)
+    if path.suffix == ".zip":
+        return Path(shutil.make_archive(str(path.with_suffix("")), "zip", folder))
+    if name != "nested.tar":
+        return Path(shutil.make_archive(str(path.with_suffix("")), "tar", folder))
+    parts = folder.with_name("parts")
+    parts.mkdir()
+    for inner in folder.iterdir():
+        shutil.make_archive(str(parts / inner.name), "tar", inner)
+    shutil.make_archive(str(path.with_suffix("")), "tar", parts)
+    shutil.rmtree(parts)
+    return path
+
+
+def read(images: int, workers: int, rounds: int) -> Lines:
+    """JPEGs of smoothed noise of 500 x 375 pixels, as most of ImageNet's are; layouts take turns."""
+    generator = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["XDG_CACHE_HOME"] = place
+        folder = Path(place, "images")
+        for index in range(images):
+            path = folder / str(index % 10) / f"{index:06d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = Image.fromarray(generator.integers(0, 256, (47, 63, 3), np.uint8))
+            noise.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=95)
+        layouts = [folder, *(pack(folder, name) for name in ("zipped.zip", "plain.tar", "nested.tar"))]
+        rates: dict[str, list[float]] = {path.name: [] for path in layouts}
+        for path in layouts * (rounds + 1):
+            batches = open_image_set(path, 256, workers).batches(slice(0, images), 50)
+            rates[path.name].append(images / timed(partial(list, batches)))
+        medians = {name: statistics.median(values[1:]) for name, values in rates.items()}  # not the first
+        return [[name, f"{rate:.0f}", f"{rate / medians['images']:.2f}"] for name, rate in medians.items()]
+
+
+def open_files(path: Path) -> list[float]:
+    """In a child: seconds of opening ``--data``, and MB that it holds and needed at its peak."""
+    model, held, opened = build_model("llamagen-b"), memory("VmRSS"), list[Any]()
+    seconds, peak = time_and_memory(lambda: opened.append(open_labelled_images(path, model)))
+    gc.collect()
+    return [seconds, (memory("VmRSS") - held) / 1e6, peak / 1e6]
+
+
+def index(images: int, rounds: int) -> Lines:
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["XDG_CACHE_HOME"] = place
+        folder, lines = Path(place, "images"), list[list[str]]()
+        for i in range(images):
+            if i < 1000:
+                (folder / str(i)).mkdir(parents=True)
+            (folder / str(i % 1000) / f"n{i % 1000:08d}_{i}.JPEG").touch()
+        for name in ("images", "zipped.zip", "plain.tar", "nested.tar"):
+            path = folder if name == "images" else pack(folder, name)
+            for kept in ("",) if name == "images" else ("index built", "index kept"):
+                numbers = in_child(open_files, path)
+                lines.append([f"{name}, {kept}".strip(", "), *(f"{number:,.0f}" for number in numbers)])
+        return lines
+
+
 FORMATS = {
     "pt": (save_published, torch.float32),
     "pt, half precision": (save_published, torch.float16),
@@ -218,6 +287,13 @@ PARTS: dict[str, tuple[Callable[..., Lines], str, str, tuple[str, ...]]] = {
         ("row", "seconds, plain", "chunked", "ratio", "peak, plain", "chunked", "ratio"),
     ),
     "evaluate": (evaluate, "Evaluation", "By part of the work.", ("row", "part", "seconds")),
+    "read": (
+        read, "Reading images", "Two data-loading workers; medians.", ("row", "layout", "images/s", "ratio"),
+    ),
+    "index": (
+        index, "Opening a data set", "In a process of its own.",
+        ("row", "layout", "seconds", "MB held", "MB at the peak"),
+    ),
     "load": (
         load, "Loading weights", "1.00 is the loaded weights (float32) alone.",
         ("row", "format", "weights, GB", "peak above what was held, GB", "ratio"),
@@ -236,6 +312,10 @@ ROWS: dict[str, tuple] = {
     "train-var-mini": ("var-mini", None, 64),
     "evaluate": (50_000, 10_000, 128),
     "evaluate-mini": (2_000, 1_000, 32),
+    "read": (2_000, 2),
+    "read-mini": (100, 2),
+    "index": (1_300_000,),
+    "index-mini": (2_000,),
     "load-llamagen-xl": ("llamagen-xl",),
     "load-var-d30": ("var-d30",),
     "load-llamagen-mini": ("llamagen-mini",),

@@ -69,7 +69,7 @@ with <b>Condition Contrastive Alignment</b> (CCA), which does without guidance, 
 def make_parser() -> Parser:
     parser = Parser(__doc__, "scripts.demo")
     add = parser.add_argument
-    add_model_options(parser, ZOO, "cca|PATH|RUN[/state/step-N][:ema]")
+    add_model_options(parser, ZOO, "cca|PATH|RUN[/state/step-N][:ema]|hf://ORG/REPO/FILE")
     add("--dtype", choices=DTYPES, help="precision (default float32; on a GPU the model's published one)")
     add("--max-images", type=count(), help="most images of a request (default 64, fewer of large ones)")
     add("--batch-size", type=count(), default=16, help="images per batch and progress report (default 16)")

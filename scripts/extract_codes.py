@@ -27,10 +27,10 @@ import torch
 
 from cca.cli.main import play, run_command
 from cca.cli.output import Found, Output
-from cca.cli.parser import Parser, add_workers_option, count, number
+from cca.cli.parser import Parser, add_model_options, add_workers_option, count, number
 from cca.cli.parts import Parts, fill, write_npy
 from cca.cli.plan import add_dry_run_option
-from cca.data.datasets import LabelledDataset, open_labelled_images
+from cca.data.datasets import DATA_HELP, LabelledDataset, open_labelled_images
 from cca.data.image_folders import add_orientation_option, check_orientation_option
 from cca.data.labels import add_classes_option, read_classes
 from cca.data.reading import read_items
@@ -52,20 +52,13 @@ NOTES = ".unreadable-{}.json"  # beside the parts, of each rank; the header has 
 def make_parser() -> Parser:
     parser = Parser(__doc__, "scripts.extract_codes")
     add = parser.add_argument
-    add("--model", required=True, choices=sorted(ZOO), help="whose tokenizer encodes")
-    add("--tokenizer-weights", metavar="PATH|NAME", help="tokenizer weights (default: the model's own)")
-    add(
-        "--image-size",
-        type=count(),
-        metavar="PIXELS",
-        help="LlamaGen: 256, 384 or 512 (default: the model's)",
-    )
+    add_model_options(parser, ZOO, None)
     add(
         "--data",
         required=True,
         type=Path,
         metavar="PATH",
-        help="folder of class folders, or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]",
+        help=DATA_HELP,
     )
     add_classes_option(parser)
     add_orientation_option(parser)

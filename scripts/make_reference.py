@@ -50,7 +50,7 @@ def total(running: RunningGaussian, processes: Processes) -> tuple[np.ndarray, n
 def make_parser() -> Parser:
     parser = Parser(__doc__, "scripts.make_reference")
     add = parser.add_argument
-    add("--images", required=True, type=Path, metavar="FILE.npz|FOLDER", help="the images")
+    add("--images", required=True, type=Path, metavar="FILE.npz|FOLDER|ARCHIVE", help="the images")
     add(
         "--image-size",
         type=count(),

@@ -43,7 +43,7 @@ def make_parser() -> Parser:
     parser = Parser(__doc__, "scripts.reconstruct")
     add = parser.add_argument
     add_model_options(parser, ZOO, None)
-    add("--images", required=True, type=Path, metavar="FILE.npz|FOLDER", help="the images")
+    add("--images", required=True, type=Path, metavar="FILE.npz|FOLDER|ARCHIVE", help="the images")
     add_orientation_option(parser)
     add(
         "--batch-size",

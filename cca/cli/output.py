@@ -110,7 +110,8 @@ class Output:
         config = folder / "config.json"
         last = folder / checkpoint_name
         advice = f"--weights {folder} with a new --output trains it on, with it as the reference"
-        products = tuple(folder / name for name in ("metrics.jsonl", "curves.png", "tensorboard", "samples"))
+        names = ("metrics.jsonl", "curves.png", "tensorboard", "wandb", "samples")
+        products = tuple(folder / name for name in names)
         return cls(
             folder, True, "a run", config, folder / "state", last, config, products, "step-*", advice=advice
         )

@@ -105,7 +105,7 @@ def add_model_options(parser: argparse.ArgumentParser, models: Iterable[str], we
     names = "vq_ds16_c2i, vq_ds8_c2i for LlamaGen"
     add(
         "--tokenizer-weights",
-        metavar="PATH|NAME",
+        metavar="PATH|NAME|hf://…",
         help=f"tokenizer weights, or {names} (default: the model's own)",
     )
     sizes = "LlamaGen: 256, 384 or 512 (default: the model's)"

@@ -28,6 +28,10 @@ from cca.random_streams import CROPS, stream
 from models import ARImageModel, UserError
 from models.transforms import Transform
 
+DATA_HELP = (
+    "images: a folder, .zip or .tar with one subfolder per class (ARCHIVE/FOLDER: a folder in an archive), "
+    "or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]"
+)
 LAYOUTS = "docs/data.md says which layouts are read"
 
 

@@ -8,6 +8,7 @@ from cca.cli.parser import Parser, add_model_options, add_workers_option, count,
 from cca.cli.plan import add_dry_run_option
 from cca.config import TrainingConfig
 from cca.losses import LOSSES
+from cca.training.reporting import REPORT_TO
 from models import ZOO, Recipe, UserError
 from models.zoo.registry import ZooEntry
 
@@ -25,7 +26,7 @@ def training_parser(
     add, limits = parser.add_argument, partial(limits_of, TrainingConfig)
     recipe = "default: the model's recipe"
     models = [name for name, entry in ZOO.items() if entry.backbone.training_command == module]
-    add_model_options(parser, models, "base|PATH|RUN[/state/step-N][:ema]")
+    add_model_options(parser, models, "base|PATH|RUN[/state/step-N][:ema]|hf://ORG/REPO/FILE")
     add(data_option, required=True, type=Path, metavar="PATH", help=data_help)
     add("--output", required=True, type=Path, metavar="DIR",
         help="run folder; the same command again resumes it")
@@ -73,6 +74,9 @@ def training_parser(
         help="newest saved states to keep, e.g. to sample from (default 1; resumed: as before)")
     add("--log-every", type=count(), default=10,
         help="steps between updates of the shown metrics (default 10)")
+    add("--report-to", choices=REPORT_TO, default="tensorboard",
+        help="where metrics go besides metrics.jsonl (default tensorboard); wandb: Weights & Biases, with "
+        "requirements-wandb.txt")
     add("--sample-every", type=count(0), default=0,
         help="steps between guidance-free sample grids in DIR/samples (default 0: none)")
     add_dry_run_option(parser)

@@ -1,4 +1,4 @@
-"""The output folder of one run: config, metrics, TensorBoard, resumable state, exported model."""
+"""The output folder of one run: config, metrics, checkpoints to resume from, exported model."""
 
 import json
 import os
@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from cca.distributed import Processes
 from cca.losses import LOSSES
 from cca.training.checkpoints import load_checkpoint, write_checkpoint
+from cca.training.reporting import Reporter, open_reporter
 from cca.training.trainer import Trainer, check_finite
 from cca.training.unreadable import NOTED
 from models import UserError
@@ -38,13 +38,24 @@ class RunFolder:
     """Where a run writes, so that a run killed at any moment leaves its last good state.
 
     Files are replaced at once, except metrics.jsonl and TensorBoard's, which grow; ``resume`` cuts them.
+
+    Args:
+        options: those of config.json.
+        report_to: one of ``REPORT_TO``.
     """
 
-    def __init__(self, path: Path, processes: Processes, options: dict, keep_states: int = 1):
-        """``options``: those of config.json."""
+    def __init__(
+        self,
+        path: Path,
+        processes: Processes,
+        options: dict,
+        keep_states: int = 1,
+        report_to: str = "tensorboard",
+    ):
         self.path, self.processes, self.keep_states, self.options = path, processes, keep_states, options
         self.states, self.metrics_path = path / "state", path / "metrics.jsonl"
-        self.writer: SummaryWriter  # from ``resume`` on, of the main process
+        self.report_to = report_to
+        self.reporter: Reporter  # from ``resume`` on, of rank 0
 
     def resume(self, trainer: Trainer) -> int:
         """Load the last checkpoint if there is one; return the number of steps done.
@@ -69,10 +80,10 @@ class RunFolder:
             ) from None
 
     def _begin(self, done: int) -> None:
-        """Leave in the folder what belongs to the steps that are done; open TensorBoard."""
+        """Leave in the folder what belongs to the steps that are done; open the reporter."""
         left = [*self.states.glob(".*.removed"), self.states / ".writing"]
         if not done:  # what a start left that came to nothing, perhaps with other options
-            left += [self.path / "tensorboard", self.path / "samples"]
+            left += [self.path / name for name in ("tensorboard", "wandb", "samples")]
             (self.path / "curves.png").unlink(missing_ok=True)
         for folder in left:
             shutil.rmtree(folder, ignore_errors=True)
@@ -85,8 +96,7 @@ class RunFolder:
             )
         text = "".join(f"{json.dumps(row)}\n" for row in rows)
         atomic_write(self.metrics_path, lambda temporary: temporary.write_text(text))
-        with writing(self.path / "tensorboard"):
-            self.writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=done + 1 if done else None)
+        self.reporter = open_reporter(self.report_to, self.path, done, self.options)
 
     def _rows(self) -> list[dict]:
         """Return the last line of each step in metrics.jsonl, in order."""
@@ -101,17 +111,16 @@ class RunFolder:
         return [rows[step] for step in sorted(rows)]
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl and one point to each curve of TensorBoard.
+        """Append one line to metrics.jsonl, and report the step.
 
-        Called by the main process alone, once for each optimizer step, from 1, in order: after
-        ``resume`` has cut both back to the step it returned.
+        Called on rank 0 alone, once for each optimizer step, from 1, in order: after ``resume`` has cut both
+        back to the step it returned.
         """
         try:
             with open(self.metrics_path, "a") as file:
                 # A skipped step's loss may be no number.
                 file.write(json.dumps(finite_or_none({"step": step, **metrics})) + "\n")
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, step)
+            self.reporter.log(step, metrics)
         except OSError as error:
             raise self.cannot_write(error) from None
 
@@ -144,7 +153,7 @@ class RunFolder:
         with writing(state):
             os.replace(temporary, state)
             self._drop_old()
-            self.writer.flush()
+            self.reporter.flush()
 
     def _drop_old(self) -> None:
         for old in saved_steps(self.path)[: -self.keep_states]:

@@ -22,6 +22,7 @@ from cca.training.loop import train
 from cca.training.memory import MICRO_BATCH_TOO_LARGE, MODEL_TOO_LARGE, fitting_micro_batch
 from cca.training.options import COMPILED_FROM, chosen_recipe, training_config
 from cca.training.preview import grid_drawer
+from cca.training.reporting import check_reporter
 from cca.training.run_folder import KEPT, MICRO_BATCH, RunFolder
 from cca.training.trainer import Trainer
 from cca.training.unreadable import NOTED
@@ -44,6 +45,7 @@ def run_training(args: argparse.Namespace, path: Path, open_data: OpenData) -> N
         raise UserError("--weights: training starts from base or from a path")
     output = Output.run(args.output, entry.backbone.checkpoint_name)
     output.check_place({"--codes" if entry.backbone.trains_on_codes else "--data": path})
+    check_reporter(args.report_to)
     if args.deterministic:
         compute_deterministically()
 
@@ -131,7 +133,11 @@ class Training:
         # AdamW's moments beside the weights; a new checkpoint is whole before an old one goes.
         size = size_text(4 * numbers(self.model.transformer) * (3 + ema))
         state = f"state (~{size} each, up to {self.keep_states + 1} at a time)"
-        files += ["tensorboard", "samples" if self.args.sample_every else "", state]
+        files += [
+            "" if self.args.report_to == "none" else self.args.report_to,
+            "samples" if self.args.sample_every else "",
+            state,
+        ]
         return ", ".join(filter(None, files))
 
     def prepare(self) -> dict:
@@ -151,7 +157,7 @@ class Training:
 
     def work(self) -> bool:
         args, config, ranks = self.args, self.config, self.ranks
-        folder = RunFolder(args.output, ranks, self.all_options, self.keep_states)
+        folder = RunFolder(args.output, ranks, self.all_options, self.keep_states, args.report_to)
         ranks.agree(self.print_notes, main=True)
         with memory_named(MODEL_TOO_LARGE):
             self.model.transformer.checkpointing = args.checkpointing

@@ -1,6 +1,7 @@
 """Files from the network: weights from the Hugging Face hub, behind its cache, and files of any address."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from huggingface_hub.utils import WeakFileLock
 from models.utils.errors import UserError
 from models.utils.files import causes, existing_part, reason, size_text, writing
 
+HUB = "hf://"  # begins the address of any file on the hub
 ASSETS = Path(__file__).parents[2] / "assets"
 
 
@@ -57,18 +59,34 @@ def require_space(downloads: Sequence[Download]) -> None:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A file of a hub repository, or of ``assets/`` where ``repository`` is None."""
+    """A file of a hub repository, or of ``assets/`` where ``repository`` is None.
+
+    revision: a branch, tag or commit; None is the main branch.
+    """
 
     file: str
     repository: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def from_address(cls, text: str, option: str) -> "WeightsFile":
+        """Return the file of ``hf://ORG/REPO/FILE[@REVISION]``. Raises UserError for another form."""
+        found = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^@]+)(?:@([^@]+))?", text)
+        if not found:
+            raise UserError(f"{option}: {text!r} is not hf://ORG/REPO/FILE or hf://ORG/REPO/FILE@REVISION")
+        return cls(found[2], found[1], found[3])
 
     def __str__(self) -> str:
-        return f"{self.repository}/{self.file}" if self.repository else f"assets/{self.file}"
+        if self.repository is None:
+            return f"assets/{self.file}"
+        return f"{self.repository}/{self.file}" + (f"@{self.revision}" if self.revision else "")
 
     def cached(self) -> Path | None:
         """The file if it is on this machine already."""
         found = (
-            try_to_load_from_cache(self.repository, self.file) if self.repository else str(ASSETS / self.file)
+            try_to_load_from_cache(self.repository, self.file, revision=self.revision)
+            if self.repository
+            else str(ASSETS / self.file)
         )
         return Path(found) if isinstance(found, str) and Path(found).exists() else None
 
@@ -84,9 +102,9 @@ class WeightsFile:
         reached = False
         try:
             # Without a network this ends at once, where the download would try for half a minute.
-            get_hf_file_metadata(hf_hub_url(self.repository, self.file))
+            get_hf_file_metadata(hf_hub_url(self.repository, self.file, revision=self.revision))
             reached = True
-            return Path(hf_hub_download(self.repository, self.file))
+            return Path(hf_hub_download(self.repository, self.file, revision=self.revision))
         except (EntryNotFoundError, RepositoryNotFoundError):
             problem = "the hub has no such file"
         except Exception as error:  # the hub's client lets many kinds through

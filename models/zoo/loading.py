@@ -18,7 +18,7 @@ from models.zoo.checkpoint_formats import (
     mismatch,
     weights_sha256,
 )
-from models.zoo.hub import Download, WeightsFile
+from models.zoo.hub import HUB, Download, WeightsFile
 from models.zoo.registry import TOKENIZERS, ZOO, ZooEntry
 from models.zoo.run_folders import run_config, run_weights
 
@@ -174,9 +174,11 @@ def find_files(
 
     Args:
         name: a model of the zoo, such as "var-d16".
-        weights: "base", "cca", a path (.pt, .pth, .safetensors), or a training run (see ``run_weights``),
-            whose size and tokenizer are taken; None: the tokenizer alone is needed.
-        tokenizer_weights: a path, or a name of ``TOKENIZERS``; None takes the run's, or the model's own.
+        weights: "base", "cca", a path (.pt, .pth, .safetensors), a file on the hub
+            (hf://ORG/REPO/FILE[@REVISION]), or a training run (see ``run_weights``), whose size and tokenizer
+            are taken; None: the tokenizer alone is needed.
+        tokenizer_weights: a path, a file on the hub, or a name of ``TOKENIZERS``; None takes the run's, or
+            the model's own.
         image_size: pixels; None takes the run's, or the model's default.
 
     Raises:
@@ -232,12 +234,12 @@ def _locate_tokenizer(model: str, given: str, sha256: str | None, run: str | Non
 
 
 def _locate(option: str, text: str, published: Mapping[str, WeightsFile | None]) -> LocatedFile | None:
-    """The published file of that name, else the path; raises UserError where nothing is there."""
-    if text in published:
-        file = published[text]
+    """Return the file of that name, on the hub or at that path. Raises UserError where nothing is there."""
+    if text in published or text.startswith(HUB):
+        file = published[text] if text in published else WeightsFile.from_address(text, option)
         return LocatedFile(option, text, str(file), file.cached(), file) if file else None
     if not Path(text).exists():
-        raise UserError(f"{option}: {text}: no such file, nor one of {', '.join(published)}")
+        raise UserError(f"{option}: {text}: no such file, nor one of {', '.join(published)}, nor {HUB}…")
     return LocatedFile(option, str(Path(text)), str(Path(text)), Path(text))
 
 

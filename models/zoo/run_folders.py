@@ -5,6 +5,7 @@ from pathlib import Path
 
 from models.utils.errors import UserError
 from models.utils.files import FORMAT, file_sha256, read_json
+from models.zoo.hub import HUB
 
 INDEX = "*.safetensors.index.json"  # of published weights in shards
 
@@ -30,6 +31,8 @@ def run_weights(text: str, checkpoint_name: str) -> Path | None:
     Raises:
         UserError: the folder holds neither.
     """
+    if text.startswith(HUB):
+        return None
     path, average = Path(text.removesuffix(":ema")), text.endswith(":ema")
     exported = path / (ema_name(checkpoint_name) if average else checkpoint_name)
     if text in ("base", "cca") or any(path.glob(INDEX)):  # published, in shards

@@ -1,5 +1,6 @@
 """Published weights through huggingface_hub, and files of any address, against a local server."""
 
+import json
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hub_server import hub_variables, serving
 from huggingface_hub import constants
 
 from models.utils.errors import UserError
+from models.zoo.checkpoint_formats import weights_sha256
 from models.zoo.hub import download, part_of
 
 FILES = (ROOT / "tests" / "golden" / "published_files.txt").read_text().split()
@@ -76,6 +78,32 @@ def test_every_published_file_by_name_then_from_the_cache(hub, tmp_path):
     assert "cached" in table and "hub, ~" not in table
     offline = python(["-c", EVERYTHING], tmp_path, "http://127.0.0.1:9", offline=True)
     assert offline.stdout == first.stdout
+
+
+def test_files_of_any_repository(hub, tmp_path):
+    """By address, at a revision, for both options; the hash of what was sampled is noted."""
+    for part in ("", "-tokenizer"):
+        hub.files[f"me/my-cca/runs/7/var{part}.safetensors"] = ROOT / f"assets/var-mini{part}.safetensors"
+    options = ["--model", "var-mini", "--weights", "hf://me/my-cca/runs/7/var.safetensors@v1.0"]
+    options += ["--tokenizer-weights", "hf://me/my-cca/runs/7/var-tokenizer.safetensors"]
+    planned = sample(tmp_path, hub.endpoint, *options, "--dry-run")
+    assert "me/my-cca/runs/7/var.safetensors@v1.0, to be downloaded" in planned.stdout and not hub.requests
+    for offline in (False, True):
+        assert sample(tmp_path, hub.endpoint, *options, offline=offline).returncode == 0
+    assert hub.requests.count("GET /me/my-cca/resolve/v1.0/runs/7/var.safetensors") == 1
+    described = json.loads((tmp_path / "out" / "samples.json").read_text())["options"]
+    assert described["weights_sha256"] == weights_sha256(ROOT / "assets/var-mini.safetensors")
+
+
+@pytest.mark.parametrize(
+    "address, message",
+    [
+        ("hf://me/my-cca", "'hf://me/my-cca' is not hf://ORG/REPO/FILE"),
+        ("hf://me/my-cca/none.pt@v2", "me/my-cca/none.pt@v2: the hub has no such file"),
+    ],
+)
+def test_other_addresses(hub, tmp_path, address, message):
+    one_line(sample(tmp_path, hub.endpoint, "--weights", address, "--model", "var-mini"), tmp_path, message)
 
 
 def test_missing_file(hub, tmp_path):

@@ -1,0 +1,73 @@
+"""Metrics go to TensorBoard, to Weights & Biases or nowhere, and a resumed run goes on in the same place."""
+
+import importlib.util
+import sys
+
+import pytest
+from commands import TRAIN, call, expect_error, metrics
+
+import train_var_cca
+from models import UserError
+
+OPTIONS = [
+    "--model",
+    "var-mini",
+    "--data",
+    TRAIN,
+    "--batch-size",
+    "4",
+    "--max-steps",
+    "3",
+    "--save-every",
+    "2",
+]
+STOPS = """
+import sys, train_var_cca
+from cca.training.trainer import Trainer
+step = Trainer.optimizer_step
+def stopped(trainer, done, batch):
+    if done == 2:
+        sys.exit(3)
+    return step(trainer, done, batch)
+Trainer.optimizer_step = stopped
+train_var_cca.main(sys.argv[1:])
+"""
+
+
+def test_a_resumed_run_is_one_run_of_wandb(tmp_path):
+    pytest.importorskip("wandb", reason="pip install -r requirements-wandb.txt")
+    options, run = [*OPTIONS, "--report-to", "wandb", "--output", tmp_path / "run"], tmp_path / "run"
+    variables = {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
+    assert call(["-c", STOPS, *options], **variables).returncode == 3
+    finished = call(["train_var_cca.py", *options], **variables)
+    assert finished.returncode == 0, finished.stderr
+    number = (run / "wandb" / "run-id").read_text()
+    first, second = sorted((run / "wandb").glob(f"offline-run-*-{number}"))
+    logged = metrics(run)
+    for part, rows in ((first, logged[:2]), (second, logged[2:])):
+        held = (part / f"run-{number}.wandb").read_bytes()
+        assert rows and all(name.encode() in held for row in rows for name in row.keys() - {"step"})
+    assert not (run / "tensorboard").exists()
+
+
+def test_where_wandb_refuses_a_line_says_so_and_nothing_is_left(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="pip install -r requirements-wandb.txt")
+    for name, value in {"WANDB_MODE": "online", "HOME": str(tmp_path), "WANDB_API_KEY": ""}.items():
+        monkeypatch.setenv(name, value)
+    line = ["train_var_cca.py", *OPTIONS, "--report-to", "wandb", "--output", tmp_path / "run"]
+    expect_error(line, "--report-to: Weights & Biases does not take the run", "API key")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_wandb_a_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(UserError, match=r"^--report-to: wandb .* pip install -r requirements-wandb.txt"):
+        train_var_cca.main([*OPTIONS, "--report-to", "wandb", "--output", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_reports_to_nowhere(tmp_path):
+    train_var_cca.main([*OPTIONS, "--report-to", "none", "--output", str(tmp_path / "run")])
+    assert len(metrics(tmp_path / "run")) == 3
+    assert not {"tensorboard", "wandb"} & {path.name for path in (tmp_path / "run").iterdir()}
