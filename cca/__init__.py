@@ -1,6 +1,6 @@
 """Condition Contrastive Alignment (arXiv 2410.09347): the losses, and the likelihoods that they compare."""
 
-from cca.losses import LOSSES, Loss, cca_loss, dpo_loss, unlearning_loss
+from cca.losses import LOSSES, Loss, cca_loss, dpo_loss, pair_labels, unlearning_loss
 from models.log_likelihood import linear_sequence_logprob, sequence_logprob
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "cca_loss",
     "dpo_loss",
     "linear_sequence_logprob",
+    "pair_labels",
     "sequence_logprob",
     "unlearning_loss",
 ]

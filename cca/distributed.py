@@ -5,6 +5,7 @@ host waits for a GPU because of them. NCCL exchanges tensors of GPUs.
 """
 
 import atexit
+import hashlib
 import json
 import os
 import signal
@@ -102,14 +103,18 @@ class Processes:
                 "start several processes with torchrun, or unset WORLD_SIZE"
             )
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if gpus and local >= gpus:
+        # A cluster may show each rank one GPU of its own, as number 0.
+        number = 0 if gpus == 1 else local
+        if gpus and number >= gpus:
             raise UserError(f"LOCAL_RANK: is {local}, there are {gpus} GPUs; start one process for each")
-        self.device = torch.device("cuda", local) if gpus else torch.device("cpu")
+        self.device = torch.device("cuda", number) if gpus else torch.device("cpu")
         if self.device.type == "cuda":
-            with memory_named(f"CUDA_VISIBLE_DEVICES: GPU {local} has no free memory; {ELSEWHERE}"):
+            with memory_named(f"CUDA_VISIBLE_DEVICES: GPU {number} has no free memory; {ELSEWHERE}"):
                 torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
             self._meet("cpu:gloo,cuda:nccl" if gpus else "gloo")
+            if gpus:
+                self._refuse_shared_gpu()
 
     def _meet(self, backend: str) -> None:
         """Start the process group. Raises UserError."""
@@ -130,6 +135,18 @@ class Processes:
                 f"MASTER_ADDR: the {self.world} processes do not meet at {place} ({why[:120]})"
             ) from None
         atexit.register(dist.destroy_process_group)
+
+    def _refuse_shared_gpu(self) -> None:
+        """Raise UserError where another rank computes on the same GPU."""
+        name = f"{socket.gethostname()} {torch.cuda.get_device_properties(self.device).uuid}"
+        gpus = self.each(int(hashlib.sha256(name.encode()).hexdigest()[:12], 16))
+        same = [rank for rank, gpu in enumerate(gpus) if gpu == gpus[self.rank]]
+
+        def check() -> None:
+            if len(same) > 1:
+                raise UserError(f"LOCAL_RANK: ranks {same} see one GPU alone; start one process for each GPU")
+
+        self.agree(check)
 
     @property
     def main(self) -> bool:

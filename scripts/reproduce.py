@@ -60,6 +60,7 @@ from cca.cli.main import run_command
 from cca.cli.output import Output
 from cca.cli.parser import Parser, command_line, count, number
 from cca.cli.plan import hidden_plans
+from cca.data.image_folders import is_image_folder
 from cca.distributed import Processes
 from cca.evaluation.references import find_reference
 from cca.losses import LOSSES
@@ -177,7 +178,12 @@ def check_inputs(args: Namespace, trains: bool) -> None:
             setattr(args, name, value or name.upper())
         elif needed and value is None:
             raise UserError(f"--{name}: is required, or --mini for the bundled data")
-        elif needed and not (name == "reference" and find_reference(value)) and not Path(value).exists():
+        elif needed and not (
+            Path(value).exists()
+            or is_image_folder(Path(value))
+            or name == "reference"
+            and find_reference(value)
+        ):
             raise UserError(f"--{name}: {value}: no such file or folder")
 
 

@@ -46,7 +46,7 @@ def test_other_lines_name_what_is_there(page, line):
     """Scripts that exist; what else is shown is the shell's own."""
     words = itertools.dropwhile(re.compile("[A-Z_]+=").match, shlex.split(line.replace(">", " ")))
     first, *rest = words
-    assert first in ("bash", "sbatch", "source", "echo", "pip"), line
+    assert first in ("bash", "sbatch", "source", "echo", "pip", "hf"), line
     if first in ("bash", "sbatch"):
         script = (ROOT / next(word for word in rest if word.startswith("scripts/"))).read_text()
         if experiment := re.search(r"scripts\.reproduce ([a-z-]+)", script):

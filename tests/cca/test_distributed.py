@@ -2,6 +2,7 @@
 
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,23 @@ processes.barrier()
 """
 
 
+# The process is told that it sees one GPU; this machine has none.
+ONE_GPU = """
+import os, sys, types
+import torch
+import torch.distributed as dist
+from cca.cli.main import run_command
+from cca.distributed import Processes
+start = dist.init_process_group
+dist.init_process_group = lambda backend: start("gloo")
+gpu = types.SimpleNamespace(uuid="GPU-0" if sys.argv[1] == "shared" else f"GPU-{os.environ['RANK']}")
+answers = dict(is_available=True, device_count=1, set_device=None, get_device_properties=gpu)
+for name, answer in answers.items():
+    setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+run_command(lambda: print("on GPU", Processes().device.index))
+"""
+
+
 def test_three_processes(tmp_path):
     (tmp_path / "collectives.py").write_text(COLLECTIVES)
     run(tmp_path / "collectives.py", processes=3, PYTHONPATH=".")
@@ -36,7 +54,10 @@ def test_three_processes(tmp_path):
 def test_hosts_tell_each_other_nothing_by_way_of_their_gpus(monkeypatch):
     """The other of two processes sends zeros; this machine has no GPU that a tensor could be made on."""
     backends, exchanged = [], []
-    answers = {"is_available": True, "device_count": 2, "set_device": None}
+    properties = SimpleNamespace(uuid="GPU-1")
+    answers = {
+        "is_available": True, "device_count": 2, "set_device": None, "get_device_properties": properties
+    }  # fmt: skip
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr("atexit.register", lambda function: None)
@@ -55,6 +76,14 @@ def test_hosts_tell_each_other_nothing_by_way_of_their_gpus(monkeypatch):
     processes.barrier()
     assert processes.gather(torch.ones(3, 2)).tolist() == [[1.0, 1.0]] * 3
     assert len(exchanged) >= 8 and set(exchanged) == {"cpu"}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_rank_that_sees_one_gpu_takes_it_unless_another_rank_has_it(tmp_path, shared):
+    (tmp_path / "one_gpu.py").write_text(ONE_GPU)
+    found = call([tmp_path / "one_gpu.py", "shared" if shared else "own"], processes=2, PYTHONPATH=".")
+    assert found.stdout.count("on GPU 0") == (0 if shared else 2), found.stderr
+    assert ("error: LOCAL_RANK: ranks [0, 1] see one GPU alone" in found.stderr) == shared
 
 
 def test_a_gpu_without_room_for_a_context(monkeypatch):

@@ -4,14 +4,18 @@ import io
 import json
 import multiprocessing
 import os
+import re
+import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-from commands import content, metrics, run
+from commands import ROOT, content, metrics, run
 from made_data import bundled, make_picture
 from PIL import Image
 
@@ -280,6 +284,33 @@ def test_other_files_are_refused(tmp_path, monkeypatch, model, name, message):
         path.write_bytes(b"other" * 300)
     with pytest.raises(UserError, match=message):
         open_labelled_images(path, model)
+
+
+def shard_of(path, rows):
+    """Parquet as the hub keeps ImageNet, or a tar of WebDataset."""
+    if path.suffix == ".parquet":
+        images = [{"bytes": content, "path": None} for content, _ in rows]
+        table = pyarrow.table({"image": images, "label": [label for _, label in rows]})
+        pyarrow.parquet.write_table(table, path)
+        return
+    with tarfile.open(path, "w") as tar:
+        for i, (content, label) in enumerate(rows):
+            for kind, data in (("jpg", content), ("json", b"{}"), ("cls", b"%d" % label)):
+                add(tar, f"train/{i:03d}.{kind}", data)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".tar"])
+def test_shards_become_a_zip_by_the_script_of_the_page(files, model, suffix):
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    Path("to_zip.py").write_text(script)
+    rows = [(data, int(name[0])) for name, data in sorted(files.items())]
+    shards = [Path(f"train-{i}{suffix}") for i in range(2)]
+    for i, shard in enumerate(shards):
+        shard_of(shard, rows[i::2])
+    subprocess.run([sys.executable, "to_zip.py", "all.zip", *shards], check=True)
+    data = open_labelled_images(Path("all.zip"), model)
+    contents = [(data.source.open(i).read(), int(data.all_labels[i])) for i in range(len(data))]
+    assert sorted(contents) == sorted(rows)
 
 
 def test_classes_that_dataset_json_lists(tmp_path, monkeypatch, model):
