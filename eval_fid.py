@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cca.cli.main import play, run_command
-from cca.cli.output import Found, Output
+from cca.cli.output import Output, OutputStatus
 from cca.cli.parser import Parser, count
 from cca.cli.plan import add_dry_run_option
 from cca.data.image_folders import add_orientation_option, check_orientation_option, is_image_folder
 from cca.data.image_sets import ImageSet, open_image_set, read_sampling_options, report_path
 from cca.data.labels import add_classes_option, read_classes
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.evaluation.comparability import comparability, compare, read_row
 from cca.evaluation.evaluator import METRICS, Comparison, evaluate, extract, load_reference, timed
 from cca.evaluation.features import Extractor, add_features_options, features_plan, make_extractor
@@ -79,14 +79,14 @@ class Evaluation:
     """An evaluation, resolved from the options; ``reference``: None until it is downloaded."""
 
     args: argparse.Namespace
-    ranks: Processes
-    found: Found
+    ranks: Ranks
+    found: OutputStatus
     samples: ImageSet
     reference: ImageSet | None
     downloads: list[Download]
     parts: None = None  # its output has none
 
-    def known(self) -> dict:
+    def identity(self) -> dict:
         args = self.args
         return {
             "samples": len(self.samples),
@@ -123,7 +123,7 @@ class Evaluation:
             self.reference = open_reference(args, ranks)
         self.extractor = make_extractor(args.features, args.inception_weights, ranks)
         self.options = {
-            **self.known(),
+            **self.identity(),
             "samples_sha256": ranks.digest(self.samples.fingerprint),
             "reference_sha256": ranks.digest(self.reference.fingerprint),
             "features": self.extractor.name,
@@ -174,7 +174,7 @@ def print_results(report: dict) -> None:
         print(f"  note: {note}")
 
 
-def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Evaluation:
+def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> Evaluation:
     """Open the samples and the reference, and plan their evaluation. Raises UserError."""
     if found.is_finished:
         read_row(args.output, "--output")  # its figures will be printed
@@ -221,19 +221,19 @@ def check_options(args: argparse.Namespace, output: Output | None) -> None:
         )
 
 
-def check_count(images: ImageSet, processes: Processes) -> None:
+def check_count(images: ImageSet, ranks: Ranks) -> None:
     """Raise UserError for too few images to evaluate."""
-    if len(images) < (least := max(5, processes.world)):
+    if len(images) < (least := max(5, ranks.world_size)):
         raise UserError(f"{images.path}: holds {len(images)} images; at least {least} are needed")
 
 
-def open_reference(args: argparse.Namespace, processes: Processes) -> ImageSet:
+def open_reference(args: argparse.Namespace, ranks: Ranks) -> ImageSet:
     """The reference, which may hold statistics alone. Raises UserError."""
     images = open_image_set(args.reference, args.resize, args.workers, upright=args.exif_orientation)
     if not images.statistics and not len(images):
         raise UserError(f"--reference: {args.reference} holds neither images nor mu and sigma")
     if len(images):
-        check_count(images, processes)
+        check_count(images, ranks)
     return images
 
 
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     output = output_of(args) if args.output else None
     check_options(args, output)
     job = play(args, output, resolve)
-    if job and job.found.is_finished and job.ranks.main:
+    if job and job.found.is_finished and job.ranks.is_main:
         print_results(job.found.content)
 
 

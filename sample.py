@@ -21,14 +21,14 @@ import torch
 
 from cca.cli.compilation import decide_compile
 from cca.cli.main import play, run_command
-from cca.cli.output import Found, Output
+from cca.cli.output import Output, OutputStatus
 from cca.cli.parser import Parser, add_model_options, count, limits_of
-from cca.cli.parts import Parts, fill, write_npz
+from cca.cli.parts import Parts, make_missing_parts, write_npz
 from cca.cli.plan import add_dry_run_option
 from cca.config import SampleRequest
 from cca.data.image_sets import NpzImages
 from cca.data.labels import class_names
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.sampling.batch_size import COMPILED_FROM, compiles_by_default, default_batch_size
 from cca.sampling.grid import write_grid
 from cca.sampling.sampler import Sampler, class_of, prepare
@@ -178,8 +178,8 @@ class Sampling:
     """A sample file to be made, resolved from the options and from what was found at the output."""
 
     args: argparse.Namespace
-    ranks: Processes
-    found: Found
+    ranks: Ranks
+    found: OutputStatus
     files: ModelFiles
     model: ARImageModel
     request: SampleRequest
@@ -193,17 +193,17 @@ class Sampling:
         before = self.found.options.get("compile")  # a run that is resumed keeps its way
         self.downloads = self.files.downloads(self.model)
         self.batch_size = args.batch_size or default_batch_size(self.model, request, device)
-        default = compiles_by_default(self.model, request, device, self.ranks.world)
+        default = compiles_by_default(self.model, request, device, self.ranks.world_size)
         asked = before if args.compile is None else args.compile
         if self.found.is_finished:  # nothing is compiled any more
             self.compile = bool(asked)
         else:
             self.compile = decide_compile(asked, default, self.ranks)
 
-    def known(self) -> dict:
+    def identity(self) -> dict:
         request, trained = asdict(self.request), self.files.config.get("options", {})
         loss = {key: trained[key] for key in ("loss",) if key in trained}  # eval_fid.py reads it
-        known = {**request.pop("sampling"), **self.files.known(), **loss, "compile": self.compile}
+        known = {**request.pop("sampling"), **self.files.provenance(), **loss, "compile": self.compile}
         return {**request, **known}
 
     def plan(self) -> dict[str, str]:
@@ -242,31 +242,31 @@ class Sampling:
             )
 
     def prepare(self) -> dict:
-        self.files = self.files.fill(self.model)
-        self.content = {"options": self.known()}
+        self.files = self.files.load_into(self.model)
+        self.content = {"options": self.identity()}
         return self.content
 
     def work(self) -> bool:
         ranks, began = self.ranks, time.perf_counter()
         ready: list[Sampler] = []
-        ranks.agree(lambda: ready.append(self.make_sampler()))
+        ranks.run_or_abort_all(lambda: ready.append(self.make_sampler()))
         loaded, stored = time.perf_counter(), self.parts.rows_stored()
         title, started = f"sampling {self.args.output.name}", "compiling" if self.compile else ""
-        if not fill(ranks, self.parts, ready[0].images, title, started):
+        if not make_missing_parts(ranks, self.parts, ready[0].images, title, started):
             return False
         made, ended = self.parts.shape[0] - stored, time.perf_counter()
         report = {
             "command": ranks.command(self.args.command),
             **self.content,
             "batch_size": self.batch_size,
-            "processes": ranks.world,
+            "processes": ranks.world_size,
             "threads": torch.get_num_threads(),
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
             "images_made_by_this_run": made,
             "images_per_second": made / (ended - loaded) if made else None,
             "wall_seconds": ended - began,
         }
-        if ranks.main:  # the others need not wait, which they could for half an hour
+        if ranks.is_main:  # the others need not wait, which they could for half an hour
             self.finish(report)
         return True
 
@@ -293,12 +293,12 @@ class Sampling:
         write_grid(images, self.args.grid, columns, [names[c] for c in classes], classes)
 
 
-def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Sampling:
+def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> Sampling:
     files = find_files(args.model, args.weights, args.tokenizer_weights, args.image_size)
     model, trained = files.build(), files.config.get("data", {}).get("labels")
     if trained and args.classes is None:
         args.classes = ",".join(map(str, trained))
-        if ranks.main:
+        if ranks.is_main:
             print(
                 f"note: classes {args.classes}, on which {args.weights} was trained; --classes all takes all"
             )
@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.grid:
         Output(args.grid, option="--grid").check_place(suffix=".png")
     job = play(args, output, resolve)
-    if job and args.grid and job.ranks.main:
+    if job and args.grid and job.ranks.is_main:
         job.write_grid()
 
 

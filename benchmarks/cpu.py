@@ -32,8 +32,10 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -55,12 +57,12 @@ from cca.cli.main import run_command
 from cca.cli.parser import count
 from cca.data.datasets import open_labelled_images
 from cca.data.image_sets import open_image_set
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.training.trainer import Trainer
 from models import DTYPES, ARImageModel, ARTransformer, SamplingOptions, autocast, load_model
 from models.kv_cache import LayerCache
 from models.llamagen import Attention, LlamaGen, rotate
-from models.sampling import draw_tokens, filter_logits
+from models.sampling import filter_logits, sample_tokens
 from models.var import VAR
 from models.zoo.checkpoint_formats import save_published, save_safetensors
 from models.zoo.loading import build_model
@@ -102,7 +104,7 @@ def plain_var(model: ARImageModel, labels: Tensor, uniforms: Tensor, options: Sa
         cond, uncond = model.next_logits(state, step, tokens.repeat(2, 1)).chunk(2)
         kept, strength = state, options.scale_at(step, steps) - 1
         logits = filter_logits((1 + strength) * cond - strength * uncond, options)
-        tokens = torch.cat([tokens, draw_tokens(logits, uniforms[:, done : done + size])], dim=1)
+        tokens = torch.cat([tokens, sample_tokens(logits, uniforms[:, done : done + size])], dim=1)
     return tokens
 
 
@@ -160,7 +162,7 @@ def measure_steps(plain: bool, name: str, image_size: int | None, images: int, r
     if plain:
         ARTransformer.forward = plain_forward
     model = random_model(name, CPU, image_size)
-    trainer = Trainer(model, recipe_config(name, images, "float32"), images, Processes())
+    trainer = Trainer(model, recipe_config(name, images, "float32"), images, Ranks())
     batch = random_batch(model, torch.zeros(images, dtype=torch.bool))
     trainer.optimizer_step(0, batch)  # makes the optimizer's moments
     seconds, peaks = zip(*(time_and_memory(lambda: trainer.optimizer_step(1, batch)) for _ in range(rounds)))
@@ -188,19 +190,24 @@ def evaluate(images: int, reference_images: int, size: int, rounds: int) -> Line
     return [[part, f"{value:.2f}"] for part, value in seconds.items()]
 
 
+LAYOUTS = ("images", "stored.zip", "deflated.zip", "plain.tar", "nested.tar")
+
+
 def pack(folder: Path, name: str) -> Path:
     """Return an archive of a folder's files, beside it; "nested.tar" has a tar for each class folder."""
     path = folder.with_name(name)
     if path.suffix == ".zip":
-        return Path(shutil.make_archive(str(path.with_suffix("")), "zip", folder))
-    if name != "nested.tar":
-        return Path(shutil.make_archive(str(path.with_suffix("")), "tar", folder))
-    parts = folder.with_name("parts")
-    parts.mkdir()
-    for inner in folder.iterdir():
-        shutil.make_archive(str(parts / inner.name), "tar", inner)
-    shutil.make_archive(str(path.with_suffix("")), "tar", parts)
-    shutil.rmtree(parts)
+        method = zipfile.ZIP_STORED if name == "stored.zip" else zipfile.ZIP_DEFLATED
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for file in folder.rglob("*.*"):
+                archive.write(file, file.relative_to(folder))
+        return path
+    with tarfile.open(path, "w") as tar:
+        for inner in folder.iterdir():
+            if name == "nested.tar":
+                tar.add(shutil.make_archive(str(folder.with_name("part")), "tar", inner), f"{inner.name}.tar")
+            else:
+                tar.add(inner, inner.name)
     return path
 
 
@@ -215,7 +222,7 @@ def read(images: int, workers: int, rounds: int) -> Lines:
             path.parent.mkdir(parents=True, exist_ok=True)
             noise = Image.fromarray(generator.integers(0, 256, (47, 63, 3), np.uint8))
             noise.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=95)
-        layouts = [folder, *(pack(folder, name) for name in ("zipped.zip", "plain.tar", "nested.tar"))]
+        layouts = [folder, *(pack(folder, name) for name in LAYOUTS[1:])]
         rates: dict[str, list[float]] = {path.name: [] for path in layouts}
         for path in layouts * (rounds + 1):
             batches = open_image_set(path, 256, workers).batches(slice(0, images), 50)
@@ -240,7 +247,7 @@ def index(images: int, rounds: int) -> Lines:
             if i < 1000:
                 (folder / str(i)).mkdir(parents=True)
             (folder / str(i % 1000) / f"n{i % 1000:08d}_{i}.JPEG").touch()
-        for name in ("images", "zipped.zip", "plain.tar", "nested.tar"):
+        for name in LAYOUTS:
             path = folder if name == "images" else pack(folder, name)
             for kept in ("",) if name == "images" else ("index built", "index kept"):
                 numbers = in_child(open_files, path)

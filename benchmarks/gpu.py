@@ -54,7 +54,7 @@ from cca.cli.main import run_command
 from cca.cli.parser import count, number
 from cca.cli.parts import Parts, store, write_npz
 from cca.config import SampleRequest
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.sampling.sampler import Sampler, prepare
 from cca.training.encoding import to_tokens
 from cca.training.trainer import Trainer
@@ -187,7 +187,7 @@ def training(row: Row, device: torch.device) -> Prepared:
     """An optimizer step of CCA on two micro-batches."""
     model, images = random_model(row.model, device), 2 * row.images
     config = recipe_config(row.model, images, sample.default_dtype(row.model, device))
-    trainer = Trainer(model, config, row.images, Processes(), compile=row.compiled)
+    trainer = Trainer(model, config, row.images, Ranks(), compile=row.compiled)
     batch = random_batch(model, torch.zeros(images, dtype=torch.bool))
     works = [training_work(model, images, 2, DTYPES[config.dtype])]
     if row.from_pixels:
@@ -232,7 +232,7 @@ KINDS = {
 def prepare_row(row: Row) -> Prepared:
     """In a child process, which keeps it from its first run to its measurement."""
     inductor.compile_threads = 4  # by default each row would start one for every core
-    device = Processes().device
+    device = Ranks().device
     allow_tf32(device)
     return KINDS[row.kind](row, device)
 
@@ -273,7 +273,7 @@ def answer(task: AsyncResult, end: float) -> Any:
         return f"{type(error).__name__}: {message}"
 
 
-def in_groups(todo: list[Row], jobs: int) -> list[list[Row]]:
+def split_into_groups(todo: list[Row], jobs: int) -> list[list[Row]]:
     """Rows that are prepared side by side, at most ``jobs``; rows of one kind, which need about as much
     memory, are spread over the groups."""
     groups = []
@@ -316,14 +316,14 @@ def main(argv: list[str] | None = None) -> None:
     if not args.small and not torch.cuda.is_available():
         raise UserError("--small: there is no GPU; without one the mini models alone are measured")
     report = Report(args.output or (None if args.only or args.small else OUTPUT), "On a GPU", args.command)
-    end, card = time.monotonic() + 60 * args.minutes, measure_card(Processes().device)
+    end, card = time.monotonic() + 60 * args.minutes, measure_card(Ranks().device)
     torch.cuda.empty_cache()  # for the child processes
     note = (
         f"Measured: {card.bandwidth / 1e12:.3g} TB/s of copying, {card.half / 1e12:.3g} TFLOP/s of bfloat16 "
         f"and {card.single / 1e12:.3g} of TF32 matmuls (on a CPU float32)."
     )
     report.table("Rows", note, COLUMNS)
-    groups = in_groups([*todo.values()], args.jobs)
+    groups = split_into_groups([*todo.values()], args.jobs)
     for place, group in enumerate(groups):
         left, rows_left = end - time.monotonic(), sum(map(len, groups[place:]))
         for name, cells in run_group(group, card, min(left, PATIENCE * left * len(group) / rows_left)):

@@ -25,7 +25,7 @@ from cca.cli.parser import Parser
 from models.utils.files import size_text
 from models.zoo.checkpoint_formats import approximate_size
 from models.zoo.hub import WeightsFile
-from models.zoo.loading import build_model, build_tokenizer, numbers
+from models.zoo.loading import build_model, build_tokenizer, count_parameters
 from models.zoo.registry import TOKENIZERS, ZOO, TokenizerEntry, ZooEntry
 
 
@@ -33,7 +33,7 @@ def model_facts(name: str, entry: ZooEntry) -> dict[str, Any]:
     models = {size: build_model(name, size) for size in entry.base}
     return {
         "backbone": entry.backbone.family,
-        "parameters": numbers(models[entry.default_image_size].transformer),
+        "parameters": count_parameters(models[entry.default_image_size].transformer),
         "tokenizer": entry.tokenizer,
         "default_image_size": entry.default_image_size,
         "image_sizes": [
@@ -57,7 +57,7 @@ def tokenizer_facts(name: str, entry: TokenizerEntry) -> dict[str, Any]:
     tokenizer = build_tokenizer(name)
     return {
         "backbone": entry.backbone.family,
-        "parameters": numbers(tokenizer),
+        "parameters": count_parameters(tokenizer),
         "codebook": entry.config.vocab_size,
         "pixels_per_token": entry.config.autoencoder.downsampling,
         "models": [model for model, row in ZOO.items() if row.tokenizer == name],

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.utils.precision import autocast_dtype, exact_products
+from models.utils.precision import autocast_dtype, exact_matmuls
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,10 @@ class PixelConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and autocast_dtype(x.device, x.dtype) != torch.float32:
-            return self.by_eight(x)
+            return self.with_eight_channels(x)
         return super().forward(x)
 
-    def by_eight(self, x: Tensor) -> Tensor:
+    def with_eight_channels(self, x: Tensor) -> Tensor:
         more = -self.out_channels % 8
         assert self.bias is not None
         weight, bias = F.pad(self.weight, (0, 0, 0, 0, 0, 0, 0, more)), F.pad(self.bias, (0, more))
@@ -248,7 +248,7 @@ def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
 
     Always in float32: tokens must not depend on the precision of what surrounds them.
     """
-    with exact_products():
+    with exact_matmuls():
         latents, codebook = latents.float(), codebook.float()
         distance = latents.square().sum(1, keepdim=True) + codebook.square().sum(1)
         return torch.addmm(distance, latents, codebook.T, alpha=-2).argmin(1)

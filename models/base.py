@@ -184,7 +184,7 @@ class ARImageModel(nn.Module, ABC, Generic[State]):
         """What the transformer sees of tokens [B, L] in teacher forcing: one row per image, no gradient."""
 
     @property
-    def cached_numbers(self) -> int:
+    def cached_elements(self) -> int:
         """Numbers that a row's state keeps of earlier steps, in the transformer's precision."""
         net = self.transformer
         return 2 * self.cached_length * net.output_layer().in_features * len(net.transformer_blocks())

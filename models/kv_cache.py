@@ -17,7 +17,7 @@ WIDTH, LEAST_WIDTH = 8, 16
 BLOCK = 64
 
 
-def reads_a_part(keys: Tensor) -> bool:
+def attends_to_part(keys: Tensor) -> bool:
     """Whether attention is told how much of a static cache counts, and reads no more than that.
 
     By flex_attention, compiled, which has a kernel for one query; others work for 64 or 128.
@@ -140,7 +140,7 @@ class StaticCache:
         """The layers at position ``place``, a tensor [1] int64."""
         assert isinstance(place, Tensor)
         position: Masked | Counted
-        if reads_a_part(self.layers[0][0]):
+        if attends_to_part(self.layers[0][0]):
             position = Counted(place, self.blocks.index_select(0, place)[None, None], self.order)
         else:
             mask = torch.arange(self.reach, device=place.device) <= place

@@ -118,7 +118,7 @@ def exponential_noise(uniforms: Tensor, count: int) -> Tensor:
     return share.neg_().log1p_().neg_()  # fine near 0, where races are won
 
 
-def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
+def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Draw from softmax(logits): logits [..., V], uniforms [...] in [0, 1) -> token indices [...] int64.
 
     One uniform number decides one token, so a sample depends on its own random stream alone,
@@ -160,7 +160,7 @@ def draw_step(
         logits = uncond + scale * (cond - uncond)
     low, high = logits.flatten(1).aminmax(dim=1)  # NaN where there is one
     finite = (torch.maximum(high, -low).float() / options.temperature).isfinite()
-    return draw_tokens(filter_logits(logits, options), uniforms), finite
+    return sample_tokens(filter_logits(logits, options), uniforms), finite
 
 
 @torch.inference_mode()

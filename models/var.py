@@ -237,7 +237,7 @@ class VARTransformer(ARTransformer):
         arguments = [
             (modulation, mask, None, factors) for modulation, factors in zip(state.modulations, kept)
         ]
-        return self.normed(self.run_blocks(x, arguments), state)
+        return self.normalise_features(self.run_blocks(x, arguments), state)
 
     def embed(self, inputs: Tensor | None, condition: Tensor, start: int) -> Tensor:
         """What the first block takes of the n positions from ``start`` on, [B, n, dim].
@@ -251,7 +251,7 @@ class VARTransformer(ARTransformer):
         end = start + x.shape[1]
         return x + self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]
 
-    def normed(self, x: Tensor, state: VARState) -> Tensor:
+    def normalise_features(self, x: Tensor, state: VARState) -> Tensor:
         """What the head takes, of what the last block gave: [B, n, dim] float32."""
         scale, shift = state.head_modulation
         return _norm(x.float()) * (1 + scale) + shift
@@ -315,7 +315,7 @@ class VAR(ARImageModel[VARState]):
         return [(modulation, None, layer) for modulation, layer in zip(state.modulations, layers)]
 
     def step_logits(self, state: VARState, x: Tensor) -> Tensor:
-        return self.transformer.to_logits(self.transformer.normed(x, state))
+        return self.transformer.to_logits(self.transformer.normalise_features(x, state))
 
     def to_uint8(self, images: Tensor) -> Tensor:
         return ((images + 1) * 0.5 * 255).to(torch.uint8)

@@ -16,10 +16,10 @@ from pathlib import Path
 from torch import Tensor
 
 from cca.cli.main import OnePart, play, run_command
-from cca.cli.output import Found, Output
+from cca.cli.output import Output, OutputStatus
 from cca.cli.parser import Parser
 from cca.cli.plan import add_dry_run_option
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from models.utils.errors import UserError
 from models.utils.files import size_text
 from models.zoo.checkpoint_formats import read_weights, save_published, save_safetensors, weights_files
@@ -38,7 +38,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> OnePart:
+def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> OnePart:
     """Read the weights, and plan how they are written. Raises UserError."""
     state, key = read_weights(args.input)
     size = size_text(sum(file.stat().st_size for file in weights_files(args.input)))

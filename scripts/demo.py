@@ -27,12 +27,12 @@ from PIL import Image
 
 import sample
 from cca.cli.main import OnePart, play, run_command
-from cca.cli.output import Found
+from cca.cli.output import OutputStatus
 from cca.cli.parser import Parser, add_model_options, count, number
 from cca.cli.plan import add_dry_run_option
 from cca.config import SampleRequest
 from cca.data.labels import class_names
-from cca.distributed import Processes, device_name
+from cca.distributed import Ranks, device_name
 from cca.sampling.grid import draw_grid, side_by_side
 from cca.sampling.sampler import Sampler, class_of, prepare
 from models import DTYPES, ZOO, ARImageModel, UserError, zoo_entry
@@ -123,7 +123,7 @@ class Demo:
         self.models = {}
         for weights, files in shown_files(args).items():
             self.models[weights] = model = files.build()
-            files.fill(model)
+            files.load_into(model)
             prepare(model, self.dtype, device)
         self.model = self.models["base"]
         # Of the fine-tuned weights, which come last.
@@ -337,9 +337,9 @@ def free_port(host: str, port: int) -> int:
         raise UserError(f"--host, --port: {host}:{port} cannot be served ({reason(error)})") from None
 
 
-def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> OnePart:
+def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> OnePart:
     """Find the weights, and plan what is loaded and served. Raises UserError."""
-    if ranks.world > 1:
+    if ranks.world_size > 1:
         raise UserError("WORLD_SIZE: the page is served by one process; start it without torchrun")
     base, *tuned = shown_files(args).values()
     model = base.build()

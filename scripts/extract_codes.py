@@ -26,21 +26,21 @@ import numpy as np
 import torch
 
 from cca.cli.main import play, run_command
-from cca.cli.output import Found, Output
+from cca.cli.output import Output, OutputStatus
 from cca.cli.parser import Parser, add_model_options, add_workers_option, count, number
-from cca.cli.parts import Parts, fill, write_npy
+from cca.cli.parts import Parts, make_missing_parts, write_npy
 from cca.cli.plan import add_dry_run_option
 from cca.data.datasets import DATA_HELP, LabelledDataset, open_labelled_images
 from cca.data.image_folders import add_orientation_option, check_orientation_option
 from cca.data.labels import add_classes_option, read_classes
 from cca.data.reading import read_items
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.training.encoding import to_tokens
 from cca.training.unreadable import NOTED, Unreadable
 from models.base import ARImageModel
 from models.transforms import TenCrops
 from models.utils.files import read_json, size_text, write_binary, write_json
-from models.utils.precision import DOES_NOT_FIT, memory_named
+from models.utils.precision import DOES_NOT_FIT, oom_as_user_error
 from models.zoo.checkpoint_formats import tensors_sha256
 from models.zoo.loading import ModelFiles, find_files
 from models.zoo.registry import ZOO
@@ -101,8 +101,8 @@ class Extraction:
     """Codes to be made, resolved from the options and from what was found at the output."""
 
     args: argparse.Namespace
-    ranks: Processes
-    found: Found
+    ranks: Ranks
+    found: OutputStatus
     files: ModelFiles
     model: ARImageModel
     source: LabelledDataset
@@ -113,7 +113,7 @@ class Extraction:
         self.parts = Parts(self.output.parts_folder, shape, np.dtype("<u2"), CHUNK)
         self.downloads = self.files.downloads(self.model)
 
-    def known(self) -> dict:
+    def identity(self) -> dict:
         return {
             "image_size": self.model.image_size,
             "vocab_size": self.model.vocab_size,
@@ -122,7 +122,7 @@ class Extraction:
             "crop_range": self.args.crop_range if self.source.crops > 1 else None,
             "classes": self.source.classes,
             "exif_orientation": self.source.exif_orientation,
-            **{key: value for key, value in self.files.known().items() if key == "tokenizer_sha256"},
+            **{key: value for key, value in self.files.provenance().items() if key == "tokenizer_sha256"},
         }
 
     def plan(self) -> dict[str, str]:
@@ -136,9 +136,9 @@ class Extraction:
         }
 
     def prepare(self) -> dict:
-        self.files = self.files.fill(self.model)
+        self.files = self.files.load_into(self.model)
         self.header = {
-            **self.known(),
+            **self.identity(),
             "tokenizer_tensors_sha256": tensors_sha256(self.model.tokenizer),
             "data_sha256": self.ranks.digest(self.source.fingerprint),
         }
@@ -147,7 +147,7 @@ class Extraction:
     def make(self, ranges: list[range]) -> Iterator[np.ndarray]:
         """Yield the codes [n, crops, L] of these ranges of images, in order."""
         args, device = self.args, self.ranks.device
-        with memory_named(f"--model: the tokenizer of {self.args.model} {DOES_NOT_FIT}"):
+        with oom_as_user_error(f"--model: the tokenizer of {self.args.model} {DOES_NOT_FIT}"):
             self.model.tokenizer.to(device)
             for pixels, replaced in read_crops(self.source, ranges, args.workers, args.batch_size):
                 if replaced:
@@ -159,12 +159,12 @@ class Extraction:
     def begin_notes(self) -> None:
         """Bring what is noted of unreadable images up to what is to be made again."""
         self.unreadable = Unreadable(self.source, self.ranks)
-        missing = self.ranks.look_once(lambda: [part.start for part in self.parts.missing()])
+        missing = self.ranks.broadcast_from_rank0(lambda: [part.start for part in self.parts.missing()])
         for name, index in self.unreadable.places.items():
             if index - index % self.parts.rows_per_part in missing:
                 self.unreadable.noted[name]["replaced"] = name in self.unreadable.counted
-        self.own = self.unreadable.noted.copy() if self.ranks.main else {}
-        self.ranks.agree(self.replace_notes, main=True)
+        self.own = self.unreadable.noted.copy() if self.ranks.is_main else {}
+        self.ranks.run_or_abort_all(self.replace_notes, on_rank0=True)
 
     def replace_notes(self) -> None:
         kept = self.output.parts_folder / NOTES.format(0)
@@ -187,12 +187,12 @@ class Extraction:
 
     def work(self) -> bool:
         self.begin_notes()
-        if self.ranks.main:
+        if self.ranks.is_main:
             for note in self.source.notes():
                 print(f"note: {note}", file=sys.stderr)
-        if not fill(self.ranks, self.parts, self.make, "encoding"):
+        if not make_missing_parts(self.ranks, self.parts, self.make, "encoding"):
             return False
-        if self.ranks.main:  # the others need not wait, which they could for half an hour
+        if self.ranks.is_main:  # the others need not wait, which they could for half an hour
             self.finish()
         return True
 
@@ -212,7 +212,7 @@ def read_notes(parts: Path) -> dict[str, dict]:
     return {name: seen for path in paths for name, seen in read_json(path).items()}
 
 
-def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Extraction:
+def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> Extraction:
     files = find_files(args.model, None, args.tokenizer_weights, args.image_size)
     model = files.build()
     transform, classes = TenCrops(model.image_size, args.crop_range), read_classes(args.classes_from)
@@ -221,10 +221,9 @@ def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Extract
     )
     job = Extraction(args, ranks, found, files, model, source)
     if source.source and found.content:
-        parts = job.output.parts_folder
-        noted = (
-            found.options.get(NOTED, {}) if found.is_finished else ranks.look_once(partial(read_notes, parts))
-        )
+        noted = found.options.get(NOTED, {})
+        if not found.is_finished:
+            noted = ranks.broadcast_from_rank0(partial(read_notes, job.output.parts_folder))
         source.source.resume(noted)
     return job
 

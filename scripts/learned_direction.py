@@ -24,12 +24,12 @@ from torch import Tensor
 
 from benchmarks.table import provenance
 from cca.cli.main import OnePart, play, run_command
-from cca.cli.output import Found, Output
+from cca.cli.output import Output, OutputStatus
 from cca.cli.parser import Parser, count
 from cca.cli.plan import add_dry_run_option
 from cca.cli.tables import markdown_table
 from cca.data.image_sets import NpzImages, to_uint8_tensor
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.training.encoding import to_tokens
 from models import ARImageModel, UserError, find_files, load_model
 from models.utils.files import atomic_write
@@ -101,7 +101,7 @@ def compare(run: Path, images: Tensor, labels: Tensor) -> Comparison:
     """Compare one run on uint8 images [N, 3, H, W] of classes [N]. Raises UserError."""
     options = options_of_run(run)
     name, weights = options["model"], options["weights"]
-    if find_files(name, weights).known()["weights_sha256"] != options["weights_sha256"]:
+    if find_files(name, weights).provenance()["weights_sha256"] != options["weights_sha256"]:
         raise UserError(f"RUN: {run}: the base that it was trained from, {weights}, is another now")
     trained, base = load_model(name, str(run)), load_model(name, weights)
     # Every other class in turn, so that no pair is a match by accident.
@@ -165,7 +165,7 @@ def draw(path: Path, found: dict[str, list[Comparison]]) -> None:
     save_figure(figure, path)
 
 
-def resolve(args: Namespace, ranks: Processes, found: Found) -> OnePart:
+def resolve(args: Namespace, ranks: Ranks, found: OutputStatus) -> OnePart:
     """Return what is to be done. Raises UserError for runs and images that cannot be compared."""
     for run in args.runs:
         options_of_run(run)

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from cca.cli.main import play, run_command
-from cca.cli.output import Found, Output, check_space
+from cca.cli.output import Output, OutputStatus, check_space
 from cca.cli.parser import Parser, count
 from cca.cli.plan import add_dry_run_option
 from cca.data.image_folders import add_orientation_option, check_orientation_option, is_image_folder
 from cca.data.image_sets import ImageSet, open_image_set
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.evaluation.evaluator import extract_batches
 from cca.evaluation.features import add_features_options, features_plan, make_extractor
 from cca.evaluation.metrics import RunningGaussian
@@ -34,13 +34,13 @@ from models.zoo.hub import Download
 STATISTICS_BYTES = sum(8 * (width**2 + width) for width in (2048, 2023))  # of Inception's features
 
 
-def total(running: RunningGaussian, processes: Processes) -> tuple[np.ndarray, np.ndarray]:
+def total(running: RunningGaussian, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
     """Mean [D] and covariance [D, D] of the features of all ranks."""
     fit, count = running.fit(), running.count
     # Sums about zero add up over ranks; float64 leaves 16 digits for features of order one.
     second = fit.sigma * (count - 1) + count * np.outer(fit.mu, fit.mu)
     count, first, second = (
-        processes.sum(torch.from_numpy(np.asarray(x, np.float64)).to(processes.device)).cpu().numpy()
+        ranks.all_reduce(torch.from_numpy(np.asarray(x, np.float64)).to(ranks.device)).cpu().numpy()
         for x in (count, count * fit.mu, second)
     )
     mean = first / count
@@ -75,13 +75,13 @@ class Reference:
     """A reference to be made, resolved from the options."""
 
     args: argparse.Namespace
-    ranks: Processes
-    found: Found
+    ranks: Ranks
+    found: OutputStatus
     images: ImageSet
     downloads: list[Download]
     parts: None = None  # its output has none
 
-    def known(self) -> dict:
+    def identity(self) -> dict:
         args = self.args
         kept = min(args.kept_images, len(self.images))
         return {
@@ -94,14 +94,14 @@ class Reference:
 
     def plan(self) -> dict[str, str]:
         args, images = self.args, self.images
-        size = self.known()["kept"] * math.prod(images.size) * 3
+        size = self.identity()["kept"] * math.prod(images.size) * 3
         if not self.found.is_finished:
             check_space(output_of(args), size + STATISTICS_BYTES, "images and statistics")
         return {
             "images": f"{args.images}, {len(images):,} images",
             "features": features_plan(args.features, args.inception_weights)[0],
             "device": f"{self.ranks.devices}, batch {args.batch_size}",
-            "writes": f"{args.output}, with {self.known()['kept']:,} of the images (~{size_text(size)})",
+            "writes": f"{args.output}, with {self.identity()['kept']:,} of the images (~{size_text(size)})",
         }
 
     def prepare(self) -> dict:
@@ -109,7 +109,7 @@ class Reference:
         self.extractor = make_extractor(args.features, args.inception_weights, self.ranks)
         features = {"features": self.extractor.name, "features_sha256": self.extractor.weights_sha256}
         found = self.ranks.digest(self.images.fingerprint)
-        self.content = {"options": {**self.known(), **features, "images_sha256": found}}
+        self.content = {"options": {**self.identity(), **features, "images_sha256": found}}
         return self.content
 
     def work(self) -> bool:
@@ -138,15 +138,15 @@ class Reference:
         return True
 
 
-def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Reference:
+def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> Reference:
     """Open the images. Raises UserError."""
     if args.image_size and not is_image_folder(args.images):
         raise UserError("--image-size: cuts images of a folder; those of an .npz are taken as they are")
     check_orientation_option(args, args.images)
     images = open_image_set(args.images, args.image_size, args.workers, upright=args.exif_orientation)
-    if len(images) < 2 * ranks.world:
+    if len(images) < 2 * ranks.world_size:
         raise UserError(
-            f"--images: {args.images} holds {len(images)} images; at least {2 * ranks.world} are needed"
+            f"--images: {args.images} holds {len(images)} images; at least {2 * ranks.world_size} are needed"
         )
     return Reference(args, ranks, found, images, features_plan(args.features, args.inception_weights)[1])
 

@@ -32,7 +32,7 @@ from cca.cli.parser import Parser, count
 from cca.config import TrainingConfig
 from cca.data.datasets import LabelledDataset
 from cca.data.image_sets import to_uint8_tensor
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.evaluation.features import MINI_WEIGHTS, FeatureNetwork
 from cca.progress import ProgressBar
 from cca.training.encoding import to_model_input
@@ -41,7 +41,7 @@ from cca.training.loop import train
 from cca.training.run_folder import RunFolder
 from cca.training.trainer import Trainer
 from models import ARImageModel, UserError, load_model
-from models.sampling import draw_tokens
+from models.sampling import sample_tokens
 from models.zoo.checkpoint_formats import is_constant, load_weights, save_safetensors
 from models.zoo.loading import build_model
 
@@ -277,7 +277,7 @@ def redraw_last_levels(model: ARImageModel, tokens: Tensor, labels: Tensor, leve
     tokens, sizes = tokens.clone(), model.step_sizes
     for step in range(len(sizes) - levels, len(sizes)):
         span = slice(sum(sizes[:step]), sum(sizes[: step + 1]))
-        tokens[:, span] = draw_tokens(
+        tokens[:, span] = sample_tokens(
             model.logits(labels, tokens)[:, span], torch.rand(len(tokens), sizes[step])
         )
     return tokens
@@ -331,14 +331,14 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
         final_lr=0.01, weight_decay=0.05, final_weight_decay=None, grad_clip=1.0, schedule_accumulation=1,
         max_steps=steps, ema=0.0, seed=seed, dtype="bfloat16",
     )  # fmt: skip
-    processes = Processes()
+    ranks = Ranks()
     output = Output.run(Path(f"runs/pretrain-{name}-{seed}"), model.checkpoint_name)
     options = {**config.options(), "model": name}
     output.check(output.look(), options)
     output.begin({"options": options})
-    folder = RunFolder(output.path, processes, options)
-    trainer = Trainer(model, config, config.batch_size, processes, compile=True)
-    loader = Loader(TokenArray(model, images, labels), config, processes, model.null_class)
+    folder = RunFolder(output.path, ranks, options)
+    trainer = Trainer(model, config, config.batch_size, ranks, compile=True)
+    loader = Loader(TokenArray(model, images, labels), config, ranks, model.null_class)
     if not train(trainer, loader, folder, save_every=500, log_every=20):  # a signal came first
         raise UserError("pretraining was stopped; the same command goes on from there")
     return model

@@ -19,19 +19,19 @@ from pathlib import Path
 import numpy as np
 
 from cca.cli.main import play, run_command
-from cca.cli.output import Found, Output
+from cca.cli.output import Output, OutputStatus
 from cca.cli.parser import Parser, add_model_options, add_workers_option, count
-from cca.cli.parts import Parts, fill, write_npz
+from cca.cli.parts import Parts, make_missing_parts, write_npz
 from cca.cli.plan import add_dry_run_option
 from cca.data.image_folders import add_orientation_option, check_orientation_option
 from cca.data.image_sets import ImageSet, open_image_set, to_uint8_tensor
-from cca.distributed import Processes
-from cca.sampling.sampler import decoded_at_once, to_pixels
-from cca.training.encoding import encoded_at_once, to_tokens
+from cca.distributed import Ranks
+from cca.sampling.sampler import decoding_batch_size, to_pixels
+from cca.training.encoding import encoding_batch_size, to_tokens
 from models.base import ARImageModel
 from models.utils.errors import UserError
 from models.utils.files import size_text
-from models.utils.precision import DOES_NOT_FIT, memory_named
+from models.utils.precision import DOES_NOT_FIT, oom_as_user_error
 from models.zoo.checkpoint_formats import tensors_sha256
 from models.zoo.loading import ModelFiles, find_files
 from models.zoo.registry import ZOO
@@ -63,8 +63,8 @@ class Reconstruction:
     """Reconstructed images to be made, resolved from the options and from what was found at the output."""
 
     args: argparse.Namespace
-    ranks: Processes
-    found: Found
+    ranks: Ranks
+    found: OutputStatus
     files: ModelFiles
     model: ARImageModel
     images: ImageSet
@@ -76,10 +76,10 @@ class Reconstruction:
         self.downloads = self.files.downloads(self.model)
         # Encoder and decoder work on batches of their own sizes: an image's pixels depend on it alone.
         device = self.ranks.device
-        full = math.lcm(encoded_at_once(self.model, device), decoded_at_once(self.model, device))
+        full = math.lcm(encoding_batch_size(self.model, device), decoding_batch_size(self.model, device))
         self.batch_size = math.ceil(self.args.batch_size / full) * full
 
-    def known(self) -> dict:
+    def identity(self) -> dict:
         return {
             "model": self.args.model,
             "image_size": self.model.image_size,
@@ -96,16 +96,16 @@ class Reconstruction:
         }
 
     def prepare(self) -> dict:
-        self.files.fill(self.model)
+        self.files.load_into(self.model)
         self.options = {
-            **self.known(),
+            **self.identity(),
             "images_sha256": self.ranks.digest(self.images.fingerprint),
             "tokenizer_tensors_sha256": tensors_sha256(self.model.tokenizer),
         }
         return {"options": self.options}
 
     def make(self, ranges: list[range]) -> Iterator[np.ndarray]:
-        with memory_named(f"--model: the tokenizer of {self.args.model} {DOES_NOT_FIT}"):
+        with oom_as_user_error(f"--model: the tokenizer of {self.args.model} {DOES_NOT_FIT}"):
             self.model.tokenizer.to(self.ranks.device)
             # As one range where they are one: a compressed file is read from its start for each.
             whole = range(ranges[0].start, ranges[-1].stop) if ranges else range(0)
@@ -115,9 +115,9 @@ class Reconstruction:
                     yield to_pixels(self.model, tokens, "float32")
 
     def work(self) -> bool:
-        if not fill(self.ranks, self.parts, self.make, "reconstructing"):
+        if not make_missing_parts(self.ranks, self.parts, self.make, "reconstructing"):
             return False
-        if self.ranks.main:  # the others need not wait, which they could for half an hour
+        if self.ranks.is_main:  # the others need not wait, which they could for half an hour
             self.finish()
         return True
 
@@ -141,7 +141,7 @@ class Reconstruction:
         print(f"{path}: {len(images):,} images, encoded and decoded")
 
 
-def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Reconstruction:
+def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> Reconstruction:
     files = find_files(args.model, None, args.tokenizer_weights, args.image_size)
     model = files.build()
     size = model.image_size

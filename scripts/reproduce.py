@@ -61,7 +61,7 @@ from cca.cli.output import Output
 from cca.cli.parser import Parser, command_line, count, number
 from cca.cli.plan import hidden_plans
 from cca.data.image_folders import is_image_folder
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.evaluation.references import find_reference
 from cca.losses import LOSSES
 from models import UserError, zoo_entry
@@ -127,9 +127,9 @@ def resolve(args: Namespace) -> dict[str, list[Row]]:
     args.models = args.models or list(experiment.mini if args.mini else experiment.models)
     for name in args.models:
         entry = zoo_entry(name)
-        if entry.bundled and not args.mini:
+        if entry.is_bundled and not args.mini:
             raise UserError(f"--models: {name} needs --mini")
-        if args.mini and not entry.bundled:
+        if args.mini and not entry.is_bundled:
             raise UserError(f"--models: {name} does not go with --mini")
     for loss, options in args.loss_options:
         if loss not in LOSSES:
@@ -179,10 +179,9 @@ def check_inputs(args: Namespace, trains: bool) -> None:
         elif needed and value is None:
             raise UserError(f"--{name}: is required, or --mini for the bundled data")
         elif needed and not (
-            Path(value).exists()
+            (name == "reference" and find_reference(value))
+            or Path(value).exists()
             or is_image_folder(Path(value))
-            or name == "reference"
-            and find_reference(value)
         ):
             raise UserError(f"--{name}: {value}: no such file or folder")
 
@@ -208,10 +207,10 @@ class Launcher:
 
     def __init__(self, args: Namespace):
         self.dry = args.dry_run
-        self.own = Processes() if args.mini else None
-        self.main = self.own is None or self.own.main  # prints, and writes reports
+        self.own = Ranks() if args.mini else None
+        self.main = self.own is None or self.own.is_main  # prints, and writes reports
         per_node = args.nproc or torch.cuda.device_count() or 1
-        self.processes = self.own.world if self.own else per_node * args.nnodes
+        self.processes = self.own.world_size if self.own else per_node * args.nnodes
         several = f"--nnodes {args.nnodes} --rdzv-backend c10d --rdzv-endpoint {args.rdzv_endpoint}"
         self.options = f"--nproc_per_node {per_node} {several if args.nnodes > 1 else '--standalone'}"
         self.is_on_several, self.started = args.nnodes > 1, 0

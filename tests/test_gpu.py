@@ -19,7 +19,7 @@ import train_llamagen_cca
 import train_var_cca
 from benchmarks.workloads import random_batch, random_model, recipe_config
 from cca.config import SampleRequest
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.sampling.batch_size import default_batch_size, row_bytes
 from cca.sampling.sampler import Sampler, prepare
 from cca.training.batch import Batch
@@ -139,7 +139,10 @@ def test_compiled_and_other_batch_sizes(name, dtype, what):
     others = tokens_of(name, options, dtype, batch=100)
     once, again = (tokens_of(name, options, dtype, batch=100, compiled=True) for _ in range(2))
     precision = differing(eager, exact)
-    shares = {"other batch size": differing(eager, others), "compiled": differing(others, once)}
+    shares = {
+        "other batch size": differing(eager, others),
+        "compiled": differing(others, once),
+    }
     shown = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
     print(f"{name}, {dtype}, {what}: precision {precision:.2%} of images, {shown}")
     assert torch.equal(once, again)
@@ -195,7 +198,7 @@ def batch_of(model: ARImageModel, images: int) -> Batch:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", MINI)
 def test_the_host_does_not_wait_in_a_micro_batch(name, dtype):
-    trainer = Trainer(load_model(name), recipe_config(name, 8, dtype, ema=0.9), 4, Processes())
+    trainer = Trainer(load_model(name), recipe_config(name, 8, dtype, ema=0.9), 4, Ranks())
     batch = batch_of(trainer.model, 8)
     trainer.optimizer_step(0, batch)
     with no_waits():
@@ -204,7 +207,7 @@ def test_the_host_does_not_wait_in_a_micro_batch(name, dtype):
     assert torch.isfinite(loss)
 
 
-def split(trainer: Trainer, processes: Processes) -> None:
+def split(trainer: Trainer, processes: Ranks) -> None:
     """What the trainer does with --parallel fsdp, which it leaves out where there is one process."""
     if not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
@@ -221,7 +224,7 @@ def test_compiled_and_sharded_training(name):
     found, config = {}, recipe_config(name, 8, "bfloat16", lr=1e-4, grad_clip=1.0)
     for compile, sharded in itertools.product((False, True), repeat=2):
         torch._dynamo.reset()
-        processes = Processes()
+        processes = Ranks()
         trainer = Trainer(load_model(name), config, 4, processes, compile=compile)
         if sharded:
             split(trainer, processes)
@@ -348,7 +351,7 @@ def test_the_batch_chosen_for_sampling_fits(name, compiled):
 def test_the_micro_batch_chosen_for_training_fits(name):
     model = random_model(name, GPU)
     config = recipe_config(name, 1024, ZOO[name].recipes["cca"].dtype, ema=0.9)
-    trainer = Trainer(model, config, 1, Processes())
+    trainer = Trainer(model, config, 1, Ranks())
     trainer.micro_batch_size = fitting_micro_batch(trainer, 1024)
     torch.cuda.reset_peak_memory_stats()
     trainer.optimizer_step(0, batch_of(model, 2 * trainer.micro_batch_size))

@@ -9,7 +9,7 @@ import torch
 from fake_gpu import GPU, Recorder, Writer, fake_gpu, fake_model
 
 from benchmarks.workloads import random_batch, recipe_config
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.sampling.cuda_graphs import ROUNDED_AS_EAGER, CompiledGenerate, compiled_decoding
 from cca.sampling.sampler import prepare
 from cca.training.trainer import Trainer
@@ -80,7 +80,7 @@ def test_sampling(case):
 def test_training(case):
     """The second of two optimizer steps on two micro-batches of two images, in a model of two blocks."""
     name, dtype, loss, checkpointing = case
-    processes, config = Processes(), recipe_config(name, 4, dtype, loss=loss, ema=0.99)
+    processes, config = Ranks(), recipe_config(name, 4, dtype, loss=loss, ema=0.99)
     processes.device = GPU
     with fake_gpu():
         model = fake_model(name, layers=2)

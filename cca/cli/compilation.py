@@ -4,14 +4,14 @@ import os
 import shutil
 import sys
 
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from models import UserError
 
 # What torch.compile calls: on a CPU Inductor's C++, on a GPU Triton's C.
 COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang", "cc")}
 
 
-def decide_compile(asked: bool | None, default: bool, ranks: Processes) -> bool:
+def decide_compile(asked: bool | None, default: bool, ranks: Ranks) -> bool:
     """Return whether to compile: as asked, else by default where this machine has a compiler.
 
     Raises UserError where it was asked for and there is none.
@@ -23,6 +23,6 @@ def decide_compile(asked: bool | None, default: bool, ranks: Processes) -> bool:
     missing = f"there is no compiler ({', '.join(names)}), which torch.compile needs"
     if asked:
         raise UserError(f"--compile: {missing}; install one, or take --no-compile")
-    if ranks.main:
+    if ranks.is_main:
         print(f"note: runs without --compile: {missing}", file=sys.stderr)
     return False

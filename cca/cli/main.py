@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from cca.cli.output import Found, Output, check_space, differing, options_of
+from cca.cli.output import Output, OutputStatus, check_space, differing_options, options_of
 from cca.cli.parts import Parts
 from cca.cli.plan import show_plan
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from models.utils.errors import UserError, one_line
 from models.zoo.hub import Download, require_space
 
@@ -34,13 +34,13 @@ class OnePart:
     rows: the plan. make: writes the file, on rank 0.
     """
 
-    ranks: Processes
+    ranks: Ranks
     rows: dict[str, str]
     make: Callable[[], None]
     downloads: Sequence[Download] = ()
     parts: Parts | None = None
 
-    def known(self) -> dict:
+    def identity(self) -> dict:
         return {}
 
     def plan(self) -> dict[str, str]:
@@ -50,12 +50,12 @@ class OnePart:
         return {}
 
     def work(self) -> bool:
-        self.ranks.agree(self.make, main=True)
+        self.ranks.run_or_abort_all(self.make, on_rank0=True)
         return True
 
 
 def play(
-    args: Namespace, output: Output | None, resolve: Callable[[Namespace, Processes, Found], Any]
+    args: Namespace, output: Output | None, resolve: Callable[[Namespace, Ranks, OutputStatus], Any]
 ) -> Any:
     """Run a command.
 
@@ -75,30 +75,30 @@ def play(
     Raises:
         UserError: on the rank that refused; the others end.
     """
-    ranks = Processes()
-    found = Found(*ranks.look_once(output.look)) if output else Found()
+    ranks = Ranks()
+    found = OutputStatus(*ranks.broadcast_from_rank0(output.look)) if output else OutputStatus()
     job = resolve(args, ranks, found)
-    ranks.agree(partial(show, output, found, job), main=True)
+    ranks.run_or_abort_all(partial(show, output, found, job), on_rank0=True)
     if args.dry_run:
         return None
-    ranks.agree(partial(require_space, job.downloads))  # all look before the first one downloads
+    ranks.run_or_abort_all(partial(require_space, job.downloads))  # all look before the first one downloads
     content = job.prepare()
     refuse_other_options(ranks, options_of(content))
     if output is None:
         return job if job.work() else None
     with ExitStack() as stack:
-        lock, is_finished = ranks.look_once(partial(claim, output, content, stack))
+        lock, is_finished = ranks.broadcast_from_rank0(partial(claim, output, content, stack))
         # Rank 0 does not look: its lock would end when it closes the file.
-        ranks.agree(partial(output.check_seen, lock) if not ranks.main else lambda: None)
-        if is_finished and ranks.main:
+        ranks.run_or_abort_all(partial(output.check_seen, lock) if not ranks.is_main else lambda: None)
+        if is_finished and ranks.is_main:
             print(f"{output.path} is finished already, with these options; {output.advice}")
         return job if is_finished or make(ranks, output, content, job) else None
 
 
-def show(output: Output | None, found: Found, job: Any) -> None:
+def show(output: Output | None, found: OutputStatus, job: Any) -> None:
     """Print what the job does. Raises UserError where it cannot be done, or the output is of another run."""
     if output:
-        output.check(found, job.known())
+        output.check(found, job.identity())
     rows = job.plan()
     if output and found.is_finished:
         rows["finished"] = f"{output.path} is there already, with these options"
@@ -115,7 +115,7 @@ def claim(output: Output, content: Mapping, stack: ExitStack) -> tuple[str, bool
 
     Raises UserError where another run holds it, or it is of another run.
     """
-    lock = stack.enter_context(output.locked())
+    lock = stack.enter_context(output.lock())
     found = output.look()
     output.check(found, options_of(content))
     if found.is_finished:
@@ -123,30 +123,30 @@ def claim(output: Output, content: Mapping, stack: ExitStack) -> tuple[str, bool
     return lock, found.is_finished
 
 
-def make(ranks: Processes, output: Output, content: Mapping, job: Any) -> bool:
+def make(ranks: Ranks, output: Output, content: Mapping, job: Any) -> bool:
     """Do the work on an output that is locked; ``content``: of its marker."""
     try:
-        ranks.agree(partial(output.begin, content), main=True)
+        ranks.run_or_abort_all(partial(output.begin, content), on_rank0=True)
         return job.work()
     finally:
-        if ranks.main:
+        if ranks.is_main:
             output.leave()
 
 
-def refuse_other_options(ranks: Processes, options: Mapping) -> None:
+def refuse_other_options(ranks: Ranks, options: Mapping) -> None:
     """Raise UserError unless all ranks work with the options, hashes and so on (JSON) of rank 0."""
-    if ranks.world == 1:
+    if ranks.world_size == 1:
         return
-    of_rank_0 = ranks.look_once(partial(dict, options))
+    of_rank_0 = ranks.broadcast_from_rank0(partial(dict, options))
 
     def compare() -> None:
-        if changed := differing(options, of_rank_0):
+        if changed := differing_options(options, of_rank_0):
             raise UserError(
                 f"process {ranks.rank} on {socket.gethostname()}: has {changed[0]} of process 0; "
                 "all nodes need the same options and files"
             )
 
-    ranks.agree(compare)
+    ranks.run_or_abort_all(compare)
 
 
 def run_command(main: Callable[[], None]) -> None:

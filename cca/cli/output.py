@@ -38,7 +38,7 @@ HELD = (errno.EACCES, errno.EAGAIN)
 SEEN_SECONDS = 90
 
 
-class Found(NamedTuple):
+class OutputStatus(NamedTuple):
     """What lies at an output: the content of its marker or description, and whether it is finished."""
 
     content: dict | None = None
@@ -162,7 +162,7 @@ class Output:
         """Return the error of an output that cannot be written."""
         return UserError(f"{self.option}: {self.path} cannot be written ({why})")
 
-    def look(self) -> Found:
+    def look(self) -> OutputStatus:
         """Return what lies there. Writes nothing.
 
         An output of which nothing is made yet may be begun anew, with other options: it counts as absent.
@@ -184,8 +184,8 @@ class Output:
                     "take another name, or remove it"
                 )
         if self.last and self.last.exists():
-            return Found(described, True)
-        return Found(begun if self.has_parts() else None, False)
+            return OutputStatus(described, True)
+        return OutputStatus(begun if self.has_parts() else None, False)
 
     def has_parts(self) -> bool:
         """Return whether something is made that a run with the same options can resume."""
@@ -206,9 +206,9 @@ class Output:
             )
         return content
 
-    def check(self, found: Found, options: Mapping) -> None:
+    def check(self, found: OutputStatus, options: Mapping) -> None:
         """Raise UserError where the output is of a run with other options than these."""
-        changed = differing(found.options, options)
+        changed = differing_options(found.options, options)
         if changed:
             what, remedy = self.noun, "take another name, or remove it"
             if not found.is_finished:
@@ -267,7 +267,7 @@ class Output:
         return real / ".lock" if self.is_folder else real.with_name(f".{real.name}.lock")
 
     @contextmanager
-    def locked(self) -> Iterator[str]:
+    def lock(self) -> Iterator[str]:
         """Hold the output against other runs, with a lock that ends with this process.
 
         Missing folders are made, and removed again where nothing was written to them. Yields what the lock
@@ -370,7 +370,7 @@ def check_space(output: Output, needed: int, what: str) -> None:
         )
 
 
-def differing(before: Mapping, now: Mapping) -> list[str]:
+def differing_options(before: Mapping, now: Mapping) -> list[str]:
     """Return the options that differ, each as "NAME BEFORE instead of NOW"; one side may know fewer."""
     before, now = json.loads(json.dumps([before, now]))  # as they read back: tuples become lists
     both = [name for name in now if name in before and name not in NOT_COMPARED]

@@ -11,7 +11,7 @@ from typing import IO
 
 import numpy as np
 
-from cca.distributed import Processes, StopRequest
+from cca.distributed import Ranks, StopRequest
 from cca.progress import ProgressBar
 from models.utils.errors import UserError
 from models.utils.files import atomic_write, read_array, write_binary
@@ -105,29 +105,33 @@ def store(parts: Parts, own: list[range], pieces: Iterator[np.ndarray]) -> Gener
             being_written.result()
 
 
-def fill(ranks: Processes, parts: Parts, make: MakeRows, description: str, begun_with: str = "") -> bool:
+def make_missing_parts(
+    ranks: Ranks, parts: Parts, make: MakeRows, description: str, first_text: str = ""
+) -> bool:
     """Make the parts that are missing, dealt out over the ranks.
 
     Args:
         make: makes the rows of some ranges.
         description: of the progress bar.
-        begun_with: what the bar says until the first rows are there.
+        first_text: what the bar says until the first rows are there.
 
     Returns:
         False where a signal came first: all ranks stop, and the same command resumes. An error of one
         rank ends all of them.
     """
     # Rank 0 looks, before any rank writes: on other nodes, a file that is there may not be seen yet.
-    missing = ranks.look_once(lambda: [part.start for part in parts.missing()])
+    missing = ranks.broadcast_from_rank0(lambda: [part.start for part in parts.missing()])
     own = [parts.part(start) for start in missing[ranks.share(len(missing))]]
     steps, is_done = store(parts, own, make(own)), False
     with (
         closing(steps),  # waits for the part that is being written
         StopRequest() as stop,
-        ProgressBar(total=sum(map(len, own)), desc=description, unit="image", disable=not ranks.main) as bar,
+        ProgressBar(
+            total=sum(map(len, own)), desc=description, unit="image", disable=not ranks.is_main
+        ) as bar,
     ):
-        if begun_with:
-            bar.set_postfix_str(begun_with)
+        if first_text:
+            bar.set_postfix_str(first_text)
 
         def advance() -> None:
             nonlocal is_done
@@ -138,11 +142,11 @@ def fill(ranks: Processes, parts: Parts, make: MakeRows, description: str, begun
                 bar.update(rows)
 
         # Signals reach the ranks at different moments, and one may have a part more than another.
-        while ranks.any(not is_done) and not ranks.any(stop.asked):
-            ranks.agree(advance)
-        stopped = ranks.any(stop.asked)
+        while ranks.any_rank(not is_done) and not ranks.any_rank(stop.asked):
+            ranks.run_or_abort_all(advance)
+        stopped = ranks.any_rank(stop.asked)
     ranks.barrier()
-    if stopped and ranks.main:
+    if stopped and ranks.is_main:
         print(
             f"stopped; {parts.rows_stored()} of {parts.shape[0]} images are stored, "
             "the same command goes on from there"

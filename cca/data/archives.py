@@ -27,7 +27,7 @@ from huggingface_hub.utils import WeakFileLock
 
 from cca.progress import ProgressBar
 from models import UserError
-from models.utils.files import cache_folder, reason, regular, write_binary
+from models.utils.files import cache_folder, reason, require_regular_file, write_binary
 
 SUFFIXES = (".zip", ".tar")
 UNSUPPORTED = {
@@ -56,7 +56,7 @@ class Archive:
     def __init__(self, path: Path):
         self.root, self.prefix = path, ""
         try:
-            self._descriptor = os.open(regular(path), os.O_RDONLY)  # open until the process ends
+            self._descriptor = os.open(require_regular_file(path), os.O_RDONLY)  # open until the process ends
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({reason(error)})") from None
         with os.fdopen(os.dup(self._descriptor), "rb") as file:

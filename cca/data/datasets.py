@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cca.data.archives import Archive
-from cca.data.image_folders import FileList, Folder, find_images, one_spelling, open_image_folder
+from cca.data.image_folders import FileList, Folder, find_images, normalised_name, open_image_folder
 from cca.data.image_sets import NpzImages, to_uint8_tensor
 from cca.data.labels import (
     LISTED,
@@ -152,9 +152,9 @@ class FolderImages(LabelledDataset):
             problem = f"its {len(found):,} images lie in no class folders, so that their classes are unknown"
             raise UserError(f"--data: {folder.root}: {problem if found else 'holds no images'}; {LAYOUTS}")
         self.root, self.outside = inner.root, len(found) - len(used)
-        if missing := [file for file in used if listed and one_spelling(file) not in listed]:
+        if missing := [file for file in used if listed and normalised_name(file) not in listed]:
             raise UserError(f"--data: {folder.root / LISTED} gives no class of {missing[0]}")
-        used.sort(key=lambda file: (listed.get(one_spelling(file), 0), place(file)))
+        used.sort(key=lambda file: (listed.get(normalised_name(file), 0), place(file)))
         self.source, self.exif_orientation = FileList(inner, used, upright), upright
         if listed:
             labels = np.array([listed[key] for key in self.source.keys])
@@ -197,7 +197,7 @@ class FolderImages(LabelledDataset):
 
 def place(file: str) -> tuple[str, ...]:
     """What images are sorted by: class, folder, name. An image keeps its index from version to version."""
-    name = one_spelling(file)
+    name = normalised_name(file)
     return (name.split("/")[0], *name.rsplit("/", 1), file)
 
 

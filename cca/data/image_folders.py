@@ -42,7 +42,7 @@ def check_orientation_option(args: argparse.Namespace, *paths: Path) -> None:
         )
 
 
-def one_spelling(name: str) -> str:
+def normalised_name(name: str) -> str:
     """The name with composed characters (NFC): file systems and archives differ in what they keep."""
     return unicodedata.normalize("NFC", name)
 
@@ -181,7 +181,7 @@ class FileList:
     def __init__(self, folder: Folder | Archive, names: Sequence[str], upright: bool = False):
         self.folder, self.names, self.upright = folder, names, upright
         self.root = folder.root
-        self.keys = list(map(one_spelling, names))  # by which files are known elsewhere
+        self.keys = list(map(normalised_name, names))  # by which files are known elsewhere
         self.noted: dict[str, dict] = {}  # see ``resume``
         self.sizes = array("q")  # of all files, as the fingerprint saw them
         self.starts: dict[int, str] = {}  # hashes of those that it opened

@@ -23,7 +23,7 @@ from cca.data.image_folders import (
     FileList,
     Folder,
     find_images,
-    one_spelling,
+    normalised_name,
     open_image_folder,
 )
 from cca.data.labels import class_folder, number_classes, numbering_notes, whole_numbers
@@ -241,7 +241,7 @@ class FolderOfImages(Dataset):
         self.path = path = folder.root
         self.side, self.workers = side, workers
         files, self.left_out = find_images(folder)
-        in_order = sorted(files, key=lambda file: (one_spelling(file).split("/"), file))
+        in_order = sorted(files, key=lambda file: (normalised_name(file).split("/"), file))
         self.source = FileList(folder, in_order, upright)
         if not files:
             left_out = f"; {self.left_out}" if self.left_out else ""
@@ -279,7 +279,7 @@ class FolderOfImages(Dataset):
         digest.update(b"upright" * self.source.upright)
         for index, name in enumerate(self.source.names):
             with reading(Path(self.source.path(index)), "cannot be read"), self.source.open(index) as file:
-                digest.update(os.fsencode(one_spelling(Path(name).name)) + file.read())
+                digest.update(os.fsencode(normalised_name(Path(name).name)) + file.read())
         return digest.hexdigest()
 
     def fingerprint(self) -> str:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from cca.data.archives import Archive
-from cca.data.image_folders import Folder, one_spelling
+from cca.data.image_folders import Folder, normalised_name
 from models import UserError
 from models.utils.errors import printable
-from models.utils.files import parse_json, reason, regular
+from models.utils.files import parse_json, reason, require_regular_file
 from models.zoo.hub import ASSETS
 from models.zoo.registry import class_name
 
@@ -41,7 +41,7 @@ def read_classes(path: Path | None) -> dict[str, int] | None:
         return None
 
     try:
-        pairs = parse_json(regular(path).read_text(encoding="utf-8"), object_pairs_hook=tuple)
+        pairs = parse_json(require_regular_file(path).read_text(encoding="utf-8"), object_pairs_hook=tuple)
     except FileNotFoundError:
         raise UserError(f"--classes-from: {path}: no such file") from None
     except (OSError, ValueError):
@@ -50,7 +50,7 @@ def read_classes(path: Path | None) -> dict[str, int] | None:
         raise UserError(
             f'--classes-from: {path} is not an object of folder and class, such as {{"cat": 281}}'
         )
-    classes = [(one_spelling(name), label) for name, label in pairs]
+    classes = [(normalised_name(name), label) for name, label in pairs]
     name, times = Counter(name for name, _ in classes).most_common(1)[0]
     if times > 1:
         raise UserError(f"--classes-from: {path} names {name!r} twice")
@@ -74,7 +74,7 @@ def read_listed_classes(folder: Folder | Archive) -> dict[str, int]:
     if not isinstance(content, dict) or "labels" not in content:
         return {}  # of another program
     try:
-        listed = {one_spelling(name): label for name, label in content["labels"] or ()}
+        listed = {normalised_name(name): label for name, label in content["labels"] or ()}
     except (TypeError, ValueError):
         listed = {}
     if not listed or not all(type(label) is int for label in listed.values()):
@@ -90,7 +90,7 @@ def wordnet_classes(num_classes: int | None) -> dict[str, int]:
 
 def class_folder(file: str) -> str:
     """The class folder that an image's path below its root begins with, in one spelling."""
-    return one_spelling(file.split("/")[0])
+    return normalised_name(file.split("/")[0])
 
 
 def number_classes(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cca.distributed import Processes, children_ignore_signals
+from cca.distributed import Ranks, children_ignore_signals
 from models import UserError
 
 
@@ -19,7 +19,7 @@ def read_items(
     keys: Sequence,
     workers: int,
     batch_size: int | None = None,
-    ranks: Processes | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[Any]:
     """Yield ``data[key]`` of each key in order, read ahead by data-loading workers.
 
@@ -44,7 +44,7 @@ def read_items(
     items, item = from_workers(loader), list[Any]()
     for _ in range(len(loader)):
         if ranks:
-            ranks.agree(lambda: item.append(next(items)))
+            ranks.run_or_abort_all(lambda: item.append(next(items)))
         else:
             item.append(next(items))
         yield item.pop()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cca.cli.output import Output
 from cca.data.image_sets import ImageSet, to_uint8_tensor
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.evaluation.features import Extractor, Features
 from cca.evaluation.metrics import (
     Gaussian,
@@ -33,7 +33,7 @@ from cca.evaluation.metrics import (
 from cca.progress import ProgressBar
 from models import UserError
 from models.utils.files import cache_folder, write_binary
-from models.utils.precision import ELSEWHERE, memory_named
+from models.utils.precision import ELSEWHERE, oom_as_user_error
 
 CACHED_IMAGES = 50_000  # features of larger references are not kept
 # Changes when a file gives other pixels or features than before: 2 scales 16-bit grey, 3 is without TF32.
@@ -49,29 +49,29 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def extract_batches(
-    images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes
+    images: ImageSet, extractor: Extractor, batch_size: int, ranks: Ranks
 ) -> Iterator[tuple[np.ndarray, Features]]:
     """Yield this rank's share of the images, a batch at a time, with their features."""
-    share = processes.share(len(images))
+    share = ranks.share(len(images))
     with ProgressBar(
         total=share.stop - share.start,
         desc=f"features of {images.path.name}",
         unit="image",
         leave=False,
-        disable=not processes.main,
+        disable=not ranks.is_main,
     ) as bar:
         for batch in images.batches(share, batch_size):
             yield batch, extractor(to_uint8_tensor(batch))
             bar.update(len(batch))
 
 
-def extract(images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes) -> Features | None:
+def extract(images: ImageSet, extractor: Extractor, batch_size: int, ranks: Ranks) -> Features | None:
     """Features of a whole set, shared out over the ranks; on rank 0 (None elsewhere). Raises UserError."""
-    parts = [features for _, features in extract_batches(images, extractor, batch_size, processes)]
+    parts = [features for _, features in extract_batches(images, extractor, batch_size, ranks)]
     whole: list[Any] = [
-        None if values[0] is None else processes.gather(torch.cat(values)) for values in zip(*parts)
+        None if values[0] is None else ranks.gather(torch.cat(values)) for values in zip(*parts)
     ]
-    return Features(*whole) if processes.main else None
+    return Features(*whole) if ranks.is_main else None
 
 
 class Reference(NamedTuple):
@@ -100,21 +100,21 @@ def read_cache(path: Path) -> dict[str, Any]:
 def write_cache(path: Path, arrays: dict[str, Any]) -> None:
     """Keep features; where that fails a warning says so, since the evaluation can do without."""
     try:
-        with Output(path, option="cache").locked():
+        with Output(path, option="cache").lock():
             write_binary(path, lambda file: np.savez(file, **arrays))
     except UserError as error:
         print(f"warning: the reference's features are not kept: {error}", file=sys.stderr)
 
 
 def reference_features(
-    images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes
+    images: ImageSet, extractor: Extractor, batch_size: int, ranks: Ranks
 ) -> dict[str, Any]:
     """Pooled and spatial features of the reference's images, from the cache if they were taken before."""
     is_kept = len(images) <= CACHED_IMAGES
     arrays = read_cache(cache_path(images, extractor)) if is_kept else {}
-    if not processes.any(not arrays):  # all extract, or none: nodes may not share the cache
+    if not ranks.any_rank(not arrays):  # all extract, or none: nodes may not share the cache
         return arrays
-    found = extract(images, extractor, batch_size, processes)
+    found = extract(images, extractor, batch_size, ranks)
     if found is None:
         return {}
     kept = {"pooled": found.pooled, "spatial": found.spatial}
@@ -124,9 +124,7 @@ def reference_features(
     return arrays
 
 
-def load_reference(
-    images: ImageSet, extractor: Extractor, batch_size: int, processes: Processes
-) -> Reference:
+def load_reference(images: ImageSet, extractor: Extractor, batch_size: int, ranks: Ranks) -> Reference:
     """Statistics of the file where it has them, else of its images.
 
     Raises UserError for statistics of other features.
@@ -139,7 +137,7 @@ def load_reference(
                 f"{images.path}: {name} has {len(statistics[name])} dimensions, "
                 f"--features {extractor.name} gives {found.shape[1]}"
             )
-    arrays = reference_features(images, extractor, batch_size, processes) if len(images) else {}
+    arrays = reference_features(images, extractor, batch_size, ranks) if len(images) else {}
 
     def gaussian(mu: str, sigma: str, features: str) -> Gaussian | None:
         if mu in statistics and sigma in statistics:
@@ -233,7 +231,7 @@ def evaluate(
     for name in asked or METRICS:
         with (
             timed(seconds, name),
-            memory_named(f"--metrics: {name} does not fit in the GPU's memory; leave it out, or {ELSEWHERE}"),
+            oom_as_user_error(f"--metrics: {name} does not fit in GPU memory; leave it out, or {ELSEWHERE}"),
         ):
             value = METRICS[name].measure(compared)
         if value is not None and not math.isfinite(value):

@@ -17,9 +17,9 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 
 from cca.cli.parser import add_workers_option, count
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from models import UserError
-from models.utils.precision import ELSEWHERE, EXTRACTED_IMAGES, exact_products, memory_named
+from models.utils.precision import ELSEWHERE, EXTRACTED_IMAGES, exact_matmuls, oom_as_user_error
 from models.zoo.checkpoint_formats import not_finite, read_state_dict, tensors_sha256
 from models.zoo.hub import ASSETS, Download
 
@@ -109,7 +109,7 @@ class Extractor:
         self.logits_layer = kind.get_default_feature_layer_for_metric("isc")
         layers = dict.fromkeys((self.layer, self.logits_layer))  # of some networks they are one
         self.module = build_network(self.name, list(layers), weights)
-        with memory_named(f"--features: {self.name} does not fit in the GPU's memory; {ELSEWHERE}"):
+        with oom_as_user_error(f"--features: {self.name} does not fit in GPU memory; {ELSEWHERE}"):
             self.module.to(device)
         self.is_inception = self.name == INCEPTION
         if self.is_inception:
@@ -125,11 +125,11 @@ class Extractor:
         Raises UserError where the memory does not suffice.
         """
         with (
-            memory_named(
+            oom_as_user_error(
                 f"--batch-size: {len(images)} images at once do not fit in the GPU's memory; "
                 f"take fewer, or {ELSEWHERE}"
             ),
-            exact_products(),
+            exact_matmuls(),
         ):
             found = self.module.convert_features_tuple_to_dict(self.module(images.to(self.device)))
         return Features(
@@ -199,7 +199,7 @@ def add_features_options(parser: argparse.ArgumentParser) -> None:
     add_workers_option(parser)
 
 
-def make_extractor(features: str, inception_weights: Path | None, ranks: Processes) -> Extractor:
+def make_extractor(features: str, inception_weights: Path | None, ranks: Ranks) -> Extractor:
     """Return an extractor on this rank's device; see ``Extractor``.
 
     On each node one rank builds it first, and downloads what it needs; then the others do. Raises UserError.
@@ -207,11 +207,11 @@ def make_extractor(features: str, inception_weights: Path | None, ranks: Process
     built: list[Extractor] = []
 
     def build(is_first: bool) -> None:
-        if (ranks.local == 0) == is_first:
+        if (ranks.local_rank == 0) == is_first:
             built.append(Extractor(features, inception_weights, ranks.device))
 
-    ranks.agree(partial(build, True))
-    ranks.agree(partial(build, False))
+    ranks.run_or_abort_all(partial(build, True))
+    ranks.run_or_abort_all(partial(build, False))
     return built[0]
 
 

@@ -6,7 +6,7 @@ from cca.config import SampleRequest
 from models import DTYPES, ARImageModel
 from models.sampling import guided_steps
 from models.utils.precision import free_memory
-from models.zoo.loading import numbers
+from models.zoo.loading import count_parameters
 
 CPU_BATCH = 64
 LARGEST_BATCH = 256  # on a GPU; above it nothing gets faster
@@ -22,7 +22,7 @@ def row_bytes(model: ARImageModel, request: SampleRequest) -> int:
     """Memory that one image takes while its tokens are drawn (bytes): what is cached, and a step's logits."""
     rows = 2 if guided_steps(request.sampling, len(model.step_sizes)) else 1
     logits = max(model.step_sizes) * model.vocab_size * LOGIT_BYTES
-    return rows * (model.cached_numbers * DTYPES[request.dtype].itemsize + logits)
+    return rows * (model.cached_elements * DTYPES[request.dtype].itemsize + logits)
 
 
 def default_batch_size(model: ARImageModel, request: SampleRequest, device: torch.device) -> int:
@@ -32,13 +32,14 @@ def default_batch_size(model: ARImageModel, request: SampleRequest, device: torc
     free = free_memory(device)
     if free is None:
         return CPU_BATCH
-    weights = numbers(model.transformer) * DTYPES[request.dtype].itemsize + 4 * numbers(model.tokenizer)
+    weights = count_parameters(model.transformer) * DTYPES[request.dtype].itemsize
+    weights += 4 * count_parameters(model.tokenizer)
     fitting = int(max(free - weights, 0) * MEMORY_SHARE) // row_bytes(model, request)
     return min(LARGEST_BATCH, 1 << max(fitting.bit_length() - 1, 0))
 
 
 def compiles_by_default(
-    model: ARImageModel, request: SampleRequest, device: torch.device, processes: int
+    model: ARImageModel, request: SampleRequest, device: torch.device, world_size: int
 ) -> bool:
     """On a GPU, for the images of the whole run that fall to a process, each of which compiles for itself."""
-    return device.type == "cuda" and request.num_samples >= processes * COMPILED_FROM[model.steps_alike]
+    return device.type == "cuda" and request.num_samples >= world_size * COMPILED_FROM[model.steps_alike]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models import ARImageModel, SamplingOptions, autocast
-from models.kv_cache import reads_a_part
+from models.kv_cache import attends_to_part
 from models.sampling import (
     NOT_FINITE,
     attention_kernels,
@@ -169,7 +169,7 @@ class CompiledGenerate:
         device, steps = self.labels.device, len(self.model.step_sizes)
         with autocast(device, self.dtype):
             like = self.uniforms.new_empty(0, dtype=autocast_dtype(device, torch.float32))
-        parts = 1 if reads_a_part(like) else LENGTHS[device.type]
+        parts = 1 if attends_to_part(like) else LENGTHS[device.type]
         return {steps * (i + 1) // parts for i in range(parts)}
 
     def _capture(self) -> list[Callable[[], None]]:

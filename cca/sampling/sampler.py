@@ -22,7 +22,7 @@ from models.utils.precision import (
     TOO_MANY_IMAGES,
     allow_tf32,
     full_parts,
-    memory_named,
+    oom_as_user_error,
 )
 
 
@@ -62,7 +62,7 @@ def prepare(model: ARImageModel, dtype: str, device: torch.device, compile: bool
 
     Raises UserError where the GPU's memory does not suffice.
     """
-    with memory_named(f"--model: the model {DOES_NOT_FIT}"):
+    with oom_as_user_error(f"--model: the model {DOES_NOT_FIT}"):
         model.transformer.store_matrices(DTYPES[dtype])
         model.to(device)
         if device.type != "cuda":
@@ -78,7 +78,7 @@ def prepare(model: ARImageModel, dtype: str, device: torch.device, compile: bool
                 child.compile(dynamic=False, options=ROUNDED_AS_EAGER)
 
 
-def decoded_at_once(model: ARImageModel, device: torch.device) -> int:
+def decoding_batch_size(model: ARImageModel, device: torch.device) -> int:
     """Return the number of images in every batch of the tokenizer's decoder."""
     return max(1, min(64, DECODED_PIXELS[device.type] // model.image_size**2))
 
@@ -91,7 +91,7 @@ def to_pixels(model: ARImageModel, tokens: Tensor, dtype: str, size: int | None 
     """
     side = size or model.image_size
     images, done = torch.empty(len(tokens), side, side, 3, dtype=torch.uint8), 0
-    for part, count in full_parts(tokens, decoded_at_once(model, tokens.device)):
+    for part, count in full_parts(tokens, decoding_batch_size(model, tokens.device)):
         with autocast(tokens.device, dtype):
             decoded = model.decode(part, size)
         images[done : done + count] = model.to_uint8(decoded[:count]).permute(0, 2, 3, 1)
@@ -123,7 +123,7 @@ class Sampler:
         self.decoder_dtype = request.dtype if model.decodes_in_half_precision else "float32"
         self.generate = eager_generate(model, request)
         if compile:
-            with memory_named(self.batch_too_large):
+            with oom_as_user_error(self.batch_too_large):
                 self.generate = CompiledGenerate(model, request.sampling, request.dtype, batch_size, device)
 
     def tokens(self, indices: Sequence[int]) -> Tensor:
@@ -134,13 +134,13 @@ class Sampler:
         request = self.request
         labels = torch.tensor([class_of(i, request) for i in indices], device=self.device)
         noise = uniform_numbers(request.seed, TOKENS, indices, self.sequence_length)
-        with memory_named(self.batch_too_large):
+        with oom_as_user_error(self.batch_too_large):
             tokens = self.generate(labels, torch.from_numpy(noise).to(self.device))
             return require_finite(tokens, DTYPES[request.dtype])
 
     def decode(self, tokens: Tensor) -> np.ndarray:
         """Decode tokens [n, L] to uint8 images [n, H, W, 3]. Raises UserError as above."""
-        with memory_named(self.decoder_too_large):
+        with oom_as_user_error(self.decoder_too_large):
             return to_pixels(self.model, tokens, self.decoder_dtype, self.request.eval_size)
 
     def samples(self, ranges: Iterable[range]) -> Iterator[Samples]:
@@ -150,7 +150,7 @@ class Sampler:
         its range ends: only then is a batch of the decoder filled up.
         """
         ranges = list(ranges)
-        indices, at_once = chain.from_iterable(ranges), decoded_at_once(self.model, self.device)
+        indices, at_once = chain.from_iterable(ranges), decoding_batch_size(self.model, self.device)
         tokens = torch.empty(0, self.sequence_length, dtype=torch.int64, device=self.device)
         for part in ranges:
             while part:

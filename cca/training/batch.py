@@ -51,7 +51,7 @@ class Batch:
 Sums = dict[str, tuple[Tensor, int]]
 
 
-def summed(values: dict[str, Tensor], scale: float = 1.0) -> Sums:
+def sum_values(values: dict[str, Tensor], scale: float = 1.0) -> Sums:
     """By name the sum of a tensor [n], times ``scale``, and n, so that parts of a batch add up.
 
     The sum is float64 [] on the tensor's device, which nothing waits for, and without a gradient.
@@ -72,8 +72,8 @@ def diagnostics(
     """
     (logp, negative_logp), (reward, negative_reward) = logps, rewards
     return {
-        **summed({"rewards/chosen": reward, "rewards/rejected": negative_reward}, scale),
-        **summed({"rewards/margins": reward - negative_reward, "rewards/null": reward[null_rows]}, scale),
-        **summed({"rewards/accuracies": reward > negative_reward}),
-        **summed({"logps/chosen": logp, "logps/rejected": negative_logp}),
+        **sum_values({"rewards/chosen": reward, "rewards/rejected": negative_reward}, scale),
+        **sum_values({"rewards/margins": reward - negative_reward, "rewards/null": reward[null_rows]}, scale),
+        **sum_values({"rewards/accuracies": reward > negative_reward}),
+        **sum_values({"logps/chosen": logp, "logps/rejected": negative_logp}),
     }

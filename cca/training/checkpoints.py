@@ -5,31 +5,31 @@ from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from models.utils.files import file_sha256, write_json
-from models.zoo.run_checkpoints import Planner, Reader, careful
+from models.zoo.run_checkpoints import Planner, Reader, checkpoint_errors
 from models.zoo.run_folders import check_checkpoint
 
 
-def write_checkpoint(state: dict, folder: Path, processes: Processes) -> None:
+def write_checkpoint(state: dict, folder: Path, ranks: Ranks) -> None:
     """Write a trainer's state (all ranks take part), and the SHA-256 of each file."""
     with warnings.catch_warnings(action="ignore"):
         dcp.save(state, checkpoint_id=folder)
-    own = sorted(folder.glob(f"__{processes.rank}_*")) + ([folder / ".metadata"] if processes.main else [])
-    write_json(folder / f"sha256-{processes.rank}.json", {path.name: file_sha256(path) for path in own})
+    own = sorted(folder.glob(f"__{ranks.rank}_*")) + ([folder / ".metadata"] if ranks.is_main else [])
+    write_json(folder / f"sha256-{ranks.rank}.json", {path.name: file_sha256(path) for path in own})
 
 
-def load_checkpoint(state: dict, folder: Path, processes: Processes) -> None:
+def load_checkpoint(state: dict, folder: Path, ranks: Ranks) -> None:
     """Fill ``state`` in place from a checkpoint (all ranks take part). Raises UserError."""
 
     def check() -> None:
-        with careful(folder):
-            check_checkpoint(folder, slice(processes.rank, None, processes.world))
+        with checkpoint_errors(folder):
+            check_checkpoint(folder, slice(ranks.rank, None, ranks.world_size))
             Reader(folder).read_metadata()
 
     def load() -> None:
-        with careful(folder):
+        with checkpoint_errors(folder):
             dcp.load(state, storage_reader=Reader(folder), planner=Planner())
 
-    processes.agree(check)
-    processes.agree(load)
+    ranks.run_or_abort_all(check)
+    ranks.run_or_abort_all(load)

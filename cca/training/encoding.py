@@ -12,17 +12,17 @@ def to_model_input(pixels: Tensor) -> Tensor:
     return pixels.float().div_(255).mul_(2).sub_(1)
 
 
-def encoded_at_once(model: ARImageModel, device: torch.device) -> int:
+def encoding_batch_size(model: ARImageModel, device: torch.device) -> int:
     """Images that a tokenizer encodes at a time, so that memory does not grow with the batch."""
     return max(1, ENCODED_PIXELS[device.type] // model.image_size**2)
 
 
 def to_tokens(model: ARImageModel, images: Tensor, device: torch.device, alike: bool = False) -> Tensor:
-    """uint8 images [n, 3, H, W] -> tokens [n, L] on the tokenizer's device, ``encoded_at_once`` at a time.
+    """Encode images uint8 [n, 3, H, W] to tokens [n, L] on the tokenizer's device, in batches that fit it.
 
     alike: all parts are of one size, so that an image's tokens depend on n in no case; see ``full_parts``.
     """
-    size = encoded_at_once(model, device)
+    size = encoding_batch_size(model, device)
     parts = full_parts(images, size) if alike else ((part, len(part)) for part in images.split(size))
     with torch.inference_mode():
         tokens = [model.encode(to_model_input(upload(part, device)))[:count] for part, count in parts]

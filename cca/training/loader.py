@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from cca.config import TrainingConfig
 from cca.data.datasets import LabelledDataset
 from cca.data.reading import read_items
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.losses import LOSSES, pair_labels
 from cca.training.batch import Batch
 from cca.training.schedule import global_batch, unconditional_rows
@@ -26,13 +26,13 @@ class Loader(Dataset):
         self,
         data: LabelledDataset,
         config: TrainingConfig,
-        processes: Processes,
+        ranks: Ranks,
         null_class: int,
         workers: int = 0,
     ):
         self.data, self.config, self.null_class, self.workers = data, config, null_class, workers
-        self.processes, self.share = processes, processes.share(config.batch_size)
-        self.unreadable = Unreadable(data, processes)
+        self.ranks, self.share = ranks, ranks.share(config.batch_size)
+        self.unreadable = Unreadable(data, ranks)
 
     def __getitem__(self, step: int) -> tuple[Batch, list[int]]:
         """Return the batch of ``step``, and the indices of its images that others stand in for."""
@@ -49,6 +49,6 @@ class Loader(Dataset):
     def batches(self, start: int) -> Iterator[Batch]:
         """Yield the batch of each step from ``start`` to the last one."""
         steps = range(start, self.config.max_steps)
-        for batch, replaced in read_items(self, steps, self.workers, ranks=self.processes):
+        for batch, replaced in read_items(self, steps, self.workers, ranks=self.ranks):
             self.unreadable.new.update(replaced)
             yield batch

@@ -28,12 +28,12 @@ def train(
     Returns:
         False where a signal came first.
     """
-    config, processes, unreadable = trainer.config, trainer.processes, loader.unreadable
-    peak = peak_rate(processes.device)
+    config, ranks, unreadable = trainer.config, trainer.ranks, loader.unreadable
+    peak = peak_rate(ranks.device)
     with StopRequest() as request:
         done = folder.resume(trainer)
         title = f"{config.loss} {folder.path.name}"
-        with ProgressBar(total=config.max_steps, initial=done, desc=title, disable=not processes.main) as bar:
+        with ProgressBar(total=config.max_steps, initial=done, desc=title, disable=not ranks.is_main) as bar:
             began = time.perf_counter()
             for batch in loader.batches(done):
                 metrics = trainer.optimizer_step(done, batch)
@@ -42,10 +42,10 @@ def train(
                 if peak:
                     metrics["mfu"] = step_flops(trainer, batch) / seconds / peak
                 done += 1
-                if processes.main:
+                if ranks.is_main:
                     show(bar, metrics, done % log_every == 0)
                 # A signal reaches the ranks at different moments; they agree on the step to stop at.
-                stop, new = processes.agree(
+                stop, new = ranks.run_or_abort_all(
                     partial(folder.log, done, metrics), True, request.asked, len(unreadable.new)
                 )
                 if new:
@@ -59,7 +59,7 @@ def train(
                 began = time.perf_counter()
         if done == config.max_steps:
             folder.export(trainer)
-        elif processes.main:
+        elif ranks.is_main:
             print(f"stopped and saved after step {done}; the same command goes on from there")
     return done == config.max_steps
 

@@ -4,7 +4,7 @@ import torch
 
 from cca.training.batch import Batch
 from cca.training.trainer import Trainer
-from models.utils.precision import memory_ran_out
+from models.utils.precision import oom_reason
 
 USED_MEMORY = 0.8  # of a GPU's, by a micro-batch that is chosen; the rest is for what lies between tensors
 # What to say where the memory does not suffice; {why} is the text of the error.
@@ -68,7 +68,7 @@ def fitting_micro_batch(trainer: Trainer, most: int) -> int:
     Depends on the model, its options and the kind of GPU, not on what else is in its memory; but 1 where that
     leaves no room to measure.
     """
-    device, model = trainer.processes.device, trainer.model
+    device, model = trainer.ranks.device, trainer.model
 
     def bytes_of(images: int) -> int:
         labels = torch.arange(images) % 2
@@ -85,7 +85,7 @@ def fitting_micro_batch(trainer: Trainer, most: int) -> int:
         bytes_of(2)  # from now on there are gradients, as in all micro-batches but a step's first
         fitting = images_that_fit(bytes_of(2), bytes_of(4), memory, moments)
     except RuntimeError as error:
-        if memory_ran_out(error) is None:
+        if oom_reason(error) is None:
             raise
         fitting = 1  # the run will say if even one does not fit
     trainer.optimizer.zero_grad(set_to_none=True)

@@ -15,7 +15,7 @@ from cca.sampling.sampler import Sampler
 from cca.training.trainer import Trainer
 from models import SamplingOptions, UserError
 from models.utils.files import writing
-from models.utils.precision import memory_named
+from models.utils.precision import oom_as_user_error
 
 GRID_ROWS, GRID_COLUMNS = 4, 10
 
@@ -42,7 +42,7 @@ def grid_drawer(
     It does so at multiples of ``every`` (0: never). The columns are classes of ``folders`` (class folder ->
     class), or of the model where there are none.
     """
-    model, processes = trainer.model, trainer.processes
+    model, ranks = trainer.model, trainer.ranks
     trained = sorted(set(folders.values())) if folders else range(model.num_classes)
     columns = min(GRID_COLUMNS, len(trained))
     classes = tuple(trained[int(i)] for i in torch.linspace(0, len(trained) - 1, columns).long())
@@ -54,8 +54,8 @@ def grid_drawer(
     )
 
     def sample_grid(path: Path) -> None:
-        with memory_named(too_many), training_paused(trainer):
-            pieces = list(Sampler(model, request, images, processes.device).samples([range(images)]))
+        with oom_as_user_error(too_many), training_paused(trainer):
+            pieces = list(Sampler(model, request, images, ranks.device).samples([range(images)]))
         with writing(folder):
             folder.mkdir(exist_ok=True)
         write_grid(np.concatenate([piece.images for piece in pieces]), path, columns)
@@ -63,11 +63,11 @@ def grid_drawer(
     def draw(step: int) -> None:
         if not every or step % every:
             return
-        if processes.main:
+        if ranks.is_main:
             try:
                 sample_grid(folder / f"step-{step:06d}.png")
             except UserError as error:  # a picture is not worth the run
                 tqdm.write(f"no sample grid of step {step}: {error}", file=sys.stderr)
-        processes.barrier()
+        ranks.barrier()
 
     return draw

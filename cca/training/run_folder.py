@@ -10,7 +10,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.losses import LOSSES
 from cca.training.checkpoints import load_checkpoint, write_checkpoint
 from cca.training.reporting import Reporter, open_reporter
@@ -47,12 +47,12 @@ class RunFolder:
     def __init__(
         self,
         path: Path,
-        processes: Processes,
+        ranks: Ranks,
         options: dict,
         keep_states: int = 1,
         report_to: str = "tensorboard",
     ):
-        self.path, self.processes, self.keep_states, self.options = path, processes, keep_states, options
+        self.path, self.ranks, self.keep_states, self.options = path, ranks, keep_states, options
         self.states, self.metrics_path = path / "state", path / "metrics.jsonl"
         self.report_to = report_to
         self.reporter: Reporter  # from ``resume`` on, of rank 0
@@ -62,17 +62,17 @@ class RunFolder:
 
         Raises UserError for a damaged one; it names the folder to delete.
         """
-        done = int(self.processes.from_main(str((saved_steps(self.path) or [0])[-1])))
+        done = int(self.ranks.broadcast_text(str((saved_steps(self.path) or [0])[-1])))
         if done:
             state = trainer.state()
             self._load(state, done)
             trainer.load_state(state)
-        self.processes.agree(lambda: self._begin(done), main=True)
+        self.ranks.run_or_abort_all(lambda: self._begin(done), on_rank0=True)
         return done
 
     def _load(self, state: dict, done: int) -> None:
         try:
-            load_checkpoint(state, self.states / f"step-{done}", self.processes)
+            load_checkpoint(state, self.states / f"step-{done}", self.ranks)
         except UserError as error:
             before = ["the start", *(f"step {step}" for step in saved_steps(self.path)[:-1])]
             raise UserError(
@@ -135,15 +135,15 @@ class RunFolder:
 
         def write() -> None:
             try:
-                write_checkpoint(trainer.state(), temporary, self.processes)
+                write_checkpoint(trainer.state(), temporary, self.ranks)
             except (OSError, RuntimeError, UserError, CheckpointException) as error:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise self.cannot_write(error) from None
 
-        self.processes.agree(write)
+        self.ranks.run_or_abort_all(write)
         noted: dict = {MICRO_BATCH: trainer.micro_batch_size, KEPT: self.keep_states}
         noted |= {NOTED: unreadable} if unreadable else {}
-        self.processes.agree(lambda: self._keep(temporary, done, noted), main=True)
+        self.ranks.run_or_abort_all(lambda: self._keep(temporary, done, noted), on_rank0=True)
 
     def _keep(self, temporary: Path, done: int, noted: dict) -> None:
         state, config = self.states / f"step-{done}", self.path / "config.json"
@@ -175,7 +175,7 @@ class RunFolder:
                 if weights:
                     save_published(weights, self.path / name, key)
 
-        self.processes.agree(write, main=True)
+        self.ranks.run_or_abort_all(write, on_rank0=True)
 
     def draw_curves(self) -> None:
         """Draw ``curves.png`` of all steps if it is missing; where that fails, a warning says so."""

@@ -12,10 +12,10 @@ import torch
 
 from cca.cli.compilation import decide_compile
 from cca.cli.main import play
-from cca.cli.output import Found, Output
+from cca.cli.output import Output, OutputStatus
 from cca.config import TrainingConfig
 from cca.data.datasets import LabelledDataset
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.losses import LOSSES, missing_negatives
 from cca.training.loader import Loader
 from cca.training.loop import train
@@ -28,8 +28,8 @@ from cca.training.trainer import Trainer
 from cca.training.unreadable import NOTED
 from models import ARImageModel, Recipe, UserError, find_files, zoo_entry
 from models.utils.files import size_text
-from models.utils.precision import TRAINED_IMAGES, allow_tf32, compute_deterministically, memory_named
-from models.zoo.loading import ModelFiles, numbers
+from models.utils.precision import TRAINED_IMAGES, allow_tf32, compute_deterministically, oom_as_user_error
+from models.zoo.loading import ModelFiles, count_parameters
 from models.zoo.run_folders import ema_name, saved_steps
 
 PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
@@ -49,7 +49,7 @@ def run_training(args: argparse.Namespace, path: Path, open_data: OpenData) -> N
     if args.deterministic:
         compute_deterministically()
 
-    def resolve(args: argparse.Namespace, ranks: Processes, found: Found) -> Training:
+    def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> Training:
         allow_tf32(ranks.device)
         files = find_files(args.model, args.weights, args.tokenizer_weights, args.image_size)
         model = files.build()
@@ -60,7 +60,7 @@ def run_training(args: argparse.Namespace, path: Path, open_data: OpenData) -> N
         return Training(args, ranks, found, files, model, path, data, config, recipe)
 
     job = play(args, output, resolve)
-    if job and job.ranks.main:
+    if job and job.ranks.is_main:
         RunFolder(args.output, job.ranks, job.all_options).draw_curves()
 
 
@@ -69,8 +69,8 @@ class Training:
     """A run to be trained or resumed, resolved from the options and from what was found at the output."""
 
     args: argparse.Namespace
-    ranks: Processes
-    found: Found
+    ranks: Ranks
+    found: OutputStatus
     files: ModelFiles
     model: ARImageModel
     path: Path
@@ -87,24 +87,30 @@ class Training:
         self.parallel = args.parallel or self.recipe.parallel
         check_parallel(args, config, self.parallel, ranks)
         self.compile = decide_compile(args.compile, on_gpu and config.max_steps >= COMPILED_FROM, ranks)
-        self.most = math.ceil(config.batch_size / ranks.world)  # images of a step on this rank
+        self.most = math.ceil(config.batch_size / ranks.world_size)  # images of a step on this rank
         # A run that is resumed elsewhere keeps its micro-batch, which decides the masks of dropout.
-        self.kept = 0 if args.micro_batch_size else noted_number(args.output, self.found, MICRO_BATCH)
-        self.keep_states = args.keep_states or noted_number(args.output, self.found, KEPT) or 1
+        self.kept = 0 if args.micro_batch_size else number_in_config(args.output, self.found, MICRO_BATCH)
+        self.keep_states = args.keep_states or number_in_config(args.output, self.found, KEPT) or 1
         asked = args.micro_batch_size or self.kept
         published = config.batch_size // (PUBLISHED_GPUS * self.recipe.published_accumulation)
         if self.recipe.published_accumulation == 1:
             published = TRAINED_IMAGES[ranks.device.type]
         self.micro_batch_size = max(min(asked or published, config.batch_size), 1)
         # Else as many images as fit into the GPU's memory.
-        is_sharded = self.parallel == "fsdp" and ranks.world > 1
+        is_sharded = self.parallel == "fsdp" and ranks.world_size > 1
         self.is_fixed = bool(asked or args.deterministic or is_sharded or not on_gpu)
 
-    def known(self) -> dict:
+    def identity(self) -> dict:
         """Return what decides what is trained, under its names in config.json, but for the data's hash."""
         of_data = {"exif_orientation": self.data.exif_orientation}
         computed = {"deterministic": self.args.deterministic, "compile": self.compile}
-        return {**self.config.options(), **self.files.known(), "images": self.images, **of_data, **computed}
+        return {
+            **self.config.options(),
+            **self.files.provenance(),
+            "images": self.images,
+            **of_data,
+            **computed,
+        }
 
     def plan(self) -> dict[str, str]:
         config, data = self.config, self.data
@@ -120,18 +126,18 @@ class Training:
             f"seed {config.seed}",
             "device": f"{self.ranks.devices} ({self.parallel}), {config.dtype}, "
             f"{'compiled' if self.compile else 'eager'}, {micro}",
-            "writes": f"{self.args.output}/: {self.written()}",
+            "writes": f"{self.args.output}/: {self.output_files()}",
         }
         if done := saved_steps(self.args.output):
             rows["resumes"] = f"after step {done[-1]:,} of {config.max_steps:,}"
         return self.files.plan(self.model) | rows
 
-    def written(self) -> str:
+    def output_files(self) -> str:
         """Return what the run leaves in its folder."""
         name, ema = self.model.checkpoint_name, bool(self.config.ema)
         files = [name, ema_name(name) if ema else "", "config.json", "metrics.jsonl", "curves.png"]
         # AdamW's moments beside the weights; a new checkpoint is whole before an old one goes.
-        size = size_text(4 * numbers(self.model.transformer) * (3 + ema))
+        size = size_text(4 * count_parameters(self.model.transformer) * (3 + ema))
         state = f"state (~{size} each, up to {self.keep_states + 1} at a time)"
         files += [
             "" if self.args.report_to == "none" else self.args.report_to,
@@ -141,9 +147,9 @@ class Training:
         return ", ".join(filter(None, files))
 
     def prepare(self) -> dict:
-        self.files = self.files.fill(self.model)
+        self.files = self.files.load_into(self.model)
         self.data.check_tokenizer(self.model)
-        self.all_options = {**self.known(), "data_sha256": self.ranks.digest(self.data.fingerprint)}
+        self.all_options = {**self.identity(), "data_sha256": self.ranks.digest(self.data.fingerprint)}
         labels, tokenizer = self.data.occurring_classes(), self.files.tokenizer_file
         if labels and len(labels) == self.model.num_classes:
             labels = None  # all
@@ -158,17 +164,17 @@ class Training:
     def work(self) -> bool:
         args, config, ranks = self.args, self.config, self.ranks
         folder = RunFolder(args.output, ranks, self.all_options, self.keep_states, args.report_to)
-        ranks.agree(self.print_notes, main=True)
-        with memory_named(MODEL_TOO_LARGE):
+        ranks.run_or_abort_all(self.print_notes, on_rank0=True)
+        with oom_as_user_error(MODEL_TOO_LARGE):
             self.model.transformer.checkpointing = args.checkpointing
             trainer = Trainer(self.model, config, self.micro_batch_size, ranks, self.parallel, self.compile)
         if not self.is_fixed:
-            trainer.micro_batch_size = min(ranks.each(fitting_micro_batch(trainer, self.most)))
-            if ranks.main:
+            trainer.micro_batch_size = min(ranks.all_gather(fitting_micro_batch(trainer, self.most)))
+            if ranks.is_main:
                 print(f"micro-batch of {trainer.micro_batch_size} images, which the memory holds", flush=True)
         draw = grid_drawer(trainer, folder.path / "samples", args.sample_every, self.data.classes)
         loader = Loader(self.data, config, ranks, self.model.null_class, args.workers)
-        with memory_named(MICRO_BATCH_TOO_LARGE):
+        with oom_as_user_error(MICRO_BATCH_TOO_LARGE):
             return train(trainer, loader, folder, args.save_every, args.log_every, draw)
 
     def print_notes(self) -> None:
@@ -178,7 +184,7 @@ class Training:
             print(f"note: {note}", file=sys.stderr)
 
 
-def noted_number(run: Path, found: Found, name: str) -> int:
+def number_in_config(run: Path, found: OutputStatus, name: str) -> int:
     """Return what a run notes beside its options and keeps when it is resumed; 0: it has no checkpoint.
 
     Raises UserError for a note that is no such number.
@@ -189,18 +195,18 @@ def noted_number(run: Path, found: Found, name: str) -> int:
     return noted if name in (found.content or {}) else 0
 
 
-def check_parallel(args: argparse.Namespace, config: TrainingConfig, parallel: str, ranks: Processes) -> None:
+def check_parallel(args: argparse.Namespace, config: TrainingConfig, parallel: str, ranks: Ranks) -> None:
     """Raise UserError for options that do not go with the number of ranks, or with sharding."""
-    if config.batch_size < ranks.world:
-        raise UserError(f"--batch-size: {config.batch_size} is less than the {ranks.world} processes")
-    if parallel == "fsdp" and config.batch_size % ranks.world:
+    if config.batch_size < ranks.world_size:
+        raise UserError(f"--batch-size: {config.batch_size} is less than the {ranks.world_size} processes")
+    if parallel == "fsdp" and config.batch_size % ranks.world_size:
         raise UserError(
-            f"--batch-size: with --parallel fsdp it must be a multiple of the {ranks.world} processes, "
+            f"--batch-size: with --parallel fsdp it must be a multiple of the {ranks.world_size} processes, "
             f"{config.batch_size} is not"
         )
     if parallel == "fsdp" and config.dtype == "float16":
         raise UserError("--dtype: --parallel fsdp takes bfloat16 or float32, not float16")
-    if parallel == "fsdp" and args.sample_every and ranks.world > 1:
+    if parallel == "fsdp" and args.sample_every and ranks.world_size > 1:
         raise UserError(
             "--sample-every: a sharded model cannot draw samples; "
             "use --parallel ddp, or sample.py on a finished run"

@@ -29,10 +29,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cca.config import TrainingConfig
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.losses import LOSSES
 from cca.random_streams import DROPOUT, stream
-from cca.training.batch import Batch, Sums, diagnostics, summed
+from cca.training.batch import Batch, Sums, diagnostics, sum_values
 from cca.training.encoding import to_tokens
 from cca.training.schedule import learning_rate, weight_decay
 from models import DTYPES, ARImageModel, ARTransformer, UserError, autocast
@@ -71,7 +71,7 @@ def pair_logprobs(net: nn.Module, inputs: Tensor, batch: Batch, rows: Tensor) ->
     return positive, positive.index_copy(0, rows, rest)
 
 
-def shard(net: ARTransformer, processes: Processes, dtype: torch.dtype) -> None:
+def shard(net: ARTransformer, ranks: Ranks, dtype: torch.dtype) -> None:
     """FSDP2: parameters, gradients and optimizer state of each block split over all processes.
 
     The matrices of a block are gathered in ``dtype``, in which autocast computes with them, and their
@@ -83,7 +83,7 @@ def shard(net: ARTransformer, processes: Processes, dtype: torch.dtype) -> None:
     twice. It holds a few linear layers too: as groups of their own, in 16 bits, they would be as many bytes
     in more exchanges. The output layer cannot be one: the likelihood takes its weight, and does not call it.
     """
-    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     # It warns that a layer's output must not be changed in place, which no block does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     layers = [m for m in net.transformer_blocks().modules() if isinstance(m, nn.Linear)]
@@ -119,14 +119,14 @@ class Trainer:
         model: ARImageModel,
         config: TrainingConfig,
         micro_batch_size: int,
-        processes: Processes,
+        ranks: Ranks,
         parallel: str = "ddp",
         compile: bool = False,
     ):
-        self.model, self.config, self.processes = model.to(processes.device), config, processes
+        self.model, self.config, self.ranks = model.to(ranks.device), config, ranks
         self.micro_batch_size = micro_batch_size
         self.net = model.transformer.train()
-        self.sharded = parallel == "fsdp" and processes.world > 1
+        self.sharded = parallel == "fsdp" and ranks.world_size > 1
         self.objective = LOSSES[config.loss].objective
         self.reward_scale = LOSSES[config.loss].reward_scale(config.beta)
         self.reference: ARTransformer | None = None
@@ -141,14 +141,14 @@ class Trainer:
             if net is not None and compile:
                 net.compile_parts(varying_rows=self.objective is not None and not model.stochastic)
             if net is not None and self.sharded:
-                shard(net, processes, DTYPES[config.dtype])
+                shard(net, ranks, DTYPES[config.dtype])
         self.policy: nn.Module = self.net
-        if processes.world > 1 and not self.sharded:
+        if ranks.world_size > 1 and not self.sharded:
             self.policy = DistributedDataParallel(self.net, gradient_as_bucket_view=True, **BUFFERS_ALONE)
         self.optimizer = make_optimizer(model, config)
-        self.autocast = autocast(processes.device, config.dtype)
+        self.autocast = autocast(ranks.device, config.dtype)
         self.scaler = torch.amp.GradScaler(
-            processes.device.type, init_scale=2.0**11, growth_interval=1000, enabled=config.dtype == "float16"
+            ranks.device.type, init_scale=2.0**11, growth_interval=1000, enabled=config.dtype == "float16"
         )
         # float32 copies; empty without --ema.
         self.ema = {k: p.detach().clone() for k, p in self.net.named_parameters()} if config.ema else {}
@@ -166,14 +166,14 @@ class Trainer:
 
         Nothing here waits for the device.
         """
-        config, device = self.config, self.processes.device
+        config, device = self.config, self.ranks.device
         pairs, null_rows = self.paired_rows(batch), batch.uncond.nonzero().flatten()
         batch, pairs, null_rows = batch.to(device), upload(pairs, device), upload(null_rows, device)
         inputs = self.model.inputs(batch.images)
         if self.objective is None or self.reference is None:
             with self.autocast:
                 logp = self.policy(batch.labels, inputs, batch.images)
-                return -logp.mean(), summed({"logps/chosen": logp})
+                return -logp.mean(), sum_values({"logps/chosen": logp})
         # FSDP's unsharded parameters must not become inference tensors.
         with torch.no_grad() if self.sharded else torch.inference_mode(), self.autocast:
             ref_positive, ref_negative = pair_logprobs(self.reference, inputs, batch, pairs)
@@ -204,8 +204,8 @@ class Trainer:
         Raises:
             UserError: MAX_SKIPPED such steps in a row.
         """
-        config, device = self.config, self.processes.device
-        torch.manual_seed(int(stream(config.seed, DROPOUT, step, self.processes.rank).integers(2**62)))
+        config, device = self.config, self.ranks.device
+        torch.manual_seed(int(stream(config.seed, DROPOUT, step, self.ranks.rank).integers(2**62)))
         lr, decay = learning_rate(step, config), weight_decay(step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -218,12 +218,12 @@ class Trainer:
             with self.synchronise(last=part is parts[-1]):
                 loss, found = self.micro_loss(part)
                 share = len(part) / config.batch_size
-                self.scaler.scale(loss * share * self.processes.world).backward()
+                self.scaler.scale(loss * share * self.ranks.world_size).backward()
             reports.append({"loss": (loss.detach().double() * len(part), len(part)), **found})
         names = list(reports[0])
         sums = torch.stack([sum(report[name][0] for report in reports) for name in names])
         counts = torch.tensor([sum(report[name][1] for report in reports) for name in names])
-        totals = self.processes.sum(torch.cat([sums, upload(counts.double(), device)]))
+        totals = self.ranks.all_reduce(torch.cat([sums, upload(counts.double(), device)]))
         # The one moment of a step at which the host waits for a GPU.
         *found_totals, norm = torch.cat([totals, self.clip()[None].double()]).tolist()
         pairs = zip(found_totals, found_totals[len(names) :])

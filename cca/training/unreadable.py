@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from cca.data.datasets import LabelledDataset
 from cca.data.image_folders import FileList, Folder
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from models import UserError
 
 NOTED = "unreadable"  # in config.json and in the codes' header; not compared on resuming
@@ -25,13 +25,13 @@ class Unreadable:
     Raises UserError where too many of those that were noted before still cannot be read.
     """
 
-    def __init__(self, data: LabelledDataset, ranks: Processes):
+    def __init__(self, data: LabelledDataset, ranks: Ranks):
         self.data, self.ranks = data, ranks
         self.source = data.source or FileList(Folder(Path()), [])
         self.noted, self.places = dict(self.source.noted), self.source.places()
         self.new: set[int] = set()  # indices that this rank has not shared with the others
         self.counted = set(
-            ranks.look_once(lambda: [n for n, index in self.places.items() if data[0, index][1]])
+            ranks.broadcast_from_rank0(lambda: [n for n, index in self.places.items() if data[0, index][1]])
         )
         self.check()
 
@@ -59,11 +59,11 @@ class Unreadable:
     def share(self) -> None:
         """Make what the ranks could not read one set; all ranks take part."""
         own = sorted(self.new)
-        rounds = range(max(self.ranks.each(len(own))))
-        of_all = {index for i in rounds for index in self.ranks.each([*own, *[-1] * len(rounds)][i])}
+        rounds = range(max(self.ranks.all_gather(len(own))))
+        of_all = {index for i in rounds for index in self.ranks.all_gather([*own, *[-1] * len(rounds)][i])}
         found = self.add(of_all - {-1})
         self.new.clear()
-        if self.ranks.main:
+        if self.ranks.is_main:
             self.report(found)
 
     def check(self) -> None:

@@ -141,7 +141,7 @@ def _whole_number(digits: str) -> int:
     return number
 
 
-def regular(path: Path) -> Path:
+def require_regular_file(path: Path) -> Path:
     """Return the path. Raises OSError for a pipe or a device, whose reader may wait for ever."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "is not a file", str(path))
@@ -151,7 +151,7 @@ def regular(path: Path) -> Path:
 def read_json(path: Path) -> dict:
     """A JSON object. Raises UserError for anything else."""
     try:
-        content = parse_json(regular(path).read_text(encoding="utf-8"))
+        content = parse_json(require_regular_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is damaged or not JSON ({reason(error)})") from None
     if not isinstance(content, dict):
@@ -176,7 +176,7 @@ def read_array(path: Path, mapped: Literal["r"] | None = None) -> np.ndarray:
     try:
         with warnings.catch_warnings(action="ignore"):  # of headers that other versions wrote
             # Of an .npz under that name this is an array of texts, which no caller takes.
-            return np.asanyarray(np.load(regular(path), mapped, allow_pickle=False))
+            return np.asanyarray(np.load(require_regular_file(path), mapped, allow_pickle=False))
     except Exception as error:  # a damaged header can raise anything
         raise UserError(f"{path}: is missing or damaged ({reason(error)})") from None
 
@@ -192,5 +192,5 @@ def write_binary(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    with open(regular(path), "rb") as file:
+    with open(require_regular_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

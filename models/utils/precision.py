@@ -35,8 +35,8 @@ EXTRACTED_IMAGES = 250
 MEMORY_SIGNS = ("out of memory", "alloc_failed")
 # What helps where nothing smaller can be chosen.
 ELSEWHERE = "end what else uses that GPU, or choose another with CUDA_VISIBLE_DEVICES"
-# Ends of messages for ``memory_named``, after the option and what does not fit; {why} is the error's text.
-DOES_NOT_FIT = f"does not fit in the GPU's memory ({{why}}); {ELSEWHERE}"
+# Ends of messages for ``oom_as_user_error``, after the option and what does not fit; {why}: of the error.
+DOES_NOT_FIT = f"does not fit in GPU memory ({{why}}); {ELSEWHERE}"
 TOO_MANY_IMAGES = (
     f"images at once do not fit in the GPU's memory ({{why}}); take a smaller one, or {ELSEWHERE}"
 )
@@ -94,7 +94,7 @@ def allow_tf32(device: torch.device) -> None:
 
 
 @contextmanager
-def exact_products() -> Iterator[None]:
+def exact_matmuls() -> Iterator[None]:
     """Matmuls and convolutions of float32 in float32 and nothing less, whatever is allowed or cast around."""
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     legacy, before = "highest", (matmul.fp32_precision, conv.fp32_precision)
@@ -110,7 +110,7 @@ def exact_products() -> Iterator[None]:
         matmul.fp32_precision, conv.fp32_precision = before
 
 
-def memory_ran_out(error: RuntimeError) -> str | None:
+def oom_reason(error: RuntimeError) -> str | None:
     """What an error, or one behind it, says of a GPU's memory that ran out, in one line; None: nothing.
 
     A CUDA graph whose capture fails raises an error of its own in the end. What the work held is freed.
@@ -142,7 +142,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 @contextmanager
-def memory_named(message: str) -> Iterator[None]:
+def oom_as_user_error(message: str) -> Iterator[None]:
     """Turn a GPU's out-of-memory error raised inside the block into UserError(message).
 
     {why} in the message is replaced by the text of the error. What the work held is freed.
@@ -150,7 +150,7 @@ def memory_named(message: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        why = memory_ran_out(error)
+        why = oom_reason(error)
         if why is None:
             raise
         raise UserError(message.replace("{why}", why)) from None

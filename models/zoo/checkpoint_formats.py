@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from models.utils.errors import UserError
-from models.utils.files import file_sha256, parse_json, regular, write_binary
+from models.utils.files import file_sha256, parse_json, require_regular_file, write_binary
 from models.zoo.run_folders import INDEX, checkpoint_folder, checkpoint_sha256
 
 # Where the published files and trainers keep the state dict.
@@ -123,7 +123,7 @@ def weights_sha256(path: Path) -> str:
 def _index(path: Path) -> dict[str, str]:
     """Which tensor lies in which file, of the index of weights in shards."""
     try:
-        shards = parse_json(regular(path).read_bytes())["weight_map"]
+        shards = parse_json(require_regular_file(path).read_bytes())["weight_map"]
         if not shards or not all(isinstance(n, str) and n == Path(n).name for n in shards.values()):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -145,7 +145,7 @@ def _read(files: list[Path]) -> tuple[Any, str | None]:
         return {key: held[shard][0][key] for key, shard in index.items()}, held[shards[0].name][1]
     with suppress(SafetensorError, OSError):  # it is of another layout, damaged, or may not be read
         return _read_safetensors(path)
-    archive = zipfile.is_zipfile(regular(path))
+    archive = zipfile.is_zipfile(require_regular_file(path))
     if archive:
         with zipfile.ZipFile(path) as members:
             kinds = {
@@ -170,7 +170,7 @@ def _read(files: list[Path]) -> tuple[Any, str | None]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    with safe_open(regular(path), "pt") as file:
+    with safe_open(require_regular_file(path), "pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no dict
         return state, (file.metadata() or {}).get("wrapper")
 

@@ -23,7 +23,7 @@ from models.zoo.registry import TOKENIZERS, ZOO, ZooEntry
 from models.zoo.run_folders import run_config, run_weights
 
 
-def numbers(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
     """Parameters of a module."""
     return sum(p.numel() for p in module.parameters())
 
@@ -116,7 +116,7 @@ class ModelFiles:
             tokenizer_file=tokenizer and tokenizer.fetch(),
         )
 
-    def fill(self, model: ARImageModel) -> "ModelFiles":
+    def load_into(self, model: ARImageModel) -> "ModelFiles":
         """Fetch the files and give the model that they built its weights, mapped where a file allows it.
 
         The model is then on the CPU, in evaluation mode. Returns what ``fetch`` does. Raises UserError for
@@ -133,7 +133,7 @@ class ModelFiles:
         model.eval()
         return fetched
 
-    def known(self) -> dict:
+    def provenance(self) -> dict:
         """Provenance for config.json and samples.json, without the hashes of files that are not here yet."""
         known = {
             "model": self.name,
@@ -146,7 +146,7 @@ class ModelFiles:
 
     def plan(self, model: ARImageModel) -> dict[str, str]:
         """Return what is shown before the work (see ``cca.cli.plan``)."""
-        rows = {"model": f"{self.name}, {numbers(model.transformer) / 1e6:,.1f} M parameters, "
+        rows = {"model": f"{self.name}, {count_parameters(model.transformer) / 1e6:,.1f} M parameters, "
                 f"{self.image_size} x {self.image_size} pixels, {model.sequence_length} tokens"}  # fmt: skip
         if self.transformer_file:
             rows["weights"] = self.transformer_file.text()
@@ -259,7 +259,7 @@ def load_model(
     """Transformer and tokenizer by name; arguments and errors: ``find_files`` and ``ModelFiles.fill``."""
     files = find_files(name, weights, tokenizer_weights, image_size)
     model = files.build()
-    files.fill(model)
+    files.load_into(model)
     return model
 
 

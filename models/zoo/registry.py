@@ -171,7 +171,7 @@ class ZooEntry:
     default_image_size: int = 256
 
     @property
-    def bundled(self) -> bool:
+    def is_bundled(self) -> bool:
         """Whether the weights of the base ship with the project."""
         base = self.base[self.default_image_size]
         return base is not None and base.repository is None

@@ -67,7 +67,7 @@ class Planner(dcp.DefaultLoadPlanner):
 
 
 @contextmanager
-def careful(folder: Path) -> Iterator[None]:
+def checkpoint_errors(folder: Path) -> Iterator[None]:
     """Context manager that turns whatever a damaged checkpoint raises into a UserError.
 
     torch.distributed.checkpoint's notices about running in a single process are not shown.
@@ -83,7 +83,7 @@ def careful(folder: Path) -> Iterator[None]:
 
 def read_checkpoint(folder: Path, average: bool = False) -> dict[str, torch.Tensor]:
     """Return the transformer's weights of a checkpoint, or their average, whole. Raises UserError."""
-    with careful(folder):
+    with checkpoint_errors(folder):
         check_checkpoint(folder)
         metadata = Reader(folder).read_metadata().state_dict_metadata
         state = {

@@ -9,21 +9,21 @@ import torch
 import torch.distributed as dist
 from commands import call, run
 
-from cca.distributed import Processes, StopRequest
+from cca.distributed import Ranks, StopRequest
 from models.utils.errors import UserError
 
 COLLECTIVES = """
 import torch
-from cca.distributed import Processes
-processes = Processes()
+from cca.distributed import Ranks
+processes = Ranks()
 rows = torch.arange(7)[processes.share(7)]
 values = torch.tensor([float(processes.rank), 1.0])
-total = processes.sum(values)
+total = processes.all_reduce(values)
 assert total is values and total.tolist() == [3.0, 3.0]
-assert processes.each(10 + processes.rank) == [10, 11, 12]
+assert processes.all_gather(10 + processes.rank) == [10, 11, 12]
 gathered = processes.gather(torch.stack([rows, rows**2], 1))
-assert (gathered is not None) == processes.main
-if processes.main:
+assert (gathered is not None) == processes.is_main
+if processes.is_main:
     assert torch.equal(gathered, torch.stack([torch.arange(7), torch.arange(7) ** 2], 1))
 processes.barrier()
 """
@@ -35,14 +35,14 @@ import os, sys, types
 import torch
 import torch.distributed as dist
 from cca.cli.main import run_command
-from cca.distributed import Processes
+from cca.distributed import Ranks
 start = dist.init_process_group
 dist.init_process_group = lambda backend: start("gloo")
 gpu = types.SimpleNamespace(uuid="GPU-0" if sys.argv[1] == "shared" else f"GPU-{os.environ['RANK']}")
 answers = dict(is_available=True, device_count=1, set_device=None, get_device_properties=gpu)
 for name, answer in answers.items():
     setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-run_command(lambda: print("on GPU", Processes().device.index))
+run_command(lambda: print("on GPU", Ranks().device.index))
 """
 
 
@@ -66,12 +66,12 @@ def test_hosts_tell_each_other_nothing_by_way_of_their_gpus(monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", backends.append)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: exchanged.append(tensor.device.type))
     monkeypatch.setattr(dist, "gather", lambda tensor, parts: [part.copy_(tensor) for part in parts])
-    processes, done = Processes(), []
+    processes, done = Ranks(), []
     assert processes.device.type == "cuda" and backends == ["cpu:gloo,cuda:nccl"]
-    assert processes.total(1.5, 2**24 + 1) == [1.5, 2**24 + 1]
-    assert processes.any(True) and not processes.any(False)
-    assert processes.agree(lambda: done.append(True), True, 3.0) == [3.0] and done
-    assert processes.from_main("two\nlines, ü") == "two\nlines, ü"
+    assert processes.all_reduce_numbers(1.5, 2**24 + 1) == [1.5, 2**24 + 1]
+    assert processes.any_rank(True) and not processes.any_rank(False)
+    assert processes.run_or_abort_all(lambda: done.append(True), True, 3.0) == [3.0] and done
+    assert processes.broadcast_text("two\nlines, ü") == "two\nlines, ü"
     assert processes.digest(lambda: "abc") == "abc"
     processes.barrier()
     assert processes.gather(torch.ones(3, 2)).tolist() == [[1.0, 1.0]] * 3
@@ -94,7 +94,7 @@ def test_a_gpu_without_room_for_a_context(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", full)
     with pytest.raises(UserError, match="^CUDA_VISIBLE_DEVICES: GPU 0 has no free memory; end what else"):
-        Processes()
+        Ranks()
 
 
 @pytest.mark.parametrize(
@@ -120,16 +120,16 @@ def test_a_rank_without_a_rendezvous_is_refused(variables, message, monkeypatch)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=re.escape(message)):
-        Processes()
+        Ranks()
 
 
 MEET = """
 import os, time
 from types import SimpleNamespace
 import cca.cli.main
-from cca.distributed import Processes
+from cca.distributed import Ranks
 cca.cli.main.time = SimpleNamespace(sleep=lambda seconds: time.sleep(60 * seconds))
-cca.cli.main.run_command(lambda: Processes().barrier() or print(os.environ["GLOO_SOCKET_IFNAME"]))
+cca.cli.main.run_command(lambda: Ranks().barrier() or print(os.environ["GLOO_SOCKET_IFNAME"]))
 """
 
 
@@ -156,10 +156,10 @@ def test_signals_that_are_ignored_stay_ignored():
 
 
 REFUSAL = """
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.cli.main import run_command
 from models.utils.errors import UserError
-processes = Processes()
+processes = Ranks()
 def refuse():
     if processes.rank == 1:
         raise UserError("no room")
@@ -168,7 +168,9 @@ run_command(lambda: WORK)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("work", ["processes.agree(refuse)", "refuse() or processes.total(1)"])
+@pytest.mark.parametrize(
+    "work", ["processes.run_or_abort_all(refuse)", "refuse() or processes.all_reduce_numbers(1)"]
+)
 def test_all_stop_where_one_refuses(work, tmp_path):
     (tmp_path / "refusal.py").write_text(REFUSAL.replace("WORK", work))
     result = call([tmp_path / "refusal.py"], 2, PYTHONPATH=".")

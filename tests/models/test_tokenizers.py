@@ -58,4 +58,4 @@ def test_normalisation_by_channel(mean):
 def test_more_channels_than_pixels_have():
     torch.manual_seed(0)
     layer, x = PixelConv(16, 3, 3, padding=1), torch.randn(2, 16, 8, 8)
-    torch.testing.assert_close(layer.by_eight(x), layer(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(layer.with_eight_channels(x), layer(x), rtol=0, atol=1e-6)

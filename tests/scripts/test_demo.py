@@ -117,7 +117,7 @@ def test_wrong_values_are_refused_before_anything_is_made(three_ways, option, va
     "place, message",
     [
         ("generate_tokens", "--batch-size: 2 images at once do not fit in the GPU's memory"),
-        ("to_pixels", "--model: decoding does not fit in the GPU's memory"),
+        ("to_pixels", "--model: decoding does not fit in GPU memory"),
     ],
 )
 def test_memory_that_runs_out_ends_a_request_and_not_the_page(place, message, three_ways, monkeypatch):

@@ -77,7 +77,7 @@ def test_memory_that_runs_out_is_one_line(place, tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         reconstruct.main([*common, "--output", str(tmp_path / "b.npz")])
     assert one_line(caught.value) == (
-        "--model: the tokenizer of var-mini does not fit in the GPU's memory "
+        "--model: the tokenizer of var-mini does not fit in GPU memory "
         "(CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`); "
         "end what else uses that GPU, or choose another with CUDA_VISIBLE_DEVICES"
     )

@@ -16,7 +16,7 @@ HOLD = """
 import os, sys, time
 from pathlib import Path
 from cca.cli.output import Output
-with Output(Path(sys.argv[1])).locked():
+with Output(Path(sys.argv[1])).lock():
     if os.fork() == 0:  # as a data loader's process
         time.sleep(60)
         os._exit(0)
@@ -39,13 +39,13 @@ def test_an_output_belongs_to_one_run_and_not_to_a_dead_one(tmp_path):
     assert holder.stdout.readline() == b"held\n"
     with (
         pytest.raises(UserError, match=f"s.npz is being written by process {holder.pid} on "),
-        Output(path).locked(),
+        Output(path).lock(),
     ):
         pass
     assert os.listdir(tmp_path) == [".s.npz.lock"]
     holder.kill()
     holder.wait()
-    with Output(path).locked():  # its child lives on, and holds nothing
+    with Output(path).lock():  # its child lives on, and holds nothing
         assert os.listdir(tmp_path) == [".s.npz.lock"]
     os.killpg(holder.pid, 9)
     assert not os.listdir(tmp_path)
@@ -53,10 +53,10 @@ def test_an_output_belongs_to_one_run_and_not_to_a_dead_one(tmp_path):
 
 @pytest.mark.parametrize("folder", [False, True])
 def test_folders_made_for_nothing_are_removed(folder, tmp_path):
-    with pytest.raises(UserError, match="refused"), Output(tmp_path / "a" / "b", folder).locked():
+    with pytest.raises(UserError, match="refused"), Output(tmp_path / "a" / "b", folder).lock():
         raise UserError("refused")
     assert not os.listdir(tmp_path)
-    with Output(tmp_path / "a" / "b", folder).locked():
+    with Output(tmp_path / "a" / "b", folder).lock():
         (tmp_path / "a" / "kept").touch()
     assert os.listdir(tmp_path / "a") == ["kept"]
 
@@ -66,7 +66,7 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsy
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with Output(tmp_path / "s.npz").locked():
+    with Output(tmp_path / "s.npz").lock():
         pass
     assert "warning: --output: locks do not work" in capsys.readouterr().err
 

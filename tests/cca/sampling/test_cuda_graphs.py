@@ -86,7 +86,7 @@ def test_mask_of_several_lengths(backend, monkeypatch):
 def test_attention_told_what_counts(monkeypatch):
     """As on a GPU in half precision."""
     for module in ("models.kv_cache", "cca.sampling.cuda_graphs"):
-        monkeypatch.setattr(f"{module}.reads_a_part", lambda keys: True)
+        monkeypatch.setattr(f"{module}.attends_to_part", lambda keys: True)
     differ, graphs = differing_rows(load_model("llamagen-mini"), OPTIONS["guided in part"], (BATCH,), "eager")
     assert (differ, graphs) == (0, [3 * 2])  # with the unconditional rows, and without
 
@@ -97,7 +97,7 @@ def test_generated_code_reads_what_counts(monkeypatch):
     found, length = [], 144
     for told in (True, False):
         torch.manual_seed(0)
-        monkeypatch.setattr("models.kv_cache.reads_a_part", lambda keys, told=told: told)
+        monkeypatch.setattr("models.kv_cache.attends_to_part", lambda keys, told=told: told)
         cache, attend = StaticCache(1, 2, 3, length, 16, torch.zeros(1)), StaticLayer.attend
         attend = torch.compile(attend, fullgraph=True, dynamic=False) if told else attend
         with torch.inference_mode():

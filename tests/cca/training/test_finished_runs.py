@@ -14,7 +14,7 @@ import sample
 import train_var_cca
 from cca.cli.compilation import decide_compile
 from cca.cli.output import Output
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.training.run_folder import RunFolder
 from models.utils.errors import UserError
 from models.utils.files import read_json
@@ -137,11 +137,11 @@ def test_without_a_compiler(disk, monkeypatch, capsys):
     with pytest.raises(UserError, match="^--compile: there is no compiler .*--no-compile"):
         train("--compile")
     assert not (disk / "run").exists()
-    assert decide_compile(None, True, Processes()) is False
+    assert decide_compile(None, True, Ranks()) is False
     assert capsys.readouterr().err.startswith("note: runs without --compile: there is no compiler")
-    assert decide_compile(False, True, Processes()) is False and not capsys.readouterr().err
+    assert decide_compile(False, True, Ranks()) is False and not capsys.readouterr().err
     monkeypatch.setenv("CXX", shutil.which("true", path="/usr/bin:/bin"))
-    assert decide_compile(None, True, Processes())
+    assert decide_compile(None, True, Ranks())
 
 
 def test_the_number_of_states_is_kept(disk, monkeypatch):

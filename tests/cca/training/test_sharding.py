@@ -15,14 +15,14 @@ import torch
 from torch._dynamo import lookup_backend
 
 import models.log_likelihood
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.training.batch import Batch
 from cca.losses import pair_labels
 from cca.training.schedule import TrainingConfig
 from cca.training.trainer import Trainer
 from models import autocast, load_model
 
-processes = Processes()
+processes = Ranks()
 graphs = []  # matrix products of each, and the precisions of its inputs by shape
 
 
@@ -97,7 +97,7 @@ for name, checkpointing in (("var-mini", True), ("llamagen-mini", False)):
     for a, b in zip(first, lines, strict=True):
         for key in a:
             torch.testing.assert_close(b[key], a[key], rtol=1e-5, atol=1e-5)
-    for a, b in zip(weights, others) if processes.main else ():
+    for a, b in zip(weights, others) if processes.is_main else ():
         assert a.keys() == b.keys()
         for key in a:
             torch.testing.assert_close(b[key], a[key], rtol=0, atol=2e-5)

@@ -18,7 +18,7 @@ from benchmarks.workloads import random_batch
 from cca.cli.output import Output
 from cca.config import TrainingConfig
 from cca.data.datasets import ImageArray
-from cca.distributed import Processes
+from cca.distributed import Ranks
 from cca.losses import cca_loss, pair_labels
 from cca.training.batch import Batch
 from cca.training.loader import Loader
@@ -44,7 +44,7 @@ def config_of(backbone: str, loss: str) -> TrainingConfig:
 @pytest.mark.parametrize("backbone, model_name", [("var", "var_tiny_a"), ("llamagen", "llamagen_tiny_vq16")])
 def test_training_trace(backbone, model_name, loss):
     trace = golden(f"train_trace_{backbone}_{loss}")
-    trainer = Trainer(build(model_name), config_of(backbone, loss), micro_batch_size=4, processes=Processes())
+    trainer = Trainer(build(model_name), config_of(backbone, loss), micro_batch_size=4, ranks=Ranks())
     micro_losses = []
     micro_loss = trainer.micro_loss
 
@@ -116,7 +116,7 @@ def test_the_clip_of_the_published_llamagen_trainers(factor, least, most):
         pairs = pair_labels(torch.randint(10, (size,), generator=generator), uncond, 10)
         batches.append(Batch(tokens, *pairs, uncond))
     expected = published_loop(load_model("llamagen-mini"), batches, 2, config, max_norm=1.0)
-    trainer = Trainer(load_model("llamagen-mini"), config, 8, Processes())
+    trainer = Trainer(load_model("llamagen-mini"), config, 8, Ranks())
     norms = [trainer.optimizer_step(step, batch)["grad_norm"] for step, batch in enumerate(batches)]
     assert min(norms) > clip  # all are clipped
     found, begin = trainer.net.state_dict(), load_model("llamagen-mini").transformer.state_dict()
@@ -130,7 +130,7 @@ def test_the_clip_of_the_published_llamagen_trainers(factor, least, most):
 @pytest.mark.parametrize("is_saved", [False, True])
 def test_saving_before_the_first_finite_step_changes_nothing(is_saved, monkeypatch):
     """As after an overflow of float16 in the first step."""
-    trainer = Trainer(load_model("llamagen-mini"), config_of("llamagen", "cca"), 8, Processes())
+    trainer = Trainer(load_model("llamagen-mini"), config_of("llamagen", "cca"), 8, Ranks())
     before = copy.deepcopy(trainer.net.state_dict())
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "clip", lambda: torch.tensor(torch.inf))
@@ -179,7 +179,7 @@ def test_one_compilation_serves_all_blocks(family, rate, monkeypatch):
     def losses(compile: bool) -> list[float]:
         torch._dynamo.reset()
         model, config = deep(family, rate), config_of(family, "cca")
-        trainer, found = Trainer(model, config, 4, Processes(), compile=compile), []
+        trainer, found = Trainer(model, config, 4, Ranks(), compile=compile), []
         for step in range(2):
             uncond = torch.arange(8) < step
             pairs = pair_labels(torch.arange(8), uncond, model.null_class)
@@ -198,14 +198,14 @@ def test_schedule_of_every_micro_step():
     torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-9, atol=0)
 
 
-class InterruptedProcesses(Processes):
+class InterruptedProcesses(Ranks):
     """SIGTERM arrives just after the n-th sum over the ranks."""
 
     interrupt_at = sums = 0
 
-    def sum(self, values):
+    def all_reduce(self, values):
         self.sums += 1
-        total = super().sum(values)
+        total = super().all_reduce(values)
         if self.sums == self.interrupt_at:
             signal.raise_signal(signal.SIGTERM)
         return total
@@ -235,10 +235,10 @@ def test_no_moment_of_a_step_loses_a_signal(tmp_path):
 def test_weights_that_are_not_finite_are_not_exported(ema, tmp_path):
     """The last steps of a run can break the weights after the last finite gradient."""
     config = replace(config_of("var", "cca"), ema=ema)
-    trainer = Trainer(build("var_tiny_a"), config, micro_batch_size=4, processes=Processes())
+    trainer = Trainer(build("var_tiny_a"), config, micro_batch_size=4, ranks=Ranks())
     assert trainer.full_weights().keys() == trainer.net.state_dict().keys()
     with torch.no_grad():
         (trainer.ema if ema else dict(trainer.net.named_parameters()))["head.bias"][0] = torch.inf
     with pytest.raises(UserError, match=r"--lr: the trained weights are not finite \(head.bias\)"):
-        RunFolder(tmp_path, trainer.processes, {}).export(trainer)
+        RunFolder(tmp_path, trainer.ranks, {}).export(trainer)
     assert not list(tmp_path.iterdir())

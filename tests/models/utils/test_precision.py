@@ -8,7 +8,7 @@ import torch
 
 from cca.cli.parser import Parser, add_workers_option
 from models.utils.errors import UserError
-from models.utils.precision import memory_named, memory_ran_out
+from models.utils.precision import oom_as_user_error, oom_reason
 
 
 @pytest.mark.parametrize(
@@ -55,14 +55,14 @@ CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(hand
     ],
 )  # fmt: skip
 def test_what_says_that_memory_ran_out(error, expected):
-    assert memory_ran_out(error) == expected
+    assert oom_reason(error) == expected
 
 
 @pytest.mark.parametrize(
     "error", [ValueError("out of memory"), UserError("out of memory.npz"), RuntimeError()]
 )
 def test_other_errors_pass(error):
-    with pytest.raises(type(error), match=f"^{error}$"), memory_named("take fewer"):
+    with pytest.raises(type(error), match=f"^{error}$"), oom_as_user_error("take fewer"):
         raise error
 
 
@@ -75,5 +75,5 @@ def test_memory_that_runs_out_while_a_graph_is_captured():
         finally:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
-    with pytest.raises(UserError, match="^full: take fewer$"), memory_named("{why}: take fewer"):
+    with pytest.raises(UserError, match="^full: take fewer$"), oom_as_user_error("{why}: take fewer"):
         capture()
