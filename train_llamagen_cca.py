@@ -5,8 +5,8 @@
     python train_llamagen_cca.py --model llamagen-mini --codes runs/codes --output runs/llamagen-mini-cca
     torchrun --nproc_per_node 2 train_llamagen_cca.py --model llamagen-mini --codes ... --output ...
 
-Writes DIR/model.pt in the published format, config.json, metrics.jsonl, curves.png,
-tensorboard/ and state/.
+Writes DIR/model.pt in the published format, config.json, metrics.jsonl, curves.png, tensorboard/ and
+the checkpoints in state/. Run the same command again to resume from the last checkpoint.
 """
 
 from cca.cli.main import run_command
@@ -21,8 +21,8 @@ def make_parser() -> Parser:
         __doc__,
         "train_llamagen_cca",
         "--codes",
-        "folder that scripts/extract_codes.py wrote, "
-        "or published one with imagenet384_codes and imagenet384_labels",
+        "folder of codes: written by scripts/extract_codes.py, "
+        "or the published one with imagenet384_codes and imagenet384_labels",
     )
 
 

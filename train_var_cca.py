@@ -4,8 +4,8 @@
         --data assets/fashion-mnist-train-10k.npz --output runs/var-mini-cca
     torchrun --nproc_per_node 2 train_var_cca.py --model var-mini --data ... --output ...
 
-Writes DIR/model.pth in the published format, config.json, metrics.jsonl, curves.png,
-tensorboard/ and state/.
+Writes DIR/model.pth in the published format, config.json, metrics.jsonl, curves.png, tensorboard/ and
+the checkpoints in state/. Run the same command again to resume from the last checkpoint.
 """
 
 from functools import partial
@@ -20,14 +20,9 @@ from cca.training.setup import run_training
 
 
 def make_parser() -> Parser:
-    parser = training_parser(
-        __doc__,
-        "train_var_cca",
-        "--data",
-        DATA_HELP,
-    )
-    add_classes_option(parser)
-    add_orientation_option(parser)
+    parser = training_parser(__doc__, "train_var_cca", "--data", DATA_HELP)
+    add_classes_option(parser.group("data"))
+    add_orientation_option(parser.group("data"))
     return parser
 
 
@@ -35,8 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     check_orientation_option(args, args.data)
     classes = read_classes(args.classes_from)
-    opened = partial(open_labelled_images, classes=classes, upright=args.exif_orientation)
-    run_training(args, args.data, opened)
+    open_data = partial(open_labelled_images, classes=classes, upright=args.exif_orientation)
+    run_training(args, args.data, open_data)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Condition Contrastive Alignment (arXiv 2410.09347): the losses, and the likelihoods that they compare."""
+"""Condition Contrastive Alignment (arXiv 2410.09347): losses, and the log-likelihoods that they compare."""
 
 from cca.losses import LOSSES, Loss, cca_loss, dpo_loss, pair_labels, unlearning_loss
 from models.log_likelihood import linear_sequence_logprob, sequence_logprob

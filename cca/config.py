@@ -1,4 +1,4 @@
-"""What a run is: the options that decide its results."""
+"""Configuration of sampling and training: the options that determine the results."""
 
 from dataclasses import asdict, dataclass
 
@@ -10,7 +10,10 @@ from models.utils.precision import DTYPES
 
 @dataclass(frozen=True)
 class SampleRequest(Limited):
-    """What is sampled; ``classes`` lists those in use, at least one; ``eval_size`` resizes (bicubic, pixels).
+    """What to sample.
+
+    classes: the classes to sample, at least one.
+    eval_size: resolution in pixels that images are resized to (bicubic); None keeps the model's.
 
     Raises UserError for values outside ``limits``.
     """
@@ -32,15 +35,15 @@ class SampleRequest(Limited):
     }
 
     def check_classes(self, num_classes: int) -> None:
-        """Raise UserError unless there are classes, and all are among 0 … num_classes - 1."""
+        """Raise UserError if ``classes`` is empty or has a class outside 0 … num_classes - 1."""
         if not self.classes or not all(0 <= c < num_classes for c in self.classes):
-            text = ",".join(map(str, self.classes)) or "an empty list"
-            raise UserError(f"--classes: {text} goes beyond 0 … {num_classes - 1}")
+            text = ",".join(map(str, self.classes)) or "the list is empty"
+            raise UserError(f"--classes: {text}; expected classes in 0 … {num_classes - 1}")
 
 
 @dataclass(frozen=True)
 class TrainingConfig(Limited):
-    """Every option that decides what is trained; see ``--help`` of the commands.
+    """All options that determine the trained weights; ``--help`` of the training commands explains them.
 
     Raises UserError for values outside ``limits``.
     """
@@ -81,5 +84,5 @@ class TrainingConfig(Limited):
     }
 
     def options(self) -> dict:
-        """Return the options under their names in config.json."""
+        """Return the options by the names that they have in config.json."""
         return {"lam" if name == "lambda_" else name: value for name, value in asdict(self).items()}

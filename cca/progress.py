@@ -1,25 +1,32 @@
-"""The progress bar of every command."""
+"""The progress bar that all commands use."""
 
 import sys
-from collections.abc import Callable
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-LINE_SECONDS = 30  # between two lines in a log
+LINE_SECONDS = 30  # between two lines when standard error is not a terminal
 
 
 class ProgressBar(tqdm):
-    """tqdm's bar on a terminal; in a log, a line every ``LINE_SECONDS`` and one at the end."""
+    """tqdm's bar on a terminal; elsewhere one line every ``LINE_SECONDS`` and one at the end."""
 
     def __init__(self, *args: Any, **options: Any):
-        terminal = sys.stderr is not None and sys.stderr.isatty()
-        interval = {} if terminal else {"mininterval": LINE_SECONDS, "maxinterval": 2 * LINE_SECONDS}
-        super().__init__(*args, **options, **interval)
+        if sys.stderr is not None and not sys.stderr.isatty():
+            options |= {"mininterval": LINE_SECONDS, "maxinterval": 2 * LINE_SECONDS}
+            options |= {"file": _Lines(sys.stderr), "leave": True}
+        super().__init__(*args, **options)
 
-    @staticmethod
-    def status_printer(file: TextIO) -> Callable[[str], None]:
-        """Return a function that shows the bar: over the last state on a terminal, else on a new line."""
-        if file.isatty():
-            return tqdm.status_printer(file)
-        return lambda text: print(text.strip(), file=file, flush=True) if text else None
+
+class _Lines:
+    """A text file that prints each state of the bar on a line of its own, without cursor movements."""
+
+    def __init__(self, file: TextIO):
+        self.file = file
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            self.file.write(f"{line}\n")
+
+    def flush(self) -> None:
+        self.file.flush()

@@ -1,9 +1,10 @@
-"""README and docs: every command parses, every link leads somewhere."""
+"""README and docs: every command parses, every Python block runs, every link leads somewhere."""
 
 import importlib
 import itertools
 import re
 import shlex
+import tempfile
 
 import pytest
 from commands import ROOT
@@ -51,6 +52,21 @@ def test_other_lines_name_what_is_there(page, line):
         script = (ROOT / next(word for word in rest if word.startswith("scripts/"))).read_text()
         if experiment := re.search(r"scripts\.reproduce ([a-z-]+)", script):
             reproduce.make_parser().parse_args([experiment[1], *rest[1:]])
+
+
+def python_blocks():
+    """Of all pages, but scripts that take arguments (docs/data.md), which have a test of their own."""
+    for page in PAGES:
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+            if "sys.argv" not in block:
+                yield pytest.param(block, id=page)
+
+
+@pytest.mark.parametrize("block", list(python_blocks()))
+def test_python_blocks_run(block, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    exec(compile(block, "block", "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES)

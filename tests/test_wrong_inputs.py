@@ -92,7 +92,7 @@ CASES = [
     ),
     (sample, ["--model", "var-d99", "--output", "s.npz"], "--model: invalid choice: 'var-d99'"),
     (sample, SAMPLE[:-1] + ["out/s.png"], "--output: out/s.png does not end in .npz"),
-    (sample, [*SAMPLE, "--classes", "0,10"], "--classes: 0,10 goes beyond 0 … 9"),
+    (sample, [*SAMPLE, "--classes", "0,10"], "--classes: 0,10; expected"),
     (sample, [*SAMPLE, "--classes", "shoes"], "--classes: 'shoes' is neither"),
     (sample, [*SAMPLE, "--cfg-sclae", "2"], "unrecognized arguments: --cfg-sclae"),
     (sample, [*SAMPLE, "--cfg", "2"], "unrecognized arguments: --cfg"),

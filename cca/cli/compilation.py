@@ -1,4 +1,4 @@
-"""Whether a run is compiled."""
+"""The decision whether a command uses torch.compile."""
 
 import os
 import shutil
@@ -7,22 +7,26 @@ import sys
 from cca.distributed import Ranks
 from models import UserError
 
-# What torch.compile calls: on a CPU Inductor's C++, on a GPU Triton's C.
+# The compiler that torch.compile calls: C++ for Inductor on a CPU, C for Triton on a GPU. First the environment
+# variable that names it, then the commands that are tried.
 COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang", "cc")}
 
 
-def decide_compile(asked: bool | None, default: bool, ranks: Ranks) -> bool:
-    """Return whether to compile: as asked, else by default where this machine has a compiler.
+def decide_compile(option: bool | None, default: bool, ranks: Ranks) -> bool:
+    """Return whether to compile: the value of --compile or, where that is None, the default.
 
-    Raises UserError where it was asked for and there is none.
+    Without a compiler on this machine the default becomes False, with a note on stderr.
+
+    Raises:
+        UserError: --compile was given, and there is no compiler.
     """
-    wanted = default if asked is None else asked
+    is_wanted = default if option is None else option
     variable, *names = COMPILERS[ranks.device.type]
-    if not wanted or any(map(shutil.which, (os.environ.get(variable, names[0]), *names))):
-        return wanted
-    missing = f"there is no compiler ({', '.join(names)}), which torch.compile needs"
-    if asked:
-        raise UserError(f"--compile: {missing}; install one, or take --no-compile")
+    if not is_wanted or any(map(shutil.which, (os.environ.get(variable, names[0]), *names))):
+        return is_wanted
+    problem = f"torch.compile needs a compiler ({' or '.join(names)}), and this machine has none"
+    if option:
+        raise UserError(f"--compile: {problem}; install one, or use --no-compile")
     if ranks.is_main:
-        print(f"note: runs without --compile: {missing}", file=sys.stderr)
+        print(f"note: --compile is off: {problem}", file=sys.stderr)
     return False

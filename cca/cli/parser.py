@@ -1,4 +1,4 @@
-"""Command-line pieces that several commands share."""
+"""The argument parser of all commands, types of options, and options that several commands share."""
 
 import argparse
 import os
@@ -12,18 +12,24 @@ from models.utils.errors import UserError
 from models.utils.limits import Limits
 from models.utils.precision import MOST_LOADERS, default_loaders
 
+# Groups of options in --help, in this order; a group without options is not shown.
+GROUPS = ("model", "data", "method", "optimisation", "performance", "output")
+
 
 def command_line(module: str, arguments: Sequence[str] = ()) -> str:
-    """What is typed after ``python`` or torchrun's own options for "sample", or "scripts.extract_codes"."""
+    """Return what a user types after ``python``, or after torchrun's options, to run a module.
+
+    ``module`` is a name such as "sample" or "scripts.extract_codes".
+    """
     name = f"-m {module.removesuffix('.__main__')}" if "." in module else f"{module}.py"
     return f"{name} {shlex.join(arguments)}".strip()
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and that takes no abbreviated options.
+    """An argument parser with groups of options, one-line errors and no abbreviated options.
 
-    ``module`` is the command's name in Python, such as "sample" or "scripts.extract_codes". The parsed
-    options have the whole command as ``command``, ready to be pasted after ``python``.
+    ``module`` is the command's name in Python, such as "sample" or "scripts.extract_codes". The attribute
+    ``command`` of the parsed options is the whole command line, to be pasted after ``python``.
     """
 
     def __init__(self, description: str, module: str):
@@ -34,11 +40,19 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self._groups = {title: self.add_argument_group(title) for title in GROUPS}
+
+    def group(self, title: str) -> argparse._ArgumentGroup:
+        """Return the group of options with this title, one of ``GROUPS``."""
+        return self._groups[title]
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse's, but for ``--option=--``, which it takes as an empty list, unchecked, and for
-        ``--option=~/...``, in which a shell does not expand the home folder."""
-        args = [_with_home(text) for text in (sys.argv[1:] if args is None else args)]
+        """Parse as argparse does, with two differences.
+
+        ``--option=--`` is refused: argparse takes it for an empty list and does not check it.
+        ``--option=~/...`` is expanded to the home folder: shells do not expand it.
+        """
+        args = [_expand_home(text) for text in (sys.argv[1:] if args is None else args)]
         for text in args:
             if text.startswith("--") and text.endswith("=--"):
                 self.error(f"{text.removesuffix('=--')}: expected one argument")
@@ -50,13 +64,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
-def _with_home(text: str) -> str:
+def _expand_home(text: str) -> str:
     option, equals, value = text.partition("=")
     return f"{option}={os.path.expanduser(value)}" if option.startswith("--") and equals else text
 
 
 def number(low: float, high: float | None = None, kind: type = float, above: bool = False):
-    """Return an argparse type: a number within ``Limits`` of these arguments."""
+    """Return an argparse type that parses a number and checks it; see ``Limits`` for the arguments."""
     limits = Limits(low, high, kind, above)
 
     def parse(text: str):
@@ -74,39 +88,49 @@ def number(low: float, high: float | None = None, kind: type = float, above: boo
 
 
 def count(low: int = 1):
-    """An argparse type: an integer of at least ``low``; see ``number``."""
+    """Return an argparse type that parses an integer of at least ``low``."""
     return number(low, kind=int)
 
 
 def limits_of(options: Any, name: str) -> dict[str, Any]:
-    """Return argparse's ``type`` or ``choices`` for a field of a dataclass that has ``limits``."""
+    """Return the ``type`` or the ``choices`` of an option, as keyword arguments of add_argument.
+
+    They follow from ``options.limits``, the limits of a dataclass's fields.
+    """
     allowed = options.limits[name]
     return {"type": number(*astuple(allowed))} if isinstance(allowed, Limits) else {"choices": allowed}
 
 
-def add_workers_option(parser: argparse.ArgumentParser) -> None:
-    """--workers, of every command that reads images: the same numbers whatever it is."""
-    parser.add_argument(
+def add_workers_option(parser: Parser) -> None:
+    """Add --workers, for commands that read images. Results do not depend on its value."""
+    parser.group("performance").add_argument(
         "--workers",
         type=count(0),
         default=default_loaders(),
         metavar="N",
-        help="processes that read images ahead, of each process "
-        f"(default: on a GPU its share of the cores, {MOST_LOADERS} at most; 0, none, on a CPU)",
+        help="data-loading workers per rank; 0: the rank reads its images itself (default: on a GPU the "
+        f"rank's share of the CPU cores, at most {MOST_LOADERS}; on a CPU 0)",
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser, models: Iterable[str], weights: str | None) -> None:
-    """Which model a command works with; ``weights`` lists what --weights takes, None leaves it out."""
-    add = parser.add_argument
-    add("--model", required=True, choices=sorted(models), help="one of `python -m models`")
+def add_model_options(parser: Parser, models: Iterable[str], weights: str | None) -> None:
+    """Add the options that choose a model and its weights.
+
+    ``weights`` lists what --weights takes; None leaves the option out.
+    """
+    add = parser.group("model").add_argument
+    add("--model", required=True, choices=sorted(models), help="model name; `python -m models` lists them")
     if weights:
-        add("--weights", default="base", metavar=weights, help="transformer weights (default base)")
-    names = "vq_ds16_c2i, vq_ds8_c2i for LlamaGen"
+        add("--weights", default="base", metavar=weights, help="transformer weights (default: base)")
     add(
         "--tokenizer-weights",
         metavar="PATH|NAME|hf://…",
-        help=f"tokenizer weights, or {names} (default: the model's own)",
+        help="tokenizer weights; for LlamaGen also a name, vq_ds16_c2i or vq_ds8_c2i "
+        "(default: the model's own)",
     )
-    sizes = "LlamaGen: 256, 384 or 512 (default: the model's)"
-    add("--image-size", type=count(), metavar="PIXELS", help=f"side the model works at; {sizes}")
+    add(
+        "--image-size",
+        type=count(),
+        metavar="PIXELS",
+        help="image resolution of the model, in pixels; LlamaGen: 256, 384 or 512 (default: the model's own)",
+    )

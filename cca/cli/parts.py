@@ -1,4 +1,4 @@
-"""Rows of a large array, made in parts by several ranks and stored as they come; then one file."""
+"""A large array that several ranks compute in parts; the parts are stored one by one, then joined in one file."""
 
 import math
 import zipfile
@@ -16,15 +16,15 @@ from cca.progress import ProgressBar
 from models.utils.errors import UserError
 from models.utils.files import atomic_write, read_array, write_binary
 
-HEADER_BYTES = 128  # of a part's file: np.save pads to this
+HEADER_BYTES = 128  # np.save pads the header of a part's file to this
 
-# Ranges of rows -> these rows in order, in pieces of any number, empty ones among them.
+# Function from ranges of rows to these rows, in order, in pieces of any length (also empty).
 MakeRows = Callable[[list[range]], Iterator[np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of an array of ``shape`` [N, ...] and ``dtype``, ``rows_per_part`` rows in each file."""
+    """The parts of an array of ``shape`` [N, ...] and ``dtype``: files of ``rows_per_part`` rows each."""
 
     folder: Path
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class Parts:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def part(self, start: int) -> range:
-        """Return the rows of the part that begins with row ``start``."""
+        """Return the range of rows of the part that begins at row ``start``."""
         return range(start, min(start + self.rows_per_part, self.shape[0]))
 
     def all(self) -> Iterator[range]:
@@ -46,7 +46,7 @@ class Parts:
         return self.folder / f"{part.start:08d}.npy"
 
     def is_stored(self, part: range) -> bool:
-        """Return whether a part is there, whole."""
+        """Return whether the file of a part exists and has its full size."""
         try:
             size = self.path(part).stat().st_size
         except OSError:
@@ -61,7 +61,7 @@ class Parts:
         return sum(len(self.part(start)) for start in starts if self.is_stored(self.part(start)))
 
     def space_needed(self) -> int:
-        """Return the bytes that are still to be written: the missing parts, then the file of all."""
+        """Return how many bytes must still be written: the missing parts, then the joined file."""
         return (2 * self.shape[0] - self.rows_stored()) * self.row_bytes
 
     def write(self, part: range, rows: np.ndarray) -> None:
@@ -73,11 +73,11 @@ class Parts:
         except UserError:
             rows = np.empty(0)
         if rows.shape != (len(part), *self.shape[1:]) or rows.dtype != self.dtype:
-            raise UserError(f"--output: {self.path(part)} is damaged; remove it, and repeat the command")
+            raise UserError(f"--output: {self.path(part)} is damaged; remove it and repeat the command")
         return rows
 
     def copy_to(self, file: IO[bytes]) -> None:
-        """Write the whole array as .npy, with one part in memory at a time. Raises UserError."""
+        """Write the whole array as .npy, with one part in memory at a time. Raise UserError for a damaged part."""
         header = {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape}
         np.lib.format.write_array_header_1_0(file, header)
         for part in self.all():
@@ -85,22 +85,22 @@ class Parts:
 
 
 def store(parts: Parts, own: list[range], pieces: Iterator[np.ndarray]) -> Generator[int, None, None]:
-    """Store parts as their rows come; yields how many rows each piece has.
+    """Store the parts ``own`` from pieces of rows; yield the number of rows of each piece.
 
-    A thread writes a part while the next one is made, so that two of them are in memory.
+    A thread writes a part while the next one is computed, so two parts are in memory.
     """
     being_written: Future[None] | None = None
-    made = list[np.ndarray]()
+    rows_so_far = list[np.ndarray]()
     with ThreadPoolExecutor(1) as writer:
         for part in own:
-            while sum(map(len, made)) < len(part):
-                made.append(next(pieces))
-                yield len(made[-1])
+            while sum(map(len, rows_so_far)) < len(part):
+                rows_so_far.append(next(pieces))
+                yield len(rows_so_far[-1])
             if being_written:
                 being_written.result()
-            rows = np.concatenate(made)
+            rows = np.concatenate(rows_so_far)
             being_written = writer.submit(parts.write, part, rows[: len(part)])
-            made = [rows[len(part) :].copy()]  # what a piece has of the next part
+            rows_so_far = [rows[len(part) :].copy()]  # the last piece may reach into the next part
         if being_written:
             being_written.result()
 
@@ -108,23 +108,22 @@ def store(parts: Parts, own: list[range], pieces: Iterator[np.ndarray]) -> Gener
 def make_missing_parts(
     ranks: Ranks, parts: Parts, make: MakeRows, description: str, first_text: str = ""
 ) -> bool:
-    """Make the parts that are missing, dealt out over the ranks.
+    """Compute and store the missing parts, distributed over the ranks. An error on one rank ends all ranks.
 
     Args:
-        make: makes the rows of some ranges.
-        description: of the progress bar.
-        first_text: what the bar says until the first rows are there.
+        make: function that computes the rows of the given ranges.
+        description: label of the progress bar.
+        first_text: text that the bar shows until the first rows are ready.
 
     Returns:
-        False where a signal came first: all ranks stop, and the same command resumes. An error of one
-        rank ends all of them.
+        True when all parts are stored; False if a signal stopped all ranks (the same command resumes).
     """
-    # Rank 0 looks, before any rank writes: on other nodes, a file that is there may not be seen yet.
+    # Rank 0 lists the parts before any rank writes: other nodes may see new files only later.
     missing = ranks.broadcast_from_rank0(lambda: [part.start for part in parts.missing()])
     own = [parts.part(start) for start in missing[ranks.share(len(missing))]]
     steps, is_done = store(parts, own, make(own)), False
     with (
-        closing(steps),  # waits for the part that is being written
+        closing(steps),  # waits until the last part is written
         StopRequest() as stop,
         ProgressBar(
             total=sum(map(len, own)), desc=description, unit="image", disable=not ranks.is_main
@@ -141,40 +140,40 @@ def make_missing_parts(
                 bar.set_postfix_str("", refresh=False)
                 bar.update(rows)
 
-        # Signals reach the ranks at different moments, and one may have a part more than another.
-        while ranks.any_rank(not is_done) and not ranks.any_rank(stop.asked):
+        # Signals reach the ranks at different times, and one rank may have one part more than another.
+        while ranks.any_rank(not is_done) and not ranks.any_rank(stop.is_requested):
             ranks.run_or_abort_all(advance)
-        stopped = ranks.any_rank(stop.asked)
+        is_stopped = ranks.any_rank(stop.is_requested)
     ranks.barrier()
-    if stopped and ranks.is_main:
+    if is_stopped and ranks.is_main:
         print(
             f"stopped; {parts.rows_stored()} of {parts.shape[0]} images are stored, "
-            "the same command goes on from there"
+            "repeat the command to resume"
         )
-    return not stopped
+    return not is_stopped
 
 
 def write_npy(path: Path, parts: Parts) -> None:
-    """Join parts into one .npy. Raises UserError."""
+    """Join the parts into one .npy. Raise UserError if that fails."""
     write_binary(path, parts.copy_to)
 
 
 def write_npz(path: Path, parts: Parts, labels: Iterable[np.ndarray] | None) -> None:
-    """Join parts into the .npz that guided-diffusion's evaluator reads, the same bytes for the same rows.
+    """Join the parts into the .npz that guided-diffusion's evaluator reads. Raise UserError if that fails.
 
-    labels: classes [n] int64 in pieces, in the order of the rows; None leaves arr_1 out. Raises UserError.
+    labels: classes int64 [n], in pieces, in the order of the rows; None omits arr_1.
     """
 
     def write(temporary: Path) -> None:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            # Entries without a date: the same samples are the same bytes.
+            # Entries have no date, so that equal samples give equal files.
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
                 parts.copy_to(file)
             if labels is not None:
                 with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as file:
                     header = {"descr": "<i8", "fortran_order": False, "shape": parts.shape[:1]}
                     np.lib.format.write_array_header_1_0(file, header)
-                    for some in labels:
-                        file.write(some.astype("<i8").tobytes())
+                    for piece in labels:
+                        file.write(piece.astype("<i8").tobytes())
 
     atomic_write(path, write)

@@ -1,12 +1,12 @@
-"""What a command is about to do: a few aligned lines before the work, after which ``--dry-run`` stops."""
+"""The plan of a command: a few aligned lines, printed before the work; with ``--dry-run`` nothing follows."""
 
-import argparse
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from huggingface_hub import constants
 
+from cca.cli.parser import Parser
 from models.utils.errors import printable
 from models.utils.files import size_text
 from models.zoo.hub import Download, space_needed
@@ -14,15 +14,15 @@ from models.zoo.hub import Download, space_needed
 _hidden = False
 
 
-def add_dry_run_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print what would be done, without network, and stop"
+def add_dry_run_option(parser: Parser) -> None:
+    parser.group("output").add_argument(
+        "--dry-run", action="store_true", help="print the plan and exit; no network, nothing is written"
     )
 
 
 @contextmanager
 def hidden_plans() -> Iterator[None]:
-    """Nothing is shown inside, of commands that another one calls by the dozen."""
+    """Context manager that hides plans: ``scripts.reproduce`` runs many commands, and prints each itself."""
     global _hidden
     _hidden = True
     try:
@@ -32,10 +32,10 @@ def hidden_plans() -> Iterator[None]:
 
 
 def show_plan(rows: Mapping[str, str], downloads: Sequence[Download] = ()) -> None:
-    """Print the rows, aligned, and what is to be downloaded, with its sizes and whether the disk has room."""
+    """Print the rows, aligned, then the files to download, their sizes and whether the disk has room."""
     if _hidden:
         return
-    shown = {name: [text] for name, text in rows.items()}
+    cells = {name: [text] for name, text in rows.items()}
     if downloads:
         lines = [f"~{size_text(file.size)}: {file.name}" for file in downloads]
         for folder, needed in space_needed(downloads).items():
@@ -44,9 +44,9 @@ def show_plan(rows: Mapping[str, str], downloads: Sequence[Download] = ()) -> No
             lines.append(f"{size_text(free)} are free at {folder}, which is {room}")
         if constants.HF_HUB_OFFLINE:
             lines.append("HF_HUB_OFFLINE is set, so they will be refused")
-        shown["downloads"] = lines
-    width = max(map(len, shown)) + 2
-    for name, (first, *others) in shown.items():
+        cells["downloads"] = lines
+    width = max(map(len, cells)) + 2
+    for name, (first, *others) in cells.items():
         print(f"{name:<{width}}{printable(first)}")
         for line in others:
             print(f"{'':<{width}}{printable(line)}")

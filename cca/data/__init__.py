@@ -1,1 +1,1 @@
-"""Image sets, and what the trainer reads."""
+"""Image sets, labels, extracted codes, and the datasets that the trainer reads."""

@@ -1,7 +1,7 @@
-"""Archives of images, ``.zip`` and ``.tar``, whose members are read in place.
+"""Archives of images (``.zip`` and ``.tar``) whose members are read without unpacking.
 
-``zipfile`` and ``tarfile`` list the members. The index of a file is built once per machine, with a progress
-bar, and is kept in the cache folder under the archive's path, size and time of change.
+``zipfile`` and ``tarfile`` list the members. The list (the index of an archive) is built once per machine,
+with a progress bar. It is stored in the cache folder, keyed by the archive's path, size and modification time.
 """
 
 import copy
@@ -31,39 +31,42 @@ from models.utils.files import cache_folder, reason, require_regular_file, write
 
 SUFFIXES = (".zip", ".tar")
 UNSUPPORTED = {
-    (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst"): "a compressed tar has no places "
-    "to read images from; decompress it once (gunzip, bunzip2, unxz, unzstd) and give the .tar",
+    (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst"): "is a compressed tar, of "
+    "which single files cannot be read; decompress it (gunzip, bunzip2, unxz, unzstd) and give the .tar",
     (".parquet", ".7z", ".rar"): "is neither a .zip nor a .tar; docs/data.md shows how to make a .zip of it",
 }
-PLAIN, STORED, DEFLATED, NO_FILE = range(4)  # how a member lies in its archive; NO_FILE: links and the like
+PLAIN, STORED, DEFLATED, NO_FILE = range(4)  # how a member is stored; NO_FILE: a link or other special file
 ZIP_KINDS = {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED}
-BLOCK = 512  # bytes: the unit of a tar
-MOST_PADDING = 2**20  # bytes of zeros that end a tar
-# A member: its name; where it begins (in a .zip its header), bytes there, bytes of the file, CRC-32, kind.
+BLOCK = 512  # bytes of a block of a tar
+INDEX_FORMAT = 1  # changes with the format of a cached index and with the rules that build it
+MOST_INFLATED = 1100  # slightly more bytes than deflate can make of one
+UTF8 = 0x800  # flag of a .zip member whose name is UTF-8
+MOST_PADDING = 2**20  # most bytes of zeros at the end of a tar
+# A member: name, (offset of its data, in a .zip of its header; stored bytes; decompressed bytes; CRC-32; kind).
 Member = tuple[str, tuple[int, int, int, int, int]]
 
 
 class Archive:
     """The files of an archive, or of one folder in it, by name. ``Folder`` has the same methods.
 
-    A tar inside a tar is a folder of its name, as in ``ILSVRC2012_img_train.tar``. Forked processes may read
-    the same object at once: no read depends on a shared position in the file.
+    A tar inside a tar counts as a folder of that name, as in ``ILSVRC2012_img_train.tar``. Forked processes may
+    read from one object at the same time: no read uses a shared file position.
 
-    Raises UserError for a file that is no archive, ends early, or has members that are encrypted or
-    compressed by another method than deflate.
+    Raises UserError for a file that is not an archive, is cut off, or has members that are encrypted or use a
+    compression other than deflate.
     """
 
     def __init__(self, path: Path):
         self.root, self.prefix = path, ""
         try:
-            self._descriptor = os.open(require_regular_file(path), os.O_RDONLY)  # open until the process ends
+            self._handle = _Handle(require_regular_file(path))
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({reason(error)})") from None
-        with os.fdopen(os.dup(self._descriptor), "rb") as file:
+        with os.fdopen(os.dup(self._handle.descriptor), "rb") as file:
             self._names, self._members = read_index(path, file)
 
     def _part(self) -> range:
-        """Return the places below ``root`` in the list of names."""
+        """Return the range of the names below ``root`` in the sorted list of names."""
         if not self.prefix:
             return range(len(self._names))
         return range(
@@ -72,13 +75,13 @@ class Archive:
         )
 
     def subfolder(self, name: str) -> "Archive | None":
-        """Return a folder of this one as an archive of its own; None where there is none."""
+        """Return a subfolder as an archive of its own, or None if it does not exist."""
         inner = copy.copy(self)
         inner.root, inner.prefix = self.root / name, f"{self.prefix}{name}/"
         return inner if inner._part() else None
 
     def list_files(self) -> tuple[list[str], list[str]]:
-        """Return the files below ``root``, ascending, and what is no file, such as links.
+        """Return the names of the files below ``root``, sorted, and of entries such as links.
 
         Hidden entries are skipped.
         """
@@ -96,15 +99,20 @@ class Archive:
             return False
 
     def size(self, name: str) -> int:
-        """Return the bytes of a file, decompressed. Raises OSError where there is none."""
+        """Return the decompressed size of a file in bytes. Raises OSError if it does not exist."""
         return self._member(name)[2]
 
     def open(self, name: str) -> io.BytesIO:
-        """Return a file's content. Raises OSError for a missing or damaged one (a tar has no checksums)."""
+        """Return the content of a file. Raises OSError if it is missing or damaged (a tar has no checksums)."""
         offset, stored, size, crc, kind = self._member(name)
         if kind in (STORED, DEFLATED):
             header = self._read(30, offset)
-            offset += 30 + sum(struct.unpack("<HH", header[26:]))  # its name and an extra field
+            flags, name_bytes, extra_bytes = struct.unpack("<6xH18xHH", header)
+            encoding = "utf-8" if flags & UTF8 else "cp437"
+            own_name = self._read(name_bytes, offset + 30).decode(encoding, "replace")
+            if _member_name(own_name, flags & UTF8) != self.prefix + name:
+                raise OSError("damaged: its header names another file")
+            offset += 30 + name_bytes + extra_bytes
         data = self._read(stored, offset)
         if kind == DEFLATED:
             try:
@@ -125,18 +133,27 @@ class Archive:
     def _read(self, count: int, offset: int) -> bytes:
         data = b""
         while len(data) < count:
-            piece = os.pread(self._descriptor, count - len(data), offset + len(data))
+            piece = os.pread(self._handle.descriptor, count - len(data), offset + len(data))
             if not piece:
-                raise OSError("the archive ends early")
+                raise OSError("the archive is cut off")
             data += piece
         return data
 
 
-def find_archive(path: Path) -> tuple[Path, str] | None:
-    """Return the archive that a path names, and the folder inside it that follows ("": none).
+class _Handle:
+    """An open file that closes when no archive object uses it any more."""
 
-    None where the path names no archive.
-    Raises UserError for archives of other kinds.
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+def find_archive(path: Path) -> tuple[Path, str] | None:
+    """Split ARCHIVE/FOLDER: return the archive and the folder in it ("" if the path has none).
+
+    Return None if no part of the path is an archive. Raises UserError for unsupported kinds of archives.
     """
     for place in (path, *path.parents):
         if os.path.isdir(place):
@@ -152,56 +169,73 @@ def find_archive(path: Path) -> tuple[Path, str] | None:
 
 
 def read_index(path: Path, file: BinaryIO) -> tuple[list[str], np.ndarray]:
-    """Return an archive's members: names [N], ascending, and their numbers int64 [N, 5] (see ``Member``)."""
-    status, place = os.fstat(file.fileno()), os.path.realpath(path)
-    key = f"{place}\n{status.st_size}\n{status.st_mtime_ns}"
-    kept = cache_folder() / "archives" / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.npz"
-    with suppress(OSError):  # there may be no place to keep it
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(kept.with_suffix(".lock")):  # one rank builds it, the others read it
-            if (found := _kept_index(kept, key)) is None:
-                found = _build_index(path, file)
-                _keep_index(kept, key, *found)
-            return found
+    """Return the index of an archive: sorted names [N], and int64 [N, 5] (see ``Member``)."""
+    status, real_path = os.fstat(file.fileno()), os.path.realpath(path)
+    stamp = (INDEX_FORMAT, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+    key = f"{real_path}\n{stamp}"
+    cache = cache_folder() / "archives" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.npz"
+    with suppress(OSError):  # the cache folder may not be writable
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(cache.with_suffix(".lock")):  # one rank builds the index, the others read it
+            if (index := _read_cached_index(cache, key)) is None:
+                index = _build_index(path, file)
+                _write_cached_index(cache, key, *index)
+            return index
     return _build_index(path, file)
 
 
-def _kept_index(kept: Path, key: str) -> tuple[list[str], np.ndarray] | None:
+def _read_cached_index(cache: Path, key: str) -> tuple[list[str], np.ndarray] | None:
     try:
-        with open(kept, "rb") as file, np.load(file, allow_pickle=False) as content:
+        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as content:
             if bytes(content["key"]) == os.fsencode(key):
                 names = bytes(content["names"]).decode("utf-8", "surrogateescape")
-                return names.split("\0") if names else [], content["members"]
-    except Exception:  # missing, or damaged in one of numpy's many ways
+                index = names.split("\0") if names else [], content["members"]
+                return index if index[1].shape == (len(index[0]), 5) else None
+    except Exception:  # the file is missing, or damaged: numpy raises many kinds of errors
         return None
     return None
 
 
-def _keep_index(kept: Path, key: str, names: list[str], members: np.ndarray) -> None:
+def _write_cached_index(cache: Path, key: str, names: list[str], members: np.ndarray) -> None:
     as_bytes = (os.fsencode(key), "\0".join(names).encode("utf-8", "surrogateescape"))
     key_bytes, name_bytes = (np.frombuffer(text, np.uint8) for text in as_bytes)
-    with suppress(UserError):  # no room: it is built again next time
-        write_binary(kept, lambda to: np.savez(to, key=key_bytes, names=name_bytes, members=members))
+    with suppress(UserError):  # if the disk is full, the next command builds the index again
+        write_binary(cache, lambda to: np.savez(to, key=key_bytes, names=name_bytes, members=members))
 
 
 def _build_index(path: Path, file: BinaryIO) -> tuple[list[str], np.ndarray]:
     names, numbers, size = list[str](), array("q"), os.fstat(file.fileno()).st_size
     list_members = _list_zip if path.name.lower().endswith(".zip") else _list_tar
-    with ProgressBar(total=size, desc=f"index of {path.name}", unit="B", unit_scale=True, leave=False) as bar:
+    options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1}
+    with ProgressBar(total=size, desc=f"index of {path.name}", **options) as bar:
         try:
             for name, member in list_members(path, file):
-                names.append(posixpath.normpath(name).lstrip("/"))
+                if member[0] + member[1] > size or member[2] > MOST_INFLATED * member[1]:
+                    raise UserError(f"{path}: is cut off or damaged: {name} does not fit in the archive")
+                names.append(name)
                 numbers.extend(member)
                 bar.update(max(member[0] - bar.n, 0))
         except (UserError, MemoryError):
             raise
-        except Exception as error:  # both libraries raise some ten kinds for damaged files
-            raise UserError(f"{path}: is no readable archive ({reason(error)})") from None
+        except Exception as error:  # both libraries raise some ten kinds of errors for damaged files
+            raise UserError(f"{path}: is not a readable archive ({reason(error)})") from None
     order = sorted(range(len(names)), key=names.__getitem__)
-    # Of a name that occurs twice the last one counts, as when the archive is unpacked.
+    # If a name occurs twice, its last entry counts, as when the archive is unpacked.
     order = [i for i, after in zip(order, [*order[1:], -1]) if after < 0 or names[i] != names[after]]
     members = np.frombuffer(numbers, np.int64).reshape(-1, 5)[order]
     return [names[i] for i in order], members
+
+
+def _member_name(name: str, is_utf8: int = 1) -> str:
+    """Return a member's path without "./" and "/".
+
+    ``is_utf8`` is 0 for a name of a .zip that was decoded as code page 437, since the archive does not say
+    that it is UTF-8. Info-ZIP's ``zip`` writes UTF-8 and does not say so.
+    """
+    if not is_utf8:
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return posixpath.normpath(name).lstrip("/")
 
 
 def _list_zip(path: Path, file: BinaryIO) -> Iterator[Member]:
@@ -211,32 +245,34 @@ def _list_zip(path: Path, file: BinaryIO) -> Iterator[Member]:
                 continue
             if entry.flag_bits & 1 or entry.compress_type not in ZIP_KINDS:
                 raise UserError(
-                    f"{path}: {entry.filename} is encrypted, or compressed by another method than "
-                    "deflate; make the archive again (zip -0 -r)"
+                    f"{path}: {entry.filename} is encrypted, or its compression is not "
+                    "deflate; create the archive again with zip -0 -r"
                 )
             is_link = stat.S_ISLNK(entry.external_attr >> 16)
             kind = NO_FILE if is_link else ZIP_KINDS[entry.compress_type]
-            yield entry.filename, (entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, kind)
+            name = _member_name(entry.filename, entry.flag_bits & UTF8)
+            yield name, (entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, kind)
 
 
 def _list_tar(path: Path, file: BinaryIO, folder: str = "", end: int | None = None) -> Iterator[Member]:
-    """List the tar that begins at the file's position and has to end before ``end`` (None: the file's)."""
+    """Yield the members of the tar that begins at the file position and ends before byte ``end`` (default: EOF)."""
     end = os.fstat(file.fileno()).st_size if end is None else end
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while entry := tar.next():
-            tar.members = []  # type: ignore[attr-defined]  # which would hold all that it has seen
-            name = folder + entry.name
-            if entry.isreg() and name.lower().endswith(".tar"):
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every member in memory
+            name = folder + _member_name(entry.name)
+            is_hidden = posixpath.basename(name).startswith(".")  # what macOS puts beside files, among others
+            if entry.isreg() and name.lower().endswith(".tar") and entry.size and not is_hidden:
                 file.seek(entry.offset_data)
                 yield from _list_tar(path, file, f"{name[:-4]}/", entry.offset_data + entry.size)
             elif not entry.isdir():
                 kind = PLAIN if entry.isreg() and not entry.issparse() else NO_FILE
                 yield name, (entry.offset_data, entry.size, entry.size, 0, kind)
-        # tarfile ends without a word where a header is damaged or missing.
+        # tarfile stops without an error at a damaged or missing header.
         file.seek(tar.offset)
         padding = file.read(min(end - tar.offset, MOST_PADDING)) if tar.offset < end else b""
         if len(padding) < BLOCK or any(padding) or end - tar.offset > MOST_PADDING:
             raise UserError(
-                f"{path}: is cut off or damaged, or several archives in one: "
-                f"its list of files ends at byte {tar.offset:,}, the archive at {end:,}"
+                f"{path}: is cut off or damaged, or is several archives in one: "
+                f"the last readable header ends at byte {tar.offset:,}, the archive at {end:,}"
             )

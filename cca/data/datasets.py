@@ -137,13 +137,9 @@ class FolderImages(LabelledDataset):
         given: Mapping[str, int] | None = None,
         upright: bool = False,
     ):
-        listed = read_listed_classes(folder)
-        if listed and given is not None:
-            raise UserError(
-                f"--classes-from: goes with class folders; {folder.root} lists classes in {LISTED}"
-            )
-        train = None if listed else folder.subfolder("train")
-        for inner in (train, folder) if train else (folder,):
+        listed, train = read_listed_classes(folder), folder.subfolder("train")
+        for inner in (train, folder) if train and not listed else (folder,):
+            listed = read_listed_classes(inner)
             found, self.left_out = find_images(inner)
             used = [file for file in found if listed or "/" in file]
             if used:
@@ -151,14 +147,18 @@ class FolderImages(LabelledDataset):
         else:
             problem = f"its {len(found):,} images lie in no class folders, so that their classes are unknown"
             raise UserError(f"--data: {folder.root}: {problem if found else 'holds no images'}; {LAYOUTS}")
+        if listed and given is not None:
+            raise UserError(
+                f"--classes-from: goes with class folders; {inner.root} lists classes in {LISTED}"
+            )
         self.root, self.outside = inner.root, len(found) - len(used)
         if missing := [file for file in used if listed and normalised_name(file) not in listed]:
-            raise UserError(f"--data: {folder.root / LISTED} gives no class of {missing[0]}")
+            raise UserError(f"--data: {inner.root / LISTED} gives no class of {missing[0]}")
         used.sort(key=lambda file: (listed.get(normalised_name(file), 0), place(file)))
         self.source, self.exif_orientation = FileList(inner, used, upright), upright
         if listed:
             labels = np.array([listed[key] for key in self.source.keys])
-            self.all_labels = check_labels(labels, model.num_classes, f"--data: {folder.root / LISTED}")
+            self.all_labels = check_labels(labels, model.num_classes, f"--data: {inner.root / LISTED}")
         else:
             self.all_labels = self._number_folders(model, given)
         self.transform, self.seed, self.crops = transform, seed, transform.crops

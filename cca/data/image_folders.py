@@ -25,12 +25,12 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".p
 OPENED_FILES, OPENED_BYTES = 1000, 2**16  # that a fingerprint reads: so many files, so much of each
 
 
-def add_orientation_option(parser: argparse.ArgumentParser) -> None:
-    """Add --exif-orientation, of every command that reads pictures from folders and archives."""
-    parser.add_argument(
+def add_orientation_option(group: argparse._ArgumentGroup) -> None:
+    """Add --exif-orientation, for commands that read images from folders and archives."""
+    group.add_argument(
         "--exif-orientation",
         action="store_true",
-        help="turn pictures as their EXIF orientation says (default: not, as published)",
+        help="rotate images as their EXIF orientation says (default: off, as in the published code)",
     )
 
 

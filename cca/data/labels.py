@@ -25,13 +25,13 @@ LISTED = "dataset.json"
 HINT = "--classes-from FILE.json says which class each folder is"
 
 
-def add_classes_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def add_classes_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--classes-from",
         type=Path,
         metavar="FILE.json",
-        help='class of each class folder, such as {"cat": 281, "dog": 207} (default: names that are '
-        "numbers or WordNet ids, or sorted names if there are as many as classes)",
+        help='class number of each class folder, such as {"cat": 281, "dog": 207} (default: from the '
+        "folders' names: numbers, WordNet ids, or any names in sorted order if there is one per class)",
     )
 
 
@@ -73,12 +73,16 @@ def read_listed_classes(folder: Folder | Archive) -> dict[str, int]:
         raise UserError(f"{path}: is not readable JSON ({reason(error)})") from None
     if not isinstance(content, dict) or "labels" not in content:
         return {}  # of another program
+    labels = content["labels"]
     try:
-        listed = {normalised_name(name): label for name, label in content["labels"] or ()}
+        listed = {normalised_name(name): label for name, label in labels or ()}
     except (TypeError, ValueError):
         listed = {}
-    if not listed or not all(type(label) is int for label in listed.values()):
-        raise UserError(f"{path}: its labels are no classes of images; make the archive from class folders")
+    if not listed or len(listed) < len(labels) or not all(type(label) is int for label in listed.values()):
+        raise UserError(
+            f"{path}: does not list one class of each image; list them as [[file, class], …], or remove that "
+            "file if the folders are the classes"
+        )
     return listed
 
 

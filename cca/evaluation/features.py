@@ -1,6 +1,5 @@
 """Feature extractors for the evaluator, all of them torch-fidelity's or registered with it."""
 
-import argparse
 import functools
 import io
 from functools import partial
@@ -16,7 +15,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
-from cca.cli.parser import add_workers_option, count
+from cca.cli.parser import Parser, add_workers_option, count
 from cca.distributed import Ranks
 from models import UserError
 from models.utils.precision import ELSEWHERE, EXTRACTED_IMAGES, exact_matmuls, oom_as_user_error
@@ -175,26 +174,27 @@ def read_inception_weights(path: Path) -> io.BytesIO:
     return file
 
 
-def add_features_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that extracts features: which ones, and how images come to them."""
-    add = parser.add_argument
+def add_features_options(parser: Parser) -> None:
+    """Add the options of commands that extract features: the network, its weights and the batch size."""
+    add = parser.group("method").add_argument
     add(
         "--features",
         default="inception",
         metavar="inception|mini|NAME|PATH",
-        help="feature extractor: also any of torch-fidelity's, or Inception weights (default inception)",
+        help="feature extractor: inception, mini, another name of torch-fidelity, or a file of Inception "
+        "weights (default: inception)",
     )
     add(
         "--inception-weights",
         type=Path,
         metavar="PATH",
-        help="torch-fidelity's Inception weights (default: its cache, else downloaded)",
+        help="file of torch-fidelity's Inception weights (default: its cache, or a download)",
     )
-    add(
+    parser.group("performance").add_argument(
         "--batch-size",
         type=count(),
         default=EXTRACTED_IMAGES,
-        help="images per forward pass (default %(default)s)",
+        help="images per forward pass and rank (default: %(default)s)",
     )
     add_workers_option(parser)
 

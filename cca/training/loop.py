@@ -46,7 +46,7 @@ def train(
                     show(bar, metrics, done % log_every == 0)
                 # A signal reaches the ranks at different moments; they agree on the step to stop at.
                 stop, new = ranks.run_or_abort_all(
-                    partial(folder.log, done, metrics), True, request.asked, len(unreadable.new)
+                    partial(folder.log, done, metrics), True, request.is_requested, len(unreadable.new)
                 )
                 if new:
                     unreadable.share()

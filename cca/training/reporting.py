@@ -2,10 +2,12 @@
 
 import importlib.util
 import secrets
+import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from models import UserError
 from models.utils.files import atomic_write, reason, writing
@@ -57,26 +59,35 @@ class WandB:
                 number.parent.mkdir(exist_ok=True)
             atomic_write(number, lambda temporary: temporary.write_text(secrets.token_hex(4)))
         settings = wandb.Settings(console="off")  # the command replaces its output streams itself
+        self.run: Any = None  # once sending has failed
         try:
             self.run = wandb.init(
                 dir=folder, id=number.read_text(), resume="allow", name=folder.name, config=options,
                 settings=settings,
             )  # fmt: skip
-        except wandb.Error as error:
+        except Exception as error:  # of W&B, its settings or its service
             raise UserError(
                 f"--report-to: Weights & Biases does not take the run ({reason(error)})"
             ) from None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.run.log(metrics, step=step)
+        """Send the metrics of a step. Where that fails, a warning says so, and nothing more is sent."""
+        try:
+            if self.run:
+                self.run.log(metrics, step=step)
+        except Exception as error:  # W&B's service ended, or the run was finished elsewhere
+            self.run = None
+            tqdm.write(f"warning: Weights & Biases gets no more metrics ({reason(error)})", file=sys.stderr)
 
     def flush(self) -> None:
-        pass  # it writes by itself
+        pass  # W&B writes by itself
 
 
 def check_reporter(kind: str) -> None:
     """Raise UserError where a package is missing."""
-    if kind == "wandb" and importlib.util.find_spec("wandb") is None:
+    found = importlib.util.find_spec("wandb")
+    # A folder named wandb, which W&B makes where it runs, has a spec without an origin.
+    if kind == "wandb" and (found is None or found.origin is None):
         raise UserError("--report-to: wandb is not installed: pip install -r requirements-wandb.txt")
 
 

@@ -14,9 +14,9 @@ from huggingface_hub import (
     hf_hub_url,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import WeakFileLock
+from huggingface_hub.utils import WeakFileLock, validate_repo_id
 
 from models.utils.errors import UserError
 from models.utils.files import causes, existing_part, reason, size_text, writing
@@ -72,7 +72,11 @@ class WeightsFile:
     def from_address(cls, text: str, option: str) -> "WeightsFile":
         """Return the file of ``hf://ORG/REPO/FILE[@REVISION]``. Raises UserError for another form."""
         found = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^@]+)(?:@([^@]+))?", text)
-        if not found:
+        try:
+            validate_repo_id(found[1] if found else "")
+        except HFValidationError:
+            found = None
+        if not found or {"", ".", ".."} & set(found[2].split("/")):
             raise UserError(f"{option}: {text!r} is not hf://ORG/REPO/FILE or hf://ORG/REPO/FILE@REVISION")
         return cls(found[2], found[1], found[3])
 

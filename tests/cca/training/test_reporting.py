@@ -7,6 +7,7 @@ import pytest
 from commands import TRAIN, call, expect_error, metrics
 
 import train_var_cca
+from cca.training.reporting import WandB
 from models import UserError
 
 OPTIONS = [
@@ -57,6 +58,21 @@ def test_where_wandb_refuses_a_line_says_so_and_nothing_is_left(tmp_path, monkey
     line = ["train_var_cca.py", *OPTIONS, "--report-to", "wandb", "--output", tmp_path / "run"]
     expect_error(line, "--report-to: Weights & Biases does not take the run", "API key")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_survives_what_it_reports_to(tmp_path, capsys):
+    """W&B's service may be killed; the run goes on, and says once that nothing more is sent."""
+    reporter, calls = WandB.__new__(WandB), []
+
+    class Ended:
+        def log(self, metrics, step):
+            calls.append(step)
+            raise ConnectionResetError("Connection lost")
+
+    reporter.run = Ended()
+    for step in (1, 2):
+        reporter.log(step, {"loss": 1.0})
+    assert calls == [1] and capsys.readouterr().err.count("warning: Weights & Biases gets no more") == 1
 
 
 def test_without_wandb_a_line_says_what_to_install(tmp_path, monkeypatch):

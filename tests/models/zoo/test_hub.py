@@ -99,6 +99,8 @@ def test_files_of_any_repository(hub, tmp_path):
     "address, message",
     [
         ("hf://me/my-cca", "'hf://me/my-cca' is not hf://ORG/REPO/FILE"),
+        ("hf://me/my--cca/none.pt", "is not hf://ORG/REPO/FILE"),
+        ("hf://me/my-cca//etc/passwd", "is not hf://ORG/REPO/FILE"),
         ("hf://me/my-cca/none.pt@v2", "me/my-cca/none.pt@v2: the hub has no such file"),
     ],
 )
