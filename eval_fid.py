@@ -5,10 +5,11 @@
     torchrun --nproc_per_node 8 eval_fid.py --samples samples.npz --reference reference.npz
     python eval_fid.py --compare base.json guided.json cca.json
 
-Samples and reference are .npz files (arr_0 uint8 [N, H, W, 3]) or folders of images, which --resize cuts
-to one size. A reference with mu and sigma (mu_s, sigma_s) is taken at its word, its arr_0 serves
-precision, recall and KID; imagenet256 and imagenet512 are guided-diffusion's, downloaded when first used.
-Prints a table, writes JSON, and says what makes a figure not comparable with published ones.
+Samples and reference are .npz files (arr_0 uint8 [N, H, W, 3]) or folders of images, which --resize brings
+to one resolution. If a reference holds mu and sigma (mu_s, sigma_s), FID (sFID) uses these statistics, and
+its arr_0 is used for precision, recall and KID. The names imagenet256 and imagenet512 stand for
+guided-diffusion's references, which are downloaded at first use. The command prints a table, writes JSON,
+and notes what makes a figure not comparable with published ones.
 """
 
 import argparse
@@ -33,41 +34,47 @@ from models.zoo.hub import Download
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, "eval_fid")
-    add = parser.add_argument
-    add("--samples", type=Path, metavar="FILE.npz|FOLDER|ARCHIVE", help="images to evaluate")
+    add = parser.group("data").add_argument
+    add("--samples", type=Path, metavar="FILE.npz|FOLDER|ARCHIVE", help="images to evaluate (required)")
     add(
         "--reference",
         metavar=f"{'|'.join(REFERENCES)}|FILE.npz|FOLDER|ARCHIVE",
-        help="what they are held against: a published reference, or one of your own",
-    )
-    add_features_options(parser)
-    add(
-        "--metrics",
-        type=metric_names,
-        help=f"comma-separated, of {', '.join(METRICS)} (default: all that the files give)",
+        help="reference that the samples are compared with: a published one by its name, or images or "
+        "statistics of your own (required)",
     )
     add(
         "--resize",
         type=count(),
         metavar="PIXELS",
-        help="resize images of folders and cut them to squares of this side, as guided-diffusion does it",
+        help="resolution to which images of folders are resized and centre-cropped, as in guided-diffusion, "
+        "in pixels (default: no resizing)",
     )
-    add_orientation_option(parser)
-    add_classes_option(parser)
-    add("--output", type=Path, metavar="FILE.json", help="also write the results there")
+    add_orientation_option(parser.group("data"))
+    add_classes_option(parser.group("data"))
+
+    add_features_options(parser)
+    parser.group("method").add_argument(
+        "--metrics",
+        type=metric_names,
+        help=f"metrics to compute, separated by commas: {', '.join(METRICS)} "
+        "(default: all that the files allow)",
+    )
+
+    add = parser.group("output").add_argument
+    add("--output", type=Path, metavar="FILE.json", help="file of results to write (default: none)")
     add(
         "--compare",
         type=Path,
         nargs="+",
         metavar="FILE.json",
-        help="print earlier results side by side, with the published figures, and stop",
+        help="print the results in these files side by side, with the published figures, and exit",
     )
     add_dry_run_option(parser)
     return parser
 
 
 def metric_names(text: str) -> tuple[str, ...]:
-    """The argparse type of --metrics."""
+    """Return the metrics that --metrics names: its argparse type."""
     names = [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in METRICS]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(METRICS)}")
@@ -76,15 +83,15 @@ def metric_names(text: str) -> tuple[str, ...]:
 
 @dataclass
 class Evaluation:
-    """An evaluation, resolved from the options; ``reference``: None until it is downloaded."""
+    """The job of an evaluation, resolved from the options. ``reference`` is None until it is downloaded."""
 
     args: argparse.Namespace
     ranks: Ranks
-    found: OutputStatus
+    status: OutputStatus
     samples: ImageSet
     reference: ImageSet | None
     downloads: list[Download]
-    parts: None = None  # its output has none
+    parts: None = None  # the output is one file
 
     def identity(self) -> dict:
         args = self.args
@@ -101,25 +108,25 @@ class Evaluation:
             "samples": f"{args.samples}, {len(self.samples):,} images",
             "reference": f"{args.reference}, {self.reference_text()}",
             "features": features_plan(args.features, args.inception_weights)[0],
-            "metrics": ", ".join(args.metrics or ["all that the files give"]),
+            "metrics": ", ".join(args.metrics or ["all that the files allow"]),
             "device": f"{self.ranks.devices}, batch {args.batch_size}",
             "writes": str(args.output or "no file (--output writes the results)"),
         }
 
     def reference_text(self) -> str:
-        """Return what the plan says of the reference: its images, and their size if it is another."""
+        """Return the plan's text on the reference: its images, and their size if the samples have another."""
         reference, own = self.reference, self.samples.size
-        held = "to be downloaded" if reference is None else f"{len(reference):,} images"
-        size = 2 * (self.args.published.side,) if reference is None else reference.size
+        images = "to be downloaded" if reference is None else f"{len(reference):,} images"
+        size = 2 * (self.args.published.resolution,) if reference is None else reference.size
         if size in (own, (0, 0)):
-            return held
-        return f"{held} ({size[1]} x {size[0]}; the samples are {own[1]} x {own[0]})"
+            return images
+        return f"{images} ({size[1]} x {size[0]}; the samples are {own[1]} x {own[0]})"
 
     def prepare(self) -> dict:
-        """Get the reference and the features' network; return what the figures depend on."""
+        """Get the reference and the feature extractor; return the options that decide the figures."""
         args, ranks = self.args, self.ranks
         if self.reference is None:
-            args.published.fetch()  # on each rank: one downloads, the others wait
+            args.published.fetch()  # called on each rank: one downloads, the others wait
             self.reference = open_reference(args, ranks)
         self.extractor = make_extractor(args.features, args.inception_weights, ranks)
         self.options = {
@@ -137,22 +144,22 @@ class Evaluation:
         args, samples, reference, extractor = self.args, self.samples, self.reference, self.extractor
         assert reference is not None
         seconds: dict[str, float] = {}
-        with timed(seconds, "reference"):  # first, since it may have to be refused
-            known = load_reference(reference, extractor, args.batch_size, self.ranks)
+        with timed(seconds, "reference"):  # first, since it may be refused
+            reference_features = load_reference(reference, extractor, args.batch_size, self.ranks)
         with timed(seconds, "features of the samples"):
-            found = extract(samples, extractor, args.batch_size, self.ranks)
-        if found is None:  # rank 0 has the features of all
+            sample_features = extract(samples, extractor, args.batch_size, self.ranks)
+        if sample_features is None:  # rank 0 has the features of all images
             return True
-        compared = Comparison(found, known, samples.labels(), self.ranks.device)
-        values, notes = evaluate(compared, args.metrics, seconds)
+        comparison = Comparison(sample_features, reference_features, samples.labels(), self.ranks.device)
+        values, notes = evaluate(comparison, args.metrics, seconds)
         if not values:
-            raise UserError(f"--metrics: nothing can be computed; {'; '.join(notes)}")
+            raise UserError(f"--metrics: none can be computed; {'; '.join(notes)}")
         report = {
             "command": self.ranks.command(args.command),
             "options": self.options,
             "metrics": values,
             **describe_files(samples, reference, extractor),
-            "notes": notes + comparability(compared, samples, reference, extractor),
+            "notes": notes + comparability(comparison, samples, reference, extractor),
             "seconds": seconds,
         }
         if args.output:
@@ -162,7 +169,7 @@ class Evaluation:
 
 
 def print_results(report: dict) -> None:
-    """Print what the record of an evaluation holds."""
+    """Print the metrics and the notes of an evaluation's results."""
     samples, reference = report["samples"], report["reference"]
     print(
         f"{Path(samples['file']).name}: {samples['count']:,} samples against "
@@ -174,10 +181,10 @@ def print_results(report: dict) -> None:
         print(f"  note: {note}")
 
 
-def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> Evaluation:
-    """Open the samples and the reference, and plan their evaluation. Raises UserError."""
-    if found.is_finished:
-        read_row(args.output, "--output")  # its figures will be printed
+def resolve(args: argparse.Namespace, ranks: Ranks, status: OutputStatus) -> Evaluation:
+    """Open the samples and the reference, and return the job. Raises UserError."""
+    if status.is_finished:
+        read_row(args.output, "--output")  # raises now if the figures that are printed later are damaged
     classes, upright = read_classes(args.classes_from), args.exif_orientation
     samples = open_image_set(args.samples, args.resize, args.workers, classes, upright)
     check_count(samples, ranks)
@@ -185,9 +192,9 @@ def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> Eval
     if labels is not None and labels.min() < 0:
         raise UserError(f"{args.samples}: arr_1 holds class {labels.min()}; classes start at 0")
     missing = args.published.downloads() if args.published else []
-    reference = None if missing else open_reference(args, ranks)  # else once it is downloaded
+    reference = None if missing else open_reference(args, ranks)  # else after the download
     _, downloads = features_plan(args.features, args.inception_weights)
-    return Evaluation(args, ranks, found, samples, reference, [*missing, *downloads])
+    return Evaluation(args, ranks, status, samples, reference, [*missing, *downloads])
 
 
 def output_of(args: argparse.Namespace) -> Output:
@@ -195,40 +202,42 @@ def output_of(args: argparse.Namespace) -> Output:
 
 
 def check_options(args: argparse.Namespace, output: Output | None) -> None:
-    """Find the reference: ``args.published`` if its name is given, its path in ``args.reference``.
+    """Check options that depend on each other, and replace the reference's name by its path.
 
-    Raises UserError for options that do not go together, and for an output that may not be written.
+    Sets ``args.published``, the published reference or None, and ``args.reference``, a path. Raises UserError
+    for options that do not go together, and for an output that may not be written.
     """
     if missing := [option for option in ("samples", "reference") if getattr(args, option) is None]:
         raise UserError(f"--{missing[0]}: is required")
     args.published = find_reference(args.reference)
     args.reference = args.published.path if args.published else Path(args.reference)
     if args.resize and not any(is_image_folder(path) for path in (args.samples, args.reference)):
-        raise UserError("--resize: cuts images of folders; those of an .npz are taken as they are")
+        raise UserError("--resize: applies to folders of images; --samples and --reference are none")
     check_orientation_option(args, args.samples, args.reference)
     if args.classes_from and not is_image_folder(args.samples):
         raise UserError(
-            f"--classes-from: goes with a folder of samples; the labels of {args.samples} are arr_1"
+            f"--classes-from: applies to a folder of samples; the classes of {args.samples} are in its arr_1"
         )
     if output is None:
         return
     output.check_place({"--samples": args.samples, "--reference": args.reference}, suffix=".json")
-    # Beside a folder, any other JSON is not sample.py's; beside an .npz it would be taken for that later.
-    described = not is_image_folder(args.samples) or read_sampling_options(args.samples)
-    if described and args.output.resolve() == report_path(args.samples).resolve():
+    # A later evaluation would take a JSON beside an .npz for the description that sample.py writes; beside a
+    # folder only such a description counts.
+    is_reserved = not is_image_folder(args.samples) or read_sampling_options(args.samples)
+    if is_reserved and args.output.resolve() == report_path(args.samples).resolve():
         raise UserError(
-            f"--output: {args.output} is where sample.py describes the samples; take another name"
+            f"--output: {args.output} is where sample.py describes the samples; choose another name"
         )
 
 
 def check_count(images: ImageSet, ranks: Ranks) -> None:
-    """Raise UserError for too few images to evaluate."""
+    """Raise UserError if there are fewer than 5 images, or fewer than ranks."""
     if len(images) < (least := max(5, ranks.world_size)):
         raise UserError(f"{images.path}: holds {len(images)} images; at least {least} are needed")
 
 
 def open_reference(args: argparse.Namespace, ranks: Ranks) -> ImageSet:
-    """The reference, which may hold statistics alone. Raises UserError."""
+    """Open the reference, which may hold only statistics. Raises UserError."""
     images = open_image_set(args.reference, args.resize, args.workers, upright=args.exif_orientation)
     if not images.statistics and not len(images):
         raise UserError(f"--reference: {args.reference} holds neither images nor mu and sigma")
@@ -238,7 +247,7 @@ def open_reference(args: argparse.Namespace, ranks: Ranks) -> ImageSet:
 
 
 def describe_files(samples: ImageSet, reference: ImageSet, extractor: Extractor) -> dict[str, dict]:
-    """What the results say of the files that they were computed from."""
+    """Return the entries of the results on samples, reference and features, with their hashes."""
     return {
         "samples": {
             "file": str(samples.path),
@@ -264,15 +273,15 @@ def describe_files(samples: ImageSet, reference: ImageSet, extractor: Extractor)
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.compare:
-        if given := [name for name in ("samples", "reference", "output") if getattr(args, name) is not None]:
-            raise UserError(f"--{given[0]}: does not go with --compare, which only prints; leave it out")
+        if other := [name for name in ("samples", "reference", "output") if getattr(args, name) is not None]:
+            raise UserError(f"--{other[0]}: does not go with --compare, which only prints; leave it out")
         print(compare(args.compare))
         return
     output = output_of(args) if args.output else None
     check_options(args, output)
     job = play(args, output, resolve)
-    if job and job.found.is_finished and job.ranks.is_main:
-        print_results(job.found.content)
+    if job and job.status.is_finished and job.ranks.is_main:
+        print_results(job.status.content)
 
 
 if __name__ == "__main__":

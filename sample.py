@@ -1,14 +1,14 @@
-"""Sample images from a VAR or LlamaGen model, without guidance unless asked, into one .npz.
+"""Sample images from a VAR or LlamaGen model into one .npz. The default is to sample without guidance.
 
     python sample.py --model var-mini --num-samples 1000 --output samples.npz --grid grid.png
     python sample.py --model var-mini --weights runs/var-mini-cca/model.pth --output cca.npz
-    python sample.py --model var-mini --weights runs/var-mini-cca --output running.npz   # or its newest state
+    python sample.py --model var-mini --weights runs/var-mini-cca --output running.npz   # newest checkpoint
     torchrun --nproc_per_node 2 sample.py --model llamagen-mini --cfg-scale 1.5 --output guided.npz
     torchrun --nproc_per_node 8 sample.py --model var-d16 --weights cca --preset published --output d16.npz
 
-FILE.npz holds arr_0 uint8 [N, H, W, 3] and arr_1 int64 [N] (classes); FILE.json beside it holds
-every option, the weights' SHA-256, versions and images per second. An interrupted run, started
-again with the same command, goes on where it stopped; a finished one is left as it is.
+FILE.npz holds arr_0 uint8 [N, H, W, 3] and arr_1 int64 [N] (classes). FILE.json beside it holds every
+option, the SHA-256 of the weights, versions and images per second. Run the same command again to resume
+after an interruption. A finished file is left as it is.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from models import ZOO, ARImageModel, SamplingOptions, UserError, zoo_entry
 from models.utils.files import size_text, writing
 from models.zoo.loading import ModelFiles, find_files
 
-PART_IMAGES = 256  # images of a part
-# Where neither an option nor a preset says otherwise.
+PART_IMAGES = 256  # images per part
+# Values of options that neither the command line nor a preset sets.
 DEFAULTS = {
     "num_samples": 50_000, "class_order": "balanced", "cfg_scale": 1.0, "top_k": 0, "top_p": 1.0,
     "temperature": 1.0, "eval_size": None,
@@ -46,88 +46,108 @@ DEFAULTS = {
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, "sample")
-    add = parser.add_argument
     add_model_options(parser, ZOO, "base|cca|PATH|RUN[/state/step-N][:ema]|hf://ORG/REPO/FILE")
-    add(
-        "--preset", choices=("published", "published-cfg"),
-        help="sampling settings behind the published figures, without or with guidance; options overrule it",
-    )  # fmt: skip
-    add("--num-samples", **limits_of(SampleRequest, "num_samples"), help="images (default 50000)")
+
+    add = parser.group("data").add_argument
+    add("--num-samples", **limits_of(SampleRequest, "num_samples"), help="images to sample (default: 50000)")
     add(
         "--classes",
         metavar="all|0,7,8",
-        help="classes to sample (default: of a run those that it was trained on, else all)",
+        help="numbers of the classes to sample (default: the classes that a run was trained on, else all)",
     )
     add(
         "--class-order",
         **limits_of(SampleRequest, "class_order"),
-        help="classes in turn, or drawn uniformly (default balanced)",
+        help="order of the classes: balanced takes them in turn, random samples them uniformly "
+        "(default: balanced)",
     )
+
+    add = parser.group("method").add_argument
+    add(
+        "--preset", choices=("published", "published-cfg"),
+        help="settings of the published figures: without guidance (published) or with it (published-cfg); "
+        "options override them (default: none)",
+    )  # fmt: skip
     add(
         "--cfg-scale",
         **limits_of(SamplingOptions, "cfg_scale"),
-        help="guidance scale s: uncond + s (cond - uncond); 1 is guidance-free (default 1.0)",
+        help="guidance scale s in logits = uncond + s (cond - uncond); 1 is guidance-free (default: 1)",
     )
     add(
         "--cfg-schedule",
         **limits_of(SamplingOptions, "cfg_schedule"),
-        help="scale over the decoding steps (default: VAR linear, LlamaGen constant)",
+        help="guidance scale over the decoding steps: linear grows from 1 to --cfg-scale "
+        "(default: VAR linear, LlamaGen constant)",
     )
     add(
         "--cfg-interval",
         **limits_of(SamplingOptions, "cfg_interval"),
-        help="guide only the first this many steps (LlamaGen: tokens, VAR: levels; default all)",
+        help="number of first decoding steps with guidance; LlamaGen: tokens, VAR: levels (default: all)",
     )
     add(
         "--top-k",
         **limits_of(SamplingOptions, "top_k"),
-        help="keep the k likeliest tokens; 0 keeps all (default 0)",
+        help="number of most likely tokens to sample from; 0 is all (default: 0)",
     )
     add(
         "--top-p",
         **limits_of(SamplingOptions, "top_p"),
-        help="keep the likeliest tokens with this much probability (default 1.0)",
-    )
-    add("--temperature", **limits_of(SamplingOptions, "temperature"), help="divides the logits (default 1.0)")
-    add(
-        "--eval-size",
-        **limits_of(SampleRequest, "eval_size"),
-        help="resize to this side, bicubic, before the 8-bit conversion (pixels; default: no resizing)",
+        help="total probability of the most likely tokens to sample from, up to 1 (default: 1)",
     )
     add(
-        "--seed", **limits_of(SampleRequest, "seed"), default=0, help="seed of classes and tokens (default 0)"
+        "--temperature",
+        **limits_of(SamplingOptions, "temperature"),
+        help="divisor of the logits (default: 1)",
     )
+    add(
+        "--seed",
+        **limits_of(SampleRequest, "seed"),
+        default=0,
+        help="random seed of classes and tokens (default: 0)",
+    )
+
+    add = parser.group("performance").add_argument
     add(
         "--batch-size",
         type=count(),
-        help="images decoded at once in a process (default: 64; on a GPU what its memory holds, 256 at most)",
+        help="images per batch and rank (default: on a GPU the largest power of two that fits in its memory, "
+        "at most 256; on a CPU 64)",
     )
     add(
         "--dtype",
         **limits_of(SampleRequest, "dtype"),
-        help="precision (default: the preset's, else float32; on a GPU the model's published one)",
+        help="precision of the transformer (default: the preset's; without a preset, on a GPU the model's "
+        "published one, on a CPU float32)",
     )
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile decoding, and on a GPU replay it as CUDA graphs; an H100 takes 40 s for it with "
-        "llamagen-b, 67 with var-d16, and draws 21 and 3 times as fast (default: as what is there of the run "
-        f"was made; else on a GPU from {COMPILED_FROM[True]:,} images of each process on, VAR from "
-        f"{COMPILED_FROM[False]:,})",
+        help="run decoding through torch.compile, and on a GPU replay it as CUDA graphs; on one H100, "
+        "llamagen-b compiles in 40 s and then samples 21 times as fast, var-d16 in 67 s and 3 times "
+        f"(default: on for GPU runs of at least {COMPILED_FROM[True]:,} images per rank, for VAR "
+        f"{COMPILED_FROM[False]:,}). A resumed run keeps its value.",
     )
-    add("--output", required=True, type=Path, metavar="FILE.npz", help="where the samples go")
+
+    add = parser.group("output").add_argument
+    add("--output", required=True, type=Path, metavar="FILE.npz", help="file to write")
+    add(
+        "--eval-size",
+        **limits_of(SampleRequest, "eval_size"),
+        help="resolution to which images are resized, bicubic, before the 8-bit conversion, in pixels "
+        "(default: no resizing)",
+    )
     add(
         "--grid",
         type=Path,
         metavar="FILE.png",
-        help="also write a picture of the first images, with class names",
+        help="picture to write of the first images, with class names (default: none)",
     )
     add_dry_run_option(parser)
     return parser
 
 
 def apply_preset(args: argparse.Namespace) -> None:
-    """Fill in the options that were not given, from the preset or the defaults."""
+    """Set the options that the command line leaves out, from the preset or from ``DEFAULTS``."""
     values = dict(DEFAULTS)
     if args.preset:
         published = zoo_entry(args.model).published
@@ -142,7 +162,7 @@ def apply_preset(args: argparse.Namespace) -> None:
 
 
 def default_dtype(model: str, device: torch.device) -> str:
-    """The published precision on a GPU, where float32 is ten times slower; float32 on a CPU."""
+    """Return the published precision on a GPU, where float32 is ten times slower; on a CPU, float32."""
     entry = ZOO[model]
     if device.type == "cpu":
         return "float32"
@@ -159,7 +179,7 @@ def parse_classes(text: str, model: ARImageModel) -> tuple[int, ...]:
 
 
 def make_request(args: argparse.Namespace, model: ARImageModel, device: torch.device) -> SampleRequest:
-    """What parsed options, the preset applied, ask of this model. Raises UserError."""
+    """Return the request that the options, with the preset applied, make of this model. Raises UserError."""
     schedule = args.cfg_schedule or model.default_cfg_schedule
     sampling = SamplingOptions(
         args.cfg_scale, schedule, args.cfg_interval, args.top_k, args.top_p, args.temperature
@@ -175,11 +195,11 @@ def make_request(args: argparse.Namespace, model: ARImageModel, device: torch.de
 
 @dataclass
 class Sampling:
-    """A sample file to be made, resolved from the options and from what was found at the output."""
+    """The job of writing a sample file, resolved from the options and the status of the output."""
 
     args: argparse.Namespace
     ranks: Ranks
-    found: OutputStatus
+    status: OutputStatus
     files: ModelFiles
     model: ARImageModel
     request: SampleRequest
@@ -190,26 +210,27 @@ class Sampling:
         shape = (request.num_samples, size, size, 3)
         self.output = Output.npz(args.output, "samples")
         self.parts = Parts(self.output.parts_folder, shape, np.dtype(np.uint8), PART_IMAGES)
-        before = self.found.options.get("compile")  # a run that is resumed keeps its way
         self.downloads = self.files.downloads(self.model)
         self.batch_size = args.batch_size or default_batch_size(self.model, request, device)
         default = compiles_by_default(self.model, request, device, self.ranks.world_size)
-        asked = before if args.compile is None else args.compile
-        if self.found.is_finished:  # nothing is compiled any more
-            self.compile = bool(asked)
+        option = args.compile
+        if option is None:  # a resumed run keeps its value
+            option = self.status.options.get("compile")
+        if self.status.is_finished:  # nothing is left to compile, so no compiler is needed
+            self.compile = bool(option)
         else:
-            self.compile = decide_compile(asked, default, self.ranks)
+            self.compile = decide_compile(option, default, self.ranks)
 
     def identity(self) -> dict:
-        request, trained = asdict(self.request), self.files.config.get("options", {})
-        loss = {key: trained[key] for key in ("loss",) if key in trained}  # eval_fid.py reads it
-        known = {**request.pop("sampling"), **self.files.provenance(), **loss, "compile": self.compile}
-        return {**request, **known}
+        request, training = asdict(self.request), self.files.config.get("options", {})
+        loss = {key: training[key] for key in ("loss",) if key in training}  # eval_fid.py reads it
+        sampling = request.pop("sampling")
+        return {**request, **sampling, **self.files.provenance(), **loss, "compile": self.compile}
 
     def plan(self) -> dict[str, str]:
         request, options = self.request, self.request.sampling
         count, height, width, _ = self.parts.shape
-        if self.found.is_finished:
+        if self.status.is_finished:
             self.check_finished()
         guidance = "no guidance"
         if options.cfg_scale != 1:
@@ -219,17 +240,17 @@ class Sampling:
         )
         classes = f"{len(request.classes)} classes {request.class_order}"
         size = size_text(count * self.parts.row_bytes)
-        written = [f"{self.output.path} (~{size})", self.output.path.with_suffix(".json"), self.args.grid]
+        files = [f"{self.output.path} (~{size})", self.output.path.with_suffix(".json"), self.args.grid]
         return self.files.plan(self.model) | {
             "samples": f"{count:,} of {width} x {height} pixels, {classes}, seed {request.seed}",
-            "drawing": f"{guidance}, {filters}",
+            "sampling": f"{guidance}, {filters}",
             "device": f"{self.ranks.devices}, {request.dtype}, "
             f"batch {self.batch_size}, {'compiled' if self.compile else 'eager'}",
-            "writes": ", ".join(str(path) for path in written if path),
+            "writes": ", ".join(str(path) for path in files if path),
         }
 
     def check_finished(self) -> None:
-        """Raise UserError where the file is not what its description says."""
+        """Raise UserError if the images do not have the shape that the description says."""
         path = self.output.path
         try:
             images = NpzImages(path)
@@ -238,7 +259,7 @@ class Sampling:
             fits = False
         if not fits:
             raise UserError(
-                f"--output: {path} is not what {path.stem}.json describes; remove it to sample anew"
+                f"--output: {path} is not what {path.stem}.json describes; remove it to sample again"
             )
 
     def prepare(self) -> dict:
@@ -247,14 +268,15 @@ class Sampling:
         return self.content
 
     def work(self) -> bool:
-        ranks, began = self.ranks, time.perf_counter()
-        ready: list[Sampler] = []
-        ranks.run_or_abort_all(lambda: ready.append(self.make_sampler()))
-        loaded, stored = time.perf_counter(), self.parts.rows_stored()
-        title, started = f"sampling {self.args.output.name}", "compiling" if self.compile else ""
-        if not make_missing_parts(ranks, self.parts, ready[0].images, title, started):
+        """Sample the missing parts; rank 0 writes the file. Return False if a signal stopped the run."""
+        ranks, start = self.ranks, time.perf_counter()
+        samplers: list[Sampler] = []
+        ranks.run_or_abort_all(lambda: samplers.append(self.make_sampler()))
+        sampling_start, resumed_images = time.perf_counter(), self.parts.rows_stored()
+        title, first_status = f"sampling {self.args.output.name}", "compiling" if self.compile else ""
+        if not make_missing_parts(ranks, self.parts, samplers[0].images, title, first_status):
             return False
-        made, ended = self.parts.shape[0] - stored, time.perf_counter()
+        new_images, end = self.parts.shape[0] - resumed_images, time.perf_counter()
         report = {
             "command": ranks.command(self.args.command),
             **self.content,
@@ -262,11 +284,11 @@ class Sampling:
             "processes": ranks.world_size,
             "threads": torch.get_num_threads(),
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
-            "images_made_by_this_run": made,
-            "images_per_second": made / (ended - loaded) if made else None,
-            "wall_seconds": ended - began,
+            "images_made_by_this_run": new_images,
+            "images_per_second": new_images / (end - sampling_start) if new_images else None,
+            "wall_seconds": end - start,
         }
-        if ranks.is_main:  # the others need not wait, which they could for half an hour
+        if ranks.is_main:  # without a barrier: a collective would time out after half an hour
             self.finish(report)
         return True
 
@@ -275,14 +297,14 @@ class Sampling:
         return Sampler(self.model, self.request, self.batch_size, self.ranks.device, self.compile)
 
     def finish(self, report: dict) -> None:
-        """Write the description, then the file: an output that is there has a description."""
+        """Write the description before the file, so that a file always has its description."""
         labels = (np.array([class_of(i, self.request) for i in part], np.int64) for part in self.parts.all())
         self.output.describe(report)
         write_npz(self.output.path, self.parts, labels)
         self.output.remove_parts()
 
     def write_grid(self) -> None:
-        """Write the picture of the first images, with the names of their classes."""
+        """Write a picture of the first images, with the names of their classes."""
         columns = min(len(self.request.classes), 10)
         names = class_names(self.files.config.get("data"), self.model.num_classes)
         count = min(8 * columns, self.request.num_samples)
@@ -293,16 +315,18 @@ class Sampling:
         write_grid(images, self.args.grid, columns, [names[c] for c in classes], classes)
 
 
-def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> Sampling:
+def resolve(args: argparse.Namespace, ranks: Ranks, status: OutputStatus) -> Sampling:
+    """Return the job; --classes becomes the classes of the training run, if it has some. Raises UserError."""
     files = find_files(args.model, args.weights, args.tokenizer_weights, args.image_size)
-    model, trained = files.build(), files.config.get("data", {}).get("labels")
-    if trained and args.classes is None:
-        args.classes = ",".join(map(str, trained))
+    model, labels = files.build(), files.config.get("data", {}).get("labels")
+    if labels and args.classes is None:
+        args.classes = ",".join(map(str, labels))
         if ranks.is_main:
             print(
-                f"note: classes {args.classes}, on which {args.weights} was trained; --classes all takes all"
+                f"note: --classes is {args.classes}, the classes on which {args.weights} was trained; "
+                "use --classes all for all of them"
             )
-    return Sampling(args, ranks, found, files, model, make_request(args, model, ranks.device))
+    return Sampling(args, ranks, status, files, model, make_request(args, model, ranks.device))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,24 +1,24 @@
-"""Sampling, a training step, evaluation and loading on this machine's CPU, some beside the plain way.
+"""Sampling, a training step, evaluation and loading on this machine's CPU.
 
     python -m benchmarks.cpu                  # all rows, into results/cpu.md
-    python -m benchmarks.cpu --small          # the bundled mini models, a minute: before and after a change
+    python -m benchmarks.cpu --small          # the bundled mini models, one minute
     python -m benchmarks.cpu --list
     python -m benchmarks.cpu --only sample-var-d16 --only train-var-d16 --rounds 5
 
-Weights are random, files and images are made up. Every row runs in a process of its own.
+Weights, files and images are random. Every row runs in a process of its own.
 
-sample: tokens of a batch, free and guided, beside a plain, eager implementation of the published procedure:
-LlamaGen attends to a cache of full length behind a mask; VAR computes each block's adaptive LayerNorm vectors
-at every level, and runs the unconditional half of the batch even without guidance. Both ways take turns with
-the same weights and random numbers, and their tokens are compared.
+sample: the tokens of a batch, without and with guidance, compared with a plain, eager implementation of the
+published procedure. There LlamaGen attends to a masked cache of full length. VAR computes each block's
+adaptive LayerNorm vectors at every level, and runs the unconditional half of the batch even without guidance.
+The two implementations alternate with the same weights and random numbers, and their tokens are compared.
 
-train: an optimizer step of CCA with the likelihoods chunked, as the trainer has them, and the plain way:
-whole logits, log_softmax, gather.
+train: an optimizer step of CCA with chunked likelihoods, as in the trainer, and with plain ones: all logits
+at once, log_softmax, gather.
 
 evaluate: ``eval_fid.py`` on .npz files, with the bundled features.
 
-read: images of a folder, cut to 256 pixels, beside the same images in archives. index: opening so many empty
-files of 1,000 classes as ``--data``; of an archive first without, then with the index that is kept.
+read: images of a folder, cropped to 256 pixels, and the same images in archives. index: opening many empty
+files of 1,000 classes as ``--data``; an archive is opened first without, then with its cached index.
 
 load: ``load_model`` of weights files as published, in half precision, and as .safetensors; each weight is
 read once.
@@ -69,52 +69,52 @@ from models.zoo.loading import build_model
 
 OUTPUT = Path("results/cpu.md")
 CPU = torch.device("cpu")
-Lines = list[list[str]]  # cells of the lines of a row
+Lines = list[list[str]]  # a benchmark row has several lines of cells
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result in a fresh process: memory is its own, and what is patched ends with it."""
+    """Return the function's result from a new process, with memory and patches of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.cpu"])  # imported once, which takes long, for all
+    context.set_forkserver_preload(["benchmarks.cpu"])  # the slow import runs once
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def memory(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
+    """Return a field of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def time_and_memory(run: Callable[[], object]) -> tuple[float, int]:
-    """Seconds of one call, and its peak of resident memory in bytes above what was held before."""
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from the resident size of now
-    held = memory("VmRSS")
-    return timed(run), memory("VmHWM") - held
+    """Return (seconds of one call, peak resident memory above that before the call, in bytes)."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM, to the present value
+    before = memory("VmRSS")
+    return timed(run), memory("VmHWM") - before
 
 
 @torch.inference_mode()
 def plain_var(model: ARImageModel, labels: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
     net, steps = model.transformer, len(model.step_sizes)
     doubled = torch.cat([labels, torch.full_like(labels, model.null_class)])
-    kept, tokens = model.begin(doubled), labels.new_empty(len(labels), 0)
+    previous, tokens = model.begin(doubled), labels.new_empty(len(labels), 0)
     for step, size in enumerate(model.step_sizes):
-        state, done = net.condition(doubled, precompute=False), tokens.shape[1]
-        state.cache, state.reconstruction = kept.cache, kept.reconstruction
+        state, start = net.condition(doubled, precompute=False), tokens.shape[1]
+        state.cache, state.reconstruction = previous.cache, previous.reconstruction
         cond, uncond = model.next_logits(state, step, tokens.repeat(2, 1)).chunk(2)
-        kept, strength = state, options.scale_at(step, steps) - 1
+        previous, strength = state, options.scale_at(step, steps) - 1
         logits = filter_logits((1 + strength) * cond - strength * uncond, options)
-        tokens = torch.cat([tokens, sample_tokens(logits, uniforms[:, done : done + size])], dim=1)
+        tokens = torch.cat([tokens, sample_tokens(logits, uniforms[:, start : start + size])], dim=1)
     return tokens
 
 
 def full_length_attention(self: Attention, x: Tensor, table: Tensor, cache: LayerCache) -> Tensor:
-    """Attention over the whole preallocated cache, masked behind the current position."""
+    """Attention over the whole preallocated cache, masked after the current position."""
     q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
     q, k = rotate(q, table), rotate(k, table)
     for stored, new in ((cache.keys, k), (cache.values, v)):
         if cache.filled == 0:
-            stored.zero_()  # a mask does not hide what is not a number
+            stored.zero_()  # a mask would not hide NaN
         stored[:, :, cache.filled : cache.filled + 1] = new
     mask = (torch.arange(cache.keys.shape[2]) <= cache.filled)[None, None, None]
     out = F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=mask)
@@ -152,19 +152,19 @@ def sample(name: str, image_size: int | None, images: int, dtype: str, rounds: i
 
 
 def plain_forward(self: ARTransformer, labels: Tensor, inputs: Tensor, tokens: Tensor) -> Tensor:
-    """The published way: all logits at once, in float32."""
+    """Log-likelihoods as in the published code: all logits at once, in float32."""
     logprobs = self.logits(labels, inputs).log_softmax(-1)
     return logprobs.gather(-1, tokens[..., None])[..., 0].sum(1)
 
 
 def measure_steps(plain: bool, name: str, image_size: int | None, images: int, rounds: int) -> list[float]:
-    """In a child: seconds of an optimizer step, and its peak in MB above what was held before; medians."""
+    """Return the median seconds and median peak memory (MB) of an optimizer step; runs in a child process."""
     if plain:
         ARTransformer.forward = plain_forward
     model = random_model(name, CPU, image_size)
     trainer = Trainer(model, recipe_config(name, images, "float32"), images, Ranks())
     batch = random_batch(model, torch.zeros(images, dtype=torch.bool))
-    trainer.optimizer_step(0, batch)  # makes the optimizer's moments
+    trainer.optimizer_step(0, batch)  # allocates the moments of the optimizer
     seconds, peaks = zip(*(time_and_memory(lambda: trainer.optimizer_step(1, batch)) for _ in range(rounds)))
     return [statistics.median(seconds), statistics.median(peaks) / 1e6]
 
@@ -176,10 +176,10 @@ def train(*arguments: Any) -> Lines:
 
 
 def evaluate(images: int, reference_images: int, size: int, rounds: int) -> Lines:
-    """Of images of noise; by part of the work."""
+    """Return the seconds of each part of an evaluation of random images."""
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        os.environ["XDG_CACHE_HOME"] = folder  # else features that are stored there would be taken
+        os.environ["XDG_CACHE_HOME"] = folder  # the user's cache may hold these features
         for name, number in (("samples", images), ("reference", reference_images)):
             np.savez(f"{folder}/{name}.npz", generator.integers(0, 256, (number, size, size, 3), np.uint8))
         eval_fid.main([
@@ -194,7 +194,7 @@ LAYOUTS = ("images", "stored.zip", "deflated.zip", "plain.tar", "nested.tar")
 
 
 def pack(folder: Path, name: str) -> Path:
-    """Return an archive of a folder's files, beside it; "nested.tar" has a tar for each class folder."""
+    """Write an archive of a folder beside it and return its path; "nested.tar" has a tar per class folder."""
     path = folder.with_name(name)
     if path.suffix == ".zip":
         method = zipfile.ZIP_STORED if name == "stored.zip" else zipfile.ZIP_DEFLATED
@@ -212,7 +212,7 @@ def pack(folder: Path, name: str) -> Path:
 
 
 def read(images: int, workers: int, rounds: int) -> Lines:
-    """JPEGs of smoothed noise of 500 x 375 pixels, as most of ImageNet's are; layouts take turns."""
+    """Return the images/s of each layout, for JPEGs of smoothed noise of 500 x 375 pixels, as in ImageNet."""
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as place:
         os.environ["XDG_CACHE_HOME"] = place
@@ -227,16 +227,18 @@ def read(images: int, workers: int, rounds: int) -> Lines:
         for path in layouts * (rounds + 1):
             batches = open_image_set(path, 256, workers).batches(slice(0, images), 50)
             rates[path.name].append(images / timed(partial(list, batches)))
-        medians = {name: statistics.median(values[1:]) for name, values in rates.items()}  # not the first
+        medians = {
+            name: statistics.median(values[1:]) for name, values in rates.items()
+        }  # without the warm-up
         return [[name, f"{rate:.0f}", f"{rate / medians['images']:.2f}"] for name, rate in medians.items()]
 
 
 def open_files(path: Path) -> list[float]:
-    """In a child: seconds of opening ``--data``, and MB that it holds and needed at its peak."""
-    model, held, opened = build_model("llamagen-b"), memory("VmRSS"), list[Any]()
-    seconds, peak = time_and_memory(lambda: opened.append(open_labelled_images(path, model)))
+    """Return seconds of opening ``--data``, MB that it holds, and MB at the peak; runs in a child process."""
+    model, before, datasets = build_model("llamagen-b"), memory("VmRSS"), list[Any]()
+    seconds, peak = time_and_memory(lambda: datasets.append(open_labelled_images(path, model)))
     gc.collect()
-    return [seconds, (memory("VmRSS") - held) / 1e6, peak / 1e6]
+    return [seconds, (memory("VmRSS") - before) / 1e6, peak / 1e6]
 
 
 def index(images: int, rounds: int) -> Lines:
@@ -249,9 +251,9 @@ def index(images: int, rounds: int) -> Lines:
             (folder / str(i % 1000) / f"n{i % 1000:08d}_{i}.JPEG").touch()
         for name in LAYOUTS:
             path = folder if name == "images" else pack(folder, name)
-            for kept in ("",) if name == "images" else ("index built", "index kept"):
+            for state in ("",) if name == "images" else ("index built", "index cached"):
                 numbers = in_child(open_files, path)
-                lines.append([f"{name}, {kept}".strip(", "), *(f"{number:,.0f}" for number in numbers)])
+                lines.append([f"{name}, {state}".strip(", "), *(f"{number:,.0f}" for number in numbers)])
         return lines
 
 
@@ -282,28 +284,28 @@ def load(name: str, rounds: int) -> Lines:
     return lines
 
 
-# By the first word of a row's name: what measures it, of its arguments and --rounds; heading, note, columns.
+# By the first word of a row's name: (function of the row's arguments and --rounds, heading, note, columns).
 PARTS: dict[str, tuple[Callable[..., Lines], str, str, tuple[str, ...]]] = {
     "sample": (
-        sample, "Sampling", "Images/s of tokens, the plain way and ours; seconds of decoding an image.",
-        ("row", "images at once", "free, plain", "ours", "ratio", "tokens that differ", "guided, plain",
+        sample, "Sampling", "Images/s (tokens only), plain and ours; seconds to decode an image.",
+        ("row", "batch size", "unguided, plain", "ours", "ratio", "tokens that differ", "guided, plain",
          "ours", "ratio", "tokens that differ", "decoding"),
     ),
     "train": (
-        train, "A training step", "Seconds and peak memory (MB) with likelihoods the plain way and chunked.",
+        train, "A training step", "Seconds and peak memory (MB) with plain and with chunked likelihoods.",
         ("row", "seconds, plain", "chunked", "ratio", "peak, plain", "chunked", "ratio"),
     ),
-    "evaluate": (evaluate, "Evaluation", "By part of the work.", ("row", "part", "seconds")),
+    "evaluate": (evaluate, "Evaluation", "Seconds of each part of the work.", ("row", "part", "seconds")),
     "read": (
         read, "Reading images", "Two data-loading workers; medians.", ("row", "layout", "images/s", "ratio"),
     ),
     "index": (
-        index, "Opening a data set", "In a process of its own.",
+        index, "Opening a dataset", "Each in a process of its own.",
         ("row", "layout", "seconds", "MB held", "MB at the peak"),
     ),
     "load": (
-        load, "Loading weights", "1.00 is the loaded weights (float32) alone.",
-        ("row", "format", "weights, GB", "peak above what was held, GB", "ratio"),
+        load, "Loading weights", "Ratio 1.00 is the size of the loaded weights (float32).",
+        ("row", "format", "weights, GB", "additional peak memory, GB", "ratio"),
     ),
 }  # fmt: skip
 ROWS: dict[str, tuple] = {
@@ -331,7 +333,7 @@ ROWS: dict[str, tuple] = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, "benchmarks.cpu", OUTPUT)
-    parser.add_argument("--rounds", type=count(), default=3, help="timed rounds (default %(default)s)")
+    parser.add_argument("--rounds", type=count(), default=3, help="timed rounds (default: %(default)s)")
     args = parser.parse_args(argv)
     todo = select({name: ROWS[name] for name in ROWS if "mini" in name or not args.small}, args.only)
     if args.list:

@@ -4,18 +4,18 @@
     python -m benchmarks.gpu --list
     python -m benchmarks.gpu --only sample-var-d16-free-eager --only decode-var-256
 
-sample: tokens of a batch. images: tokens and pixels, at the batch that users get. file: the same for 2,048
-images, into an .npz without labels. train: a step on tokens, or (-images) on pixels.
+sample: the tokens of a batch. images: tokens and pixels, with the default batch size. file: the same for
+2,048 images, into an .npz without labels. train: an optimizer step on tokens, or (-images) on pixels.
 
-Weights are random, so nothing is downloaded. Every row runs in a process of its own; --jobs rows are
-prepared and compiled side by side, then measured one after the other. Each may take its share of
---minutes and what earlier ones left; one that fails or takes longer says so, and the next goes on.
+Weights are random, so nothing is downloaded. Every row runs in a process of its own. --jobs rows are prepared
+and compiled in parallel, then measured one after the other. Each row may use its share of --minutes and the
+time that earlier rows left. A row that fails or takes longer says so, and the next row runs.
 
-Times are medians after a warm-up and include waiting for the GPU. Compiling has a column of its own:
-seconds by which the first run was longer, side by side with others. The shares are of what this very card
-allows (benchmarks/workloads.py): its bandwidth and its rates of matmuls are measured first. Rows whose
-matmuls and convolutions are in float32, which a GPU rounds to TF32 (encoding, LlamaGen's decoder), are
-compared with the rate of TF32, the others with that of bfloat16.
+Times are medians after a warm-up and include the wait for the GPU. Compilation has a column of its own: by
+how many seconds the first run was longer, in parallel with others. The shares compare with the limits of this
+GPU (benchmarks/workloads.py), whose bandwidth and matmul rates are measured first. Rows whose matmuls and
+convolutions are in float32, which a GPU rounds to TF32 (encoding, LlamaGen's decoder), are compared with the
+TF32 rate, the others with the bfloat16 rate.
 """
 
 import math
@@ -63,7 +63,7 @@ from models.utils.precision import allow_tf32
 
 OUTPUT = Path("results/gpu.md")
 SAMPLED, TRAINED = ("llamagen-b", "llamagen-xl", "var-d16", "var-d30"), ("llamagen-l", "var-d16")
-TOKENIZERS = {  # model, tokenizer, and so many images that the decoder's batches are full
+TOKENIZERS = {  # model, tokenizer, and the number of images that fills the decoder's batches
     "llamagen-384": ("llamagen-b", None, 56),
     "var-256": ("var-d16", None, 64),
     "llamagen-384-finer": ("llamagen-b", "vq_ds8_c2i", 56),
@@ -73,19 +73,22 @@ WITH_PIXELS = ("llamagen-b", "var-d16", "var-d30")
 USERS_BATCH, FILE_IMAGES = 256, 2048
 MINI = ("llamagen-mini", "var-mini")
 COLUMNS = (
-    "row", "images at once", "images/s", "peak memory, GB", "share of the limit by bytes",
-    "by FLOPs", "compiling, s",
+    "row", "batch size", "images/s", "peak memory, GB", "share of the limit by bytes",
+    "by FLOPs", "compilation, s",
 )  # fmt: skip
-LONGEST_MEASURED, MOST_ROUNDS = 2.0, 20  # seconds of timed rounds of a row
-PATIENCE = 2.5  # a group of rows may take so many times its even share of the time that is left
-PREPARING = 0.7  # of that time, before its rows are measured
+LONGEST_MEASURED, MOST_ROUNDS = 2.0, 20  # at most so many seconds and timed rounds per row
+PATIENCE = 2.5  # a group of rows may use this many times its equal share of the remaining time
+PREPARING = 0.7  # share of that time for preparing the rows, before they are measured
 
 
 @dataclass(frozen=True)
 class Row:
-    """``kind``: the first word of the name; ``images`` at once, in training per micro-batch.
+    """A row of the table.
 
-    from_pixels: training encodes its images. total: images of a file.
+    kind: the first word of the name.
+    images: batch size; in training, the micro-batch size.
+    from_pixels: whether training encodes its images.
+    total: number of images in a file.
     """
 
     name: str
@@ -100,45 +103,50 @@ class Row:
 
 
 def rows(small: bool) -> dict[str, Row]:
-    """All rows in the order in which they run; those that compile, which takes longest, come last."""
+    """Return all rows in the order in which they run; compiled rows, which take longest, come last."""
     sampled, trained, tokenizers, images, micro_batch = SAMPLED, TRAINED, TOKENIZERS, 64, 16
     with_pixels, batch, total, batches = WITH_PIXELS, USERS_BATCH, FILE_IMAGES, (256, 512)
     if small:
         sampled, trained, tokenizers = MINI, MINI, {name: (name, None, 2) for name in MINI}
         with_pixels, batch, total, batches = MINI, 3, 6, (3, 4)
         images = micro_batch = 2
-    found = [Row(f"train-{name}", "train", name, micro_batch) for name in trained]
-    found += [replace(found[-1], name=f"{found[-1].name}-images", from_pixels=True)]
-    found += [
+    result = [Row(f"train-{name}", "train", name, micro_batch) for name in trained]
+    result += [replace(result[-1], name=f"{result[-1].name}-images", from_pixels=True)]
+    result += [
         Row(f"sample-{name}-{way}-eager", "sample", name, images, guided=way == "guided")
         for name, way in product(sampled, ("free", "guided"))
     ]
-    found += [
-        Row(f"{kind}-{name}", kind, model, number_of, tokenizer)
-        for kind, (name, (model, tokenizer, number_of)) in product(("decode", "encode"), tokenizers.items())
+    result += [
+        Row(f"{kind}-{name}", kind, model, batch_size, tokenizer)
+        for kind, (name, (model, tokenizer, batch_size)) in product(("decode", "encode"), tokenizers.items())
     ]
     decoders = [f"decode-{name}" for name in [*tokenizers][:2]]
-    found += [
+    result += [
         replace(row, name=f"{row.name.removesuffix('-eager')}-compiled", compiled=True)
-        for row in found
+        for row in result
         if row.kind in ("sample", "train") or row.name in decoders
     ]
     for name, way in product(with_pixels, ("free", "guided")):
         row = Row(f"images-{name}-{way}-compiled", "images", name, batch, None, way == "guided", True)
-        found += [row]
+        result += [row]
         if way == "free" and name in with_pixels[:2]:
-            found += [replace(row, name=f"file-{name}-free-compiled", kind="file", total=total)]
-    found += [
+            result += [replace(row, name=f"file-{name}-free-compiled", kind="file", total=total)]
+    result += [
         Row(f"sample-{with_pixels[0]}-{way}-compiled-{size}", "sample", with_pixels[0], size,
             guided=way == "guided", compiled=True)
         for size, way in product(batches, ("free", "guided"))
     ]  # fmt: skip
-    return {row.name: row for row in found}
+    return {row.name: row for row in result}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a row runs, which may leave work queued, of how many images, and what they need at least."""
+    """A row that is ready to be timed.
+
+    run: the call to time; it may leave work queued on the GPU.
+    images: number of images of a call.
+    works: the minimal work of a call, for the roofline limits.
+    """
 
     run: Callable[[], object]
     images: int
@@ -146,13 +154,13 @@ class Prepared:
 
 
 def request_of(row: Row, model: ARImageModel, device: torch.device) -> SampleRequest:
-    """Return what sample.py makes of the settings of the published samples, guided or not."""
+    """Return the request of sample.py with the settings of the published samples, guided or not."""
     options = ["--cfg-scale", "2" if row.guided else "1"]
     if ZOO[row.model].published:
         options = ["--preset", "published-cfg" if row.guided else "published"]
     images = row.total or row.images
-    fixed = ["--model", row.model, "--num-samples", str(images), "--output", "unused.npz"]
-    args = sample.make_parser().parse_args([*fixed, *options])
+    common = ["--model", row.model, "--num-samples", str(images), "--output", "unused.npz"]
+    args = sample.make_parser().parse_args([*common, *options])
     sample.apply_preset(args)
     return sample.make_request(args, model, device)
 
@@ -173,10 +181,10 @@ def sampling(row: Row, device: torch.device) -> Prepared:
 
 
 def sample_file(sampler: Sampler, images: int) -> None:
-    """Sample into an .npz without labels, by way of parts."""
-    side = sampler.request.eval_size or sampler.model.image_size
+    """Sample into an .npz without labels, through parts on disk."""
+    resolution = sampler.request.eval_size or sampler.model.image_size
     with tempfile.TemporaryDirectory() as folder:
-        shape = (images, side, side, 3)
+        shape = (images, resolution, resolution, 3)
         parts = Parts(Path(folder), shape, np.dtype(np.uint8), sample.PART_IMAGES)
         for _ in store(parts, [*parts.all()], sampler.images(parts.all())):
             pass
@@ -184,7 +192,7 @@ def sample_file(sampler: Sampler, images: int) -> None:
 
 
 def training(row: Row, device: torch.device) -> Prepared:
-    """An optimizer step of CCA on two micro-batches."""
+    """Prepare an optimizer step of CCA on two micro-batches."""
     model, images = random_model(row.model, device), 2 * row.images
     config = recipe_config(row.model, images, sample.default_dtype(row.model, device))
     trainer = Trainer(model, config, row.images, Ranks(), compile=row.compiled)
@@ -197,7 +205,7 @@ def training(row: Row, device: torch.device) -> Prepared:
 
 
 def random_pixels(images: int, model: ARImageModel) -> Tensor:
-    """uint8 [images, 3, H, W]."""
+    """Return random images uint8 [images, 3, H, W]."""
     return torch.randint(0, 256, (images, 3, model.image_size, model.image_size), dtype=torch.uint8)
 
 
@@ -213,7 +221,7 @@ def decoding(row: Row, device: torch.device) -> Prepared:
 
 
 def encoding(row: Row, device: torch.device) -> Prepared:
-    """As training on images does it."""
+    """Prepare encoding as training on images does it."""
     model = random_model(row.model, device, tokenizer=row.tokenizer)
     pixels = random_pixels(row.images, model)
     work = tokenizer_work(row.model, row.tokenizer, True, row.images, torch.float32)
@@ -230,22 +238,22 @@ KINDS = {
 
 @cache
 def prepare_row(row: Row) -> Prepared:
-    """In a child process, which keeps it from its first run to its measurement."""
-    inductor.compile_threads = 4  # by default each row would start one for every core
+    """Prepare a row in its child process, which keeps it from the first run to the measurement."""
+    inductor.compile_threads = 4  # by default each row would start one thread per core
     device = Ranks().device
     allow_tf32(device)
     return KINDS[row.kind](row, device)
 
 
 def run_first(row: Row) -> float:
-    """Return the seconds of a row's first run, which picks kernels and compiles."""
+    """Return the seconds of a row's first run, which selects kernels and compiles."""
     return timed(prepare_row(row).run)
 
 
 def measure(row: Row, first: float, card: Card) -> list[str]:
-    """Return the cells of a row; ``first``: seconds of its first run."""
-    prepared, gpu = prepare_row(row), torch.cuda.is_available()
-    if gpu:
+    """Return the cells of a row; ``first`` is the duration of its first run in seconds."""
+    prepared, has_gpu = prepare_row(row), torch.cuda.is_available()
+    if has_gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds = [timed(prepared.run)]
     while len(seconds) < MOST_ROUNDS and sum(seconds) + seconds[-1] < LONGEST_MEASURED:
@@ -255,27 +263,29 @@ def measure(row: Row, first: float, card: Card) -> list[str]:
     return [
         str(row.images),
         f"{prepared.images / median:.4g}",
-        f"{torch.cuda.max_memory_allocated() / 1e9:.2f}" if gpu else "",
+        f"{torch.cuda.max_memory_allocated() / 1e9:.2f}" if has_gpu else "",
         f"{by_bytes:.1%}",
         f"{by_flops:.1%}",
         f"{first - median:.1f}" if row.compiled else "",
     ]
 
 
-def answer(task: AsyncResult, end: float) -> Any:
-    """Return what a child process has by ``end`` (of ``time.monotonic``), or a str that says why nothing."""
+def wait_for_result(task: AsyncResult, end: float) -> Any:
+    """Return a child process's result by ``end`` (of ``time.monotonic``), or a str with its error."""
     try:
         return task.get(max(end - time.monotonic(), 0))
     except multiprocessing.TimeoutError:
-        return "took more than its time"
-    except Exception as error:  # whatever a row raises is its result
+        return "it took longer than its share of --minutes"
+    except Exception as error:  # any error of a row goes into its cell
         message = " ".join(str(error).split()).replace("|", "/")[:160]
         return f"{type(error).__name__}: {message}"
 
 
 def split_into_groups(todo: list[Row], jobs: int) -> list[list[Row]]:
-    """Rows that are prepared side by side, at most ``jobs``; rows of one kind, which need about as much
-    memory, are spread over the groups."""
+    """Return groups of at most ``jobs`` rows that are prepared in parallel.
+
+    Rows of one kind need about as much memory, so they go into different groups.
+    """
     groups = []
     for compiled in (False, True):
         part = [row for row in todo if row.compiled == compiled]
@@ -285,20 +295,20 @@ def split_into_groups(todo: list[Row], jobs: int) -> list[list[Row]]:
 
 
 def run_group(group: list[Row], card: Card, seconds: float) -> Iterator[tuple[str, list[str]]]:
-    """Prepare the rows side by side, then measure one after the other; yields name and cells of each.
+    """Prepare the rows in parallel, measure one after the other, and yield the name and cells of each.
 
-    Each has a child process: an error of the GPU, or a row that takes too long, ends with it.
+    Each row has a child process, so that a GPU error or a row that takes too long does not affect the others.
     """
     began, context = time.monotonic(), multiprocessing.get_context("spawn")
     pools = [context.Pool(1) for _ in group]
     first_runs = [pool.apply_async(run_first, [row]) for pool, row in zip(pools, group)]
-    firsts = [answer(task, began + PREPARING * seconds) for task in first_runs]
+    firsts = [wait_for_result(task, began + PREPARING * seconds) for task in first_runs]
     for pool, first in zip(pools, firsts):
         if isinstance(first, str):
             pool.terminate()
     for row, pool, result in zip(group, pools, firsts):
         if not isinstance(result, str):
-            result = answer(pool.apply_async(measure, [row, result, card]), began + seconds)
+            result = wait_for_result(pool.apply_async(measure, [row, result, card]), began + seconds)
         pool.terminate()
         yield row.name, [str(row.images), f"failed: {result}"] if isinstance(result, str) else result
 
@@ -306,27 +316,39 @@ def run_group(group: list[Row], card: Card, seconds: float) -> Iterator[tuple[st
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, "benchmarks.gpu", OUTPUT)
     add = parser.add_argument
-    add("--minutes", type=number(0.1), default=9.5, help="for all rows together (default %(default)s)")
-    add("--jobs", type=count(), default=4, help="rows prepared side by side (default %(default)s, for 80 GB)")
+    add(
+        "--minutes",
+        type=number(0.1),
+        default=9.5,
+        help="total time for all rows, in minutes (default: %(default)s)",
+    )
+    add(
+        "--jobs",
+        type=count(),
+        default=4,
+        help="rows prepared in parallel (default: %(default)s, for 80 GB of GPU memory)",
+    )
     args = parser.parse_args(argv)
     todo = select(rows(args.small), args.only)
     if args.list:
         print("\n".join(todo))
         return
     if not args.small and not torch.cuda.is_available():
-        raise UserError("--small: there is no GPU; without one the mini models alone are measured")
+        raise UserError("--small: must be set, because there is no GPU; it measures the bundled mini models")
     report = Report(args.output or (None if args.only or args.small else OUTPUT), "On a GPU", args.command)
     end, card = time.monotonic() + 60 * args.minutes, measure_card(Ranks().device)
-    torch.cuda.empty_cache()  # for the child processes
+    torch.cuda.empty_cache()  # leaves the memory to the child processes
     note = (
-        f"Measured: {card.bandwidth / 1e12:.3g} TB/s of copying, {card.half / 1e12:.3g} TFLOP/s of bfloat16 "
-        f"and {card.single / 1e12:.3g} of TF32 matmuls (on a CPU float32)."
+        f"Measured rates: copies {card.bandwidth / 1e12:.3g} TB/s, "
+        f"bfloat16 matmuls {card.half / 1e12:.3g} TFLOP/s, "
+        f"TF32 matmuls {card.single / 1e12:.3g} TFLOP/s (on a CPU: float32)."
     )
     report.table("Rows", note, COLUMNS)
     groups = split_into_groups([*todo.values()], args.jobs)
-    for place, group in enumerate(groups):
-        left, rows_left = end - time.monotonic(), sum(map(len, groups[place:]))
-        for name, cells in run_group(group, card, min(left, PATIENCE * left * len(group) / rows_left)):
+    for index, group in enumerate(groups):
+        seconds_left, rows_left = end - time.monotonic(), sum(map(len, groups[index:]))
+        seconds = min(seconds_left, PATIENCE * seconds_left * len(group) / rows_left)
+        for name, cells in run_group(group, card, seconds):
             report.row(name, *cells)
 
 

@@ -1,4 +1,4 @@
-"""What measurements share: options of the benchmarks, what is told of the machine, the file of tables."""
+"""Shared by the benchmarks: their options, the description of the machine, and the file of tables."""
 
 import datetime
 import platform
@@ -16,7 +16,7 @@ from models.utils.files import atomic_write
 
 
 def make_parser(description: str | None, module: str, output: Path) -> Parser:
-    """A parser with the options of both; ``output``: the file that a run of all rows writes."""
+    """Return a parser with the common options; ``output`` is the file that a run of all rows writes."""
     parser = Parser(description or "", module)
     add = parser.add_argument
     add("--only", action="append", metavar="ROW", help="this row alone; may be given several times")
@@ -27,38 +27,38 @@ def make_parser(description: str | None, module: str, output: Path) -> Parser:
 
 
 def select(rows: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, Any]:
-    """The rows of --only, in the order in which they run, or all. Raises UserError."""
+    """Return the rows of ``--only``, or all, in running order. Raise UserError for an unknown name."""
     for name in names or ():
         if name not in rows:
-            raise UserError(f"--only: no row is called {name!r}; --list names them")
+            raise UserError(f"--only: there is no row {name!r}; --list prints the names of all rows")
     return {name: row for name, row in rows.items() if not names or name in names}
 
 
 def processor() -> str:
-    """Return what the machine calls its first GPU, or its CPU."""
+    """Return the name of the first GPU, or of the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     file = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)", file.read_text() if file.exists() else "", re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*: (.+)", file.read_text() if file.exists() else "", re.MULTILINE)
+    return model[1] if model else platform.processor() or platform.machine()
 
 
 def provenance(command: str) -> str:
-    """Return what stands above tables: command (after ``python``), date, machine and versions."""
+    """Return the line above the tables: command (after ``python``), date, machine and versions."""
     machine = f"{processor()}, {torch.get_num_threads()} threads"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     return f"`python {command}`, {datetime.date.today()}: {machine}, {versions}"
 
 
 class Report:
-    """Tables in Markdown, printed and written row by row: a run that is cut off keeps what it has."""
+    """Markdown tables that are printed and written row by row, so that an interrupted run keeps its rows."""
 
     def __init__(self, path: Path | None, title: str, command: str):
         """
         Args:
-            path: the file, which is replaced; None: the tables are only printed.
+            path: the file, which is replaced; None only prints the tables.
             title: heading of the file.
-            command: what was typed after ``python``.
+            command: the command line after ``python``.
         """
         self.path, self.text = path, ""
         self.write(f"# {title}\n\n{provenance(command)}.")
@@ -68,7 +68,7 @@ class Report:
         self.write(f"\n## {heading}\n\n{note}\n\n{markdown_header(columns)}")
 
     def row(self, *cells: str) -> None:
-        """Add a row to the table; cells that are missing at its end are shown empty."""
+        """Add a row to the table; missing cells at its end stay empty."""
         self.write(markdown_row(cells))
 
     def write(self, text: str) -> None:

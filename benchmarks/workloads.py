@@ -1,8 +1,8 @@
-"""Models of random weights, a batch to train on, the least that batches take, and how fast this device is.
+"""Models with random weights, a training batch, roofline limits of the work, and the speed of this device.
 
-The limits are roofline limits: bytes are those that cannot stay in a cache between steps (weights, keys and
-values, the inputs and outputs of convolutions), FLOPs those of matmuls and convolutions. They are the times
-that a batch would take if all else were free: a share of one of them near 1 leaves nothing to gain.
+The bytes are those that cannot stay in a cache between steps: weights, keys and values, inputs and outputs of
+convolutions. The FLOPs are those of matmuls and convolutions. Each gives the shortest possible time of a
+batch. If that time is nearly all of the measured time, nothing can be gained.
 """
 
 import time
@@ -20,14 +20,14 @@ from models import ZOO, ARImageModel, SamplingOptions
 from models.utils.precision import allow_tf32
 from models.zoo.loading import build_model
 
-# Of a parameter in an optimizer step, float32: it and two moments read and written, the gradient too.
+# Per parameter and step, in float32: the parameter, two moments and the gradient are read and written.
 OPTIMIZER_BYTES = 4 * (3 * 2 + 2)
 
 
 def random_model(
     name: str, device: torch.device, image_size: int | None = None, tokenizer: str | None = None
 ) -> ARImageModel:
-    """A model of the zoo on the device, its tokenizer frozen; no weight is zero, so all of it counts."""
+    """Return a model of the zoo with random weights (none is zero) and a frozen tokenizer."""
     torch.manual_seed(0)
     model = build_model(name, image_size, tokenizer, device=str(device)).to(device)
     for parameter in model.parameters():
@@ -37,7 +37,7 @@ def random_model(
 
 
 def recipe_config(name: str, batch_size: int, dtype: str, **changes) -> TrainingConfig:
-    """CCA as the model's recipe says, at a constant rate."""
+    """Return the configuration of CCA with the model's recipe and a constant learning rate."""
     recipe = ZOO[name].recipes["cca"]
     config = TrainingConfig(
         loss="cca", beta=recipe.beta, lambda_=recipe.lambda_, uncond_ratio=0.1, batch_size=batch_size,
@@ -48,14 +48,14 @@ def recipe_config(name: str, batch_size: int, dtype: str, **changes) -> Training
 
 
 def random_batch(model: ARImageModel, uncond: Tensor) -> Batch:
-    """Random tokens; ``uncond``: which of the images are trained without their class, bool [B]."""
+    """Return a batch of random tokens; ``uncond`` (bool [B]) marks images trained without their class."""
     tokens = torch.randint(0, model.vocab_size, (len(uncond), model.sequence_length))
     labels = torch.arange(len(uncond)) % model.num_classes
     return Batch(tokens, *pair_labels(labels, uncond, model.null_class), uncond)
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds of one call; the wait for a GPU is included."""
+    """Return the seconds of one call, including the wait for the GPU."""
     began = time.perf_counter()
     run()
     if torch.cuda.is_available():
@@ -74,18 +74,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Card:
-    """Measured rates of a device: bytes/s of copying, FLOP/s of matmuls in bfloat16 and in float32, which
-    a GPU rounds to TF32."""
+    """Measured rates of a device.
+
+    bandwidth: bytes/s of copies.
+    half, single: FLOP/s of matmuls in bfloat16, and in float32, which a GPU rounds to TF32.
+    """
 
     bandwidth: float
     half: float
     single: float
 
     def shares(self, works: Sequence[Work], seconds: float) -> tuple[float, float]:
-        """The least time of all by bytes and by FLOPs, over the time that they took."""
-        moving = sum(work.bytes for work in works) / self.bandwidth
+        """Return the shortest possible times, by bytes and by FLOPs, as shares of ``seconds``."""
+        copy_seconds = sum(work.bytes for work in works) / self.bandwidth
         rates = [self.single if work.dtype == torch.float32 else self.half for work in works]
-        return moving / seconds, sum(work.flops / rate for work, rate in zip(works, rates)) / seconds
+        return copy_seconds / seconds, sum(work.flops / rate for work, rate in zip(works, rates)) / seconds
 
 
 def _matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -97,24 +100,24 @@ def _matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def measure_card(device: torch.device) -> Card:
-    """Rates of copying 4 GB and of matmuls of 8192 x 8192; of smaller ones on a CPU."""
+    """Measure the rates of copies of 4 GB and of matmuls of 8192 x 8192; on a CPU both are smaller."""
     allow_tf32(device)
     source = torch.ones(2**30 if device.type == "cuda" else 2**22, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    copying = min(timed(lambda: target.copy_(source)) for _ in range(10))
+    seconds = min(timed(lambda: target.copy_(source)) for _ in range(10))
     rates = (_matmul_rate(dtype, device) for dtype in (torch.bfloat16, torch.float32))
-    return Card(2 * source.nbytes / copying, *rates)
+    return Card(2 * source.nbytes / seconds, *rates)
 
 
 def _linears(model: ARImageModel) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights that see every token, and those that run once for an image."""
+    """Return (weights of linear layers that run on every token, those that run once per image)."""
     net = model.transformer
-    of_token, of_image = [net.output_layer().weight], []
+    per_token, per_image = [net.output_layer().weight], []
     for name, layer in net.transformer_blocks().named_modules():
         if isinstance(layer, nn.Linear):
             once = any(part in name for part in net.once_per_image)
-            (of_image if once else of_token).append(layer.weight)
-    return of_token, of_image
+            (per_image if once else per_token).append(layer.weight)
+    return per_token, per_image
 
 
 def _elements(tensors: list[Tensor]) -> int:
@@ -124,38 +127,41 @@ def _elements(tensors: list[Tensor]) -> int:
 def sampling_work(
     model: ARImageModel, images: int, options: SamplingOptions, dtype: torch.dtype = torch.bfloat16
 ) -> Work:
-    """Tokens of a batch: every step reads the weights, as they are stored, and what the cache holds.
+    """Return the work of sampling the tokens of a batch: every step reads the stored weights and the cache.
 
     dtype: the precision of the matmuls and of the cache.
     """
-    of_token, of_image = _linears(model)
+    per_token, per_image = _linears(model)
     steps = len(model.step_sizes)
     width = model.transformer.output_layer().in_features * len(model.transformer.transformer_blocks())
     guided = max((i + 1 for i in range(steps) if options.scale_at(i, steps) != 1), default=0)
-    weights = sum(tensor.nbytes for tensor in of_token)
-    read = sum(tensor.nbytes for tensor in of_image)
-    flops, seen = 2 * images * (2 if guided else 1) * _elements(of_image), 0
+    weights = sum(tensor.nbytes for tensor in per_token)
+    read = sum(tensor.nbytes for tensor in per_image)
+    flops, context = 2 * images * (2 if guided else 1) * _elements(per_image), 0
     for step, new in enumerate(model.step_sizes):
         entries = images * 2 if step < guided else images
-        seen += new  # tokens that the new ones attend to
-        read += weights + entries * 2 * width * seen * dtype.itemsize
-        flops += entries * new * (2 * _elements(of_token) + 4 * width * seen)
+        context += new  # the number of tokens that the new ones attend to
+        read += weights + entries * 2 * width * context * dtype.itemsize
+        flops += entries * new * (2 * _elements(per_token) + 4 * width * context)
     return Work(read, flops, dtype)
 
 
 def training_work(model: ARImageModel, images: int, micro_batches: int, dtype: torch.dtype) -> Work:
-    """An optimizer step of a loss with a reference: two sequences per image, the policy's backward pass
-    twice a forward pass. Activations, which may be computed again, are not among the bytes."""
-    of_token, of_image = _linears(model)
+    """Return the work of an optimizer step of a loss with a reference model.
+
+    Each image has two sequences. The backward pass of the trained model counts as two forward passes. The
+    bytes do not include activations, which may be recomputed.
+    """
+    per_token, per_image = _linears(model)
     parameters = sum(p.numel() for p in model.transformer.parameters())
-    read = 3 * micro_batches * dtype.itemsize * (_elements(of_token) + _elements(of_image))
+    read = 3 * micro_batches * dtype.itemsize * (_elements(per_token) + _elements(per_image))
     flops = 2 * images * (1 + 3) * model.forward_flops()
     return Work(read + OPTIMIZER_BYTES * parameters, flops, dtype)
 
 
 def tokenizer_work(name: str, tokenizer: str | None, encode: bool, images: int, dtype: torch.dtype) -> Work:
-    """Pixels to tokens or back, of that model of the zoo; every convolution reads and writes once."""
-    sizes = []  # of each convolution: inputs and outputs, weights
+    """Return the work of encoding or decoding a batch; a convolution reads and writes its tensors once."""
+    sizes = []  # for each convolution: elements of inputs and outputs, elements of weights
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         sizes.append((inputs[0].numel() + output.numel(), layer.weight.numel()))
@@ -169,5 +175,5 @@ def tokenizer_work(name: str, tokenizer: str | None, encode: bool, images: int, 
             model.encode(torch.zeros(1, 3, model.image_size, model.image_size, device="meta"))
         else:
             model.decode(torch.zeros(1, model.sequence_length, dtype=torch.int64, device="meta"))
-    moved, weights = map(sum, zip(*sizes))
-    return Work(dtype.itemsize * (images * moved + weights), images * counter.get_total_flops(), dtype)
+    activations, weights = map(sum, zip(*sizes))
+    return Work(dtype.itemsize * (images * activations + weights), images * counter.get_total_flops(), dtype)

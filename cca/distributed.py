@@ -1,7 +1,7 @@
 """One process or several under torchrun: rank, device, collectives and stop signals.
 
-Ranks exchange numbers, texts and errors as CPU tensors through gloo, so that no CPU waits for a GPU because of
-them. GPU tensors go through NCCL.
+Ranks exchange numbers, texts and errors as CPU tensors through gloo, so that no CPU waits for a GPU because
+of them. GPU tensors go through NCCL.
 """
 
 import atexit
@@ -54,8 +54,8 @@ class StopRequest:
 def children_ignore_signals() -> Iterator[None]:
     """Context manager in which forked processes block stop signals.
 
-    A scheduler sends the signal to the whole process group, and data-loading workers must survive it until the
-    run has saved. They end when their parent closes them or ends.
+    A scheduler sends the signal to the whole process group, and data-loading workers must survive it until
+    the run has saved. They end when their parent closes them or ends.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -94,7 +94,8 @@ class Ranks:
             )
         if self.rank >= self.world_size:
             raise UserError(
-                f"RANK: the environment variable is {self.rank}; expected less than WORLD_SIZE, {self.world_size}; "
+                f"RANK: the environment variable is {self.rank}; expected less than WORLD_SIZE "
+                f"({self.world_size}); "
                 "start several ranks with torchrun, or unset RANK"
             )
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -215,8 +216,8 @@ class Ranks:
     ) -> list[float]:
         """Run ``fn`` on every rank, or on rank 0 only; if it raises UserError on one rank, all ranks end.
 
-        Return ``values``, each summed over all ranks in the same collective. Raise UserError on the ranks where
-        ``fn`` did; the others exit without a message.
+        Return ``values``, each summed over all ranks in the same collective. Raise UserError on the ranks
+        where ``fn`` did; the others exit without a message.
         """
         if self.world_size == 1:
             fn()
@@ -239,7 +240,9 @@ class Ranks:
         """Return the text of rank 0 on every rank."""
         content = torch.tensor(list(text.encode()), dtype=torch.int64)
         (size,) = self.all_reduce_numbers(len(content) if self.is_main else 0)
-        return bytes(self._all_reduce_on_cpu(content if self.is_main else content.new_zeros(int(size)))).decode()
+        return bytes(
+            self._all_reduce_on_cpu(content if self.is_main else content.new_zeros(int(size)))
+        ).decode()
 
     def broadcast_from_rank0(self, fn: Callable[[], Any]) -> Any:
         """Run `fn` on rank 0 and return its result (JSON-serialisable) on every rank.
@@ -253,7 +256,7 @@ class Ranks:
         return json.loads(self.broadcast_text("".join(result)))
 
     def gather(self, part: Tensor) -> Tensor | None:
-        """Concatenate the parts of all ranks along dimension 0, in order of rank; return it on rank 0, else None.
+        """Return the parts of all ranks, concatenated in order of rank, on rank 0; None on other ranks.
 
         The result stays on the device. Parts may have different lengths.
         """

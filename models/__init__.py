@@ -1,4 +1,4 @@
-"""VAR and LlamaGen, reached by name: ``load_model("var-mini")``."""
+"""The models VAR and LlamaGen, loaded by name: ``load_model("var-mini")``."""
 
 from models.base import ARImageModel, ARTransformer
 from models.sampling import SamplingOptions

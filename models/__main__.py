@@ -1,16 +1,17 @@
-"""List the model zoo: sizes, published FIDs, and what is on this machine already.
+"""List the model zoo: sizes, published FIDs, and where the weights are.
 
     python -m models
     python -m models --json > models.json
 
-FID-50k on ImageNet as published: base and CCA without guidance, guided at scale s; LlamaGen at
-384 pixels, resized to 256. The last columns say where the weights are: "cached" files are in the
-cache of huggingface_hub, those on the "hub" are downloaded when first used, "–" were not published.
-Sizes are computed from the parameters.
+FID-50k values are the published ones, on ImageNet. "FID base" and "FID CCA" are without guidance, "FID
+guided" is the base at guidance scale s. LlamaGen samples have 384 pixels and are resized to 256. The last
+columns say where the weights are: "cached" files are in the cache of huggingface_hub, files on the "hub"
+are downloaded at first use, and "–" means not published. File sizes are estimated from the number of
+parameters.
 
---json prints all that is known instead: every published figure with the sampling settings behind it,
-the recipes by loss, and of each weights file repository, address, path on this machine (null where it
-is not there) and approximate size in bytes.
+--json prints more: every published figure with its sampling settings, the recipes by loss, and for each
+weights file its repository, address, path on this machine (null if it is not there) and approximate size
+in bytes.
 """
 
 import json
@@ -30,6 +31,7 @@ from models.zoo.registry import TOKENIZERS, ZOO, TokenizerEntry, ZooEntry
 
 
 def model_facts(name: str, entry: ZooEntry) -> dict[str, Any]:
+    """Return the JSON record of a model."""
     models = {size: build_model(name, size) for size in entry.base}
     return {
         "backbone": entry.backbone.family,
@@ -53,7 +55,7 @@ def model_facts(name: str, entry: ZooEntry) -> dict[str, Any]:
 
 
 def tokenizer_facts(name: str, entry: TokenizerEntry) -> dict[str, Any]:
-    """``models``: those whose own tokenizer it is."""
+    """Return the JSON record of a tokenizer; ``models`` lists the models that use it by default."""
     tokenizer = build_tokenizer(name)
     return {
         "backbone": entry.backbone.family,
@@ -66,7 +68,10 @@ def tokenizer_facts(name: str, entry: TokenizerEntry) -> dict[str, Any]:
 
 
 def file_facts(file: WeightsFile | None, module: nn.Module) -> dict[str, Any] | None:
-    """A weights file; ``path``: where it is on this machine, null where it is not and its size a guess."""
+    """Return the JSON record of a weights file, None if there is no file.
+
+    If the file is not on this machine, ``path`` is None and the size is an estimate.
+    """
     if file is None:
         return None
     path, page = file.cached(), f"https://huggingface.co/{file.repository}/resolve/main/{file.file}"
@@ -80,10 +85,10 @@ def file_facts(file: WeightsFile | None, module: nn.Module) -> dict[str, Any] | 
 
 
 def model_rows(name: str, model: dict[str, Any]) -> Iterator[dict[str, str]]:
-    """Lines of the first table: a model at each of its image sizes."""
+    """Yield the rows of the first table: one for each image size of a model."""
     for size in model["image_sizes"]:
         published = model["published"] or {"figures": {}}
-        # They were taken at the default size.
+        # The published figures are of the default size.
         figures = published["figures"] if size["pixels"] == model["default_image_size"] else {}
         fids = {kind: f"{values['fid']:.2f}" for kind, values in figures.items()}
         guided = f"{fids['guided']} (s={published['cfg_scale']:g})" if "guided" in fids else "–"
@@ -95,26 +100,26 @@ def model_rows(name: str, model: dict[str, Any]) -> Iterator[dict[str, str]]:
             "FID base": fids.get("base", "–"),
             "FID guided": guided,
             "FID CCA": fids.get("cca", "–"),
-            "base": where(size["weights"]["base"]),
-            "cca": where(size["weights"]["cca"]),
+            "base": location_text(size["weights"]["base"]),
+            "cca": location_text(size["weights"]["cca"]),
         }
 
 
 def tokenizer_row(name: str, tokenizer: dict[str, Any]) -> dict[str, str]:
-    """A line of the second table."""
+    """Return a row of the second table."""
     return {
         "tokenizer": name,
         "parameters": f"{tokenizer['parameters'] / 1e6:,.1f} M",
         "codebook": str(tokenizer["codebook"]),
         "pixels per token": f"{tokenizer['pixels_per_token']} x {tokenizer['pixels_per_token']}",
-        "weights": where(tokenizer["weights"]),
+        "weights": location_text(tokenizer["weights"]),
         "models": ", ".join(tokenizer["models"])
         or f"{tokenizer['backbone']}, with --tokenizer-weights {name}",
     }
 
 
-def where(file: dict[str, Any] | None) -> str:
-    """Whether a weights file is on this machine, or about how large it is on the hub."""
+def location_text(file: dict[str, Any] | None) -> str:
+    """Return "bundled", "cached", "hub" with the approximate size, or "–" if there is no file."""
     if file is None:
         return "–"
     if not file["path"]:
@@ -122,8 +127,8 @@ def where(file: dict[str, Any] | None) -> str:
     return "cached" if file["repository"] else "bundled"
 
 
-def aligned(rows: Sequence[dict[str, str]], left: Collection[str]) -> str:
-    """Columns in ``left`` are aligned there, the others, numbers, to the right."""
+def align_columns(rows: Sequence[dict[str, str]], left: Collection[str]) -> str:
+    """Return the rows as a text table: columns in ``left`` are left-aligned, the others right-aligned."""
     widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in rows[0]}
     lines = [
         "  ".join(row[c].ljust(w) if c in left else row[c].rjust(w) for c, w in widths.items()).rstrip()
@@ -134,7 +139,7 @@ def aligned(rows: Sequence[dict[str, str]], left: Collection[str]) -> str:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, "models.__main__")
-    parser.add_argument("--json", action="store_true", help="everything, as JSON on standard output")
+    parser.add_argument("--json", action="store_true", help="print JSON with all details to standard output")
     return parser
 
 
@@ -146,9 +151,9 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps({"models": models, "tokenizers": tokenizers}, indent=2, allow_nan=False))
         return
     rows = [row for name, model in models.items() for row in model_rows(name, model)]
-    print(aligned(rows, left=("model", "base", "cca")))
+    print(align_columns(rows, left=("model", "base", "cca")))
     rows = [tokenizer_row(name, tokenizer) for name, tokenizer in tokenizers.items()]
-    print("\n" + aligned(rows, left=("tokenizer", "weights", "models")))
+    print("\n" + align_columns(rows, left=("tokenizer", "weights", "models")))
     print("\n" + __doc__.split("\n\n")[2].strip())
 
 

@@ -2,7 +2,7 @@
 
 Both tokenizers use the VQGAN family (Esser et al., 2021, arXiv 2012.09841): residual blocks
 with GroupNorm and SiLU, self-attention at the coarsest resolution and in the middle. The two
-published checkpoints differ in state-dict key names alone; ``KeyNames`` holds the difference.
+published checkpoints differ only in their state-dict keys, which ``KeyNames`` describes.
 """
 
 from collections import OrderedDict
@@ -17,14 +17,14 @@ from models.utils.precision import autocast_dtype, exact_matmuls
 
 @dataclass(frozen=True)
 class KeyNames:
-    """How a published checkpoint names the parts of its autoencoder."""
+    """The names that a published checkpoint uses for the parts of its autoencoder."""
 
     encoder_stages: str
     decoder_stages: str
     blocks: str
     mid: tuple[str, str, str]
     fused_qkv: bool
-    # Decoder stages are numbered from the finest resolution (VAR) or in running order (LlamaGen).
+    # VAR numbers the decoder stages from the finest resolution, LlamaGen in the order in which they run.
     decoder_finest_first: bool
 
 
@@ -40,9 +40,10 @@ LLAMAGEN_KEYS = KeyNames(
 class AutoencoderConfig:
     """Sizes of encoder and decoder.
 
-    ``channels`` is the width at full resolution, ``multipliers`` its factor per resolution level
-    (each further level halves the side), ``z_channels`` the width of the encoder's output, and
-    ``blocks`` the residual blocks per level (the decoder has one more).
+    channels: width at full resolution.
+    multipliers: factor of the width per resolution level; each further level halves the resolution.
+    z_channels: width of the encoder's output.
+    blocks: residual blocks per level; the decoder has one more.
     """
 
     channels: int
@@ -53,15 +54,15 @@ class AutoencoderConfig:
 
     @property
     def downsampling(self) -> int:
-        """Image side over latent side."""
+        """Ratio of image resolution to latent resolution."""
         return 2 ** (len(self.multipliers) - 1)
 
 
 class GroupNorm(nn.GroupNorm):
     """Group normalisation with 32 groups.
 
-    When compiled, it first computes the statistics of each channel, which reads channels_last in the order
-    of memory; PyTorch's own code would make a transposed copy. The results are equal up to rounding.
+    When compiled, it first computes the statistics of each channel, which reads channels_last tensors in
+    memory order. PyTorch's own code would make a transposed copy. The results are equal up to rounding.
     """
 
     def __init__(self, channels: int):
@@ -74,12 +75,12 @@ class GroupNorm(nn.GroupNorm):
         """Normalise x [B, C, H, W]; return float32 [B, C, H, W]."""
         x = x.float()
         variances, means = torch.var_mean(x, dim=(2, 3), correction=0)
-        # All channels have equally many pixels, so the variance of a group is the mean of its channels'
-        # variances plus the variance of their means.
+        # All channels have the same number of pixels. So the variance of a group is the mean of its
+        # channels' variances plus the variance of their means.
         variances, means = (t.unflatten(1, (self.num_groups, -1)) for t in (variances, means))
-        spread, mean = torch.var_mean(means, dim=2, correction=0, keepdim=True)
-        inverse = (variances.mean(2, keepdim=True) + spread + self.eps).rsqrt()
-        scale = self.weight * inverse.expand_as(means).flatten(1)
+        variance_of_means, mean = torch.var_mean(means, dim=2, correction=0, keepdim=True)
+        inverse_std = (variances.mean(2, keepdim=True) + variance_of_means + self.eps).rsqrt()
+        scale = self.weight * inverse_std.expand_as(means).flatten(1)
         shift = self.bias - mean.expand_as(means).flatten(1) * scale
         return x * scale[..., None, None] + shift[..., None, None]
 
@@ -135,7 +136,7 @@ def _upsample(channels: int) -> nn.Sequential:
 
 
 class Stage(nn.Module):
-    """All residual blocks of one resolution, then the change to the next one if there is one."""
+    """The residual blocks of one resolution, followed by a resampling layer if ``resample`` is given."""
 
     def __init__(
         self,
@@ -174,8 +175,11 @@ def _middle(channels: int, keys: KeyNames) -> nn.Sequential:
 
 
 class PixelConv(nn.Conv2d):
-    """To the three channels of pixels. In half precision fast kernels of GPUs make a multiple of 8: what is
-    missing is made of zeros and dropped."""
+    """The convolution that outputs the three channels of pixels.
+
+    In half precision, fast GPU kernels need a multiple of 8 output channels. There the weight is padded with
+    zeros, and the additional channels are dropped.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and autocast_dtype(x.device, x.dtype) != torch.float32:
@@ -183,14 +187,14 @@ class PixelConv(nn.Conv2d):
         return super().forward(x)
 
     def with_eight_channels(self, x: Tensor) -> Tensor:
-        more = -self.out_channels % 8
+        padding = -self.out_channels % 8
         assert self.bias is not None
-        weight, bias = F.pad(self.weight, (0, 0, 0, 0, 0, 0, 0, more)), F.pad(self.bias, (0, more))
+        weight, bias = F.pad(self.weight, (0, 0, 0, 0, 0, 0, 0, padding)), F.pad(self.bias, (0, padding))
         return F.conv2d(x, weight, bias, self.stride, self.padding)[:, : self.out_channels]
 
 
 class Encoder(nn.Module):
-    """Images [B, 3, H, W] in [-1, 1] to latents [B, z_channels, H/f, W/f]."""
+    """Map images [B, 3, H, W] in [-1, 1] to latents [B, z_channels, H/f, W/f]."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -217,7 +221,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, z_channels, H/f, W/f] to images [B, 3, H, W], not clamped."""
+    """Map latents [B, z_channels, H/f, W/f] to images [B, 3, H, W], not clamped."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -244,9 +248,9 @@ class Decoder(nn.Module):
 
 
 def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codebook row nearest in Euclidean distance: [N, C], [V, C] -> [N] int64.
+    """Return the index of the nearest codebook vector (Euclidean distance): [N, C], [V, C] -> [N] int64.
 
-    Always in float32: tokens must not depend on the precision of what surrounds them.
+    Distances are always computed in float32, so that tokens do not depend on the caller's precision.
     """
     with exact_matmuls():
         latents, codebook = latents.float(), codebook.float()

@@ -1,7 +1,7 @@
 """Keys and values of the positions decoded so far, and attention over them.
 
 ``KVCache`` is read up to the last position written. ``StaticCache`` has the same shapes at every
-position, which is a tensor: one compiled graph serves all of them.
+position, and the position is a tensor, so that one compiled graph serves all positions.
 """
 
 from typing import NamedTuple
@@ -11,32 +11,34 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-# Fused kernels of GPUs take heads of a multiple of so many numbers, and of no fewer than that.
+# Fused GPU kernels need a head dimension that is a multiple of WIDTH and at least LEAST_WIDTH.
 WIDTH, LEAST_WIDTH = 8, 16
-# Positions that attention reads at once where it is told how much of a static cache counts.
+# Positions per block, where attention reads only the blocks of a static cache that are filled.
 BLOCK = 64
 
 
 def attends_to_part(keys: Tensor) -> bool:
-    """Whether attention is told how much of a static cache counts, and reads no more than that.
+    """Return whether attention reads only the filled blocks of a static cache.
 
-    By flex_attention, compiled, which has a kernel for one query; others work for 64 or 128.
+    Compiled flex_attention can do this, with a kernel for a single query. Other kernels compute 64 or 128
+    queries at a time.
     """
     in_half_precision = keys.dtype in (torch.float16, torch.bfloat16)
     return keys.is_cuda and in_half_precision and torch.cuda.get_device_capability(keys.device) >= (8, 0)
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values [rows, heads, length, head_dim]; ``filled`` positions of it are."""
+    """One layer's keys and values [rows, heads, length, head_dim], of which ``filled`` positions are set."""
 
     keys: Tensor
     values: Tensor
     filled: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        """Attention of the next n positions to all so far, themselves included; stores their k and v.
+        """Store k and v of the next n positions; return their attention to all positions so far.
 
-        All [rows, heads, n, head_dim]. What goes beyond the cache is not stored: nothing comes after it.
+        The n positions attend to themselves as well. All tensors are [rows, heads, n, head_dim]. Positions
+        beyond the end of the cache are not stored, since no later position reads them.
         """
         end = self.filled + k.shape[2]
         if end > self.keys.shape[2]:
@@ -53,12 +55,12 @@ class KVCache:
     """Keys and values of all layers, allocated once."""
 
     def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
-        """``like``: a tensor of the device and precision of keys and values."""
+        """Allocate the cache; ``like`` is a tensor with the device and dtype of keys and values."""
         shape = (rows, heads, length, head_dim)
         self.layers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(layers)]
 
     def at(self, place: int | Tensor) -> list[LayerCache]:
-        """The layers at position ``place``: that many are filled."""
+        """Return the layers at position ``place``, where ``place`` positions are filled."""
         return [LayerCache(keys, values, int(place)) for keys, values in self.layers]
 
     def keep_rows(self, rows: int) -> None:
@@ -66,53 +68,58 @@ class KVCache:
 
 
 class Masked(NamedTuple):
-    """Position ``place`` [1] int64 of a static cache, and which positions it sees: bool [1, 1, 1, n]."""
+    """Position ``place`` [1] int64 of a static cache, with its attention mask bool [1, 1, 1, n]."""
 
     place: Tensor
     mask: Tensor
 
 
 class Counted(NamedTuple):
-    """The same by number: position ``place`` [1] int64 sees all up to itself in the first ``blocks``
-    [1, 1, 1] int32 blocks of the cache; ``order`` [1, 1, 1, n] int32 names all blocks."""
+    """Position ``place`` [1] int64 of a static cache, with the number of cache blocks that it attends to.
+
+    blocks: that number, [1, 1, 1] int32; in these blocks it attends to all positions up to itself.
+    order: indices of all blocks, [1, 1, 1, n] int32.
+    """
 
     place: Tensor
     blocks: Tensor
     order: Tensor
 
     def mask(self, length: int) -> BlockMask:
-        """Of one query, over ``length`` positions."""
+        """Return the block mask of one query over ``length`` positions."""
         place = self.place.squeeze(0)
 
-        def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def is_visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return key <= place
 
         return BlockMask.from_kv_blocks(
-            self.blocks, self.order, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(1, length),
+            self.blocks, self.order, BLOCK_SIZE=BLOCK, mask_mod=is_visible, seq_lengths=(1, length),
             compute_q_blocks=False,
         )  # fmt: skip
 
 
 class StaticLayer(NamedTuple):
-    """One layer's keys and values [rows, length, heads, width] of a static cache; what is beyond head_dim
-    of ``width`` is zeros."""
+    """One layer's keys and values [rows, length, heads, width] of a static cache.
+
+    Elements beyond head_dim in the last dimension are zero.
+    """
 
     keys: Tensor
     values: Tensor
     position: Masked | Counted
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        """As ``LayerCache.attend``, of one position."""
+        """Do the same as ``LayerCache.attend``, for a single position."""
         position, head_dim = self.position, q.shape[-1]
         scale = head_dim**-0.5 if scale is None else scale
-        if beyond := self.keys.shape[-1] - head_dim:
-            q, k, v = (F.pad(tensor, (0, beyond)) for tensor in (q, k, v))
+        if padding := self.keys.shape[-1] - head_dim:
+            q, k, v = (F.pad(tensor, (0, padding)) for tensor in (q, k, v))
         self.keys.index_copy_(1, position.place, k.transpose(1, 2))
         self.values.index_copy_(1, position.place, v.transpose(1, 2))
         keys, values = self.keys.transpose(1, 2), self.values.transpose(1, 2)
         if isinstance(position, Masked):
-            seen = position.mask.shape[-1]
-            keys, values = keys[:, :, :seen], values[:, :, :seen]
+            length = position.mask.shape[-1]
+            keys, values = keys[:, :, :length], values[:, :, :length]
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=position.mask, scale=scale)
         else:
             out = flex_attention(q, keys, values, block_mask=position.mask(keys.shape[2]), scale=scale)
@@ -122,22 +129,22 @@ class StaticLayer(NamedTuple):
 class StaticCache:
     """Keys and values of all layers, whose shapes are the same at every position.
 
-    ``reach``: positions that attention may read, the whole length unless it is told otherwise.
+    reach: number of positions that attention may read, by default the whole length.
     """
 
     def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor):
-        """As ``KVCache``."""
+        """Allocate the cache; ``like`` is a tensor with the device and dtype of keys and values."""
         shape = (rows, length, heads, max(LEAST_WIDTH, head_dim + -head_dim % WIDTH))
-        # Zeros: a mask takes weight from what has not been written, but 0 times NaN is NaN.
+        # Positions not yet written must be zero: the mask gives them weight 0, but 0 times NaN is NaN.
         self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)]
         self.reach = length
-        # Kept, and not made of the position: a compiler would make them anew for each layer.
+        # Stored here, because compiled code would compute them from the position again in each layer.
         positions = torch.arange(length, dtype=torch.int32, device=like.device)
-        self.blocks = positions.div(BLOCK, rounding_mode="floor") + 1  # that each position sees
+        self.blocks = positions.div(BLOCK, rounding_mode="floor") + 1  # number that each position attends to
         self.order = self.blocks[::BLOCK][None, None, None] - 1
 
     def at(self, place: int | Tensor) -> list[StaticLayer]:
-        """The layers at position ``place``, a tensor [1] int64."""
+        """Return the layers at position ``place``, a tensor [1] int64."""
         assert isinstance(place, Tensor)
         position: Masked | Counted
         if attends_to_part(self.layers[0][0]):

@@ -1,7 +1,7 @@
 """LlamaGen (Sun et al., 2024, arXiv 2406.06525): raster-order next-token prediction.
 
-State-dict keys are those of the published checkpoints, so their files load and what is saved
-here loads in the official code with ``strict=True``.
+State-dict keys are those of the published checkpoints. So the published files load here, and files
+saved here load in the official code with ``strict=True``.
 """
 
 import math
@@ -23,7 +23,10 @@ from models.utils.precision import autocast_dtype
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """``grid`` is the side of the token map; dropout is the training dropout of the paper."""
+    """Sizes of the transformer; ``grid`` is the resolution of the token map.
+
+    dropout: rate during training, as in the paper.
+    """
 
     dim: int
     layers: int
@@ -55,11 +58,11 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(grid: int, head_dim: int) -> Tensor:
-    """cos and sin of the 2-D rotary embedding: [1 + grid * grid, head_dim / 2, 2] float32.
+    """Return cos and sin of the 2-D rotary embedding: [1 + grid * grid, head_dim / 2, 2] float32.
 
-    The first half of the pairs turns with the row, the second with the column, base 10000.
-    Position 0, the class token, has cos = sin = 0, so its query and key vanish; the published
-    weights were trained that way.
+    The first half of the pairs rotates with the image row, the second half with the column, base 10000.
+    Position 0, the class token, has cos = sin = 0, so its query and key vanish. The published weights were
+    trained that way.
     """
     half = head_dim // 2
     frequency = 10000.0 ** (-torch.arange(0, half, 2).float() / half)
@@ -71,7 +74,7 @@ def rotary_table(grid: int, head_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn interleaved pairs: x [B, heads, n, head_dim], table [n, head_dim / 2, 2]."""
+    """Rotate interleaved pairs of x [B, heads, n, head_dim] by table [n, head_dim / 2, 2]."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = table.unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
@@ -99,7 +102,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    w13: Tensor | None = None  # see ``join_matrices``
+    w13: Tensor | None = None  # w1 and w3 joined (see ``join_matrices``)
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -109,7 +112,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def join_matrices(self) -> None:
-        """Keep w1 and w3 as the halves of one matrix."""
+        """Store w1 and w3 as the two halves of one weight, so that one matmul computes both."""
         self.w13 = torch.cat([self.w1.weight, self.w3.weight])
         self.w1.weight.data, self.w3.weight.data = self.w13.chunk(2)
 
@@ -144,12 +147,12 @@ class LlamaGenTransformer(ARTransformer):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        with torch.device("cpu"):  # constants are real even where the parameters are built on the meta device
+        with torch.device("cpu"):  # constants need values even if the parameters are on the meta device
             table = rotary_table(config.grid, config.dim // config.heads)
         self.rotary = nn.Buffer(table, persistent=False)
 
     def init_weights(self) -> None:
-        """Random start for pretraining: normal with deviation 0.02, output layer zero."""
+        """Initialise for pretraining: normal with standard deviation 0.02, output layer zero."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -173,7 +176,7 @@ class LlamaGenTransformer(ARTransformer):
 
 
 class Codebook(nn.Module):
-    """L2-normalised codebook; ``codebook_used`` is a training statistic of the published files."""
+    """An L2-normalised codebook; ``codebook_used`` is a training statistic in the published files."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -185,7 +188,7 @@ class Codebook(nn.Module):
 
 
 class LlamaGenTokenizer(ImageTokenizer):
-    """VQGAN with normalised codes: images [B, 3, H, W] <-> tokens [B, (H/f) * (W/f)]."""
+    """A VQGAN with normalised codes: images [B, 3, H, W] <-> tokens [B, (H/f) * (W/f)]."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -197,11 +200,11 @@ class LlamaGenTokenizer(ImageTokenizer):
         self.post_quant_conv = nn.Conv2d(config.code_dim, z, 1)
 
     def latents(self, images: Tensor) -> Tensor:
-        """Encoder output after quant_conv [B, code_dim, H/f, W/f]."""
+        """Return the encoder output after quant_conv [B, code_dim, H/f, W/f]."""
         return self.quant_conv(self.encoder(images))
 
     def quantise(self, latents: Tensor) -> Tensor:
-        """Latents [B, code_dim, h, w] -> tokens [B, h * w]."""
+        """Return the tokens [B, h * w] of latents [B, code_dim, h, w]."""
         flat = F.normalize(latents.permute(0, 2, 3, 1).flatten(0, 2), dim=-1)
         return nearest_code(flat, self.quantize.vectors()).view(len(latents), -1)
 
@@ -212,10 +215,10 @@ class LlamaGenTokenizer(ImageTokenizer):
         return self.decoder(self.post_quant_conv(latents))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, h * h] -> images [B, 3, H, W], not clamped."""
-        side = math.isqrt(tokens.shape[1])
+        """Return the images [B, 3, H, W], not clamped, of tokens [B, h * h]."""
+        grid = math.isqrt(tokens.shape[1])
         codes = F.embedding(tokens, self.quantize.vectors())
-        return self.decode_latents(codes.transpose(1, 2).unflatten(2, (side, side)))
+        return self.decode_latents(codes.transpose(1, 2).unflatten(2, (grid, grid)))
 
 
 @dataclass

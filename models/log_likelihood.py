@@ -1,9 +1,9 @@
-"""Sequence log-likelihoods: plain from logits, and straight from hidden states without ever holding them all.
+"""Sequence log-likelihoods, computed from logits or, in chunks, from the input of the output layer.
 
-The logits of a batch are by far the largest tensor of a training step: 64 pairs of LlamaGen at
-384 pixels make 128 x 576 x 16,384 float32 values, 4.8 GB, several times over in log_softmax and
-its backward. Here they exist for a chunk of tokens at a time, in the forward and again in the
-backward pass.
+The logits of a batch are by far the largest tensor of a training step. 64 pairs of LlamaGen at
+384 pixels have 128 x 576 x 16,384 float32 logits, 4.8 GB, and log_softmax and its backward pass hold
+several copies. Here the logits exist only for one chunk of tokens at a time. The backward pass computes
+them again.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,9 +19,9 @@ Layer = tuple[Tensor, Tensor | None]  # weight [V, D], bias [V] or None
 
 
 def check_tokens(tokens: Tensor, shape: Sequence[int], vocab_size: int) -> None:
-    """Raise ValueError for tokens that are not [B, L] of that shape, or that are outside 0 … vocab_size - 1.
+    """Raise ValueError unless tokens have this shape [B, L] and values in 0 … vocab_size - 1.
 
-    Only on the CPU are their values looked at: a GPU would have to be waited for.
+    The values are checked only on the CPU, because on a GPU the check would make the host wait.
     """
     if tokens.ndim != 2 or list(tokens.shape) != list(shape):
         raise ValueError(f"tokens are {list(tokens.shape)}; expected {list(shape)}")
@@ -32,9 +32,9 @@ def check_tokens(tokens: Tensor, shape: Sequence[int], vocab_size: int) -> None:
 
 
 def sequence_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Sum over tokens of log softmax(logits)[token]: [B, L, V], [B, L] -> [B], in float32.
+    """Return the sum over tokens of log softmax(logits)[token]: [B, L, V], [B, L] -> [B] float32.
 
-    Raises ValueError for other tokens (see ``check_tokens``).
+    Raises ValueError for invalid tokens (see ``check_tokens``).
     """
     check_tokens(tokens, logits.shape[:-1], logits.shape[-1])
     return (
@@ -47,11 +47,18 @@ def sequence_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
 def linear_sequence_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, compiled: bool = False
 ) -> Tensor:
-    """``sequence_logprob(F.linear(hidden, weight, bias), tokens)``, chunked over tokens.
+    """Return ``sequence_logprob(F.linear(hidden, weight, bias), tokens)``, computed in chunks of tokens.
 
-    hidden [B, L, D], weight [V, D], bias [V] or None, all of one dtype, in which the products are
-    computed; tokens [B, L] int64 -> [B] float32. ``compiled``: by compiled functions of a chunk, which
-    serve chunks of any size. Raises ValueError for other tokens (see ``check_tokens``).
+    Args:
+        hidden: [B, L, D]; weight: [V, D]; bias: [V] or None. All have one dtype, that of the matmuls.
+        tokens: [B, L] int64.
+        compiled: compile the computation of a chunk, for chunks of any size.
+
+    Returns:
+        [B] float32.
+
+    Raises:
+        ValueError: the tokens are invalid (see ``check_tokens``).
     """
     check_tokens(tokens, hidden.shape[:-1], len(weight))
     logprob = _LinearLogprob.apply(hidden.flatten(0, 1), weight, bias, tokens.flatten(), compiled)
@@ -59,7 +66,7 @@ def linear_sequence_logprob(
 
 
 class _LinearLogprob(torch.autograd.Function):
-    """log softmax(h W^T + b)[token] of each row; the backward pass computes the logits again."""
+    """log softmax(h W^T + b)[token] of each token; the backward pass computes the logits again."""
 
     @staticmethod
     def forward(
@@ -69,8 +76,8 @@ class _LinearLogprob(torch.autograd.Function):
         normaliser = torch.empty_like(logprob)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in row_chunks(hidden, len(weight), LIKELIHOOD_LOGITS):
-                rows = (logprob[part], normaliser[part], hidden[part], tokens[part])
-                _of_chunk(chunk_logprob, compiled, rows, (weight, bias))
+                chunk = (logprob[part], normaliser[part], hidden[part], tokens[part])
+                _run_on_chunk(chunk_logprob, compiled, chunk, (weight, bias))
         ctx.save_for_backward(hidden, weight, bias, tokens, normaliser)
         ctx.compiled = compiled
         return logprob
@@ -81,27 +88,31 @@ class _LinearLogprob(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        # d logprob / d logits = onehot(token) - softmax(logits), of which a chunk gives the negative; its
-        # factor per row, the incoming gradient, goes to the narrow side of the products.
+        # d logprob / d logits = onehot(token) - softmax(logits). ``chunk_error`` returns its negative, so the
+        # incoming gradient changes sign. It multiplies the factors of width D, which is cheaper than width V.
         factor = -grad[:, None]
         with torch.autocast(hidden.device.type, enabled=False):
             for part in row_chunks(hidden, len(weight), LIKELIHOOD_LOGITS):
-                rows = (normaliser[part], factor[part], hidden[part], tokens[part])
-                error, scaled = _of_chunk(chunk_error, ctx.compiled, rows, (weight, bias), grad_bias)
-                torch.mm(error, weight, out=grad_hidden[part])
-                grad_weight.addmm_(error.T, scaled) if error.dtype == torch.float32 else grad_weight.add_(
-                    error.T @ scaled
+                chunk = (normaliser[part], factor[part], hidden[part], tokens[part])
+                error, scaled_hidden = _run_on_chunk(
+                    chunk_error, ctx.compiled, chunk, (weight, bias), grad_bias
                 )
-        return grad_hidden.mul_(factor), grad_weight, grad_bias, None, None  # autograd casts them
+                torch.mm(error, weight, out=grad_hidden[part])
+                if error.dtype == torch.float32:
+                    grad_weight.addmm_(error.T, scaled_hidden)
+                else:
+                    grad_weight.add_(error.T @ scaled_hidden)
+        # Autograd casts the gradients to the dtypes of the inputs.
+        return grad_hidden.mul_(factor), grad_weight, grad_bias, None, None
 
 
 def chunk_logprob(logprob: Tensor, normaliser: Tensor, hidden: Tensor, tokens: Tensor, layer: Layer) -> None:
-    """Fill in log softmax(logits)[token] and log sum exp(logits), both [n] float32, of n tokens.
+    """Write log softmax(logits)[token] and log sum exp(logits) of n tokens to ``logprob`` and ``normaliser``.
 
-    hidden [n, D], tokens [n].
+    Both are [n] float32; hidden is [n, D], tokens [n].
     """
     logits = F.linear(hidden, *layer).float()
-    # Fused on CPU as on GPU, unlike logsumexp.
+    # Unlike logsumexp, cross_entropy is fused on CPUs and GPUs.
     logprob.copy_(-F.cross_entropy(logits, tokens, reduction="none"))
     normaliser.copy_(logits.gather(-1, tokens[:, None])[:, 0] - logprob)
 
@@ -114,15 +125,15 @@ def chunk_error(
     layer: Layer,
     grad_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(logits) - onehot(token) [n, V], and hidden * factor [n, D], both in hidden's dtype.
+    """Return softmax(logits) - onehot(token) [n, V], and hidden * factor [n, D], both in hidden's dtype.
 
-    Arguments as those of ``chunk_logprob``, whose normaliser it takes; factor [n, 1] float32. The gradient
-    of the bias, [V] float32, is added to ``grad_bias``.
+    ``normaliser`` comes from ``chunk_logprob``, whose other arguments are the same; factor is [n, 1] float32.
+    The gradient of the bias, [V] float32, is added to ``grad_bias``.
     """
     logits = F.linear(hidden, *layer).float()
-    if torch.compiler.is_compiling():  # one pass over the logits, which a scatter would make three
-        hit = torch.arange(logits.shape[-1], device=tokens.device) == tokens[:, None]
-        error = (logits - normaliser[:, None]).exp() - hit.float()
+    if torch.compiler.is_compiling():  # one pass over the logits; a scatter would need three
+        one_hot = torch.arange(logits.shape[-1], device=tokens.device) == tokens[:, None]
+        error = (logits - normaliser[:, None]).exp() - one_hot.float()
     else:
         error = logits.sub_(normaliser[:, None]).exp_()
         error.scatter_add_(-1, tokens[:, None], error.new_full((len(tokens), 1), -1.0))
@@ -136,10 +147,12 @@ def compiled_function(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True)
 
 
-def _of_chunk(function: Callable, compiled: bool, rows: tuple[Tensor, ...], *others: Layer | Tensor | None):
-    """The function of the rows of a chunk and of what all chunks share."""
+def _run_on_chunk(
+    function: Callable, compiled: bool, chunk: tuple[Tensor, ...], *shared: Layer | Tensor | None
+):
+    """Call the function with the tensors of one chunk and with those that all chunks share."""
     if not compiled:
-        return function(*rows, *others)
-    for tensor in rows:  # one graph serves the last chunk too, and micro-batches of any size
+        return function(*chunk, *shared)
+    for tensor in chunk:  # so that one graph also serves the last chunk, and micro-batches of any size
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return compiled_function(function)(*rows, *others)
+    return compiled_function(function)(*chunk, *shared)

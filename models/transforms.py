@@ -1,4 +1,4 @@
-"""From a photograph to the pixels that a model works on: crops of training, codes and references."""
+"""Crops of photographs, for training, for extracted codes and for references."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as 8-bit RGB; 16-bit grey is scaled by 1/257 and rounded.
+    """Convert a picture of any mode to 8-bit RGB; 16-bit grey is scaled by 1/257 and rounded.
 
-    Raises ValueError for floating-point numbers, and for 32-bit grey outside 0 … 65,535.
+    Raises ValueError for floating-point grey, and for 32-bit grey outside 0 … 65,535.
     """
     if image.mode == "F":
-        raise ValueError("floating-point grey; expected 8 or 16 bits")
-    if image.mode.startswith("I"):  # the library's own conversion clips at 255
+        raise ValueError("floating-point grey levels; expected 8 or 16 bits")
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError(f"grey levels from {grey.min()} to {grey.max()}; expected 0 … 65,535")
@@ -25,19 +25,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_sides(image: Image.Image, short: int) -> None:
-    """Raise ValueError for a picture so long that it is too large once its short side is ``short``."""
+    """Raise ValueError if the picture has too many pixels after resizing its short side to ``short``."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit and short * short * max(image.size) > limit * min(image.size):
         raise ValueError(f"{image.width} x {image.height} pixels: too long for a short side of {short}")
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop: box-halve while the short side is at least 2 x size, bicubic to size, cut.
+    """Return ADM's centre crop [size x size]: box-halve, resize with bicubic interpolation, and crop.
 
-    Raises ValueError for a picture that is too long (``check_sides``).
+    The picture is halved while its short side is at least 2 x size. Raises ValueError for a picture that is
+    too long (see ``check_sides``).
     """
     check_sides(image, size)
-    while min(image.size) >= 2 * size:  # box-halving keeps the bicubic step free of aliasing
+    while min(image.size) >= 2 * size:  # halving first avoids aliasing in the bicubic step
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
@@ -46,24 +47,24 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def square(image: Image.Image, left: int, top: int, size: int) -> Tensor:
-    """Cut uint8 [3, size, size] out of an RGB image."""
+    """Return a square crop of an RGB image, uint8 [3, size, size]."""
     pixels = np.array(image.crop((left, top, left + size, top + size)))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 class Transform(ABC):
-    """An RGB photograph -> uint8 [3, size, size], or [crops, 3, size, size] where there are several."""
+    """A map from an RGB photograph to uint8 [3, size, size], or [crops, 3, size, size] for several crops."""
 
     crops: int = 1
 
     @abstractmethod
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
-        """``generator`` is the image's own in this epoch; whatever is random is drawn from it alone."""
+        """Return the pixels. ``generator``, for this image and epoch, is the only source of randomness."""
 
 
 @dataclass(frozen=True)
 class RandomCrop(Transform):
-    """VAR's: shorter side to round(1.125 size) with Lanczos, random crop, no flip."""
+    """VAR's transform: resize the short side to round(1.125 size) with Lanczos, crop at random, no flip."""
 
     size: int
 
@@ -78,7 +79,10 @@ class RandomCrop(Transform):
 
 @dataclass(frozen=True)
 class TenCrops(Transform):
-    """LlamaGen's: ADM centre crop to crop_range x size, then four corners, the centre, and their mirrors."""
+    """LlamaGen's transform: the ten crops of ADM's centre crop to crop_range x size.
+
+    They are the four corners, the centre, and the mirror images of these five.
+    """
 
     size: int
     crop_range: float = 1.1
@@ -87,13 +91,13 @@ class TenCrops(Transform):
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
         image = centre_crop(image, int(self.size * self.crop_range))
         end = image.width - self.size
-        places = ((0, 0), (end, 0), (0, end), (end, end), (round(end / 2), round(end / 2)))
+        offsets = ((0, 0), (end, 0), (0, end), (end, end), (round(end / 2), round(end / 2)))
         views = (image, ImageOps.mirror(image))
-        return torch.stack([square(view, *place, self.size) for view in views for place in places])
+        return torch.stack([square(view, *offset, self.size) for view in views for offset in offsets])
 
 
 class OneOfTenCrops(TenCrops):
-    """One of them, drawn: what training on extracted codes sees of an image in one epoch."""
+    """One of the ten crops, chosen at random. Training on extracted codes uses one per image and epoch."""
 
     crops = 1
 

@@ -1,7 +1,7 @@
 """VAR (Tian et al., 2024, arXiv 2404.02905): next-scale prediction.
 
-State-dict keys are those of the published checkpoints, so their files load and what is saved
-here loads in the official code with ``strict=True``.
+State-dict keys are those of the published checkpoints. So the published files load here, and files
+saved here load in the official code with ``strict=True``.
 """
 
 import math
@@ -25,7 +25,7 @@ from models.var_tokenizer import TokenizerConfig, VARTokenizer
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """``drop_path_rate`` is the stochastic depth of the last block (0 in the first)."""
+    """Sizes of the transformer; ``drop_path_rate`` is the stochastic depth of the last block (first: 0)."""
 
     dim: int
     depth: int
@@ -37,7 +37,7 @@ class TransformerConfig:
 
 
 class LinearOfBias(nn.Linear):
-    """A linear layer whose bias is given: called like any module, so that sharding sees its use."""
+    """A linear layer that takes its bias as an argument. As a module call, FSDP's hooks see its use."""
 
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(input, self.weight, bias)
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def bias(self) -> Tensor:
-        """Of queries, keys (none) and values [1, 1, 3 dim], in the precision of the product."""
+        """Return the bias of queries, keys (zero) and values [1, 1, 3 dim], in the dtype of the matmul."""
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         return bias.to(autocast_dtype(bias.device, bias.dtype))[None, None]
 
@@ -79,7 +79,7 @@ Modulation = tuple[Tensor, ...]
 
 
 class Block(nn.Module):
-    """Pre-norm block whose norms and residual gains come from the class (adaptive LayerNorm)."""
+    """A pre-norm block whose norms and residual gains depend on the class (adaptive LayerNorm)."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -94,9 +94,9 @@ class Block(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def modulation(self, condition: Tensor) -> Modulation:
-        """gamma1, gamma2, scale1, scale2, shift1, shift2, each [B, 1, dim], and attention's bias.
+        """Return gamma1, gamma2, scale1, scale2, shift1, shift2, each [B, 1, dim], and attention's bias.
 
-        condition: the class embedding [B, dim], or with shared_adaln the shared vectors [B, 1, 6, dim].
+        condition: the class embedding [B, dim]; with shared_adaln the shared vectors [B, 1, 6, dim].
         """
         vectors = (
             self.ada_lin(condition).view(-1, 1, 6, condition.shape[-1])
@@ -111,21 +111,22 @@ class Block(nn.Module):
         condition: Tensor | Modulation,
         mask: Tensor | None,
         cache: LayerCache | None,
-        kept: Tensor | None = None,
+        branch_factors: Tensor | None = None,
     ) -> Tensor:
-        """``condition``: what ``modulation`` takes, or gave: sampling computes it once per image.
+        """Run the block on x [B, n, dim].
 
-        kept: factors of the two residual branches [2, B, 1, 1] (see ``VARTransformer.drop_path``).
+        condition: the argument of ``modulation``, or its result, which sampling computes once per image.
+        branch_factors: factors of the residual branches [2, B, 1, 1] (see ``VARTransformer.drop_path``).
         """
         modulation = self.modulation(condition) if isinstance(condition, Tensor) else condition
         gamma1, gamma2, scale1, scale2, shift1, shift2, bias = modulation
-        attended = self.attn(_norm(x) * (1 + scale1) + shift1, bias, mask, cache)
-        x = x + _scaled(attended * gamma1, kept, 0)
-        return x + _scaled(self.ffn(_norm(x) * (1 + scale2) + shift2) * gamma2, kept, 1)
+        attention = self.attn(_norm(x) * (1 + scale1) + shift1, bias, mask, cache)
+        x = x + _scale_branch(attention * gamma1, branch_factors, 0)
+        return x + _scale_branch(self.ffn(_norm(x) * (1 + scale2) + shift2) * gamma2, branch_factors, 1)
 
 
-def _scaled(branch: Tensor, kept: Tensor | None, which: int) -> Tensor:
-    return branch if kept is None else branch * kept[which].type_as(branch)
+def _scale_branch(branch: Tensor, factors: Tensor | None, index: int) -> Tensor:
+    return branch if factors is None else branch * factors[index].type_as(branch)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -134,13 +135,14 @@ def _norm(x: Tensor) -> Tensor:
 
 @dataclass
 class VARState(DecodingState):
-    """What depends on the class alone, the same at all steps; in sampling also what earlier steps left."""
+    """Tensors that depend only on the class; in sampling also the results of earlier steps."""
 
     condition: Tensor
-    modulations: Sequence[Tensor | Modulation]  # of each block; in training what they are made of
+    # One for each block: the modulation, or in training the ``condition`` argument to compute it from.
+    modulations: Sequence[Tensor | Modulation]
     head_modulation: Modulation
-    cache: KVCache = field(init=False)  # in sampling alone
-    # Residual sum of the levels decoded so far; kept so that each level is added only once.
+    cache: KVCache = field(init=False)  # only in sampling
+    # Sum of the levels decoded so far, stored so that each level is added only once.
     reconstruction: Tensor | None = None
 
     def keep_rows(self, rows: int) -> None:
@@ -161,7 +163,7 @@ class VARTransformer(ARTransformer):
         self.config = config
         self.pos_start = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_1LC = nn.Parameter(torch.zeros(1, length, dim))
-        with torch.device("cpu"):  # constants are real even where the parameters are built on the meta device
+        with torch.device("cpu"):  # constants need values even if the parameters are on the meta device
             level = torch.arange(len(patch_nums)).repeat_interleave(torch.tensor([p * p for p in patch_nums]))
             causal = torch.where(level[:, None] >= level[None], 0.0, -torch.inf)
         self.lvl_1L, self.attn_bias_for_masking = nn.Buffer(level[None]), nn.Buffer(causal[None, None])
@@ -177,7 +179,7 @@ class VARTransformer(ARTransformer):
         self.head = nn.Linear(dim, config.vocab_size)
 
     def init_weights(self) -> None:
-        """Random start for pretraining; gains start at 0.5 so that few steps already train all blocks."""
+        """Initialise for pretraining; gains start at 0.5 so that all blocks train from the first steps."""
         std = math.sqrt(1 / (3 * self.config.dim))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -196,22 +198,27 @@ class VARTransformer(ARTransformer):
                 gains.bias.data[: 2 * self.config.dim] = 0.5
 
     def condition(self, labels: Tensor, precompute: bool) -> VARState:
-        """Everything that the class decides: labels [B].
+        """Return the tensors that depend only on the class, for labels [B].
 
-        ``precompute`` makes each block's vectors here, once per image; else the blocks make them,
-        since a sharded block has its parameters only while it runs.
+        precompute: compute each block's vectors here, once per image. Otherwise the blocks compute them,
+            since a sharded block has its parameters only while it runs.
         """
         c = self.class_emb(labels)
-        source = self.shared_ada_lin(c).view(-1, 1, 6, self.config.dim) if self.config.shared_adaln else c
+        block_input = c
+        if self.config.shared_adaln:
+            block_input = self.shared_ada_lin(c).view(-1, 1, 6, self.config.dim)
         blocks = cast(list[Block], self.blocks)
-        modulations = [block.modulation(source) if precompute else source for block in blocks]
+        modulations = [block.modulation(block_input) if precompute else block_input for block in blocks]
         return VARState(c, modulations, self.head_nm(c)[:, None].chunk(2, dim=-1))
 
     def drop_path(self, rows: int, device: torch.device) -> Sequence[Tensor | None]:
-        """Stochastic depth (Huang et al., 2016): factors [2, rows, 1, 1] of each block's residual branches.
+        """Sample stochastic depth (Huang et al., 2016).
 
-        None where nothing is dropped. Drawn for all blocks before they run: nothing in a block's code is
-        its own, so that one compiled block serves them all, and compiling changes no random number.
+        The factors of all blocks are sampled before the blocks run. So all blocks have the same code and
+        share one compiled graph, and compiling changes no random number.
+
+        Returns:
+            for each block the factors [2, rows, 1, 1] of its residual branches; None if nothing is dropped.
         """
         rates = self.drop_path_rates
         if not self.training or self.drop_path_rate == 0:
@@ -230,20 +237,22 @@ class VARTransformer(ARTransformer):
 
     def hidden(self, labels: Tensor, inputs: Tensor) -> Tensor:
         state = self.condition(labels, precompute=False)
-        kept = self.drop_path(len(labels), labels.device)
+        branch_factors = self.drop_path(len(labels), labels.device)
         x = self.embed(inputs, state.condition, start=0)
-        # Cast here, once, and not by autocast in each layer.
+        # Cast once here, so that autocast does not cast it in each layer.
         mask = self.attn_bias_for_masking.to(autocast_dtype(x.device, x.dtype))
         arguments = [
-            (modulation, mask, None, factors) for modulation, factors in zip(state.modulations, kept)
+            (modulation, mask, None, factors)
+            for modulation, factors in zip(state.modulations, branch_factors)
         ]
         return self.normalise_features(self.run_blocks(x, arguments), state)
 
     def embed(self, inputs: Tensor | None, condition: Tensor, start: int) -> Tensor:
-        """What the first block takes of the n positions from ``start`` on, [B, n, dim].
+        """Return the input of the first block for the n positions from ``start``, [B, n, dim].
 
-        inputs: [B, n, code_dim], or [B, n - 1, code_dim] where position 0, the class, is among
-        them (None for that position alone). condition: the class embedding [B, dim].
+        inputs: [B, n, code_dim]. If position 0, the class, is among them, [B, n - 1, code_dim], or None
+            for this position alone.
+        condition: the class embedding [B, dim].
         """
         parts = [] if start else [condition[:, None] + self.pos_start]
         parts += [] if inputs is None else [self.word_embed(inputs)]
@@ -252,7 +261,7 @@ class VARTransformer(ARTransformer):
         return x + self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]
 
     def normalise_features(self, x: Tensor, state: VARState) -> Tensor:
-        """What the head takes, of what the last block gave: [B, n, dim] float32."""
+        """Return the input of the head for the output x of the last block: [B, n, dim] float32."""
         scale, shift = state.head_modulation
         return _norm(x.float()) * (1 + scale) + shift
 
@@ -276,12 +285,12 @@ class VAR(ARImageModel[VARState]):
         self.transformer = VARTransformer(transformer, tokenizer.patch_nums, tokenizer.code_dim)
         self.num_classes, self.vocab_size = transformer.num_classes, transformer.vocab_size
         self.step_sizes = tuple(p * p for p in tokenizer.patch_nums)
-        self.cached_length = sum(self.step_sizes[:-1])  # nothing attends to the last level
+        self.cached_length = sum(self.step_sizes[:-1])  # no later step attends to the last level
         self.image_size = tokenizer.patch_nums[-1] * tokenizer.autoencoder.downsampling
 
     @classmethod
     def build(cls, transformer: TransformerConfig, tokenizer: TokenizerConfig, image_size: int) -> "VAR":
-        return cls(transformer, tokenizer)  # the levels of the tokenizer decide the size
+        return cls(transformer, tokenizer)  # the tokenizer's levels determine the image size
 
     def training_transform(self) -> RandomCrop:
         return RandomCrop(self.image_size)
@@ -304,8 +313,8 @@ class VAR(ARImageModel[VARState]):
         if decoding_step == 0:
             return self.transformer.embed(None, state.condition, start=0)
         quantizer, last_level = self.tokenizer.quantize, decoding_step - 1
-        added = quantizer.expand(last_level, tokens[:, -self.step_sizes[last_level] :])
-        state.reconstruction = added if state.reconstruction is None else state.reconstruction + added
+        residual = quantizer.expand(last_level, tokens[:, -self.step_sizes[last_level] :])
+        state.reconstruction = residual if state.reconstruction is None else state.reconstruction + residual
         inputs = quantizer.shrink(state.reconstruction, decoding_step).flatten(2).transpose(1, 2)
         return self.transformer.embed(inputs, state.condition, start=tokens.shape[1])
 

@@ -17,7 +17,7 @@ from models.base import ImageTokenizer
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """``patch_nums`` are the sides of the token maps, coarse to fine."""
+    """Sizes of the tokenizer; ``patch_nums`` are the resolutions of the token maps, coarse to fine."""
 
     autoencoder: AutoencoderConfig
     patch_nums: tuple[int, ...]
@@ -29,39 +29,41 @@ class TokenizerConfig:
 
 
 class ResidualConvs(nn.Module):
-    """The convolutions phi that follow the upsampling of each level; few are shared by all levels."""
+    """The convolutions phi after the upsampling of each level; ``count`` of them serve all levels."""
 
     def __init__(self, dim: int, levels: int, count: int = 4):
         super().__init__()
         self.qresi_ls = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(count))
         ticks = np.linspace(1 / 12, 11 / 12, count)
-        self.chosen = [int(np.abs(ticks - level / max(levels - 1, 1)).argmin()) for level in range(levels)]
+        self.conv_index = [
+            int(np.abs(ticks - level / max(levels - 1, 1)).argmin()) for level in range(levels)
+        ]
 
     def forward(self, h: Tensor, level: int) -> Tensor:
-        return 0.5 * h + 0.5 * self.qresi_ls[self.chosen[level]](h)
+        return 0.5 * h + 0.5 * self.qresi_ls[self.conv_index[level]](h)
 
 
 def bicubic_taps(source: int, target: int) -> tuple[Tensor, Tensor]:
-    """How ``F.interpolate`` resizes a line: each of ``target`` numbers is a sum of four of the ``source``.
+    """Return indices [target, 4] int64 and weights [target, 4] float32 of a bicubic resize in one dimension.
 
-    Their indices [target, 4] int64 and weights [target, 4] float32.
+    ``F.interpolate`` computes each of the ``target`` elements as a weighted sum of four ``source`` elements.
     """
     lines = torch.eye(source, dtype=torch.float64, device="cpu")[None, :, :, None]
     resized = F.interpolate(lines.expand(1, source, source, source), (target, target), mode="bicubic")
-    matrix = F.pad(resized[0, :, :, 0].T, (0, 4))  # short lines have fewer than four numbers
+    matrix = F.pad(resized[0, :, :, 0].T, (0, 4))  # short lines have fewer than four elements
     taps = matrix.abs().topk(4, dim=1).indices
     return taps.clamp(max=source - 1), matrix.gather(1, taps).float()
 
 
 def resize_lines(x: Tensor, taps: Tensor, weights: Tensor) -> Tensor:
-    """[..., source] -> [..., target], as ``bicubic_taps`` says."""
+    """Resize the last dimension, [..., source] -> [..., target], with the result of ``bicubic_taps``."""
     return (x.index_select(-1, taps.flatten()).unflatten(-1, taps.shape) * weights).sum(-1)
 
 
 class MultiScaleQuantizer(nn.Module):
-    """Residual quantiser over levels (VAR, algorithms 1 and 2).
+    """A residual quantiser over levels (VAR, algorithms 1 and 2).
 
-    ``ema_vocab_hit_SV`` is a training statistic of the published files.
+    ``ema_vocab_hit_SV`` is a training statistic in the published files.
     """
 
     def __init__(self, config: TokenizerConfig):
@@ -76,9 +78,8 @@ class MultiScaleQuantizer(nn.Module):
         self.tap_weights = nn.Buffer(torch.stack(weights), persistent=False)
 
     def enlarge(self, h: Tensor, level: int) -> Tensor:
-        """One level's latents [B, C, p, p] resized (bicubic) to the finest side: [B, C, P, P]."""
-        # PyTorch's kernel for GPUs has a thread for each position of the output, which does all images one
-        # after the other.
+        """Resize (bicubic) the latents of one level [B, C, p, p] to the finest resolution [B, C, P, P]."""
+        # PyTorch's GPU kernel has one thread per output position, which loops over all images. That is slow.
         if h.is_cuda:
             return self.enlarge_by_taps(h, level)
         return F.interpolate(h, size=self.patch_nums[-1], mode="bicubic")
@@ -88,7 +89,7 @@ class MultiScaleQuantizer(nn.Module):
         return resize_lines(resize_lines(h, *line).mT, *line).mT
 
     def expand(self, level: int, tokens: Tensor) -> Tensor:
-        """What one level's tokens [B, p * p] add to the latents: [B, code_dim, P, P]."""
+        """Return what the tokens [B, p * p] of one level add to the latents: [B, code_dim, P, P]."""
         p = self.patch_nums[level]
         h = self.embedding(tokens).transpose(1, 2).unflatten(2, (p, p))
         if p != self.patch_nums[-1]:
@@ -96,27 +97,27 @@ class MultiScaleQuantizer(nn.Module):
         return self.quant_resi(h, level)
 
     def shrink(self, latents: Tensor, level: int) -> Tensor:
-        """Area-interpolate latents [B, C, P, P] to the side of a level."""
+        """Area-interpolate latents [B, C, P, P] to the resolution of a level."""
         p = self.patch_nums[level]
         return latents if p == self.patch_nums[-1] else F.interpolate(latents, size=(p, p), mode="area")
 
     def quantise(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, P, P] -> tokens of all levels [B, L]."""
-        rest, tokens = latents, []
+        """Return the tokens of all levels [B, L] of latents [B, C, P, P]."""
+        residual, tokens = latents, []
         for level in range(self.levels):
-            flat = self.shrink(rest, level).permute(0, 2, 3, 1).flatten(0, 2)
+            flat = self.shrink(residual, level).permute(0, 2, 3, 1).flatten(0, 2)
             tokens.append(nearest_code(flat, self.embedding.weight).view(len(latents), -1))
-            rest = rest - self.expand(level, tokens[-1])
+            residual = residual - self.expand(level, tokens[-1])
         return torch.cat(tokens, dim=1)
 
     def partial_sums(self, tokens: Tensor) -> list[Tensor]:
-        """Latents after each level [B, C, P, P], from tokens [B, L]."""
+        """Return the latents after each level [B, C, P, P] for tokens [B, L]."""
         parts = tokens.split([p * p for p in self.patch_nums], dim=1)
         return list(accumulate(self.expand(level, part) for level, part in enumerate(parts)))
 
 
 class VARTokenizer(ImageTokenizer):
-    """Multi-scale VQGAN: images [B, 3, H, W] <-> tokens of all levels [B, L]."""
+    """A multi-scale VQGAN: images [B, 3, H, W] <-> tokens of all levels [B, L]."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -128,7 +129,7 @@ class VARTokenizer(ImageTokenizer):
         self.post_quant_conv = nn.Conv2d(dim, dim, 3, padding=1)
 
     def latents(self, images: Tensor) -> Tensor:
-        """Encoder output after quant_conv [B, code_dim, H/f, W/f]."""
+        """Return the encoder output after quant_conv [B, code_dim, H/f, W/f]."""
         return self.quant_conv(self.encoder(images))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -138,11 +139,11 @@ class VARTokenizer(ImageTokenizer):
         return self.decoder(self.post_quant_conv(latents))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, L] -> images [B, 3, H, W], not clamped."""
+        """Return the images [B, 3, H, W], not clamped, of tokens [B, L]."""
         return self.decode_latents(self.quantize.partial_sums(tokens)[-1])
 
     def teacher_forcing_input(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, L] -> what predicts levels 1 to K-1: [B, L - 1, code_dim]."""
+        """Return the transformer's input for levels 1 to K-1, [B, L - 1, code_dim], for tokens [B, L]."""
         sums = self.quantize.partial_sums(tokens)[:-1]
         levels = [self.quantize.shrink(total, level) for level, total in enumerate(sums, start=1)]
         return torch.cat([latents.flatten(2).transpose(1, 2) for latents in levels], dim=1)

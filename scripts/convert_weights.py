@@ -1,12 +1,12 @@
-"""Convert weights between the published PyTorch format and .safetensors, both ways, tensor for tensor.
+"""Convert weights from the published PyTorch format to .safetensors, or back, tensor for tensor.
 
     python -m scripts.convert_weights var_d16.pth var_d16.safetensors
     python -m scripts.convert_weights var_d16.safetensors var_d16.pth
 
-The state dict keeps its keys, shapes, dtypes and buffers. What LlamaGen's files hold besides it
-(options, step counters) is left out. The published layout, bare or under "model", is put back;
-a training checkpoint (nested, or with the prefixes of DDP and torch.compile) becomes a file as it
-is published.
+The state dict keeps its keys, shapes, dtypes and buffers. Other content of LlamaGen's files (options, step
+counters) is left out. A .pth or .pt is written in the published layout: a bare state dict for VAR, one under
+"model" for LlamaGen. Training checkpoints (nested, or with the prefixes of DDP and torch.compile) are
+converted to this layout too.
 """
 
 import argparse
@@ -30,16 +30,18 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, "scripts.convert_weights")
-    parser.add_argument("input", type=Path, help="weights file, recognised by its content")
-    parser.add_argument(
-        "output", type=Path, help="file to write; its suffix (.pth, .pt or .safetensors) decides the format"
+    parser.group("model").add_argument(
+        "input", type=Path, help="weights file to read; the content decides the format, not the suffix"
+    )
+    parser.group("output").add_argument(
+        "output", type=Path, help="file to write; the suffix (.pth, .pt or .safetensors) decides the format"
     )
     add_dry_run_option(parser)
     return parser
 
 
-def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> OnePart:
-    """Read the weights, and plan how they are written. Raises UserError."""
+def resolve(args: argparse.Namespace, ranks: Ranks, status: OutputStatus) -> OnePart:
+    """Read the weights, and return the job that writes them. Raises UserError."""
     state, key = read_weights(args.input)
     size = size_text(sum(file.stat().st_size for file in weights_files(args.input)))
     rows = {"reads": f"{args.input} ({size})", "writes": str(args.output)}
@@ -47,7 +49,7 @@ def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> OneP
 
 
 def work(args: argparse.Namespace, state: dict[str, Tensor], key: str) -> None:
-    """Write the weights under ``key``, bare where it is empty. Raises UserError."""
+    """Write the state dict under ``key``, or bare if that is empty. Raises UserError."""
     save = save_safetensors if args.output.suffix == ".safetensors" else save_published
     save(state, args.output, key)
     print(f"{args.output}: {len(state)} tensors, {sum(v.nbytes for v in state.values()) / 1e6:,.1f} MB")

@@ -1,11 +1,11 @@
-"""A page to play with: base, guided base and CCA side by side, from the same random numbers.
+"""A web page that samples from base, guided base and CCA side by side, with the same random numbers.
 
     pip install -r requirements-demo.txt
     python -m scripts.demo --model llamagen-mini --weights runs/quickstart/llamagen-mini-cca
-    python -m scripts.demo --model var-d24 --weights cca        # the published ones; on a GPU
+    python -m scripts.demo --model var-d24 --weights cca        # published weights, on a GPU
 
-Serves http://127.0.0.1:7860 until Ctrl-C. Below the pictures stand the sample.py commands that make the
-same images. Without --weights: base and guided base alone.
+Serves http://127.0.0.1:7860 until Ctrl-C. Below its pictures the page shows the sample.py commands that make
+the same images. Without --weights the page shows only base and guided base.
 """
 
 import argparse
@@ -42,13 +42,13 @@ from models.zoo.loading import ModelFiles, find_files
 from scripts.recipes import sweep
 
 WAYS = {"base": "Base, no guidance", "guided": "Base, guidance {}", "cca": "CCA, no guidance"}
-# Options of sample.py that the page asks for, with the page's names of them; the scale is the guided base's.
+# Options of sample.py that the page offers, and their labels on the page. The guided base uses the scale.
 LABELS = {
     "--classes": "Classes", "--seed": "Seed", "--num-samples": "Images", "--cfg-scale": "Guidance",
     "--temperature": "Temperature", "--top-k": "Top-k", "--top-p": "Top-p",
 }  # fmt: skip
-MOST_IMAGES, MOST_PIXELS = 64, 2**22  # per request and panel: 28 images of 384 x 384
-OLDEST_GRADIO = (6, 31)  # tried with it; the pages of 6.0 ask servers elsewhere
+MOST_IMAGES, MOST_PIXELS = 64, 2**22  # per request and panel; 2**22 pixels are 28 images of 384 x 384
+OLDEST_GRADIO = (6, 31)  # the version tested; pages of 6.0 contact other servers
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
 #facts { font-size: 0.85em; opacity: 0.75; overflow-wrap: anywhere; }
@@ -60,28 +60,45 @@ CSS = """
 footer { display: none !important; }
 """
 ABOUT = """
-The same classes and the same random numbers, sampled in up to three ways: from the pretrained <b>base</b>;
-from the base with classifier-free <b>guidance</b>, two passes for every token; and from the base fine-tuned
-with <b>Condition Contrastive Alignment</b> (CCA), which does without guidance, in one.
+The page samples the same classes with the same random numbers in up to three ways: from the pretrained
+<b>base</b>; from the base with classifier-free <b>guidance</b>, which takes two forward passes per token; and
+from the base fine-tuned with <b>Condition Contrastive Alignment</b> (CCA), which needs no guidance and takes
+one pass.
 """
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, "scripts.demo")
-    add = parser.add_argument
     add_model_options(parser, ZOO, "cca|PATH|RUN[/state/step-N][:ema]|hf://ORG/REPO/FILE")
-    add("--dtype", choices=DTYPES, help="precision (default float32; on a GPU the model's published one)")
-    add("--max-images", type=count(), help="most images of a request (default 64, fewer of large ones)")
-    add("--batch-size", type=count(), default=16, help="images per batch and progress report (default 16)")
-    add("--host", default="127.0.0.1", help="address to serve, without a password (default 127.0.0.1)")
-    add("--port", type=number(0, 65535, int), default=7860, help="0 takes a free one (default 7860)")
+
+    add = parser.group("performance").add_argument
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="precision of the transformer (default: on a GPU the model's published one, on a CPU float32)",
+    )
+    add(
+        "--batch-size",
+        type=count(),
+        default=16,
+        help="images per batch; the page shows its progress after each batch (default: 16)",
+    )
+
+    add = parser.group("output").add_argument
+    add(
+        "--max-images",
+        type=count(),
+        help="largest number of images per request and panel (default: 64, fewer for large images)",
+    )
+    add("--host", default="127.0.0.1", help="address to serve; there is no password (default: 127.0.0.1)")
+    add("--port", type=number(0, 65535, int), default=7860, help="port; 0 is any free port (default: 7860)")
     add_dry_run_option(parser)
     return parser
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What is asked of one way, and the sample.py command that makes the same images."""
+    """One way of sampling: its model and request, and the sample.py command that makes the same images."""
 
     title: str
     model: ARImageModel
@@ -89,10 +106,10 @@ class Panel:
     command: str
 
 
-def shown_files(args: argparse.Namespace) -> dict[str, ModelFiles]:
-    """Return the files that are shown, the base's first, by the --weights that sample.py would take.
+def files_by_weights(args: argparse.Namespace) -> dict[str, ModelFiles]:
+    """Return the files of the base, then of the fine-tuned model, by the --weights that sample.py takes.
 
-    Of a run these are the very file or checkpoint that is there now: the newest may change.
+    For a run, --weights names the file or checkpoint that is its newest now, since the newest may change.
     """
     tuned = find_files(args.model, args.weights, args.tokenizer_weights, args.image_size)
     tokenizer = args.tokenizer_weights or tuned.config.get("tokenizer")
@@ -102,7 +119,7 @@ def shown_files(args: argparse.Namespace) -> dict[str, ModelFiles]:
 
 
 def defaults(model: str, classes: int, most_images: int) -> dict[str, str]:
-    """Return what the page of a model starts with: the published settings, where there are some."""
+    """Return the first values on a model's page: the published settings, if there are some."""
     published = zoo_entry(model).published
     filters = (published.top_k, published.top_p) if published else (0, 1.0)
     scale = published.cfg_scale if published else sweep(model).usual
@@ -112,49 +129,50 @@ def defaults(model: str, classes: int, most_images: int) -> dict[str, str]:
 
 
 class Demo:
-    """The models of the page, loaded and ready on ``device``. Raises UserError, as sample.py would.
+    """The models of the page, loaded on ``device``. One request at a time may use them.
 
-    One request at a time may use them.
+    Raises UserError, as sample.py does.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
         self.dtype = args.dtype or sample.default_dtype(args.model, device)
         self.models = {}
-        for weights, files in shown_files(args).items():
+        for weights, files in files_by_weights(args).items():
             self.models[weights] = model = files.build()
             files.load_into(model)
             prepare(model, self.dtype, device)
         self.model = self.models["base"]
-        # Of the fine-tuned weights, which come last.
+        # ``files`` is now the last entry, the fine-tuned model if there is one.
         self.class_names = class_names(files.config.get("data"), self.model.num_classes)
         self.weights = dict(zip(WAYS, ["base", *self.models]))
         self.most_images = args.max_images or min(MOST_IMAGES, MOST_PIXELS // self.model.image_size**2)
         self.defaults = defaults(args.model, self.model.num_classes, self.most_images)
 
     def _request(self, model: ARImageModel, options: Mapping[str, str]) -> SampleRequest:
-        """Return what sample.py makes of these options, whatever the values look like."""
+        """Return the request that sample.py makes of these options. Raises UserError."""
+        # As --option=value, so that a value that begins with a dash is no option.
         words = [f"{name}={value}" for name, value in options.items()]
         args = sample.make_parser().parse_args([*words, "--output=unused.npz"])
         sample.apply_preset(args)
         return sample.make_request(args, model, self.device)
 
     def plan(self, options: Mapping[str, str]) -> list[Panel]:
-        """Check a request and return what is asked of each way.
+        """Check a request, and return a panel for each way of sampling.
 
-        options: a text for each of ``LABELS``, as sample.py takes it.
+        options: the text of each option in ``LABELS``, as sample.py takes it.
 
         Raises:
-            UserError: a value is wrong, or too many images are asked for.
+            UserError: a value is wrong, or the request is for too many images.
         """
         args, panels = self.args, []
         for name, weights in self.weights.items():
-            given = {
+            options_of_panel = {
                 "--model": args.model, "--tokenizer-weights": args.tokenizer_weights,
                 "--image-size": args.image_size, "--dtype": self.dtype, "--weights": weights, **options,
                 "--cfg-scale": options["--cfg-scale"] if name == "guided" else None,
             }  # fmt: skip
-            own = {option: str(value) for option, value in given.items() if value is not None}
+            own = {option: str(value) for option, value in options_of_panel.items() if value is not None}
             request = self._request(self.models[weights], own)
             if request.num_samples > self.most_images:
                 raise UserError(
@@ -168,9 +186,9 @@ class Demo:
         return panels
 
     def sample(self, panel: Panel) -> Iterator[list[np.ndarray]]:
-        """Yield a panel's uint8 images [H, W, 3] so far, after each batch; the last time all of them.
+        """Yield after each batch the panel's images so far, uint8 [H, W, 3]; at the end all of them.
 
-        Raises UserError where logits are not finite or the memory does not suffice.
+        Raises UserError if logits are not finite, or if memory runs out.
         """
         count, size, images = panel.request.num_samples, self.args.batch_size, []
         batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
@@ -180,6 +198,7 @@ class Demo:
                 yield images
 
     def picture(self, images: list[np.ndarray], request: SampleRequest) -> Image.Image:
+        """Return the images in a grid, with the names of their classes."""
         classes = [class_of(i, request) for i in range(len(images))]
         count = len(request.classes)
         columns = count if 1 < count <= 6 else int(np.ceil(np.sqrt(len(images))))
@@ -187,7 +206,7 @@ class Demo:
 
 
 def heading(demo: Demo) -> str:
-    """Return what is shown, and of which weights, as HTML."""
+    """Return the top of the page as HTML: what it does, model, device and weights."""
     facts = [
         demo.args.model, f"{demo.model.image_size} × {demo.model.image_size} pixels",
         f"{device_name(demo.device)}, {demo.dtype}", f"weights: {' and '.join(demo.models)}",
@@ -199,20 +218,20 @@ def heading(demo: Demo) -> str:
 
 
 def option_text(value) -> str:
-    """Return a widget's value as sample.py takes it; it comes from a browser, unchecked."""
+    """Return a widget's value as text for sample.py. The value comes from a browser, unchecked."""
     if isinstance(value, list):
         return ",".join(map(str, value)) or "all"
     return "" if value is None else str(value).strip()
 
 
 def message_for_page(error: UserError) -> str:
-    """Return the error's line as HTML, with the page's name of the option."""
+    """Return the error's message as HTML, in which the option has its label on the page."""
     option, colon, rest = one_line(error).partition(":")
     return f"<p class='error' role='alert'>{escape(LABELS.get(option, option) + colon + rest)}</p>"
 
 
 def import_gradio():
-    """Return the module gradio. Raises UserError where it is not installed or too old."""
+    """Return the module gradio. Raises UserError if it is not installed or too old."""
     try:
         import gradio
     except ModuleNotFoundError:
@@ -250,27 +269,27 @@ def option_widgets(gr, demo: Demo) -> list:
 
 
 def make_handler(gr, demo: Demo, folder: str, outputs: list):
-    """Return what the button does: a function of the options' values that yields what changes on the page."""
+    """Return the handler of the button: it takes the options' values and yields updates of the page."""
     status, *pictures, download, commands = outputs
 
     def run(*values, progress=gr.Progress()):
-        drawn: list[tuple[str, Image.Image]] = []
+        titled: list[tuple[str, Image.Image]] = []
         try:
             panels = demo.plan({option: option_text(value) for option, value in zip(LABELS, values)})
-            cleared = {shown: gr.Image(None, label=panel.title) for shown, panel in zip(pictures, panels)}
-            yield {**cleared, status: "", download: gr.DownloadButton(interactive=False), commands: ""}
+            empty = {picture: gr.Image(None, label=panel.title) for picture, panel in zip(pictures, panels)}
+            yield {**empty, status: "", download: gr.DownloadButton(interactive=False), commands: ""}
             for picture, panel in zip(pictures, panels):
-                began = time.perf_counter()
+                start = time.perf_counter()
                 for images in demo.sample(panel):
                     progress((len(images), panel.request.num_samples), desc=panel.title, unit="images")
-                    yield {status: ""}  # a request whose reader has left ends here
-                seconds = (time.perf_counter() - began) / len(images)
-                drawn.append((panel.title, demo.picture(images, panel.request)))
-                yield {picture: gr.Image(drawn[-1][1], label=f"{panel.title} · {seconds:.3g} s per image")}
+                    yield {status: ""}  # raises if the browser has left
+                seconds = (time.perf_counter() - start) / len(images)
+                titled.append((panel.title, demo.picture(images, panel.request)))
+                yield {picture: gr.Image(titled[-1][1], label=f"{panel.title} · {seconds:.3g} s per image")}
         except UserError as error:
             yield {status: message_for_page(error)}
             return
-        side_by_side(drawn).save(f"{folder}/comparison.png")
+        side_by_side(titled).save(f"{folder}/comparison.png")
         yield {
             download: gr.DownloadButton(value=f"{folder}/comparison.png", interactive=True),
             commands: "".join(f"{panel.command}\n" for panel in panels),
@@ -280,7 +299,7 @@ def make_handler(gr, demo: Demo, folder: str, outputs: list):
 
 
 def make_page(gr, demo: Demo, folder: str):
-    """Return the page, a gradio.Blocks; what can be downloaded is written to ``folder``."""
+    """Return the page, a gradio.Blocks. Files for download are written to ``folder``."""
     with gr.Blocks(
         title=f"CCA · {demo.args.model}", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
     ) as page:
@@ -305,7 +324,7 @@ def make_page(gr, demo: Demo, folder: str):
                 interactive=False, max_lines=8, wrap_lines=True, show_line_numbers=False, elem_id="commands",
             ),
         ]  # fmt: skip
-        # The parser of sample.py checks the values, not the widgets as well.
+        # Without preprocess: the parser of sample.py checks the values, and the widgets need not.
         gr.on(
             [button.click, options[1].submit], make_handler(gr, demo, folder, outputs), options, outputs,
             concurrency_limit=1, preprocess=False, show_progress_on=status, api_name="sample",
@@ -315,7 +334,7 @@ def make_page(gr, demo: Demo, folder: str):
 
 def serve(page, theme, host: str, port: int) -> None:
     """Serve a page until SIGINT or SIGTERM."""
-    os.environ["no_proxy"] = "*"  # Gradio asks its own server whether it answers, and nobody else
+    os.environ["no_proxy"] = "*"  # Gradio checks that its own server answers, which a proxy would prevent
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
         _, url, _ = page.launch(
@@ -328,7 +347,7 @@ def serve(page, theme, host: str, port: int) -> None:
 
 
 def free_port(host: str, port: int) -> int:
-    """Return the port, for 0 a free one. Raises UserError where this address cannot be served."""
+    """Return the port, or a free one for 0. Raises UserError if the address cannot be served."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family) as server:
@@ -337,11 +356,11 @@ def free_port(host: str, port: int) -> int:
         raise UserError(f"--host, --port: {host}:{port} cannot be served ({reason(error)})") from None
 
 
-def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> OnePart:
-    """Find the weights, and plan what is loaded and served. Raises UserError."""
+def resolve(args: argparse.Namespace, ranks: Ranks, status: OutputStatus) -> OnePart:
+    """Find the weights, and return the job that serves the page. Raises UserError."""
     if ranks.world_size > 1:
-        raise UserError("WORLD_SIZE: the page is served by one process; start it without torchrun")
-    base, *tuned = shown_files(args).values()
+        raise UserError("WORLD_SIZE: only one rank can serve the page; start it without torchrun")
+    base, *tuned = files_by_weights(args).values()
     model = base.build()
     dtype = args.dtype or sample.default_dtype(args.model, ranks.device)
     rows = {
@@ -349,20 +368,22 @@ def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> OneP
         "device": f"{device_name(ranks.device)}, {dtype}, batch {args.batch_size}",
         "serves": f"http://{args.host}:{args.port}",
     }  # fmt: skip
-    downloads = list(dict.fromkeys(file for each in (base, *tuned) for file in each.downloads(model)))
+    downloads = list(dict.fromkeys(file for files in (base, *tuned) for file in files.downloads(model)))
     return OnePart(ranks, rows, partial(load_and_serve, args, ranks.device), downloads)
 
 
 def load_and_serve(args: argparse.Namespace, device: torch.device) -> None:
-    """Serve the page until SIGINT or SIGTERM. Raises UserError."""
+    """Load the models, and serve the page until SIGINT or SIGTERM. Raises UserError."""
     with tempfile.TemporaryDirectory(prefix="cca-demo-") as folder:
-        # Read when Gradio is imported: where its files lie, and that it reports to nobody.
+        # Gradio reads these variables when it is imported: the folder of its files, and no analytics.
         os.environ |= {"GRADIO_TEMP_DIR": f"{folder}/served", "GRADIO_ANALYTICS_ENABLED": "False"}
         gr = import_gradio()
         port = free_port(args.host, args.port)
         demo = Demo(args, device)
         for panel in demo.plan({**demo.defaults, "--num-samples": "1"}):
-            list(demo.sample(panel))  # a model's first images take longer than others
+            list(
+                demo.sample(panel)
+            )  # a model's first images take longer, so they are sampled before the first request
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         serve(make_page(gr, demo, folder), theme, args.host, port)
 

@@ -1,4 +1,4 @@
-"""Encode labelled images with a model's tokenizer, once, into packed codes for training.
+"""Encode labelled images with a model's tokenizer, once, as packed codes for training.
 
     python -m scripts.extract_codes --model llamagen-mini \\
         --data assets/fashion-mnist-train-10k.npz --output runs/codes
@@ -7,10 +7,10 @@
     torchrun --nproc_per_node 8 -m scripts.extract_codes --model llamagen-b \\
         --data imagenet --crop-range 1.05 --output codes384_ten_crop_105
 
-Writes DIR/codes.npy uint16 [N, crops, L], DIR/labels.npy int64 [N] and DIR/header.json, which is
-written last: a folder with a header is complete. Images of a folder give ten crops, as LlamaGen
-was trained; images of an .npz are taken as they are. An interrupted run goes on where it stopped.
-Training draws half of its crops from DIR_105 if that folder lies beside DIR.
+Writes DIR/codes.npy uint16 [N, crops, L], DIR/labels.npy int64 [N] and, last, DIR/header.json: a folder with
+a header is complete. Each image of a folder gives ten crops, as in LlamaGen's training. Images of an .npz are
+encoded as they are. Run the same command again to resume after an interruption. Training samples half of its
+crops from DIR_105 if that folder lies beside DIR.
 """
 
 import argparse
@@ -45,51 +45,52 @@ from models.zoo.checkpoint_formats import tensors_sha256
 from models.zoo.loading import ModelFiles, find_files
 from models.zoo.registry import ZOO
 
-CHUNK = 1024  # images of a part
-NOTES = ".unreadable-{}.json"  # beside the parts, of each rank; the header has those of all
+CHUNK = 1024  # images per part
+NOTES = ".unreadable-{}.json"  # one per rank, beside the parts; the header gets the notes of all ranks
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, "scripts.extract_codes")
-    add = parser.add_argument
     add_model_options(parser, ZOO, None)
-    add(
-        "--data",
-        required=True,
-        type=Path,
-        metavar="PATH",
-        help=DATA_HELP,
-    )
-    add_classes_option(parser)
-    add_orientation_option(parser)
-    add(
+
+    data = parser.group("data")
+    data.add_argument("--data", required=True, type=Path, metavar="PATH", help=DATA_HELP)
+    add_classes_option(data)
+    add_orientation_option(data)
+    data.add_argument(
         "--crop-range",
         type=number(1, 2),
         default=1.1,
-        help="centre crop over image size before the ten crops (default %(default)s)",
+        help="resolution of the centre crop, from which the ten crops are cut, divided by the image size, "
+        "1 to 2 (default: %(default)s)",
     )
-    add("--output", required=True, type=Path, metavar="DIR", help="folder for the codes")
-    add(
+
+    parser.group("performance").add_argument(
         "--batch-size",
         type=count(),
         default=128,
-        help="crops read before they are encoded, in parts that fit a GPU (default %(default)s)",
+        help="crops to read before they are encoded, in batches that fit in GPU memory "
+        "(default: %(default)s)",
     )
     add_workers_option(parser)
+
+    parser.group("output").add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="folder of codes to write"
+    )
     add_dry_run_option(parser)
     return parser
 
 
 def read_crops(
-    source: LabelledDataset, ranges: list[range], workers: int, at_once: int
+    source: LabelledDataset, ranges: list[range], workers: int, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, list[int]]]:
-    """Yield the pixels [n, crops, 3, H, W] uint8 of these ranges of images, in order; and those that others
-    stand in for.
+    """Yield the pixels [n, crops, 3, H, W] uint8 of these ranges of images, in order, and replaced indices.
 
-    n images have at least ``at_once`` crops, or end where a range ends.
+    The indices are those of unreadable images, which other images replace. The n images have at least
+    ``batch_size`` crops together; a piece is smaller where a range ends.
     """
     items = read_items(source, [(0, index) for part in ranges for index in part], workers)
-    count = math.ceil(at_once / source.crops)
+    count = math.ceil(batch_size / source.crops)
     for indices in (part[i : i + count] for part in ranges for i in range(0, len(part), count)):
         images, replaced = zip(*islice(items, len(indices)))
         pixels = torch.stack(images).view(len(images), source.crops, *images[0].shape[-3:])
@@ -98,11 +99,11 @@ def read_crops(
 
 @dataclass
 class Extraction:
-    """Codes to be made, resolved from the options and from what was found at the output."""
+    """The job of encoding images, resolved from the options and the status of the output."""
 
     args: argparse.Namespace
     ranks: Ranks
-    found: OutputStatus
+    status: OutputStatus
     files: ModelFiles
     model: ARImageModel
     source: LabelledDataset
@@ -157,7 +158,7 @@ class Extraction:
                 yield tokens.unflatten(0, pixels.shape[:2]).cpu().numpy()
 
     def begin_notes(self) -> None:
-        """Bring what is noted of unreadable images up to what is to be made again."""
+        """Load the notes on unreadable images, and correct them for parts that will be encoded again."""
         self.unreadable = Unreadable(self.source, self.ranks)
         missing = self.ranks.broadcast_from_rank0(lambda: [part.start for part in self.parts.missing()])
         for name, index in self.unreadable.places.items():
@@ -175,10 +176,13 @@ class Extraction:
                 path.unlink()
 
     def note(self, replaced: list[int]) -> None:
-        """Note images that others stand in for before their part is stored; refuse too many of all ranks."""
-        found = self.unreadable.add(replaced)
-        self.unreadable.report(found)
-        self.own |= found
+        """Write down which images were replaced, before their part is stored. Raises UserError for too many.
+
+        The limit counts the images of all ranks.
+        """
+        entries = self.unreadable.add(replaced)
+        self.unreadable.report(entries)
+        self.own |= entries
         write_json(self.output.parts_folder / NOTES.format(self.ranks.rank), self.own)
         of_others = read_notes(self.output.parts_folder)
         self.unreadable.counted |= of_others.keys() - self.unreadable.noted.keys()
@@ -186,45 +190,46 @@ class Extraction:
         self.unreadable.check()
 
     def work(self) -> bool:
+        """Encode the missing parts; rank 0 writes the folder. Return False if a signal stopped the run."""
         self.begin_notes()
         if self.ranks.is_main:
             for note in self.source.notes():
                 print(f"note: {note}", file=sys.stderr)
         if not make_missing_parts(self.ranks, self.parts, self.make, "encoding"):
             return False
-        if self.ranks.is_main:  # the others need not wait, which they could for half an hour
+        if self.ranks.is_main:  # without a barrier: a collective would time out after half an hour
             self.finish()
         return True
 
     def finish(self) -> None:
-        """Write the labels, then the codes, then the header, with which they are complete."""
+        """Write the labels, then the codes, then the header, which marks them as complete."""
         labels = self.source.labels(np.arange(len(self.source))).numpy()
         write_binary(self.args.output / "labels.npy", lambda file: np.save(file, labels))
         write_npy(self.args.output / "codes.npy", self.parts)
-        noted = read_notes(self.output.parts_folder)
-        self.output.describe({**self.header, NOTED: noted} if noted else self.header)
+        notes = read_notes(self.output.parts_folder)
+        self.output.describe({**self.header, NOTED: notes} if notes else self.header)
         self.output.remove_parts()
 
 
 def read_notes(parts: Path) -> dict[str, dict]:
-    """What the ranks noted of unreadable images. Raises UserError for a damaged file."""
+    """Return the notes of all ranks on unreadable images. Raises UserError for a damaged file."""
     paths = sorted(parts.glob(NOTES.format("*")))
-    return {name: seen for path in paths for name, seen in read_json(path).items()}
+    return {name: entry for path in paths for name, entry in read_json(path).items()}
 
 
-def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> Extraction:
+def resolve(args: argparse.Namespace, ranks: Ranks, status: OutputStatus) -> Extraction:
     files = find_files(args.model, None, args.tokenizer_weights, args.image_size)
     model = files.build()
     transform, classes = TenCrops(model.image_size, args.crop_range), read_classes(args.classes_from)
     source = open_labelled_images(
         args.data, model, transform=transform, classes=classes, upright=args.exif_orientation
     )
-    job = Extraction(args, ranks, found, files, model, source)
-    if source.source and found.content:
-        noted = found.options.get(NOTED, {})
-        if not found.is_finished:
-            noted = ranks.broadcast_from_rank0(partial(read_notes, job.output.parts_folder))
-        source.source.resume(noted)
+    job = Extraction(args, ranks, status, files, model, source)
+    if source.source and status.content:
+        notes = status.options.get(NOTED, {})
+        if not status.is_finished:
+            notes = ranks.broadcast_from_rank0(partial(read_notes, job.output.parts_folder))
+        source.source.resume(notes)
     return job
 
 

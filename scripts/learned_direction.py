@@ -2,14 +2,14 @@
 
     python -m scripts.learned_direction runs/quickstart/llamagen-mini-cca runs/quickstart/var-mini-cca
 
-For each image x, under its own class c and under another one, this sets
+For each image x, under its own class c and under another class, the script computes two values in nats:
 
     learned(x, c)  = log p_theta(x|c) - log p_ref(x|c), with p_theta of the run and p_ref of the base,
     guidance(x, c) = log p_ref(x|c) - log p_ref(x|null class)
 
-side by side, in nats. Guidance raises log p(x|c) along the second; the optimum of CCA's loss is proportional
-to log p(x|c)/p(x), which the second estimates (arXiv 2410.09347). A slope is that of the line by least
-squares: how many nats the run learned for one nat of guidance. Several runs of one model are several seeds.
+Guidance raises log p(x|c) in proportion to guidance(x, c). The optimum of CCA's loss is proportional to
+log p(x|c)/p(x), which guidance(x, c) estimates (arXiv 2410.09347). The slope of the least-squares line says
+how many nats the run learned for one nat of guidance. Several runs of one model count as several seeds.
 """
 
 from argparse import Namespace
@@ -36,28 +36,35 @@ from models.utils.files import atomic_write
 from models.zoo.run_folders import run_config
 from scripts.report import save_figure, spread
 
-BATCH = 100  # images of one forward pass
+BATCH = 100  # images per forward pass
 CPU = torch.device("cpu")
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, "scripts.learned_direction")
-    add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="finished CCA runs of bundled models")
+    parser.group("model").add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="folders of finished CCA runs of bundled models"
+    )
+    add = parser.group("data").add_argument
     add(
         "--images",
         type=Path,
         default=Path("assets/fashion-mnist-test-10k.npz"),
         metavar="FILE.npz",
-        help="labelled images that no network was trained on (default %(default)s)",
+        help="labelled images that no network was trained on (default: %(default)s)",
     )
-    add("--num-images", type=count(2), default=1500, help="the first so many (default %(default)s)")
     add(
+        "--num-images",
+        type=count(2),
+        default=1500,
+        help="number of first images to use (default: %(default)s)",
+    )
+    parser.group("output").add_argument(
         "--output",
         type=Path,
         default=Path("runs/learned-direction.md"),
         metavar="FILE.md",
-        help="tables; the picture goes beside them, as FILE.png (default %(default)s)",
+        help="file of tables to write; FILE.png beside it is the picture (default: %(default)s)",
     )
     add_dry_run_option(parser)
     return parser
@@ -65,15 +72,18 @@ def make_parser() -> Parser:
 
 @dataclass
 class Comparison:
-    """One run. learned, guidance: nats of each token [2 N, L], of N images with their own class, then with
-    another one. parts: the slice of tokens of each VAR level, or of each row of LlamaGen's grid."""
+    """What one run learned, compared with guidance.
+
+    learned, guidance: nats per token [2 N, L], for N images under their own class, then under another one.
+    parts: the slice of tokens of each VAR level, or of each row of LlamaGen's grid.
+    """
 
     learned: np.ndarray
     guidance: np.ndarray
     parts: list[slice]
 
     def fit(self, tokens: slice = slice(None)) -> tuple[float, float]:
-        """Return the correlation and the slope of learned over guidance, both summed over some tokens."""
+        """Return the correlation and the slope of learned over guidance, each summed over ``tokens``."""
         x, y = self.guidance[:, tokens].sum(1), self.learned[:, tokens].sum(1)
         return float(np.corrcoef(x, y)[0, 1]), float(np.polyfit(x, y, 1)[0])
 
@@ -84,7 +94,7 @@ class Comparison:
 
 
 def options_of_run(run: Path) -> dict:
-    """Return the options that a run was trained with. Raises UserError where it is none."""
+    """Return the options of a training run. Raises UserError if the folder holds no such run."""
     options = run_config(run / "config.json").get("options", {})
     if not {"model", "weights", "weights_sha256"} <= options.keys():
         raise UserError(f"RUN: {run}: holds no config.json of a training run")
@@ -93,47 +103,47 @@ def options_of_run(run: Path) -> dict:
 
 @torch.no_grad()
 def token_logprobs(model: ARImageModel, labels: Tensor, tokens: Tensor) -> Tensor:
-    """Return log p of each token [B, L], float32, of tokens [B, L] under labels [B]."""
+    """Return the log-probabilities [B, L] of tokens [B, L] under labels [B], in nats, float32."""
     return model.logits(labels, tokens).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
 def compare(run: Path, images: Tensor, labels: Tensor) -> Comparison:
-    """Compare one run on uint8 images [N, 3, H, W] of classes [N]. Raises UserError."""
+    """Return the comparison of one run on uint8 images [N, 3, H, W] of classes [N]. Raises UserError."""
     options = options_of_run(run)
     name, weights = options["model"], options["weights"]
     if find_files(name, weights).provenance()["weights_sha256"] != options["weights_sha256"]:
-        raise UserError(f"RUN: {run}: the base that it was trained from, {weights}, is another now")
-    trained, base = load_model(name, str(run)), load_model(name, weights)
-    # Every other class in turn, so that no pair is a match by accident.
+        raise UserError(f"RUN: {run}: its base, {weights}, has changed since training; restore that file")
+    tuned, base = load_model(name, str(run)), load_model(name, weights)
+    # The other classes in turn, so that no image is paired with its own class.
     others = (labels + 1 + torch.arange(len(labels)) % (base.num_classes - 1)) % base.num_classes
     learned, guidance = [], []
     for classes in (labels, others):
         for pixels, own in zip(images.split(BATCH), classes.split(BATCH)):
             tokens = to_tokens(base, pixels, CPU)
             reference = token_logprobs(base, own, tokens)
-            learned.append(token_logprobs(trained, own, tokens) - reference)
+            learned.append(token_logprobs(tuned, own, tokens) - reference)
             guidance.append(reference - token_logprobs(base, torch.full_like(own, base.null_class), tokens))
     sizes = base.step_sizes
-    if len(sizes) == base.sequence_length:  # one token a step: rows of the grid
+    if len(sizes) == base.sequence_length:  # one token per step: the parts are rows of the grid
         sizes = (round(len(sizes) ** 0.5),) * round(len(sizes) ** 0.5)
     ends = np.cumsum(sizes)
     parts = [slice(end - size, end) for end, size in zip(ends.tolist(), sizes)]
     return Comparison(torch.cat(learned).double().numpy(), torch.cat(guidance).double().numpy(), parts)
 
 
-def tables(found: dict[str, list[Comparison]]) -> list[str]:
-    """Return the figures of all models, then the slopes by part of each, as Markdown."""
+def tables(comparisons: dict[str, list[Comparison]]) -> list[str]:
+    """Return Markdown: a table of all models, then for each model its slopes by part."""
     rows = [
         [
             model,
             *(spread([run.fit()[i] for run in runs], ".2f") for i in (0, 1)),
             *(spread([run.mean(own) for run in runs], "+.2f") for own in (True, False)),
         ]
-        for model, runs in found.items()
+        for model, runs in comparisons.items()
     ]
     columns = ["model", "correlation", "slope", "learned, own class (nats)", "learned, another class (nats)"]
     sections = [markdown_table(columns, rows)]
-    for model, runs in found.items():
+    for model, runs in comparisons.items():
         parts = range(len(runs[0].parts))
         slopes = [spread([run.fit(run.parts[i])[1] for run in runs], ".2f") for i in parts]
         sections.append(f"{model}: slope by level, coarsest first, or by row of the grid, from the top.")
@@ -141,11 +151,11 @@ def tables(found: dict[str, list[Comparison]]) -> list[str]:
     return sections
 
 
-def draw(path: Path, found: dict[str, list[Comparison]]) -> None:
-    """Draw a panel for each model: learned over guidance of the first run's pairs, and its line."""
-    figure = Figure(figsize=(5.6 * len(found), 4.8))
-    axes = figure.subplots(1, len(found), squeeze=False)
-    for axis, (model, (first, *_)) in zip(axes[0], found.items()):
+def plot(path: Path, comparisons: dict[str, list[Comparison]]) -> None:
+    """Plot one panel per model: learned over guidance for each pair of its first run, and the fitted line."""
+    figure = Figure(figsize=(5.6 * len(comparisons), 4.8))
+    axes = figure.subplots(1, len(comparisons), squeeze=False)
+    for axis, (model, (first, *_)) in zip(axes[0], comparisons.items()):
         x, y = first.guidance.sum(1), first.learned.sum(1)
         for half, label in (
             (slice(len(x) // 2, None), "another class"),
@@ -165,8 +175,8 @@ def draw(path: Path, found: dict[str, list[Comparison]]) -> None:
     save_figure(figure, path)
 
 
-def resolve(args: Namespace, ranks: Ranks, found: OutputStatus) -> OnePart:
-    """Return what is to be done. Raises UserError for runs and images that cannot be compared."""
+def resolve(args: Namespace, ranks: Ranks, status: OutputStatus) -> OnePart:
+    """Return the job. Raises UserError for folders that are no runs and images without labels."""
     for run in args.runs:
         options_of_run(run)
     images = NpzImages(args.images)
@@ -182,20 +192,24 @@ def resolve(args: Namespace, ranks: Ranks, found: OutputStatus) -> OnePart:
 
 
 def write(args: Namespace, images: NpzImages) -> None:
-    """Compare all runs, and write tables and picture."""
+    """Compare all runs, and write the tables and the picture."""
     (pixels,) = images.batches(slice(0, args.num_images), args.num_images)
     labels = torch.from_numpy(images.labels()[: args.num_images])
-    found: dict[str, list[Comparison]] = {}
+    comparisons: dict[str, list[Comparison]] = {}
     for run in args.runs:
-        compared = compare(run, to_uint8_tensor(pixels), labels)
-        found.setdefault(options_of_run(run)["model"], []).append(compared)
+        comparison = compare(run, to_uint8_tensor(pixels), labels)
+        comparisons.setdefault(options_of_run(run)["model"], []).append(comparison)
     picture = args.output.with_suffix(".png")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(picture, found)
+    plot(picture, comparisons)
     intro = f"{provenance(args.command)}. {len(pixels):,} images of {args.images.name}; mean ± standard"
-    sections = ["# What CCA has learned", f"{intro} deviation over the runs of a model.", *tables(found)]
-    shown = f"![learned over guidance, the first run of each model]({picture.name})"
-    text = "\n\n".join([*sections, shown]) + "\n"
+    sections = [
+        "# What CCA has learned",
+        f"{intro} deviation over the runs of a model.",
+        *tables(comparisons),
+    ]
+    image = f"![learned over guidance, the first run of each model]({picture.name})"
+    text = "\n\n".join([*sections, image]) + "\n"
     atomic_write(args.output, lambda temporary: temporary.write_text(text))
     print(f"{text}\nwritten to {args.output} and {picture}")
 

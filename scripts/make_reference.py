@@ -1,9 +1,9 @@
-"""Make a reference .npz for eval_fid.py from images, in the layout of guided-diffusion's.
+"""Make a reference .npz for eval_fid.py from images, in guided-diffusion's layout.
 
     python -m scripts.make_reference --images imagenet/train --image-size 256 --output imagenet256.npz
 
-Writes mu, sigma (pooled features of all images), mu_s, sigma_s (spatial ones, for sFID) and arr_0:
-some of the images, uint8 [n, H, W, 3], for precision and recall. torchrun shares the work.
+Writes mu and sigma (pooled features of all images), mu_s and sigma_s (spatial features, for sFID) and arr_0
+(some of the images, uint8 [n, H, W, 3], for precision and recall). Under torchrun the ranks share the work.
 """
 
 import argparse
@@ -34,10 +34,11 @@ from models.zoo.hub import Download
 STATISTICS_BYTES = sum(8 * (width**2 + width) for width in (2048, 2023))  # of Inception's features
 
 
-def total(running: RunningGaussian, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and covariance [D, D] of the features of all ranks."""
+def reduce_statistics(running: RunningGaussian, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean [D] and the covariance [D, D] of the features of all ranks."""
     fit, count = running.fit(), running.count
-    # Sums about zero add up over ranks; float64 leaves 16 digits for features of order one.
+    # Second moments about zero can be summed over ranks. In float64 they keep 16 digits, enough for features
+    # of order one.
     second = fit.sigma * (count - 1) + count * np.outer(fit.mu, fit.mu)
     count, first, second = (
         ranks.all_reduce(torch.from_numpy(np.asarray(x, np.float64)).to(ranks.device)).cpu().numpy()
@@ -49,22 +50,33 @@ def total(running: RunningGaussian, ranks: Ranks) -> tuple[np.ndarray, np.ndarra
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, "scripts.make_reference")
-    add = parser.add_argument
-    add("--images", required=True, type=Path, metavar="FILE.npz|FOLDER|ARCHIVE", help="the images")
+    add = parser.group("data").add_argument
+    add(
+        "--images",
+        required=True,
+        type=Path,
+        metavar="FILE.npz|FOLDER|ARCHIVE",
+        help="images of the reference",
+    )
     add(
         "--image-size",
         type=count(),
-        help="cut images of a folder to squares of this side (default: they are squares already)",
+        help="resolution to which images of a folder are resized and centre-cropped, in pixels "
+        "(default: no resizing; the images must be of one size)",
     )
-    add_orientation_option(parser)
+    add_orientation_option(parser.group("data"))
+
     add_features_options(parser)
+    add = parser.group("method").add_argument
     add(
         "--kept-images",
         type=count(),
         default=REFERENCE_IMAGES,
-        help="images in arr_0, drawn at random (default %(default)s)",
+        help="randomly chosen images to keep in arr_0 (default: %(default)s)",
     )
-    add("--seed", type=count(0), default=0, help="seed of the draw (default 0)")
+    add("--seed", type=count(0), default=0, help="random seed of the choice of images (default: 0)")
+
+    add = parser.group("output").add_argument
     add("--output", required=True, type=Path, metavar="FILE.npz", help="file to write")
     add_dry_run_option(parser)
     return parser
@@ -72,14 +84,14 @@ def make_parser() -> Parser:
 
 @dataclass
 class Reference:
-    """A reference to be made, resolved from the options."""
+    """The job of making a reference, resolved from the options."""
 
     args: argparse.Namespace
     ranks: Ranks
-    found: OutputStatus
+    status: OutputStatus
     images: ImageSet
     downloads: list[Download]
-    parts: None = None  # its output has none
+    parts: None = None  # the output is one file
 
     def identity(self) -> dict:
         args = self.args
@@ -95,7 +107,7 @@ class Reference:
     def plan(self) -> dict[str, str]:
         args, images = self.args, self.images
         size = self.identity()["kept"] * math.prod(images.size) * 3
-        if not self.found.is_finished:
+        if not self.status.is_finished:
             check_space(output_of(args), size + STATISTICS_BYTES, "images and statistics")
         return {
             "images": f"{args.images}, {len(images):,} images",
@@ -108,47 +120,52 @@ class Reference:
         args = self.args
         self.extractor = make_extractor(args.features, args.inception_weights, self.ranks)
         features = {"features": self.extractor.name, "features_sha256": self.extractor.weights_sha256}
-        found = self.ranks.digest(self.images.fingerprint)
-        self.content = {"options": {**self.identity(), **features, "images_sha256": found}}
+        images_sha256 = self.ranks.digest(self.images.fingerprint)
+        self.content = {"options": {**self.identity(), **features, "images_sha256": images_sha256}}
         return self.content
 
     def work(self) -> bool:
         """Extract the features; rank 0 writes the output. Raises UserError."""
         args, images, ranks = self.args, self.images, self.ranks
-        chosen = set(stream(args.seed, DATA_ORDER).permutation(len(images))[: args.kept_images].tolist())
-        kept, pooled, spatial = [], RunningGaussian(), RunningGaussian()
+        kept_indices = set(
+            stream(args.seed, DATA_ORDER).permutation(len(images))[: args.kept_images].tolist()
+        )
+        kept_images, pooled, spatial = [], RunningGaussian(), RunningGaussian()
         index = ranks.share(len(images)).start
-        for batch, found in extract_batches(images, self.extractor, args.batch_size, ranks):
-            pooled.add(found.pooled.numpy())
-            if found.spatial is not None:
-                spatial.add(found.spatial.numpy())
-            kept.append(batch[[i - index for i in range(index, index + len(batch)) if i in chosen]])
+        for batch, features in extract_batches(images, self.extractor, args.batch_size, ranks):
+            pooled.add(features.pooled.numpy())
+            if features.spatial is not None:
+                spatial.add(features.spatial.numpy())
+            kept = [i - index for i in range(index, index + len(batch)) if i in kept_indices]
+            kept_images.append(batch[kept])
             index += len(batch)
-        arrays = dict(zip(("mu", "sigma"), total(pooled, ranks)))
+        arrays = dict(zip(("mu", "sigma"), reduce_statistics(pooled, ranks)))
         if spatial.count:
-            arrays |= zip(("mu_s", "sigma_s"), total(spatial, ranks))
-        gathered = ranks.gather(torch.from_numpy(np.concatenate(kept)))
-        if gathered is not None:  # rank 0 has the images of all
-            arrays["arr_0"] = gathered.numpy()
+            arrays |= zip(("mu_s", "sigma_s"), reduce_statistics(spatial, ranks))
+        all_kept = ranks.gather(torch.from_numpy(np.concatenate(kept_images)))
+        if all_kept is not None:  # on rank 0
+            arrays["arr_0"] = all_kept.numpy()
             for note in images.notes():
                 print(f"note: {note}", file=sys.stderr)
             output_of(args).describe({**self.content, "command": ranks.command(args.command)})
             write_binary(args.output, lambda file: np.savez(file, **arrays))
-            print(f"{args.output}: statistics of {len(images):,} images, {len(gathered):,} of them kept")
+            print(f"{args.output}: statistics of {len(images):,} images, {len(all_kept):,} of them kept")
         return True
 
 
-def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> Reference:
-    """Open the images. Raises UserError."""
+def resolve(args: argparse.Namespace, ranks: Ranks, status: OutputStatus) -> Reference:
+    """Open the images, and return the job. Raises UserError."""
     if args.image_size and not is_image_folder(args.images):
-        raise UserError("--image-size: cuts images of a folder; those of an .npz are taken as they are")
+        raise UserError(
+            f"--image-size: applies to a folder of images, and {args.images} is none; leave it out"
+        )
     check_orientation_option(args, args.images)
     images = open_image_set(args.images, args.image_size, args.workers, upright=args.exif_orientation)
     if len(images) < 2 * ranks.world_size:
         raise UserError(
             f"--images: {args.images} holds {len(images)} images; at least {2 * ranks.world_size} are needed"
         )
-    return Reference(args, ranks, found, images, features_plan(args.features, args.inception_weights)[1])
+    return Reference(args, ranks, status, images, features_plan(args.features, args.inception_weights)[1])
 
 
 def output_of(args: argparse.Namespace) -> Output:

@@ -1,4 +1,4 @@
-"""Makes everything in ``assets/`` again, from Fashion-MNIST and a seed.
+"""Make everything in ``assets/`` again, from Fashion-MNIST and a seed.
 
     python -m scripts.pretrain_mini data --raw /usr/share/datasets/fashion-mnist
     python -m scripts.pretrain_mini networks --raw ...
@@ -8,8 +8,8 @@
     python -m scripts.pretrain_mini cca --model var-mini --run runs/quickstart/var-mini-cca
 
 ``--raw`` is a folder with the four ``*-ubyte.gz`` files (Debian: package dataset-fashion-mnist).
-Training images 0-49,999 train every network; 50,000-59,999 are for tuning; the 10,000 test
-images are the evaluation reference and are seen by no stage.
+Training images 0 to 49,999 train every network; 50,000 to 59,999 are for tuning. The 10,000 test images are
+the evaluation reference, and no stage trains on them.
 """
 
 import gzip
@@ -47,16 +47,16 @@ from models.zoo.loading import build_model
 
 ASSETS = Path("assets")
 MODELS = ("llamagen-mini", "var-mini")
-RAW = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package has them
+RAW = Path("/usr/share/datasets/fashion-mnist")  # folder of Debian's package
 TRAINING, BUNDLED_TRAINING = slice(0, 50_000), slice(0, 10_000)
 PERCEPTUAL_WEIGHTS = Path("runs/perceptual.safetensors")
-STEPS = {"tokenizer": 3600, "transformer": 4000, "decoder": 1500}  # of the optimizer, where no option says
+STEPS = {"tokenizer": 3600, "transformer": 4000, "decoder": 1500}  # default optimizer steps
 TRANSFORMER_LR = 3e-3
-REDRAWN = 2  # levels of VAR that the decoder sees drawn, at most
+RESAMPLED_LEVELS = 2  # at most so many of VAR's last levels come from the transformer in decoder training
 
 
 def read_raw(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images padded to [N, 32, 32] uint8 and labels [N] int64 of split "train" or "t10k"."""
+    """Return the images, padded to [N, 32, 32] uint8, and labels [N] int64 of split "train" or "t10k"."""
     try:
         images = gzip.decompress((folder / f"{split}-images-idx3-ubyte.gz").read_bytes())[16:]
         labels = gzip.decompress((folder / f"{split}-labels-idx1-ubyte.gz").read_bytes())[8:]
@@ -69,7 +69,7 @@ def read_raw(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_images(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """An .npz that numpy reads; LZMA makes it 15 % smaller than numpy's own compression."""
+    """Write an .npz that NumPy reads. LZMA makes it 15 % smaller than NumPy's own compression."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
         for name, array in (("arr_0", images), ("arr_1", labels)):
             member = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
@@ -86,9 +86,10 @@ def fit(
     lr: float,
     name: str,
 ) -> None:
-    """AdamW over random training images; the rate rises over 2 % of the steps, then falls as a cosine.
+    """Train with AdamW on random batches of training images.
 
-    ``loss`` takes the indices of a batch and the number of the step, from 1.
+    The learning rate rises over the first 2 % of the steps, then falls along a cosine. ``loss`` takes the
+    indices [batch] of a batch and the number of the step, which starts at 1.
     """
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -99,7 +100,7 @@ def fit(
     )
     bar = ProgressBar(range(steps), desc=name)
     for step in bar:
-        place = step % (TRAINING.stop // batch)  # of the batch in its epoch
+        place = step % (TRAINING.stop // batch)  # number of the batch in its epoch
         if place == 0:
             order = torch.randperm(TRAINING.stop)
         value = loss(order[place * batch : (place + 1) * batch], step + 1)
@@ -113,7 +114,7 @@ def fit(
 
 
 class PerceptualNetwork(nn.Module):
-    """A second classifier, of another shape than the scoring one, for the tokenizers' perceptual term."""
+    """A classifier for the tokenizers' perceptual loss; its architecture is not that of the scoring one."""
 
     def __init__(self):
         super().__init__()
@@ -138,26 +139,30 @@ class PerceptualNetwork(nn.Module):
         return features, self.classifier(features)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Squared distance of channel-normalised activations (as in LPIPS, arXiv 1801.03924) and of
-        the pooled features."""
+        """Return the squared distance of two batches [B, 3, 32, 32], in two terms.
+
+        The terms compare channel-normalised activations (as in LPIPS, arXiv 1801.03924) and pooled features.
+        """
         with torch.no_grad():
             target = self.activations(b)
-        found = self.activations(a)
+        source = self.activations(a)
         local = sum(
             (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean()
-            for x, y in zip(found, target)
+            for x, y in zip(source, target)
         )
-        return local + 3 * (found[-1].mean((2, 3)) - target[-1].mean((2, 3))).square().mean()
+        return local + 3 * (source[-1].mean((2, 3)) - target[-1].mean((2, 3))).square().mean()
 
 
 def augment(images: Tensor) -> Tensor:
-    """Shift by up to two pixels and mirror: a batch [B, 3, 32, 32] with one shift for all."""
+    """Return a batch [B, 3, 32, 32] shifted by up to two pixels and perhaps mirrored, all images alike."""
     dy, dx = torch.randint(-2, 3, (2,)).tolist()
     images = images.roll((dy, dx), dims=(2, 3))
     return images.flip(3) if torch.rand(()) < 0.5 else images
 
 
 def train_classifier(network: nn.Module, images: Tensor, labels: Tensor, epochs: int, name: str) -> nn.Module:
+    """Train a classifier, and return it frozen, in evaluation mode."""
+
     def loss(index: Tensor, step: int) -> Tensor:
         return F.cross_entropy(network(augment(images[index]))[1], labels[index], label_smoothing=0.05)
 
@@ -172,14 +177,14 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def is_multi_scale(model: ARImageModel) -> bool:
-    """Whether tokens are codes of residuals (VAR), not of the latents themselves (LlamaGen)."""
+    """Return whether tokens are codes of residuals (VAR), not of the latents themselves (LlamaGen)."""
     return max(model.step_sizes) > 1
 
 
 def straight_through(model: ARImageModel, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the reconstruction, whose gradient passes by the quantiser, and the quantisation loss.
+    """Return the reconstruction, with a straight-through gradient, and the quantisation loss.
 
-    As van den Oord et al., 2017, arXiv 1711.00937, eq. 3; with several scales the loss is averaged over them.
+    The loss is equation 3 of van den Oord et al., 2017 (arXiv 1711.00937), averaged over the scales.
     """
     tokenizer: Any = model.tokenizer
     z = tokenizer.latents(images).float()
@@ -203,19 +208,20 @@ def flat_latents(model: ARImageModel, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def start_codebook(model: ARImageModel, images: Tensor) -> None:
-    """Codes start at latents of real images, so that none is dead from the first step."""
+    """Set the codes to latents of real images, so that each code is in use at the first step."""
     latents = flat_latents(model, images)
-    chosen = latents[torch.randperm(len(latents))[: model.vocab_size]]
+    codes = latents[torch.randperm(len(latents))[: model.vocab_size]]
     if is_multi_scale(model):  # residuals shrink from level to level
-        chosen = chosen * torch.logspace(0, -1, len(chosen))[:, None]
-    model.tokenizer.quantize.embedding.weight.copy_(chosen)
+        codes = codes * torch.logspace(0, -1, len(codes))[:, None]
+    model.tokenizer.quantize.embedding.weight.copy_(codes)
 
 
 @torch.no_grad()
 def revive_codes(model: ARImageModel, used: Tensor, images: Tensor) -> int:
-    """Replace the codes that no recent image used by latents of these images; returns how many.
+    """Replace the codes that no recent image used, and return their number.
 
-    With several scales by codes that are used, jittered.
+    used: how often each code was used, [vocab_size]. With one scale, latents of these images replace the
+    codes; with several scales, other codes with noise do.
     """
     weight = model.tokenizer.quantize.embedding.weight
     dead = (used == 0).nonzero().flatten()
@@ -246,7 +252,7 @@ def encode_all(model: ARImageModel, images: Tensor) -> Tensor:
 
 
 def train_tokenizer(name: str, images: Tensor, steps: int) -> ARImageModel:
-    """Train a tokenizer from a random start, and return its model."""
+    """Train a tokenizer from random weights, and return its model."""
     perceptual, model = load_perceptual(), build_model(name, device="cpu")
     for module in model.tokenizer.train().modules():
         if isinstance(module, nn.Conv2d):
@@ -264,16 +270,16 @@ def train_tokenizer(name: str, images: Tensor, steps: int) -> ARImageModel:
             used.zero_()
         with torch.autocast("cpu", torch.bfloat16):
             reconstruction, quantisation = straight_through(model, batch)
-            perceived = perceptual.distance(reconstruction, batch).float()
-        return pixel_distance(reconstruction, batch) + perceived + quantisation
+            perceptual_loss = perceptual.distance(reconstruction, batch).float()
+        return pixel_distance(reconstruction, batch) + perceptual_loss + quantisation
 
     fit(model.tokenizer.parameters(), loss, steps, 32, 1.5e-3, f"{name} tokenizer")
     return model.eval()
 
 
 @torch.no_grad()
-def redraw_last_levels(model: ARImageModel, tokens: Tensor, labels: Tensor, levels: int) -> Tensor:
-    """Tokens [B, L] whose last decoding steps are drawn anew from the model, given the steps before."""
+def resample_last_levels(model: ARImageModel, tokens: Tensor, labels: Tensor, levels: int) -> Tensor:
+    """Return tokens [B, L] whose last ``levels`` are sampled again from the model, in order."""
     tokens, sizes = tokens.clone(), model.step_sizes
     for step in range(len(sizes) - levels, len(sizes)):
         span = slice(sum(sizes[:step]), sum(sizes[: step + 1]))
@@ -284,11 +290,11 @@ def redraw_last_levels(model: ARImageModel, tokens: Tensor, labels: Tensor, leve
 
 
 def train_decoder(name: str, images: Tensor, labels: Tensor, steps: int) -> ARImageModel:
-    """Teach VAR's decoder the noise of levels whose tokens are drawn independently of each other.
+    """Fine-tune VAR's decoder on noisy tokens, and return the model.
 
-    Up to REDRAWN of the last levels come from the trained transformer, the others from the image
-    that the decoder has to give back (in the spirit of RobustTok, arXiv 2503.08354). Encoder and
-    codebook, and with them all tokens, stay as they are.
+    VAR samples the tokens of a level independently of each other. Here up to RESAMPLED_LEVELS of the last
+    levels come from the trained transformer, and the others from the image to be reconstructed (similar to
+    RobustTok, arXiv 2503.08354). Encoder and codebook do not change, so all tokens stay valid.
     """
     perceptual, model = load_perceptual(), load_model(name)
     tokens = encode_all(model, images)
@@ -296,22 +302,22 @@ def train_decoder(name: str, images: Tensor, labels: Tensor, steps: int) -> ARIm
     parts = nn.ModuleList([model.tokenizer.decoder, model.tokenizer.post_quant_conv]).requires_grad_(True)
 
     def loss(index: Tensor, step: int) -> Tensor:
-        batch, levels = images[index], int(torch.randint(REDRAWN + 1, ()))
+        batch, levels = images[index], int(torch.randint(RESAMPLED_LEVELS + 1, ()))
         with torch.autocast("cpu", torch.bfloat16):
-            drawn = redraw_last_levels(model, tokens[index], labels[index], levels)
+            noisy_tokens = resample_last_levels(model, tokens[index], labels[index], levels)
         with torch.no_grad():
-            latents = model.tokenizer.quantize.partial_sums(drawn)[-1]
+            latents = model.tokenizer.quantize.partial_sums(noisy_tokens)[-1]
         with torch.autocast("cpu", torch.bfloat16):
             reconstruction = model.tokenizer.decode_latents(latents)
-            perceived = perceptual.distance(reconstruction, batch).float()
-        return pixel_distance(reconstruction.float(), batch) + perceived
+            perceptual_loss = perceptual.distance(reconstruction, batch).float()
+        return pixel_distance(reconstruction.float(), batch) + perceptual_loss
 
     fit(parts.parameters(), loss, steps, 32, 7e-4, f"{name} decoder")
     return model
 
 
 class TokenArray(LabelledDataset):
-    """Tokens of all training images, held in memory."""
+    """The tokens of all training images, in memory."""
 
     def __init__(self, model: ARImageModel, images: Tensor, labels: Tensor):
         self.all_labels, self.tokens = labels, encode_all(model, images)
@@ -321,7 +327,10 @@ class TokenArray(LabelledDataset):
 
 
 def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, seed: int) -> ARImageModel:
-    """Maximum likelihood with 10 % label dropout: the trainer's own ``sft`` loss from a random start."""
+    """Train a transformer from random weights, and return its model. Raises UserError if a signal stops it.
+
+    The loss is maximum likelihood with 10 % label dropout: the trainer's ``sft``.
+    """
     model = build_model(name, device="cpu")
     load_weights(model.tokenizer, ASSETS / f"{name}-tokenizer.safetensors", f"the tokenizer of {name}")
     model.tokenizer.requires_grad_(False)
@@ -339,22 +348,22 @@ def train_transformer(name: str, images: Tensor, labels: Tensor, steps: int, see
     folder = RunFolder(output.path, ranks, options)
     trainer = Trainer(model, config, config.batch_size, ranks, compile=True)
     loader = Loader(TokenArray(model, images, labels), config, ranks, model.null_class)
-    if not train(trainer, loader, folder, save_every=500, log_every=20):  # a signal came first
-        raise UserError("pretraining was stopped; the same command goes on from there")
+    if not train(trainer, loader, folder, save_every=500, log_every=20):  # a signal stopped it
+        raise UserError("pretraining was stopped; run the same command again to resume")
     return model
 
 
 def save(path: Path, module: nn.Module, key: str = "") -> None:
-    """Half-precision .safetensors without constant buffers; what is rounded here is the base model."""
-    kept = {k: v for k, v in module.state_dict().items() if not is_constant(k)}
-    save_safetensors({k: v.half() if v.is_floating_point() else v for k, v in kept.items()}, path, key)
+    """Write a half-precision .safetensors without constant buffers. The base model is what this rounds to."""
+    weights = {k: v for k, v in module.state_dict().items() if not is_constant(k)}
+    save_safetensors({k: v.half() if v.is_floating_point() else v for k, v in weights.items()}, path, key)
 
 
 @torch.no_grad()
 def save_tokenizer(name: str, model: ARImageModel) -> None:
-    """Save with the decoder's three output channels averaged: grey images come out grey.
+    """Average the decoder's three output channels, then save: reconstructions become exactly grey.
 
-    The targets are grey, so the pixel losses can only fall.
+    The training images are grey, so this cannot increase the pixel losses.
     """
     for parameter in model.tokenizer.decoder.conv_out.parameters():
         parameter.copy_(parameter.mean(0, keepdim=True).expand_as(parameter))
@@ -363,15 +372,38 @@ def save_tokenizer(name: str, model: ARImageModel) -> None:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, "scripts.pretrain_mini")
-    add = parser.add_argument
-    add("stage", choices=("data", "networks", *STEPS, "cca"))
-    add("--model", choices=MODELS, help="for the last four stages")
-    add("--run", type=Path, metavar="RUN", help="of cca: the run whose weights ship")
-    add("--raw", type=Path, default=RAW, help="folder of the four files (default %(default)s)")
-    add("--seed", type=count(0), default=0, help="seed of weights and data order (default 0)")
-    add("--output", type=Path, metavar="FILE", help="of a transformer (default: assets/MODEL.safetensors)")
-    add("--steps", type=count(2), help=f"optimizer steps (default: {STEPS})")
-    add("--threads", type=count(), default=torch.get_num_threads(), help="CPU threads (default %(default)s)")
+    add = parser.group("model").add_argument
+    add("--model", choices=MODELS, help="model name (required for all stages except data and networks)")
+    add(
+        "--run",
+        type=Path,
+        metavar="RUN",
+        help="run folder whose weights are bundled (required for stage cca)",
+    )
+
+    add = parser.group("data").add_argument
+    add("--raw", type=Path, default=RAW, help="folder with the four *-ubyte.gz files (default: %(default)s)")
+
+    add = parser.group("method").add_argument
+    add(
+        "stage", choices=("data", "networks", *STEPS, "cca"), help="what to make; the examples show the order"
+    )
+
+    add = parser.group("optimisation").add_argument
+    steps = ", ".join(f"{stage} {number}" for stage, number in STEPS.items())
+    add("--steps", type=count(2), help=f"optimizer steps (default: {steps})")
+    add("--seed", type=count(0), default=0, help="random seed of weights and data order (default: 0)")
+
+    add = parser.group("performance").add_argument
+    add("--threads", type=count(), default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
+
+    add = parser.group("output").add_argument
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="file to write in stage transformer (default: assets/MODEL.safetensors)",
+    )
     return parser
 
 
@@ -391,16 +423,19 @@ def train_networks(raw: Path, images: Tensor, labels: Tensor, seed: int) -> None
 def main() -> None:
     args = make_parser().parse_args()
     if args.stage not in ("data", "networks") and not args.model:
-        raise UserError(f"--model: the stage {args.stage} needs one of {', '.join(MODELS)}")
+        raise UserError(f"--model: is required for stage {args.stage}, one of {', '.join(MODELS)}")
     if args.stage == "cca":
         if not args.run:
-            raise UserError("--run: the stage cca needs the run of which the weights are")
+            raise UserError(
+                "--run: is required for stage cca: the folder of the run whose weights are bundled"
+            )
         model = load_model(args.model, str(args.run))
         save(ASSETS / f"{args.model}-cca.safetensors", model.transformer, model.checkpoint_key)
         return
     if args.stage == "decoder" and not is_multi_scale(build_model(args.model)):
         raise UserError(
-            f"--model: the stage decoder is not for {args.model}, which draws its tokens one by one"
+            f"--model: stage decoder needs a model with several tokens per step, and {args.model} samples "
+            "one at a time"
         )
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

@@ -1,12 +1,12 @@
-"""Encode and decode images with a model's tokenizer: what is lost before a transformer says a word (rFID).
+"""Encode and decode images with a model's tokenizer, to measure what the tokenizer alone loses (rFID).
 
     python -m scripts.reconstruct --model var-d16 --images imagenet/val --output reconstructed.npz
     python eval_fid.py --samples reconstructed.npz --reference imagenet/val --resize 256
     torchrun --nproc_per_node 8 -m scripts.reconstruct --model llamagen-b --images ... --output ...
 
-Images are those of an .npz at the model's size, or of a folder, which are resized and cut to it as
-guided-diffusion does. Writes FILE.npz in their order (arr_0 uint8 [N, H, W, 3], arr_1 classes where the
-images' .npz has them), and FILE.json with the tokenizer's hash.
+The images come from an .npz, at the model's resolution, or from a folder, whose images are resized and
+centre-cropped as in guided-diffusion. Writes FILE.npz in the same order (arr_0 uint8 [N, H, W, 3]; arr_1, the
+classes, if the images' .npz has them), and FILE.json with the tokenizer's hash.
 """
 
 import argparse
@@ -36,35 +36,42 @@ from models.zoo.checkpoint_formats import tensors_sha256
 from models.zoo.loading import ModelFiles, find_files
 from models.zoo.registry import ZOO
 
-PART_IMAGES = 256  # images of a part
+PART_IMAGES = 256  # images per part
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, "scripts.reconstruct")
-    add = parser.add_argument
     add_model_options(parser, ZOO, None)
-    add("--images", required=True, type=Path, metavar="FILE.npz|FOLDER|ARCHIVE", help="the images")
-    add_orientation_option(parser)
-    add(
+
+    data = parser.group("data")
+    data.add_argument(
+        "--images", required=True, type=Path, metavar="FILE.npz|FOLDER|ARCHIVE", help="images to reconstruct"
+    )
+    add_orientation_option(data)
+
+    parser.group("performance").add_argument(
         "--batch-size",
         type=count(),
         default=32,
-        help="images read at a time, rounded up to what fills the encoder's and the decoder's batches "
-        "(default %(default)s)",
+        help="images per batch and rank, rounded up to full batches of the encoder and the decoder "
+        "(default: %(default)s)",
     )
     add_workers_option(parser)
-    add("--output", required=True, type=Path, metavar="FILE.npz", help="file to write")
+
+    parser.group("output").add_argument(
+        "--output", required=True, type=Path, metavar="FILE.npz", help="file to write"
+    )
     add_dry_run_option(parser)
     return parser
 
 
 @dataclass
 class Reconstruction:
-    """Reconstructed images to be made, resolved from the options and from what was found at the output."""
+    """The job of reconstructing images, resolved from the options and the status of the output."""
 
     args: argparse.Namespace
     ranks: Ranks
-    found: OutputStatus
+    status: OutputStatus
     files: ModelFiles
     model: ARImageModel
     images: ImageSet
@@ -74,7 +81,8 @@ class Reconstruction:
         shape = (len(self.images), *self.images.size, 3)
         self.parts = Parts(self.output.parts_folder, shape, np.dtype(np.uint8), PART_IMAGES)
         self.downloads = self.files.downloads(self.model)
-        # Encoder and decoder work on batches of their own sizes: an image's pixels depend on it alone.
+        # Encoder and decoder always get full batches of their own sizes: an image's pixels then do not
+        # depend on the images beside it.
         device = self.ranks.device
         full = math.lcm(encoding_batch_size(self.model, device), decoding_batch_size(self.model, device))
         self.batch_size = math.ceil(self.args.batch_size / full) * full
@@ -107,7 +115,7 @@ class Reconstruction:
     def make(self, ranges: list[range]) -> Iterator[np.ndarray]:
         with oom_as_user_error(f"--model: the tokenizer of {self.args.model} {DOES_NOT_FIT}"):
             self.model.tokenizer.to(self.ranks.device)
-            # As one range where they are one: a compressed file is read from its start for each.
+            # Adjacent ranges are joined: a compressed file is read from its start for each range.
             whole = range(ranges[0].start, ranges[-1].stop) if ranges else range(0)
             for part in [whole] if len(whole) == sum(map(len, ranges)) else ranges:
                 for batch in self.images.batches(slice(part.start, part.stop), self.batch_size):
@@ -115,14 +123,15 @@ class Reconstruction:
                     yield to_pixels(self.model, tokens, "float32")
 
     def work(self) -> bool:
+        """Reconstruct the missing parts; rank 0 writes the file. Return False if a signal stopped the run."""
         if not make_missing_parts(self.ranks, self.parts, self.make, "reconstructing"):
             return False
-        if self.ranks.is_main:  # the others need not wait, which they could for half an hour
+        if self.ranks.is_main:  # without a barrier: a collective would time out after half an hour
             self.finish()
         return True
 
     def finish(self) -> None:
-        """Write the description, then the file: an output that is there has a description."""
+        """Write the description before the file, so that a file always has its description."""
         images, path, notes = self.images, self.output.path, self.images.notes()
         report = {
             "options": self.options,
@@ -141,7 +150,8 @@ class Reconstruction:
         print(f"{path}: {len(images):,} images, encoded and decoded")
 
 
-def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> Reconstruction:
+def resolve(args: argparse.Namespace, ranks: Ranks, status: OutputStatus) -> Reconstruction:
+    """Open the images, and return the job. Raises UserError for images of another size."""
     files = find_files(args.model, None, args.tokenizer_weights, args.image_size)
     model = files.build()
     size = model.image_size
@@ -151,8 +161,8 @@ def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> Reco
             f"--images: {args.images} has {len(images)} images of {images.size[0]} x {images.size[1]}, "
             f"the model takes {size} x {size}"
         )
-    images.labels()  # or an error, before the work
-    return Reconstruction(args, ranks, found, files, model, images)
+    images.labels()  # raises before the work, if the labels are wrong
+    return Reconstruction(args, ranks, status, files, model, images)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,6 @@
-"""The report of an experiment: tables, sentences and pictures, of one seed or several, as Markdown.
+"""The report of an experiment as Markdown: tables, sentences and pictures.
 
-A report states means ± standard deviations over the seeds.
+With several seeds a report states means ± standard deviations over the seeds.
 """
 
 import statistics
@@ -20,16 +20,16 @@ from models.zoo.loading import build_model
 from models.zoo.registry import class_name
 from scripts.recipes import ABLATED, LOSS_LABELS, SHEET, Row, left_out, published_fid
 
-Figures = dict[str, dict]  # metrics of one seed by the key of a row
-Results = dict[str, tuple[list[Row], list[Figures]]]  # of each model: its rows, and figures of all seeds
-# Metric, title, format.
+Figures = dict[str, dict]  # the metrics of one seed, by the key of the row
+Results = dict[str, tuple[list[Row], list[Figures]]]  # for each model its rows, and the figures of all seeds
+# Name of the metric, title of the column, format.
 COLUMNS = (
     ("fid", "FID ↓", ".3f"), ("is", "IS ↑", ".3f"), ("sfid", "sFID ↓", ".2f"),
     ("precision", "precision ↑", ".3f"), ("recall", "recall ↑", ".3f"),
     ("accuracy", "class accuracy ↑", ".3f"), ("pixel_fid", "FID of pixels ↓", ".3f"),
     ("published", "published FID", ".2f"), ("difference", "difference", "+.3f"),
 )  # fmt: skip
-# Lines of the pictures: what the legend says, and matplotlib's format.
+# Lines of the plots: label in the legend, and matplotlib's format.
 SERIES = {
     "guidance": ("base, guidance (numbers: its scale)", "o-"),
     "lambda": ("CCA, no guidance (numbers: lambda)", "s--"),
@@ -39,43 +39,45 @@ SERIES = {
     "control": ("control: maximum likelihood", "x"),
     "on top": ("CCA with guidance on top (numbers: its scale)", "s-"),
 }
-# Where the number of a point stands, in points from it, so that those of other lines do not cover it.
+# Offset of the number beside a point, in points: the numbers of different lines must not overlap.
 NUMBERS_AT = {"guidance": (0, -14), "lambda": (-8, 9), "beta": (12, 8), "on top": (0, 10)}
 CHARTS = {"tradeoff": "inception score", "with-guidance": "inception score", "quickstart": "guidance scale"}
-# In the paper: guidance-free CCA over the guided base, and over the unguided one.
+# Ratios of FID in the paper: CCA without guidance to the guided base, and to the base without guidance.
 PAPER_OVER_GUIDED, PAPER_OVER_BASE = "1.02 to 1.33", "0.18 to 0.48"
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Mean ± sample standard deviation; a single value as it is."""
+    """Return mean ± sample standard deviation as text; a single value alone."""
     if len(values) == 1:
         return f"{values[0]:{form}}"
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form.removeprefix('+')}}"
 
 
-def measured(row: Row, run: Figures) -> dict:
-    """Figures of a row in one seed, with what was published beside them."""
+def with_published(row: Row, run: Figures) -> dict:
+    """Return the figures of a row for one seed, with the published FID and the difference if there is one."""
     if row.published is None:
         return run[row.key]
     return {**run[row.key], "published": row.published, "difference": run[row.key]["fid"] - row.published}
 
 
 def cell(runs: list[dict], name: str, form: str) -> str:
+    """Return a table's cell: a metric of one row over all seeds."""
     if not all(name in run for run in runs):
         return "–"
-    different = runs[:1] if name == "published" else runs  # that is the same for every seed
-    return spread([run[name] for run in different], form)
+    if name == "published":  # the same for every seed
+        runs = runs[:1]
+    return spread([run[name] for run in runs], form)
 
 
 def figures_table(rows: list[Row], seeds: list[Figures]) -> str:
-    """Return one line per row, without columns that no row has, the best mean of each metric in bold."""
-    found = {row.label: [measured(row, run) for run in seeds] for row in rows}
-    columns = [c for c in COLUMNS if any(c[0] in run for runs in found.values() for run in runs)]
-    lines = [[label] for label in found]
+    """Return a table with one line per row. Metrics that no row has get no column; the best mean is bold."""
+    figures = {row.label: [with_published(row, run) for run in seeds] for row in rows}
+    columns = [c for c in COLUMNS if any(c[0] in run for runs in figures.values() for run in runs)]
+    lines = [[label] for label in figures]
     for name, title, form in columns:
-        cells = [cell(runs, name, form) for runs in found.values()]
+        cells = [cell(runs, name, form) for runs in figures.values()]
         means = {i: statistics.mean(run[name] for run in runs)
-                 for i, runs in enumerate(found.values()) if cells[i] != "–"}  # fmt: skip
+                 for i, runs in enumerate(figures.values()) if cells[i] != "–"}  # fmt: skip
         choose = {"↓": min, "↑": max}.get(title[-1])
         if choose and means:
             best = choose(means, key=means.__getitem__)
@@ -85,20 +87,20 @@ def figures_table(rows: list[Row], seeds: list[Figures]) -> str:
     return markdown_table(["samples", *(title for _, title, _ in columns)], lines)
 
 
-def heading(args: Namespace, processes: int, seconds: float) -> str:
-    """What stands above every table: command, date, machine, versions, seeds."""
+def heading(args: Namespace, ranks: int, seconds: float) -> str:
+    """Return the text above the tables: command, date, machine, versions, ranks, seconds and seeds."""
     seeds = ", ".join(str(args.seed + i) for i in range(args.seeds))
-    text = f"{provenance(args.command)}, processes: {processes}, {seconds:.0f} s; seed {seeds}."
+    text = f"{provenance(args.command)}, ranks: {ranks}, {seconds:.0f} s; seed {seeds}."
     if args.seeds > 1:
         text += " Mean ± standard deviation over the seeds."
     if args.experiment == "samples":
         return text
-    compared = f"{args.num_samples:,} samples per row against {Path(args.reference).name}"
-    return f"{text}\n\n{compared}; features: {args.features}."
+    samples = f"{args.num_samples:,} samples per row, compared with {Path(args.reference).name}"
+    return f"{text}\n\n{samples}; features: {args.features}."
 
 
 def on(rows: list[Row], series: str) -> list[Row]:
-    """The rows on a line of the picture, by the value that varies along it."""
+    """Return the rows on a line of the plot, sorted by the value that varies along it."""
     return sorted((row for row in rows if series in row.series), key=lambda row: row.series[series])
 
 
@@ -107,12 +109,15 @@ def mean(seeds: list[Figures], row: Row, metric: str) -> float:
 
 
 def best_guided(rows: list[Row], run: Figures) -> Row:
-    """The row of the lowest FID among those with guidance, of one seed."""
+    """Return the row with the lowest FID among those with guidance, for one seed."""
     return min(on(rows, "guidance")[1:], key=lambda row: run[row.key]["fid"])
 
 
 def with_best_guided(rows: list[Row], seeds: list[Figures]) -> list[Row]:
-    """The rows and, second, "guided": the base at each seed's own best scale, whose figures are added."""
+    """Return the rows with "guided" as the second: the base at each seed's best guidance scale.
+
+    Adds the figures of that row to ``seeds``.
+    """
     best = [best_guided(rows, run) for run in seeds]
     scale = f" (scale {best[0].series['guidance']:g})" if len(set(best)) == 1 else ""
     guided = Row(best[0].model, "guided", f"base, best guidance{scale}")
@@ -122,7 +127,7 @@ def with_best_guided(rows: list[Row], seeds: list[Figures]) -> list[Row]:
 
 
 def quickstart_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
-    """What was seen, and the paper's own range."""
+    """Return sentences on the results, with the paper's ranges."""
 
     def values(kind: str, metric: str = "fid") -> list[float]:
         return [run[f"{rows[0].model}-{kind}"][metric] for run in seeds]
@@ -134,28 +139,30 @@ def quickstart_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
     gaps = [(base - cca) / (base - guided) for base, guided, cca in fids]
     recall = [a - b for a, b in zip(values("cca", "recall"), values("guided", "recall"))]
     remarks = [
-        f"Without guidance CCA has {ratio('cca', 'guided')} × the FID of the best guided base "
-        f"(paper: {PAPER_OVER_GUIDED}) and {ratio('cca', 'base')} × that of the unguided one "
-        f"(paper: {PAPER_OVER_BASE}), closes {spread(gaps, '.2f')} of the gap between the two, "
-        f"and has {spread(recall, '+.3f')} recall."
+        f"Without guidance, the FID of CCA is {ratio('cca', 'guided')} × that of the best guided base "
+        f"(paper: {PAPER_OVER_GUIDED}) and {ratio('cca', 'base')} × that of the base without guidance "
+        f"(paper: {PAPER_OVER_BASE}). CCA closes {spread(gaps, '.2f')} of the gap between the two. "
+        f"Its recall differs from the guided base's by {spread(recall, '+.3f')}."
     ]
-    if all(values("guided", "images_per_second") + values("cca", "images_per_second")):  # else not measured
+    if all(
+        values("guided", "images_per_second") + values("cca", "images_per_second")
+    ):  # null if the last run had nothing left to sample
         remarks.append(
-            f"CCA samples in {ratio('guided', 'cca', 'images_per_second')} × the time of guidance."
+            f"CCA takes {ratio('guided', 'cca', 'images_per_second')} × the sampling time of guidance."
         )
     if "pixel_fid" in seeds[0][rows[0].key]:
         guided, cca = ratio("guided", "base", "pixel_fid"), ratio("cca", "base", "pixel_fid")
         remarks.append(
-            f"In FID of pixels, which no network takes part in, the best guided base has {guided} × and CCA "
-            f"{cca} × that of the unguided base."
+            f"The FID of pixels, which uses no network, is {guided} × that of the base without guidance for "
+            f"the best guided base, and {cca} × for CCA."
         )
     if any(row.name == "sft" for row in rows):
-        remarks.append(f"Maximum likelihood, the control, has {ratio('sft', 'base')} × the FID of the base.")
+        remarks.append(f"The control, maximum likelihood, has {ratio('sft', 'base')} × the FID of the base.")
     return remarks
 
 
 def ablation_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
-    """The order of the losses here and in the paper's table 3, and which losses are missing."""
+    """Return sentences: the order of the losses here and in the paper's table 3, and the missing losses."""
     model = rows[0].model
     by_fid = sorted(rows, key=lambda row: mean(seeds, row, "fid"))
     names = [row.label.replace(", no guidance", "") for row in by_fid]
@@ -163,13 +170,14 @@ def ablation_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
     labels = {"base": "base", **LOSS_LABELS}
     for other in ABLATED:
         if ZOO[other].backbone is ZOO[model].backbone:
-            known = [(fid, label) for what, label in labels.items() if (fid := published_fid(other, what))]
-            order = " < ".join(f"{label} ({fid:.2f})" for fid, label in sorted(known))
-            remarks.append(f"The paper's, {other}: {order}.")
+            fids = [(fid, label) for what, label in labels.items() if (fid := published_fid(other, what))]
+            order = " < ".join(f"{label} ({fid:.2f})" for fid, label in sorted(fids))
+            remarks.append(f"The paper's order, {other}: {order}.")
     return [*remarks, *filter(None, [left_out(model, rows)])]
 
 
 def with_guidance_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
+    """Return a sentence on the best FID of guidance alone and of CCA with guidance."""
     alone, on_top = (
         statistics.mean(min(run[row.key]["fid"] for row in on(rows, series)) for run in seeds)
         for series in ("guidance", "on top")
@@ -178,7 +186,7 @@ def with_guidance_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
 
 
 def tradeoff_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
-    """How far CCA's points lie from guidance's curve, in FID at equal inception score."""
+    """Return sentences on the FID of CCA's points minus that of guidance, at equal inception score."""
     remarks = []
     for series in ("lambda", "beta"):
         points, curve = on(rows, series), on(rows, "guidance")
@@ -186,19 +194,19 @@ def tradeoff_remarks(rows: list[Row], seeds: list[Figures]) -> list[str]:
         means = [statistics.mean(values) for values in distances if values]
         inside = " or ".join(str(n) for n in sorted({len(values) for values in distances}))
         remarks.append(
-            f"{series} varied. CCA's FID less that of guidance at equal inception score: "
+            f"CCA over {series}. Its FID minus that of guidance at equal inception score: "
             f"{spread(means, '+.3f')} (mean of the {inside} of {len(points)} points "
-            "within the curve's range; 0 or below: as good)."
+            "within the curve's range; at 0 or below CCA is as good)."
             if means
-            else f"{series} varied. No point of CCA lies within the inception scores of the guidance curve."
+            else f"CCA over {series}. No point lies within the inception scores of the guidance curve."
         )
     return remarks
 
 
 def distances_to_curve(curve: list[tuple[float, float]], points: list[tuple[float, float]]) -> list[float]:
-    """FID of each point (IS, FID) minus that of a curve at equal IS, by linear interpolation.
+    """Return the FID of each point (IS, FID) minus the FID of a curve at equal IS, by linear interpolation.
 
-    Points whose IS lies beyond the curve's are left out.
+    Points outside the curve's range of IS are left out.
     """
     scores, fids = zip(*sorted(curve))
     return [
@@ -209,7 +217,7 @@ def distances_to_curve(curve: list[tuple[float, float]], points: list[tuple[floa
 
 
 def pairs(rows: list[Row], figures: Figures) -> list[tuple[float, float]]:
-    """(IS, FID) of rows."""
+    """Return (IS, FID) for each row."""
     return [(figures[row.key]["is"], figures[row.key]["fid"]) for row in rows]
 
 
@@ -220,19 +228,19 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def deviation(seeds: list[Figures], row: Row, metric: str) -> float:
-    """Return the standard deviation over the seeds; 0 of one seed."""
+    """Return the standard deviation over the seeds; 0 for one seed."""
     return statistics.stdev(run[row.key][metric] for run in seeds) if len(seeds) > 1 else 0.0
 
 
 def bar_chart(path: Path, results: Results) -> None:
-    """Draw FID without guidance, before and after CCA, of all models: figure 1."""
+    """Plot FID without guidance, before and after CCA, for all models (figure 1)."""
     figure = Figure(figsize=(2 + 1.6 * len(results), 4.6))
     axis, labels = figure.subplots(), list[str]()
     for place, (rows, seeds) in enumerate(results.values()):
-        shown = [row for row in rows if "no guidance" in row.label]
-        labels += [row.label for row in shown if row.label not in labels]
-        for i, row in enumerate(shown):
-            width = 0.8 / len(shown)
+        unguided = [row for row in rows if "no guidance" in row.label]
+        labels += [row.label for row in unguided if row.label not in labels]
+        for i, row in enumerate(unguided):
+            width = 0.8 / len(unguided)
             axis.bar(
                 place - 0.4 + (i + 0.5) * width, mean(seeds, row, "fid"), 0.95 * width,
                 yerr=deviation(seeds, row, "fid"), color=f"C{labels.index(row.label)}",
@@ -246,9 +254,9 @@ def bar_chart(path: Path, results: Results) -> None:
 
 
 def fid_chart(path: Path, results: Results, over: str) -> None:
-    """Draw means of FID over the "inception score" or the "guidance scale" (CCA's is 1), a panel a model.
+    """Plot the mean FID over the "inception score" or the "guidance scale", one panel per model.
 
-    Bars: the standard deviation over the seeds.
+    The guidance scale of CCA is 1. Error bars are standard deviations over the seeds.
     """
     figure = Figure(figsize=(6.4 * len(results), 4.6))
     axes = figure.subplots(1, len(results), squeeze=False)
@@ -261,11 +269,11 @@ def fid_chart(path: Path, results: Results, over: str) -> None:
             errors = [deviation(seeds, row, "fid") for row in points]
             if points:
                 size = 12 if form == "*" else 6
-                drawn = axis.errorbar(across, fids, errors, fmt=form, label=label, markersize=size, capsize=2)
+                line = axis.errorbar(across, fids, errors, fmt=form, label=label, markersize=size, capsize=2)
             for row, place in zip(points, zip(across, fids)) if len(points) > 1 and not by_scale else ():
                 axis.annotate(
                     f"{row.series[series]:g}", place, textcoords="offset points", fontsize=7,
-                    xytext=NUMBERS_AT[series], ha="center", color=drawn.lines[0].get_color(),
+                    xytext=NUMBERS_AT[series], ha="center", color=line.lines[0].get_color(),
                 )  # fmt: skip
         if by_scale:
             axis.axhline(mean(seeds, on(rows, "recipe")[0], "fid"), color="tab:gray", linestyle=":")
@@ -278,9 +286,9 @@ def fid_chart(path: Path, results: Results, over: str) -> None:
 def sample_sheet(
     path: Path, rows: list[Row], run: Figures, columns: int, lines: int, names: Sequence[str] = ()
 ) -> None:
-    """Samples of several rows side by side: image i of each is from the same random numbers.
+    """Plot the samples of several rows side by side, image i of each row from the same random numbers.
 
-    names: what stands below the columns of each panel.
+    names: labels below the columns of each panel.
     """
     figure = Figure(figsize=(5.6 * len(rows), 5.6 * lines / columns + 0.9))
     axes = figure.subplots(1, len(rows), squeeze=False)
@@ -299,31 +307,32 @@ def sample_sheet(
 
 
 def samples_section(args: Namespace, rows: list[Row], run: Figures) -> list[str]:
-    """Draw one class from the same random numbers, three ways (figures 7 and 8)."""
+    """Plot one class, sampled in three ways with the same random numbers (figures 7 and 8)."""
     path = args.output / f"samples-{rows[0].model}-class{args.label}.png"
     sample_sheet(path, rows, run, *SHEET)
-    return [f"Class {args.label}, the same random numbers in each panel.", f"![samples]({path.name})"]
+    return [f"Class {args.label}, with the same random numbers in each panel.", f"![samples]({path.name})"]
 
 
 def quickstart_section(args: Namespace, rows: list[Row], run: Figures) -> list[str]:
-    """Draw samples of base, guided base and CCA, a column for each class."""
+    """Plot samples of base, guided base and CCA, with one column per class."""
     model = rows[0].model
     classes = build_model(model).num_classes
     names = [class_name(i, classes) for i in range(min(classes, 10))]
-    drawn = [row for row in rows if row.name in ("base", "guided", "cca")]
-    sample_sheet(args.output / f"{model}.png", drawn, run, len(names), 4, names)
+    panels = [row for row in rows if row.name in ("base", "guided", "cca")]
+    sample_sheet(args.output / f"{model}.png", panels, run, len(names), 4, names)
     return [f"![the same classes (columns) and random numbers from three ways of sampling]({model}.png)"]
 
 
-def write_report(args: Namespace, results: Results, processes: int, seconds: float) -> None:
-    """Write OUTPUT/EXPERIMENT.md and its pictures (of the quickstart: report.md), and print the text.
+def write_report(args: Namespace, results: Results, ranks: int, seconds: float) -> None:
+    """Write OUTPUT/EXPERIMENT.md (quickstart: report.md) and its pictures, and print the text.
 
     Args:
         args: options of scripts/reproduce.py.
-        processes: on how many each command ran; seconds: how long all took.
+        ranks: number of ranks on which each command ran.
+        seconds: time that all commands took.
     """
     name = args.experiment
-    sections = [f"# {name.replace('-', ' ').capitalize()}", heading(args, processes, seconds)]
+    sections = [f"# {name.replace('-', ' ').capitalize()}", heading(args, ranks, seconds)]
     for model, (rows, seeds) in results.items():
         sections.append(f"## {model}")
         if name in PICTURES:

@@ -1,46 +1,58 @@
-"""Train, sample and evaluate, and put the figures side by side in a report with pictures.
+"""Train, sample and evaluate, then write a report that compares the figures, with pictures.
 
     bash scripts/quickstart.sh                            # both bundled models on a CPU, about 10 minutes
-    bash scripts/reproduce_tradeoff.sh --mini             # a figure of the paper, on the bundled models
+    bash scripts/reproduce_tradeoff.sh --mini             # a figure of the paper, with the bundled models
     bash scripts/reproduce_var.sh --data IMAGENET --reference imagenet256 --nproc 8
     bash scripts/reproduce_llamagen.sh --from-released --reference imagenet256 --models llamagen-l
     bash scripts/reproduce_ablation.sh --dry-run
 
-Each of these runs `python -m scripts.reproduce EXPERIMENT`, EXPERIMENT being one of quickstart, tables,
-var-tables, llamagen-tables, tradeoff, ablation, with-guidance, samples. The paper is arXiv 2410.09347. Steps
-that are done are skipped: run the same command again to resume after an interruption.
+Each of these scripts runs `python -m scripts.reproduce EXPERIMENT`, where EXPERIMENT is quickstart, tables,
+var-tables, llamagen-tables, tradeoff, ablation, with-guidance or samples. The paper is arXiv 2410.09347. Run
+the same command again to resume after an interruption: finished steps are skipped.
 
-What is run:
-  --mini                 the bundled models and data instead of the published ones; the quickstart always
-  --models MODEL ...     models of `python -m models` (default: those of the paper's table or figure)
-  --data FOLDER|FILE     images to train on; the bundled models have their own
-  --reference NAME|FILE  what samples are compared with, as in eval_fid.py; the bundled models have their own
-  --features NAME        of eval_fid.py (default inception; --mini: mini)
-  --num-samples N        images of each row, also --samples (default 50000; --mini: 5000)
-  --seed N, --seeds N    the first seed (default 0), and how many; the report has mean and standard deviation
-  --base FILE            weights of the base (default: the published or bundled ones); {model} and {seed} in
-                         it are replaced, so that each seed may have a base of its own
-  --dry-run              print every command and stop
+model:
+  --mini                 use the bundled models and data (default: off; quickstart: always on)
+  --models MODEL ...     model names; `python -m models` lists them (default: those of the paper's table or
+                         figure)
+  --base FILE            weights of the base, in which {model} and {seed} are replaced, so that each seed can
+                         have its own (default: the published weights; --mini: the bundled ones)
 
-Of single experiments:
-  --control              quickstart: also plain maximum likelihood on the same images, and lower temperature
-  --from-released        tables: the published CCA weights alone, no training
+data:
+  --data FOLDER|FILE     images to train on (required; with --mini the default is the bundled file)
+  --reference NAME|FILE  reference that samples are compared with, as in eval_fid.py (required; with --mini
+                         the default is the bundled file)
+  --num-samples N        images per row, at least 100; --samples is the same (default: 50000; --mini: 5000)
+  --class N              experiment samples: number of the class (default: 207, golden retriever; --mini: 5,
+                         sandal)
+
+method:
+  --control              quickstart: add two controls, plain maximum likelihood on the same images and a lower
+                         temperature (default: off)
+  --from-released        tables: use only the published CCA weights, without training (default: off)
   --loss-options LOSS OPTIONS
-                         ablation: options of a loss's training run, e.g. dpo "--beta 0.02 --lr 1e-6"
-  --class N              samples: the class (default 207, golden retriever; --mini: 5, sandal)
-  --guidance SCALE       samples: scale of the guided row (default: the published one; llamagen-mini: 2,
-                         var-mini: 3)
+                         ablation: options of the training run with this loss, such as
+                         dpo "--beta 0.02 --lr 1e-6"; can be repeated (default: the published values)
+  --guidance SCALE       experiment samples: guidance scale of the guided row (default: the published one;
+                         llamagen-mini: 2; var-mini: 3)
+  --features NAME        feature extractor, as in eval_fid.py (default: inception; --mini: mini)
+  --seed N               first random seed (default: 0)
+  --seeds N              number of seeds; the report has mean and standard deviation over them (default: 1)
 
-Where it runs, and what it writes:
-  --nproc N              processes of each machine (default: GPUs; --mini without GPUs: cores, 4 at most)
-  --nnodes N, --rdzv-endpoint HOST:PORT
-                         several machines (default 1), each with this command and one shared OUTPUT
-  --output DIR           EXPERIMENT.md (quickstart: report.md), pictures, and in DIR or, of
-                         further seeds, DIR/seed-N: runs, samples, results (default runs/quickstart,
-                         runs/reproduce, runs/reproduce-mini)
+performance:
+  --nproc N              ranks per machine (default: its GPUs; --mini without GPUs: its cores, at most 4)
+  --nnodes N             machines; start the command on each, with one OUTPUT that all share (default: 1)
+  --rdzv-endpoint HOST:PORT
+                         address of the first machine (required for --nnodes above 1)
 
---data, --reference, --output, --nproc, --nnodes and --rdzv-endpoint may be given as DATA, REFERENCE, OUTPUT,
-NPROC, NNODES and RDZV_ENDPOINT in the environment.
+output:
+  --output DIR           folder to write: EXPERIMENT.md (quickstart: report.md), pictures, runs, samples and
+                         results; further seeds go to DIR/seed-N (default: runs/reproduce; --mini:
+                         runs/reproduce-mini; quickstart: runs/quickstart)
+  --dry-run              print every command and exit
+  --version              print the version and exit
+
+The environment variables DATA, REFERENCE, OUTPUT, NPROC, NNODES and RDZV_ENDPOINT set the defaults of the
+options with these names.
 """
 
 import importlib
@@ -71,14 +83,14 @@ from scripts.pixel_distance import pixel_distance
 from scripts.recipes import EXPERIMENTS, SHEET, Row, Run, left_out, table_rows
 from scripts.report import Figures, with_best_guided, write_report
 
-# What --mini decides where no option does.
+# Defaults of options that depend on --mini.
 DEFAULTS = {"data": None, "reference": None, "features": "inception", "num_samples": 50_000}
 MINI_DEFAULTS = {
     "data": "assets/fashion-mnist-train-10k.npz", "reference": "assets/fashion-mnist-test-10k.npz",
     "features": "mini", "num_samples": 5000,
 }  # fmt: skip
-MINI_BATCH = 128  # of sampling
-# Options of a single experiment: where the parser keeps each, and of which it is.
+MINI_BATCH = 128  # images per batch of sampling, with --mini
+# Options of a single experiment: the attribute of the parsed options, and the experiment.
 ONLY_OF = {
     "--control": ("control", "quickstart"), "--loss-options": ("loss_options", "ablation"),
     "--class": ("label", "samples"), "--guidance": ("guidance", "samples"),
@@ -88,13 +100,13 @@ ONLY_OF = {
 # fmt: off
 def make_parser() -> Parser:
     parser = Parser(__doc__, "scripts.reproduce")
-    parser.format_help = lambda: __doc__  # scripts/setup_environment.sh prints it as well, without PyTorch
-    add, given = parser.add_argument, os.environ.get
+    parser.format_help = lambda: __doc__  # scripts/setup_environment.sh prints the same, without PyTorch
+    add, environment = parser.add_argument, os.environ.get
     add("experiment", choices=EXPERIMENTS)
     add("--mini", action="store_true")
     add("--models", nargs="+", metavar="MODEL")
-    add("--data", default=given("DATA"))
-    add("--reference", default=given("REFERENCE"))
+    add("--data", default=environment("DATA"))
+    add("--reference", default=environment("REFERENCE"))
     add("--features")
     add("--num-samples", "--samples", type=count(100))
     add("--seed", type=count(0), default=0)
@@ -106,10 +118,10 @@ def make_parser() -> Parser:
     add("--loss-options", nargs=2, action="append", default=[], metavar=("LOSS", "OPTIONS"))
     add("--class", dest="label", type=count(0))
     add("--guidance", type=number(0))
-    add("--nproc", type=count(), default=given("NPROC"))
-    add("--nnodes", type=count(), default=given("NNODES", "1"))
-    add("--rdzv-endpoint", default=given("RDZV_ENDPOINT", ""))
-    add("--output", type=Path, default=given("OUTPUT"))
+    add("--nproc", type=count(), default=environment("NPROC"))
+    add("--nnodes", type=count(), default=environment("NNODES", "1"))
+    add("--rdzv-endpoint", default=environment("RDZV_ENDPOINT", ""))
+    add("--output", type=Path, default=environment("OUTPUT"))
     return parser
 
 
@@ -117,10 +129,10 @@ def make_parser() -> Parser:
 
 
 def resolve(args: Namespace) -> dict[str, list[Row]]:
-    """Fill in what depends on other options, and return the rows of each model.
+    """Set the options that depend on other options, and return the rows of each model.
 
     Raises:
-        UserError: something is missing, or does not go together.
+        UserError: an option is missing, or options do not go together.
     """
     experiment = EXPERIMENTS[args.experiment]
     args.mini = args.mini or args.experiment == "quickstart"
@@ -136,18 +148,18 @@ def resolve(args: Namespace) -> dict[str, list[Row]]:
             raise UserError(f"--loss-options: {loss!r} is not one of {', '.join(LOSSES)}")
         try:
             shlex.split(options)
-        except ValueError as error:  # a quotation without its end
-            raise UserError(f"--loss-options: {options!r} are no options ({error})") from None
+        except ValueError as error:  # an unclosed quotation mark
+            raise UserError(f"--loss-options: {options!r} cannot be split into options ({error})") from None
     if args.from_released and (experiment.rows is not table_rows or args.mini):
-        raise UserError("--from-released: goes with the published models' tables alone")
-    for option, (name, wanted) in ONLY_OF.items():
-        given = getattr(args, name)
-        if not (given is None or given is False or given == []) and args.experiment != wanted:
-            raise UserError(f"{option}: goes with {wanted} alone")
+        raise UserError("--from-released: applies only to tables of published models, without --mini")
+    for option, (name, owner) in ONLY_OF.items():
+        value = getattr(args, name)
+        if not (value is None or value is False or value == []) and args.experiment != owner:
+            raise UserError(f"{option}: applies only to the experiment {owner}")
     if args.nnodes > 1 and args.mini:
-        raise UserError("--nnodes: --mini runs on one machine")
+        raise UserError(f"--nnodes: must be 1 with --mini, not {args.nnodes}")
     if args.nnodes > 1 and not args.rdzv_endpoint:
-        raise UserError("--rdzv-endpoint: several machines need one, HOST:PORT of the first")
+        raise UserError("--rdzv-endpoint: is required for --nnodes above 1: HOST:PORT of the first machine")
     for name, value in (MINI_DEFAULTS if args.mini else DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -158,11 +170,12 @@ def resolve(args: Namespace) -> dict[str, list[Row]]:
         args.seeds = 1
         choose_class(args)
     rows = {name: experiment.rows(name, args) for name in args.models}
-    check_inputs(args, any(isinstance(row.weights, Run) for every in rows.values() for row in every))
+    check_inputs(args, any(isinstance(row.weights, Run) for of_model in rows.values() for row in of_model))
     return rows
 
 
 def choose_class(args: Namespace) -> None:
+    """Set ``args.label``, the class that is sampled. Raises UserError if a model does not have it."""
     classes = min(build_model(name).num_classes for name in args.models)
     if args.label is None:
         args.label = 207 if classes == 1000 else min(5, classes - 1)
@@ -171,14 +184,17 @@ def choose_class(args: Namespace) -> None:
 
 
 def check_inputs(args: Namespace, trains: bool) -> None:
-    """Raise UserError for data or a reference that is needed and not there; a dry run gets a name for it."""
-    for name, needed in (("data", trains), ("reference", args.experiment != "samples")):
+    """Check that the training data and the reference exist, if the experiment uses them.
+
+    A dry run without them gets the placeholders DATA and REFERENCE. Raises UserError.
+    """
+    for name, is_used in (("data", trains), ("reference", args.experiment != "samples")):
         value = getattr(args, name)
-        if needed and args.dry_run:
+        if is_used and args.dry_run:
             setattr(args, name, value or name.upper())
-        elif needed and value is None:
-            raise UserError(f"--{name}: is required, or --mini for the bundled data")
-        elif needed and not (
+        elif is_used and value is None:
+            raise UserError(f"--{name}: is required, or use --mini for the bundled data")
+        elif is_used and not (
             (name == "reference" and find_reference(value))
             or Path(value).exists()
             or is_image_folder(Path(value))
@@ -187,10 +203,10 @@ def check_inputs(args: Namespace, trains: bool) -> None:
 
 
 def extent(rows: dict[str, list[Row]], args: Namespace) -> str:
-    """Return a sentence on how much is trained and sampled."""
-    every = [row for of_model in rows.values() for row in of_model]
-    runs = {(row.model, row.weights) for row in every if isinstance(row.weights, Run)}
-    trainings, samplings = args.seeds * len(runs), args.seeds * len(every)
+    """Return a sentence that says how much is trained and sampled."""
+    all_rows = [row for of_model in rows.values() for row in of_model]
+    runs = {(row.model, row.weights) for row in all_rows if isinstance(row.weights, Run)}
+    trainings, samplings = args.seeds * len(runs), args.seeds * len(all_rows)
     images = SHEET[0] * SHEET[1] if args.experiment == "samples" else args.num_samples
     return (
         f"{args.experiment}: {trainings:,} trainings and {samplings:,} samplings of {images:,} images, "
@@ -199,10 +215,10 @@ def extent(rows: dict[str, list[Row]], args: Namespace) -> str:
 
 
 class Launcher:
-    """Runs commands: in this process and those beside it (``own``, --mini), or each as a torchrun of its own.
+    """Runs commands: with --mini on the ranks of this run (``own``), else each under a torchrun of its own.
 
-    Small commands need no start-up each. On several machines the script is started on each of them, in a
-    folder that they share.
+    With --mini the commands are short, and starting each alone would take longer than the work. On several
+    machines the user starts this script on each of them, in a folder that they share.
     """
 
     def __init__(self, args: Namespace):
@@ -210,16 +226,16 @@ class Launcher:
         self.own = Ranks() if args.mini else None
         self.main = self.own is None or self.own.is_main  # prints, and writes reports
         per_node = args.nproc or torch.cuda.device_count() or 1
-        self.processes = self.own.world_size if self.own else per_node * args.nnodes
-        several = f"--nnodes {args.nnodes} --rdzv-backend c10d --rdzv-endpoint {args.rdzv_endpoint}"
-        self.options = f"--nproc_per_node {per_node} {several if args.nnodes > 1 else '--standalone'}"
-        self.is_on_several, self.started = args.nnodes > 1, 0
+        self.world_size = self.own.world_size if self.own else per_node * args.nnodes
+        multi_node = f"--nnodes {args.nnodes} --rdzv-backend c10d --rdzv-endpoint {args.rdzv_endpoint}"
+        self.options = f"--nproc_per_node {per_node} {multi_node if args.nnodes > 1 else '--standalone'}"
+        self.is_multi_node, self.count = args.nnodes > 1, 0
 
     def run(self, module: str, arguments: list[str]) -> None:
         """Run the command of ``module``, such as "sample" or "scripts.extract_codes". Raises UserError."""
-        line, self.started = command_line(module, arguments), self.started + 1
-        # The machines run the same commands; each command meets under a name of its own.
-        options = f"{self.options} --rdzv-id {self.started}" if self.is_on_several else self.options
+        line, self.count = command_line(module, arguments), self.count + 1
+        # All machines run the same commands. Each command needs a rendezvous id of its own.
+        options = f"{self.options} --rdzv-id {self.count}" if self.is_multi_node else self.options
         if self.main:
             print(f"$ python {line}" if self.own else f"$ torchrun {options} {line}", flush=True)
         if self.own and not self.dry:
@@ -229,14 +245,14 @@ class Launcher:
         elif not self.dry:
             torchrun = [sys.executable, "-m", "torch.distributed.run"]
             if status := subprocess.call([*torchrun, *shlex.split(f"{options} {line}")]):
-                raise UserError(f"{module} ended with status {status}; this script goes on from there")
+                raise UserError(f"{module} ended with status {status}; run this command again to resume")
 
 
 @dataclass
 class Pipeline:
     """Trains, samples and evaluates rows with one seed, in ``folder``.
 
-    args: options of this command. called: outputs whose command was called, for other seeds too.
+    args: options of this command. called: outputs whose command was run already, by any seed.
     """
 
     folder: Path
@@ -246,18 +262,18 @@ class Pipeline:
     called: set[Path] = field(default_factory=set)
 
     def make(self, path: Path, output: Path, module: str, *options: str) -> None:
-        """Run the command that makes ``path``; it knows itself what is done already, with which options.
+        """Run the command that makes ``path``, unless it was run already; the command resumes by itself.
 
-        Raises UserError where a signal stopped it.
+        Raises UserError if a signal stopped it.
         """
         if path not in self.called:
             self.called.add(path)
             self.launcher.run(module, [*options, "--output", str(output)])
             if not self.launcher.dry and not path.exists():
-                raise UserError(f"{module} was stopped; this script goes on from there")
+                raise UserError(f"{module} was stopped; run this command again to resume")
 
     def weights(self, row: Row) -> str:
-        """Return what sample.py takes as --weights, trained if need be."""
+        """Return --weights of sample.py for a row, and train the run first if there is one."""
         base = self.args.base.replace("{model}", row.model).replace("{seed}", str(self.seed))
         if isinstance(row.weights, str):
             return base if row.weights == "base" else row.weights
@@ -269,7 +285,7 @@ class Pipeline:
         return str(path)
 
     def training_data(self, model: str) -> list[str]:
-        """Where a training command finds its data; codes, the same for all seeds, are extracted first."""
+        """Return the data options of the training command; codes are extracted first, once for all seeds."""
         entry, data = zoo_entry(model), ["--data", self.args.data]
         if not entry.backbone.trains_on_codes:
             return data
@@ -278,6 +294,7 @@ class Pipeline:
         return ["--codes", str(codes)]
 
     def sample(self, row: Row) -> Path:
+        """Sample the images of a row, and return their file."""
         path = self.folder / "samples" / f"{row.key}.npz"
         batch = ["--batch-size", str(MINI_BATCH)] if self.args.mini else []
         number = [] if "--num-samples" in row.sampling else ["--num-samples", str(self.args.num_samples)]
@@ -286,13 +303,14 @@ class Pipeline:
         return path
 
     def evaluate(self, row: Row) -> Path:
+        """Evaluate the samples of a row, and return the file of results."""
         path, reference = self.folder / "results" / f"{row.key}.json", ["--reference", self.args.reference]
         options = ["--samples", str(self.sample(row)), *reference, "--features", self.args.features]
         self.make(path, path, "eval_fid", *options)
         return path
 
     def figures(self, row: Row) -> dict:
-        """Return the metrics of a row, and the images per second of its sampling."""
+        """Return the metrics of a row, and its sampling speed in images per second."""
         path = self.sample(row)
         figures = read_json(self.evaluate(row))["metrics"]
         figures["images_per_second"] = read_json(path.with_suffix(".json"))["images_per_second"]
@@ -300,27 +318,32 @@ class Pipeline:
             figures["pixel_fid"] = pixel_distance(path, self.args.reference, self.args.data)
         return figures
 
-    def run(self, rows: list[Row], measured: bool = True) -> Figures:
-        """Figures of all rows by key, if they are to be measured; trains all first: mistakes show early."""
+    def run(self, rows: list[Row], evaluates: bool = True) -> Figures:
+        """Train, sample and evaluate all rows, and return their figures by key.
+
+        Without ``evaluates``, and in a dry run, there are no figures. All training comes first, so that
+        errors in its options show early.
+        """
         for row in rows:
             self.weights(row)
         for row in rows:
-            self.evaluate(row) if measured else self.sample(row)
-        return {row.key: self.figures(row) for row in rows if measured and not self.launcher.dry}
+            self.evaluate(row) if evaluates else self.sample(row)
+        return {row.key: self.figures(row) for row in rows if evaluates and not self.launcher.dry}
 
 
 def run_with_torchrun(args: Namespace, argv: list[str]) -> None:
-    """Replace this process by this command under torchrun, with --nproc processes (--mini alone)."""
+    """Replace this process by the same command under torchrun, with --nproc ranks. Only for --mini."""
     cores = os.cpu_count() or 1
-    processes = args.nproc or torch.cuda.device_count() or min(cores, 4)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    rest = re.sub(r"--nproc[ =]\d+", "", shlex.join(argv))  # torchrun takes it for its own, abbreviated
+    ranks = args.nproc or torch.cuda.device_count() or min(cores, 4)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // ranks, 1)))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    # torchrun would take --nproc for an abbreviation of its own option.
+    rest = re.sub(r"--nproc[ =]\d+", "", shlex.join(argv))
     os.execv(sys.executable, [sys.executable, *torchrun, "-m", "scripts.reproduce", *shlex.split(rest)])
 
 
 def main(argv: list[str] | None = None) -> None:
-    began, argv = time.perf_counter(), sys.argv[1:] if argv is None else argv
+    start, argv = time.perf_counter(), sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv)
     rows, quickstart = resolve(args), args.experiment == "quickstart"
     if args.mini and not args.dry_run and args.nproc != 1 and "RANK" not in os.environ:
@@ -331,15 +354,15 @@ def main(argv: list[str] | None = None) -> None:
     folders = {args.seed + i: args.output / (f"seed-{args.seed + i}" if i else "") for i in range(args.seeds)}
     pipelines = [Pipeline(folder, seed, launcher, args, called) for seed, folder in folders.items()]
     results = {}
-    for model, every in rows.items():
+    for model, of_model in rows.items():
         if args.experiment == "ablation" and launcher.main:
-            print(left_out(model, every), flush=True)
-        seeds = [pipeline.run(every, args.experiment != "samples") for pipeline in pipelines]
+            print(left_out(model, of_model), flush=True)
+        seeds = [pipeline.run(of_model, args.experiment != "samples") for pipeline in pipelines]
         if quickstart and not launcher.dry:
-            every = with_best_guided(every, seeds)
-        results[model] = every, seeds
+            of_model = with_best_guided(of_model, seeds)
+        results[model] = of_model, seeds
     if launcher.main and not launcher.dry:
-        write_report(args, results, launcher.processes, time.perf_counter() - began)
+        write_report(args, results, launcher.world_size, time.perf_counter() - start)
 
 
 if __name__ == "__main__":

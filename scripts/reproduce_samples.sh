@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Figures 7 and 8: one class from the same random numbers: base, CCA, guided.
+# Reproduces figures 7 and 8: one class sampled from base, CCA and guided base with the same random numbers.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_environment.sh"
 exec "$python" -m scripts.reproduce samples "$@"

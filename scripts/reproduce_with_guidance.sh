@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Figure 6: CCA with guidance on top, by its own recipe, against guidance alone.
+# Reproduces figure 6: CCA with guidance on top, trained by its own recipe, compared with guidance alone.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_environment.sh"
 exec "$python" -m scripts.reproduce with-guidance "$@"

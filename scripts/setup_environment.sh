@@ -1,18 +1,18 @@
-# Sourced by the other scripts: prints the help, or finds an environment that has the requirements as $python.
-# A script that needs more than users do names its file: requirements=requirements-dev.txt
+# The other scripts source this file. With --help it prints the help and exits. Otherwise it sets $python to a Python
+# that has the requirements. A script with other requirements sets requirements=FILE before.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 script=scripts/$(basename "$0")
 requirements=${requirements:-requirements.txt}
 
-# The help is the comment at the head of the script, and what scripts/reproduce.py says of the options.
+# The help is the comment at the top of the script, then the docstring of scripts/reproduce.py.
 case " $* " in *" --help "* | *" -h "*)
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$script"
     ! grep -q scripts.reproduce "$script" || { echo && sed '1s/^"""//; /^"""$/,$d' scripts/reproduce.py; }
     exit
 esac
 
-# Whether a Python has what a requirements file lists; nothing of it is imported.
+# has PYTHON FILE: succeeds if PYTHON has the packages in the requirements FILE. Imports none of them.
 has() {
     "$1" - "$2" 2>/dev/null <<'EOF'
 import re, sys
@@ -35,7 +35,7 @@ check(sys.argv[1])
 EOF
 }
 
-# The active environment if it has all, else .venv, which gets what it lacks.
+# Use the active environment if it has all packages, else .venv, in which missing packages are installed.
 for python in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} python3 .venv/bin/python ""; do
     ! has "$python" "$requirements" || break
 done
@@ -43,7 +43,7 @@ if [ -z "$python" ]; then
     python=.venv/bin/python
     [ -x $python ] || python=python3
     $python -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "error: Python 3.11 or newer is needed; $python is $($python --version)" >&2; exit 2; }
-    echo "the active environment lacks some of $requirements: installing it into $PWD/.venv (PyTorch and what it needs are about 6 GB, a few minutes)"
+    echo "the active environment lacks some of $requirements: installing it into $PWD/.venv (PyTorch and its dependencies are about 6 GB; this takes a few minutes)"
     [ $python = .venv/bin/python ] || python3 -m venv .venv
     python=.venv/bin/python
     $python -m pip install --quiet --disable-pip-version-check -r "$requirements"

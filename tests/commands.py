@@ -1,4 +1,4 @@
-"""Runs the commands as users do: real processes, alone or under torchrun with gloo."""
+"""Helpers that run the commands as users do: in processes of their own, alone or under torchrun with gloo."""
 
 import json
 import os
@@ -24,13 +24,13 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def call(arguments, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
-    """Run, whatever comes of it; ``variables`` join the environment."""
+    """Run a command and return its result, failed or not. ``variables`` are added to the environment."""
     line, variables = command_line(arguments, processes), environment(**variables)
     return subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True)
 
 
 def run(*arguments, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
-    """Run to success, and without a warning of ours."""
+    """Run a command that must succeed without a Python warning from this project."""
     result = call(arguments, processes, **variables)
     assert result.returncode == 0, result.stderr
     own = [
@@ -43,11 +43,12 @@ def run(*arguments, processes: int = 1, **variables: str) -> subprocess.Complete
 
 
 def after_plan(printed: str) -> str:
-    """What a command printed after its plan, which ends with an empty line."""
+    """Return what a command printed after its plan, which ends with an empty line."""
     return printed.partition("\n\n")[2]
 
 
 def expect_error(command, *parts):
+    """Run a command that must fail with a single error line, which contains all ``parts``."""
     result = call(command)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
@@ -55,18 +56,18 @@ def expect_error(command, *parts):
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """What the files of a folder hold."""
+    """Return the content of each file in a folder, by its name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
+    with socket.socket() as connection:
+        connection.bind(("localhost", 0))
+        return connection.getsockname()[1]
 
 
 def start_processes(arguments: list, folders: list[Path], **variables: str) -> list[subprocess.Popen]:
-    """One process of a group of so many in each folder, as on nodes that share none; see ``finish``."""
+    """Start one rank in each folder, as on nodes without a shared disk. ``finish`` waits for them."""
     rendezvous = {
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(free_port()),
@@ -79,7 +80,7 @@ def start_processes(arguments: list, folders: list[Path], **variables: str) -> l
 
 
 def start_agents(arguments: list, folders: list[Path]) -> list[subprocess.Popen]:
-    """One torchrun with one process in each folder, as on so many nodes."""
+    """Start one torchrun with one rank in each folder, as on several nodes."""
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "1"]
     nodes = ["--nnodes", len(folders), "--nproc_per_node", 1, *rendezvous]
     line = command_line(["-m", "torch.distributed.run", *nodes, *arguments])
@@ -87,30 +88,30 @@ def start_agents(arguments: list, folders: list[Path]) -> list[subprocess.Popen]
 
 
 def start(line: list[str], folder: Path = ROOT, **variables: str) -> subprocess.Popen:
-    """A process in a session of its own."""
+    """Start a process in a session of its own."""
     variables = environment(PYTHONPATH=str(ROOT), **variables)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(line, cwd=folder, env=variables, start_new_session=True, **pipes)
 
 
 def wait_until(process: subprocess.Popen, ready: Callable[[], bool]) -> None:
-    """Until it is ready, or has ended."""
+    """Wait until ``ready`` returns True or the process has ended."""
     while process.poll() is None and not ready():
         time.sleep(0.01)
 
 
 def lines(path: Path) -> list[str]:
-    """Of a file that may not be there yet."""
+    """Return the lines of a file, or none if it does not exist yet."""
     return path.read_text().splitlines() if path.exists() else []
 
 
 def metrics(run: Path) -> list[dict]:
-    """What a run logged, by its folder."""
+    """Return the metrics that a run logged, one dict per step."""
     return [json.loads(line) for line in lines(run / "metrics.jsonl")]
 
 
 def finish(processes: list[subprocess.Popen], timeout: int = 300) -> list[tuple[int, str, str]]:
-    """Status, output and messages of each; none is left behind."""
+    """Wait for all processes; return exit status, stdout and stderr of each. Kill those that are left."""
     try:
         return [(process.wait(timeout), *process.communicate(timeout=timeout)) for process in processes]
     finally:

@@ -1,9 +1,9 @@
-"""A GPU that is not there: tensors that claim to be on "cuda" and hold no numbers, and code that is not run.
+"""A simulated GPU: tensors on "cuda" without data, and generated code that is not run.
 
-FakeTensorMode gives each operator's shapes, precision and device, and refuses to mix devices as a GPU does;
-it raises for a number, or a count of elements, that only a computation would give. What PyTorch would ask
-the GPU itself for is answered here. It needs a CUDA build of PyTorch, and cannot show numbers, real time and
-memory, streams, graphs or NCCL.
+FakeTensorMode computes the shapes, precision and device of each operator, and refuses to mix devices as a GPU
+does. It raises where a value or a number of elements depends on data. This module answers what PyTorch would
+ask the GPU. It needs a CUDA build of PyTorch. It cannot check values, time, memory, streams, CUDA graphs or
+NCCL.
 """
 
 import re
@@ -29,7 +29,7 @@ from models.zoo.loading import build_model
 
 GPU = torch.device("cuda", 0)
 PRODUCT = f"{ROOT}/models", f"{ROOT}/cca"
-KERNELS = {"sort": 4, "topk": 4}  # of a call where it is not one, from ATen's CUDA sources
+KERNELS = {"sort": 4, "topk": 4}  # per call if not one, from ATen's CUDA sources
 EXTERNAL = re.compile(r"(?:extern_kernels|torch\.ops\.\w+|aten)\.(\w+)[\w.]*\(")
 H100 = SimpleNamespace(
     name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, regs_per_multiprocessor=65536,
@@ -38,7 +38,7 @@ H100 = SimpleNamespace(
 )  # fmt: skip
 
 
-DRIVER = SimpleNamespace(  # what Triton asks while code is written
+DRIVER = SimpleNamespace(  # what Triton asks for while Inductor generates code
     utils=SimpleNamespace(),
     get_current_target=lambda: GPUTarget("cuda", 90, 32),
     get_current_device=lambda: 0,
@@ -47,7 +47,7 @@ DRIVER = SimpleNamespace(  # what Triton asks while code is written
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None) -> Tensor:
-    """scaled_dot_product_attention by the kernel that CUDA takes, for which PyTorch would ask the GPU."""
+    """Compute scaled_dot_product_attention with the kernel that PyTorch would choose on the GPU."""
     if torch.is_autocast_enabled("cuda"):
         query, key, value = (t.to(torch.get_autocast_dtype("cuda")) for t in (query, key, value))
     width = query.shape[-1]
@@ -63,7 +63,7 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
 
 @torch.no_grad()
 def _apply(root: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Module._apply, which cannot exchange what is in a fake parameter: the parameter is replaced."""
+    """Replace Module._apply, which cannot change the data of a fake parameter: replace the parameter."""
     for module in root.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -74,20 +74,23 @@ def _apply(root: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool 
 
 @torch.no_grad()
 def _backward(root: Tensor) -> None:
-    """In place of autograd's engine, which would ask the GPU for its streams: the backward passes that are
-    written in Python, and gradients without numbers."""
+    """Replace autograd's engine, which would ask the GPU for its streams.
+
+    Run the backward passes that are written in Python, and set gradients without data.
+    """
     nodes = [root.grad_fn]
-    for node in nodes:  # which grow meanwhile
+    for node in nodes:  # the list grows meanwhile
         nodes += {following for following, _ in node.next_functions if following} - set(nodes)
         if hasattr(node, "variable"):
             node.variable.grad = torch.zeros_like(node.variable)
         elif hasattr(node, "_forward_cls"):
-            given = node._input_metadata[0]
-            node.apply(torch.zeros(given.shape, dtype=given.dtype, device=given.device))
+            like = node._input_metadata[0]
+            node.apply(torch.zeros(like.shape, dtype=like.dtype, device=like.device))
 
 
 @contextmanager
 def entered(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
+    """Context manager that enters all ``contexts``."""
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)
@@ -95,7 +98,7 @@ def entered(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
 
 
 def fake_gpu() -> AbstractContextManager[None]:
-    """Inside, tensors may be made on, or moved to, the device "cuda"."""
+    """Context manager in which tensors can be created on, or moved to, the device "cuda"."""
     return entered([
         warnings.catch_warnings(action="ignore"),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
@@ -105,15 +108,15 @@ def fake_gpu() -> AbstractContextManager[None]:
         mock.patch.object(nn.Module, "_apply", _apply),
         mock.patch.object(Tensor, "backward", _backward),
         mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor),
-        # One wait, and not one for each number.
+        # One wait, not one per element.
         mock.patch.object(FakeTensor, "tolist", lambda tensor: [tensor.sum().item()] * len(tensor)),
-        mock.patch("torch.set_float32_matmul_precision"),  # which the product sets for good
+        mock.patch("torch.set_float32_matmul_precision"),  # the commands set it permanently
         FakeTensorMode(allow_non_fake_inputs=True),
     ])  # fmt: skip
 
 
 def fake_model(name: str, layers: int | None = None) -> ARImageModel:
-    """A model of the zoo without numbers on the GPU, with at most ``layers`` blocks; see ``fake_gpu``."""
+    """Return a model of the zoo on the fake GPU, without data and with at most ``layers`` blocks."""
     with _disable_current_modes():
         model = build_model(name)
     if layers:
@@ -123,12 +126,15 @@ def fake_model(name: str, layers: int | None = None) -> ARImageModel:
 
 
 def tensors_of(tree: object) -> list[Tensor]:
+    """Return the tensors among nested arguments or results."""
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class Recorder(TorchDispatchMode):
-    """While it is entered, notes why and where the host waits for the GPU, and counts the kernels of
-    operators that are one each; answers 1 where the host asks for a number."""
+    """Context manager that records why and where the host waits for the GPU, and counts kernels.
+
+    It counts one kernel per operator. Where the host asks for a value, the answer is 1.
+    """
 
     def __init__(self):
         super().__init__()
@@ -146,21 +152,22 @@ class Recorder(TorchDispatchMode):
         if name in ("item", "_local_scalar_dense", "nonzero"):
             if on_gpu:
                 self.note(name)
-            if name == "nonzero":  # as many as there could be
+            if name == "nonzero":  # the largest possible result
                 return inputs[0].new_empty((inputs[0].numel(), inputs[0].dim()), dtype=torch.int64)
             return False if inputs[0].dtype == torch.bool else 1
         result = func(*args, **kwargs)
         outputs = tensors_of(result)
         self.kernels += on_gpu and bool(outputs) and not func.is_view
-        moved = name in ("to", "_to_copy")  # in other operators a single number of the CPU is a constant
-        used = {t.device.type for t in (*inputs, *outputs) if t.dim() or moved}
-        queued = kwargs.get("non_blocking") or any(argument is True for argument in args)
-        if len(used) > 1 and not queued:
+        is_copy = name in ("to", "_to_copy")  # for other operators a CPU scalar is a constant
+        devices = {t.device.type for t in (*inputs, *outputs) if t.dim() or is_copy}
+        is_async = kwargs.get("non_blocking") or any(argument is True for argument in args)
+        if len(devices) > 1 and not is_async:
             self.note(f"{name} of CPU and GPU")
         return result
 
 
 def _inductor_sees_an_h100() -> AbstractContextManager[None]:
+    """Context manager in which Inductor generates code for an H100."""
     properties = {"get_device_properties": H100, "current_device": 0, "device_count": 1}
     more = {**properties, "is_available": True, "is_bf16_supported": True}
     module = "torch._dynamo.device_interface"
@@ -178,10 +185,10 @@ def _inductor_sees_an_h100() -> AbstractContextManager[None]:
 
 
 class Writer:
-    """A backend of torch.compile inside ``fake_gpu``: code is written, and eager operators are run.
+    """Backend of torch.compile inside ``fake_gpu`` that generates code and runs the eager operators.
 
-    graphs: how many kernels each graph has that was compiled. transposed: how many of Triton's kernels read
-    memory in one order and write it in another. kernels: of all calls so far.
+    graphs: the number of kernels in each compiled graph. transposed: the number of Triton kernels that read
+    memory in one order and write it in another. kernels: the number of kernels in all calls so far.
     """
 
     def __init__(self):
@@ -192,20 +199,20 @@ class Writer:
     def __call__(
         self, module: fx.GraphModule, inputs: Sequence[Any], options: dict | None = None
     ) -> Callable:
-        """``options``: those of torch.compile."""
-        written: list[str] = []
+        """``options``: the options of torch.compile."""
+        sources: list[str] = []
 
         def stop(lowering: graph.GraphLowering) -> None:
-            written.append(lowering.codegen()[0].value)
-            raise NotImplementedError  # here the code would be run
+            sources.append(lowering.codegen()[0].value)
+            raise NotImplementedError  # the code must not be run
 
         stopped = mock.patch.object(graph.GraphLowering, "_compile_to_module", stop)
         with _inductor_sees_an_h100(), stopped, suppress(torch._inductor.exc.InductorError):
             compile_fx.compile_fx(module, list(inputs), config_patches=options or {})
-        body = written[0][written[0].index("def call") :]
+        body = sources[0][sources[0].index("def call") :]
         kernels = len(re.findall(r"\.run\(", body)) + sum(KERNELS.get(n, 1) for n in EXTERNAL.findall(body))
         self.graphs.append(kernels)
-        self.transposed += len(re.findall(r"size_hints=\{'y'", written[0]))
+        self.transposed += len(re.findall(r"size_hints=\{'y'", sources[0]))
 
         def run(*arguments: Any) -> Any:
             self.kernels += kernels

@@ -1,4 +1,4 @@
-"""The tiny models of the golden figures, filled with weights made from tensor names."""
+"""The tiny models of the golden files, with weights computed from the names of tensors."""
 
 import json
 import zlib
@@ -20,12 +20,13 @@ VAR_CASES = ("var_tiny_a", "var_tiny_b_shared_adaln")
 
 
 def golden(name: str) -> dict[str, Tensor]:
+    """Return the tensors of a golden file."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
 
 
 def named_tensor(key: str, shape: tuple[int, ...]) -> Tensor:
-    """The weights of that name, as golden/README.md defines them."""
+    """Return the tensor of this name, as golden/README.md defines it."""
     z = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
     if z.ndim >= 2:
         z = z / np.sqrt(np.prod(z.shape[1:])).astype(np.float32)
@@ -36,12 +37,14 @@ def named_tensor(key: str, shape: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def fill_by_name(module: nn.Module) -> None:
+    """Fill the weights of a module with ``named_tensor``."""
     for key, tensor in module.state_dict().items():
         if not is_constant(key):
             tensor.copy_(named_tensor(key, tuple(tensor.shape)))
 
 
 def build(name: str) -> ARImageModel:
+    """Return the model of a golden file, in evaluation mode."""
     sizes = json.loads((GOLDEN / f"{name}.json").read_text())
     if name.startswith("llamagen"):
         t, k = sizes["transformer"], sizes["tokenizer"]
@@ -84,7 +87,7 @@ def build(name: str) -> ARImageModel:
 
 
 def logits_error(name: str, device: torch.device) -> float:
-    """How far the logits are from the published code's; its tokens and likelihoods must be found, too."""
+    """Return the largest error of the logits; assert that tokens and likelihoods match the published code."""
     model, expected = build(name).to(device), golden(name)
     labels, tokens = expected["labels"].to(device), expected["tokens"].to(device)
     with torch.no_grad():
@@ -96,6 +99,6 @@ def logits_error(name: str, device: torch.device) -> float:
         scale = float(key.removeprefix("greedy_tokens_cfg")) + (name in VAR_CASES)  # VAR counts from 0
         options = SamplingOptions(scale, model.default_cfg_schedule, top_k=1)
         noise = torch.rand(4, model.sequence_length, device=device)
-        drawn = model.generate(torch.arange(4, device=device), noise, options)
-        assert torch.equal(drawn.cpu(), expected[key].long())
+        tokens = model.generate(torch.arange(4, device=device), noise, options)
+        assert torch.equal(tokens.cpu(), expected[key].long())
     return (logits - expected["logits"]).abs().max().item()

@@ -1,6 +1,6 @@
-"""A local server that speaks enough of the Hugging Face hub's protocol for real huggingface_hub calls.
+"""Local server with enough of the Hugging Face hub's protocol for real huggingface_hub calls.
 
-It resumes as servers of plain files do, where it is told to (``Hub.ranges``).
+With ``Hub.ranges`` it answers range requests, as servers of plain files do.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ COMMIT = "0123456789" * 4
 
 
 class Handler(BaseHTTPRequestHandler):
-    """/REPOSITORY/resolve/REVISION/FILE: HEAD tells size, commit and ETag, GET sends the file."""
+    """Answers /REPOSITORY/resolve/REVISION/FILE: HEAD sends size, commit and ETag, GET also the file."""
 
     protocol_version = "HTTP/1.1"
 
@@ -59,10 +59,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Hub(ThreadingHTTPServer):
-    """``files`` maps "OWNER/REPOSITORY/FILE" to what it serves; ``cut`` breaks downloads off half-way.
+    """Server of ``files``, a map of "OWNER/REPOSITORY/FILE" to a path.
 
-    ranges: whether it sends a part that is asked for. sent: where each answer began. refusal: the status that
-    it answers everything with, if any.
+    cut: end each download half-way. ranges: answer range requests with that part. sent: the first byte of
+    each answer. refusal: the status of every answer, if any.
     """
 
     daemon_threads = True
@@ -80,6 +80,7 @@ class Hub(ThreadingHTTPServer):
 
 @contextmanager
 def serving(files: dict[str, Path]):
+    """Context manager that runs a ``Hub`` in a thread."""
     hub = Hub(files)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     try:
@@ -90,6 +91,6 @@ def serving(files: dict[str, Path]):
 
 
 def hub_variables(home: Path, endpoint: str, offline: bool = False) -> dict[str, str]:
-    """Environment variables of a user of that hub, with the cache under ``home``."""
+    """Return the environment variables that make huggingface_hub use this hub, with its cache in ``home``."""
     names = ("HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "HF_HUB_DOWNLOAD_TIMEOUT")
     return dict(zip(names, (str(home), endpoint, str(int(offline)), "1", "5")))

@@ -1,10 +1,11 @@
-"""Stops a command at its n-th file event, and starts it again; a program, so that it can fork.
+"""Kill a command before its n-th file event, run it again, compare with an uninterrupted run.
 
     PYTHONPATH=.:tests python tests/killing.py SCENARIO=N,N...     # in an empty folder; N 0: every event
 
-All imports are done once, here; each try is a forked child. Prints one JSON object a scenario: the
-number of events, and for each N what went wrong, if anything. Writers in C++ show no events: with 0,
-the scenarios are also killed where a file grows beyond some bytes.
+This is a program so that it can fork: it imports everything once, and each attempt is a forked child. It
+prints one JSON object per scenario: the number of events and, for each N, what went wrong, if anything.
+Writers in C++ cause no audit events. With N 0 the scenarios are therefore also killed when a file grows
+beyond a limit.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import sys
 import traceback
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401, which may fill a cache of its own when it is first imported
+import matplotlib.figure  # noqa: F401, may fill a cache at its first import
 import pytest
 import torch
 from specimens import SPECIMENS, extract, register, weights
@@ -55,7 +56,7 @@ SCENARIOS = {
 
 
 class Counter:
-    """An audit hook that counts changes below a folder and ends the process before the n-th."""
+    """Audit hook that counts changes below a folder and ends the process before the n-th."""
 
     def __init__(self, folder: Path, stop_at: int = 0):
         self.folder, self.stop_at, self.count = str(folder.resolve()), stop_at, 0
@@ -71,7 +72,7 @@ class Counter:
             return
         if isinstance(path, int) or path is None:
             return
-        # Deletions of a folder's content name it relative to the open folder.
+        # When a folder's content is removed, names are relative to the open folder.
         inside = os.path.abspath(os.fsdecode(path)).startswith(self.folder)
         if inside or event in ("os.remove", "os.rmdir"):
             self.count += 1
@@ -80,7 +81,7 @@ class Counter:
 
 
 def attempt(work, output: Path, stop_at: int = 0, largest: int = 0) -> tuple[int, int, str]:
-    """Status, number of events and messages of one forked try."""
+    """Run ``work`` in a forked child; return exit status, number of events and output."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -109,28 +110,29 @@ def attempt(work, output: Path, stop_at: int = 0, largest: int = 0) -> tuple[int
 
 
 def content(output: Path) -> dict:
-    """What must be equal: names of all files, and what is in those that have no times in them."""
-    found: dict = {}
+    """Return what must agree: the names of all files, and the content of those without times in it."""
+    contents: dict = {}
     for path in sorted(p for p in output.rglob("*") if p.is_file() and "tensorboard" not in p.parts):
         name = str(path.relative_to(output))
-        found[name] = None
+        contents[name] = None
         if path.suffix == ".pth" or path.suffix == ".pt":
             state = torch.load(path, weights_only=True)
-            found[name] = {k: v.numpy().tobytes() for k, v in state.get("model", state).items()}
+            contents[name] = {k: v.numpy().tobytes() for k, v in state.get("model", state).items()}
         elif (
             path.suffix in (".npz", ".npy", ".json", ".png")
             and path.name != "s.json"
             and "state" not in path.parts
         ):
-            # The command names the output.
-            found[name] = path.read_bytes().replace(str(output).encode(), b"OUTPUT")
+            # The recorded command contains the path of the output.
+            contents[name] = path.read_bytes().replace(str(output).encode(), b"OUTPUT")
         elif path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
-    return found | {f"{path.relative_to(output)}/": None for path in output.rglob("*") if path.is_dir()}
+            contents[name] = [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return contents | {f"{path.relative_to(output)}/": None for path in output.rglob("*") if path.is_dir()}
 
 
 def try_all(scenario: str, points: list[int]) -> dict:
+    """Kill a scenario at each point, resume it, and return what differs from an uninterrupted run."""
     work, whole = SCENARIOS[scenario], Path(f"{scenario}-whole")
     status, count, text = attempt(work, whole)
     assert status == 0, text
@@ -140,13 +142,13 @@ def try_all(scenario: str, points: list[int]) -> dict:
     for stop_at, largest in tries:
         output, name = Path(f"{scenario}-cut"), f"{scenario} {stop_at} {largest}"
         before, after = attempt(work, output, stop_at, largest), attempt(work, output)
-        found = content(output)
+        contents = content(output)
         if before[0] not in (STOPPED, -signal.SIGXFSZ) and not largest:  # files may all be smaller
             wrong[name] = f"was not stopped: {before}"
         elif after[0]:
             wrong[name] = after[2]
-        elif found != expected:
-            names = [k for k in {**found, **expected} if found.get(k, 0) != expected.get(k, 0)]
+        elif contents != expected:
+            names = [k for k in {**contents, **expected} if contents.get(k, 0) != expected.get(k, 0)]
             wrong[name] = f"differs in {names}"
         shutil.rmtree(output, ignore_errors=True)
     return {"events": count, "tries": len(tries), "wrong": wrong}

@@ -1,4 +1,4 @@
-"""What runs out: disks and a GPU's memory, from inside."""
+"""Simulations of a full disk and of GPU memory that runs out."""
 
 import resource
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def largest_file(size: int):
-    """No file may grow beyond ``size`` bytes: what writing to a full disk looks like from inside."""
+    """Context manager in which no file may grow beyond ``size`` bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -18,5 +18,5 @@ def largest_file(size: int):
 
 
 def memory_full(*_, **__):
-    """Stands in for a function during which the GPU's memory runs out."""
+    """Raise the error of a function that runs out of GPU memory; replaces that function."""
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")

@@ -1,4 +1,4 @@
-"""Small data sets made for tests, and what no file may do."""
+"""Small data sets for tests, and an object whose pickle executes code."""
 
 import json
 import os
@@ -9,20 +9,20 @@ from PIL import Image
 
 
 def bundled(images, file=TRAIN):
-    """The first images (arr_0) and labels (arr_1) of a bundled file, or of another."""
+    """Return the first images (arr_0) and labels (arr_1) of a file, by default of a bundled one."""
     with np.load(ROOT / file) as content:
         return {key: content[key][:images] for key in ("arr_0", "arr_1")}
 
 
 class Hostile:
-    """Its pickle makes a folder "executed" when it is loaded."""
+    """Object whose pickle creates a folder "executed" when it is loaded."""
 
     def __reduce__(self):
         return os.mkdir, ("executed",)
 
 
 def make_codes(folder, images=40, published=False):
-    """Random codes for llamagen-mini: packed, or in the published one-file-per-image layout."""
+    """Write random codes for llamagen-mini, packed or in the published layout (one file per image)."""
     generator = np.random.default_rng(0)
     codes, labels = generator.integers(0, 512, (images, 10, 64)), np.arange(images) % 10
     path = folder / "codes"
@@ -45,7 +45,10 @@ def make_picture(path, grey=0, size=(32, 32)):
 
 
 def make_image_folder(path, images):
-    """As ImageNet: train/CLASS/NAME.png, not of the model's size; the second image of class 3 is broken."""
+    """Write train/CLASS/NAME.png as in ImageNet, not in the model's resolution.
+
+    The second image of class 3 is damaged; its path is returned.
+    """
     for i, (image, label) in enumerate(zip(*bundled(images).values())):
         target = path / "train" / f"class{label}" / f"{i:04d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)

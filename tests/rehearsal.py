@@ -1,4 +1,4 @@
-"""Starts commands in this process, with --dry-run, and writes small stand-ins for what they would make."""
+"""Run commands in this process with --dry-run, and write small placeholders for their outputs."""
 
 import json
 from argparse import Namespace
@@ -17,7 +17,7 @@ METRICS = dict.fromkeys(("fid", "is", "sfid", "precision", "recall"), 1.5)
 
 
 def rehearse(line: str) -> None:
-    """Start the command of a line such as "torchrun --standalone sample.py ..."; raises what it raises."""
+    """Run a command line such as "torchrun --standalone sample.py ..." with --dry-run; pass on its errors."""
     module, options = module_and_options(line)
     module.main([*options, "--dry-run"])
     args = module.make_parser().parse_args(options)
@@ -46,6 +46,6 @@ def write_codes(args: Namespace) -> None:
 
 def write_run(args: Namespace) -> None:
     record = {"format": 1, "kind": "a run", "options": {"model": args.model}}
-    args.output.mkdir(exist_ok=True)  # its codes may lie in it
+    args.output.mkdir(exist_ok=True)  # the codes may already be in it
     (args.output / "config.json").write_text(json.dumps(record))
     torch.save({"a": torch.zeros(1)}, args.output / zoo_entry(args.model).backbone.checkpoint_name)

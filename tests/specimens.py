@@ -1,4 +1,4 @@
-"""Two tiny models, whose weights lie in ``fixtures/specimens`` with images and codes that fit them."""
+"""Two tiny models. Their weights are in ``fixtures/specimens``, with images and codes for them."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ RECIPE = Recipe(
 
 
 def register(monkeypatch) -> None:
-    """Put the specimens' models into the zoo for the length of a test."""
+    """Add the tiny models to the zoo for the duration of a test."""
     rows = {
         VAR: (
             var.TransformerConfig(dim=32, depth=2, heads=2, vocab_size=16, num_classes=4, drop_path_rate=0.1),
@@ -43,14 +43,17 @@ def register(monkeypatch) -> None:
 
 
 def weights(family: str) -> list[str]:
+    """Return the options of a command that select a tiny model and its weights."""
     return [*tokenizer(family), "--weights", f"specimen-{family}.safetensors"]
 
 
 def tokenizer(family: str) -> list[str]:
+    """Return the options of a command that select a tiny model and its tokenizer's weights."""
     name = f"specimen-{family}"
     return ["--model", name, "--tokenizer-weights", f"{name}-tokenizer.safetensors"]
 
 
 def extract(output, data: str = "images.npz") -> None:
+    """Extract the codes of a file of images to a folder."""
     with torch.no_grad():
         extract_codes.main([*tokenizer("llamagen"), "--data", data, "--output", str(output)])

@@ -40,10 +40,10 @@ CASES = [
     (eval_fid, [*EVAL, "good.npz"], "--output: good.npz is what --samples reads"),
     (eval_fid, [*EVAL, "./other.npz"], "--output: other.npz is what --reference reads"),
     (eval_fid, [*EVAL, "link.npz"], "--output: link.npz is what --samples reads"),
-    (eval_fid, [*EVAL, "folder.npz"], "it is a folder, a file is wanted"),
+    (eval_fid, [*EVAL, "folder.npz"], "expected a file"),
     (eval_fid, [*EVAL, "file/r.json"], "file is not a folder"),
     (make_reference, [*REFERENCES, "good.npz"], "--output: good.npz is what --images reads"),
-    (make_reference, [*REFERENCES, "folder.npz"], "it is a folder, a file is wanted"),
+    (make_reference, [*REFERENCES, "folder.npz"], "expected a file"),
     (
         convert_weights,
         ["assets/var-mini.safetensors", "assets/var-mini.safetensors"],
@@ -52,16 +52,16 @@ CASES = [
     (convert_weights, ["good.npz", "w.pth"], "good.npz: not a weights file"),
     (reconstruct, [*RECONSTRUCTED, "./good.npz"], "--output: good.npz is what --images reads"),
     (reconstruct, [*RECONSTRUCTED, "r.png"], "--output: r.png does not end in .npz"),
-    (reconstruct, [*RECONSTRUCTED, "folder.npz"], "it is a folder, a file is wanted"),
+    (reconstruct, [*RECONSTRUCTED, "folder.npz"], "expected a file"),
     (reconstruct, [*RECONSTRUCTED, "/proc/none/r.npz"], "--output: /proc/none/r.npz cannot be written"),
-    (sample, [*SAMPLE, "folder.npz"], "it is a folder, a file is wanted"),
+    (sample, [*SAMPLE, "folder.npz"], "expected a file"),
     (sample, [*SAMPLE, "file/s.npz"], "file is not a folder"),
-    (sample, [*SAMPLE, "n" * 240 + ".npz"], "--output: the name of the output is too long"),
+    (sample, [*SAMPLE, "n" * 240 + ".npz"], "--output: the name has more than"),
     (sample, [*SAMPLE, "n" * 300 + "/s.npz"], "File name too long"),
     (sample, [*SAMPLE, "/proc/none/s.npz"], "--output: /proc/none/s.npz cannot be written"),
     (sample, [*SAMPLE, "s.npz", "--grid", "file/g.png"], "--grid: file/g.png cannot be written"),
     (sample, [*SAMPLE[:2], "--output", "new/s.npz", "--num-samples", str(10**9)], "GB free, the run needs"),
-    (train_var_cca, [*VAR, "file"], "it is a file, a folder is wanted"),
+    (train_var_cca, [*VAR, "file"], "expected a folder"),
     (train_var_cca, [*VAR, "good.npz"], "good.npz cannot be written (it is a file"),
     (extract_codes, [*CODES, "file/codes"], "file is not a folder"),
     (extract_codes, [*CODES, "/proc/none"], "--output: /proc/none cannot be written"),
@@ -87,7 +87,7 @@ def test_converted_weights_replace_no_file(folder):
     made = Path("w.pth").read_bytes()
     Path("own.pt").write_bytes(b"somebody's")
     for output in ("w.pth", "own.pt"):
-        with pytest.raises(UserError, match=f"output: {output} exists, and no record beside it says"):
+        with pytest.raises(UserError, match=f"output: {output} exists, but no file beside it"):
             convert_weights.main([command[0], output])
     assert Path("w.pth").read_bytes() == made and Path("own.pt").read_bytes() == b"somebody's"
 
@@ -96,7 +96,7 @@ def test_the_evaluator_goes_on_without_a_cache(folder, monkeypatch, capsys):
     command = ["--features", "mini", "--samples", "good.npz", "--reference", "other.npz", "--metrics", "fid"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "file"))
     eval_fid.main([*command, "--output", "first.json"])
-    assert "warning: the reference's features are not kept" in capsys.readouterr().err
+    assert "warning: the reference's features are not cached" in capsys.readouterr().err
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     eval_fid.main([*command, "--output", "second.json"])
     (kept,) = (folder / "cache" / "cca-evaluator").iterdir()

@@ -64,14 +64,14 @@ def folder(tmp_path, monkeypatch):
 
 
 CASES = [
-    (sample, ["--model", "var-mini", "--output", ""], "--output: . names no file"),
-    (eval_fid, [*EVAL, "good.npz", "--output", "."], "--output: . names no file"),
-    (sample, [*SAMPLE, "--weights", ""], "--weights: . holds no model.pth and no saved state"),
+    (sample, ["--model", "var-mini", "--output", ""], "--output: . is not a file name"),
+    (eval_fid, [*EVAL, "good.npz", "--output", "."], "--output: . is not a file name"),
+    (sample, [*SAMPLE, "--weights", ""], "--weights: . holds no model.pth"),
     (sample, [*SAMPLE, "--classes", ""], "--classes: '' is neither 'all' nor a list"),
     (
         eval_fid,
         [*EVAL[:2], "--samples", "good.npz", "--features", "a.pth", "--inception-weights", "b.pth"],
-        "--inception-weights: goes with --features inception, not a.pth",
+        "--inception-weights: needs --features inception, not a.pth",
     ),
     (eval_fid, [*EVAL, "negative.npz"], "negative.npz: arr_0"),
     (eval_fid, [*EVAL, "absurd.npz"], "absurd.npz: "),
@@ -88,7 +88,7 @@ CASES = [
     (
         reproduce,
         ["ablation", "--mini", "--loss-options", "dpo", "--beta '1", "--output", "out"],
-        '--loss-options: "--beta \'1" are no options (No closing quotation)',
+        '--loss-options: "--beta \'1" cannot be split into options (No closing quotation)',
     ),
     (sample, ["--model", "var-d99", "--output", "s.npz"], "--model: invalid choice: 'var-d99'"),
     (sample, SAMPLE[:-1] + ["out/s.png"], "--output: out/s.png does not end in .npz"),
@@ -109,16 +109,16 @@ CASES = [
     (train_var_cca, [*VAR, "cut.npz"], "cut.npz: not a readable .npz"),
     (train_var_cca, [*VAR, "wrong-name.npz"], "wrong-name.npz: holds images; expected arr_0"),
     (train_var_cca, [*VAR, "float.npz"], "expected uint8"),
-    (train_var_cca, [*VAR, "large.npz"], "images of 64 x 64, the model takes 32 x 32"),
-    (train_var_cca, [*VAR, "labels.npz"], "labels must lie in 0 … 9"),
+    (train_var_cca, [*VAR, "large.npz"], "--data: large.npz has images of 64 x 64"),
+    (train_var_cca, [*VAR, "labels.npz"], "labels must be in 0 … 9"),
     (train_var_cca, [*VAR, "good.npz"], "--batch-size: 64 is more than the 50 images"),
     (train_var_cca, [*VAR, "good.npz", "--beta", "0"], "--beta: 0 must be above 0"),
     (
         train_var_cca,
         [*VAR, "good.npz", "--loss", "sft", "--beta", "1"],
-        "--beta: plays no part in --loss sft",
+        "--beta: is not used by --loss sft",
     ),
-    (train_llamagen_cca, [*LLAMAGEN, "none", "--loss", "dpo", "--lambda", "1"], "--lambda: plays no part in"),
+    (train_llamagen_cca, [*LLAMAGEN, "none", "--loss", "dpo", "--lambda", "1"], "--lambda: is not used by"),
     (
         train_var_cca,
         [*VAR, "good.npz", "--uncond-ratio", "1.5"],
@@ -157,7 +157,7 @@ CASES = [
     (
         eval_fid,
         [*EVAL, "good.npz", "--inception-weights", "junk.npz"],
-        "--inception-weights: goes with --features inception",
+        "--inception-weights: needs --features inception",
     ),
     (
         eval_fid,
@@ -170,19 +170,19 @@ CASES = [
     (
         make_reference,
         ["--images", "good.npz", "--image-size", "16", "--output", "ref.npz"],
-        "--image-size: cuts images of a folder",
+        "--image-size: applies to a folder of images",
     ),
     (sample, [*SAMPLE, "--preset", "published"], "--preset: var-mini has no published settings"),
-    (sample, [*SAMPLE, "--image-size", "64"], "--image-size: var-mini makes images of 32 pixels"),
-    (sample, [*SAMPLE, "--tokenizer-weights", "vq_ds16_c2i"], "vq_ds16_c2i is no tokenizer of var-mini"),
+    (sample, [*SAMPLE, "--image-size", "64"], "--image-size: 64"),
+    (sample, [*SAMPLE, "--tokenizer-weights", "vq_ds16_c2i"], "--tokenizer-weights: vq_ds16_c2i"),
     (
         sample,
         ["--model", "var-d36", "--weights", "cca", "--output", "s.npz"],
         "no cca weights are published for var-d36 at 512",
     ),
     (train_var_cca, [*VAR, "pipe.npz"], "pipe.npz: is not a file"),
-    (train_var_cca, [*VAR, "photos"], "--classes-from FILE.json says which class each folder is"),
-    (extract_codes, [*CODES, "photos"], "--classes-from FILE.json says which class each folder is"),
+    (train_var_cca, [*VAR, "photos"], "with --classes-from FILE.json"),
+    (extract_codes, [*CODES, "photos"], "with --classes-from FILE.json"),
     (
         extract_codes,
         [*CODES, "photos", "--classes-from", "classes.json"],
@@ -191,25 +191,25 @@ CASES = [
     (
         train_var_cca,
         [*VAR, "good.npz", "--classes-from", "classes.json"],
-        "--classes-from: goes with class folders",
+        "--classes-from: needs class folders",
     ),
     (
         train_var_cca,
         [*VAR, "photos", "--classes-from", "none.json"],
         "--classes-from: none.json: no such file",
     ),
-    (eval_fid, [*EVAL, "good.npz", "--resize", "16"], "--resize: cuts images of folders"),
+    (eval_fid, [*EVAL, "good.npz", "--resize", "16"], "--resize: applies to folders of images"),
     (
         eval_fid,
         [*EVAL, "good.npz", "--classes-from", "classes.json"],
-        "--classes-from: goes with a folder of samples",
+        "--classes-from: applies to a folder of samples",
     ),
     (
         reconstruct,
         ["--model", "var-mini", "--images", "large.npz", "--output", "r.npz"],
         "images of 64 x 64, the model takes 32 x 32",
     ),
-    (train_var_cca, [*VAR, "codes-labels"], "is not a folder of class folders"),
+    (train_var_cca, [*VAR, "codes-labels"], "codes-labels: holds no images"),
     (
         train_llamagen_cca,
         [*LLAMAGEN, "codes-labels", "--parallel", "fsdp", "--dtype", "float16"],
@@ -224,9 +224,9 @@ CASES = [
     (
         train_var_cca,
         ["--model", "var-d16", "--recipe", "with-guidance", *VAR[2:], "good.npz"],
-        "--recipe: there is none named with-guidance for var-d16",
+        "--recipe: var-d16 has no recipe with-guidance",
     ),
-    (train_llamagen_cca, [*LLAMAGEN, "none", "--recipe", "with-guidance", "--loss", "dpo"], "and --loss dpo"),
+    (train_llamagen_cca, [*LLAMAGEN, "none", "--recipe", "with-guidance", "--loss", "dpo"], "for --loss dpo"),
     (convert_weights, ["good.npz", "out.bin"], "out.bin ends in none of .pth, .pt, .safetensors"),
     (convert_weights, ["junk.npz", "out.pt"], "junk.npz: not a weights file"),
     (convert_weights, ["none.pt", "out.pt"], "none.pt: no such file"),
@@ -238,11 +238,11 @@ CASES = [
     (reproduce, ["samples", "--mini", "--class", "11", "--output", "out"], "--class: 11 goes beyond 0 … 9"),
     (reproduce, ["quickstart", "--samples", "-3", "--output", "out"], "--samples: -3 must be at least 100"),
     (reproduce, ["quickstart", "--output", "good.npz"], "--output: good.npz cannot be written (it is a file"),
-    (eval_fid, [*EVAL, "unlabelled.npz", "--metrics", "accuracy"], "--metrics: nothing can be computed; acc"),
+    (eval_fid, [*EVAL, "unlabelled.npz", "--metrics", "accuracy"], "--metrics: none can be computed; acc"),
     (
         extract_codes,
         ["--model", "llamagen-mini", "--output", "out", "--data", "labels.npz"],
-        "labels must lie in 0 … 9",
+        "labels must be in 0 … 9",
     ),
 ]
 

@@ -7,8 +7,8 @@ import sys
 from cca.distributed import Ranks
 from models import UserError
 
-# The compiler that torch.compile calls: C++ for Inductor on a CPU, C for Triton on a GPU. First the environment
-# variable that names it, then the commands that are tried.
+# The compiler that torch.compile calls: C++ for Inductor on a CPU, C for Triton on a GPU. The first string is
+# the environment variable that names it, the others are the usual commands.
 COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang", "cc")}
 
 

@@ -1,4 +1,4 @@
-"""The order in which every command runs: look at the output, show the plan, lock, work, finish."""
+"""The steps of every command, in order: inspect the output, print the plan, lock, work, finish."""
 
 import errno
 import io
@@ -20,7 +20,7 @@ from cca.distributed import Ranks
 from models.utils.errors import UserError, one_line
 from models.zoo.hub import Download, require_space
 
-# What a user's disk or permissions cause wherever a path is used, and no check foresees for certain.
+# Errors of the user's disk or permissions. Any use of a path may raise them; no check predicts all of them.
 OF_THE_MACHINE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR,
     errno.EISDIR, errno.ELOOP, errno.EIO,
@@ -29,9 +29,9 @@ OF_THE_MACHINE = {
 
 @dataclass
 class OnePart:
-    """The job of a command that writes one file at once.
+    """The job of a command that writes one file in one step.
 
-    rows: the plan. make: writes the file, on rank 0.
+    rows: the plan. make: function that writes the file; it runs on rank 0.
     """
 
     ranks: Ranks
@@ -60,71 +60,74 @@ def play(
     """Run a command.
 
     Args:
-        args: parsed options, ``dry_run`` among them.
-        output: what the command writes; None: nothing.
-        resolve: makes the job from the options and from what was found at the output. A job has
-            ``known()``, the options that its output is known by, as far as they are known without network;
-            ``parts`` of the output, if it is made in such;
-            ``plan()``, what is shown before the work, which refuses what cannot be done; ``downloads``;
-            ``prepare()``, which gets what the work needs and returns the content of the marker; and
-            ``work()``, which makes the output, and returns False where a signal came first.
+        args: parsed options, with ``dry_run``.
+        output: what the command writes; None if it writes nothing.
+        resolve: function that returns the job for the options, the ranks and the status of the output.
+
+    A job has these attributes and methods:
+        identity(): the options that identify its output, as far as they are known without network.
+        parts: the parts of the output, or None.
+        plan(): the rows of the plan. It raises UserError if the work is impossible.
+        downloads: the files that ``prepare`` will download.
+        prepare(): loads what the work needs and returns the content of the marker.
+        work(): writes the output. It returns False if a signal stopped it.
 
     Returns:
-        the job, when its output is finished; None after a dry run, or where a signal came first.
+        the job if its output is finished; None after a dry run or a stop signal.
 
     Raises:
-        UserError: on the rank that refused; the others end.
+        UserError: on the rank where a check failed; the other ranks exit.
     """
     ranks = Ranks()
-    found = OutputStatus(*ranks.broadcast_from_rank0(output.look)) if output else OutputStatus()
-    job = resolve(args, ranks, found)
-    ranks.run_or_abort_all(partial(show, output, found, job), on_rank0=True)
+    status = OutputStatus(*ranks.broadcast_from_rank0(output.look)) if output else OutputStatus()
+    job = resolve(args, ranks, status)
+    ranks.run_or_abort_all(partial(show, output, status, job), on_rank0=True)
     if args.dry_run:
         return None
-    ranks.run_or_abort_all(partial(require_space, job.downloads))  # all look before the first one downloads
+    ranks.run_or_abort_all(partial(require_space, job.downloads))  # all ranks check before one downloads
     content = job.prepare()
     refuse_other_options(ranks, options_of(content))
     if output is None:
         return job if job.work() else None
     with ExitStack() as stack:
         lock, is_finished = ranks.broadcast_from_rank0(partial(claim, output, content, stack))
-        # Rank 0 does not look: its lock would end when it closes the file.
+        # Rank 0 must not read the lock file: closing the file would release its own lock.
         ranks.run_or_abort_all(partial(output.check_seen, lock) if not ranks.is_main else lambda: None)
         if is_finished and ranks.is_main:
             print(f"{output.path} is finished already, with these options; {output.advice}")
         return job if is_finished or make(ranks, output, content, job) else None
 
 
-def show(output: Output | None, found: OutputStatus, job: Any) -> None:
-    """Print what the job does. Raises UserError where it cannot be done, or the output is of another run."""
+def show(output: Output | None, status: OutputStatus, job: Any) -> None:
+    """Print the plan. Raise UserError if the work is impossible or the output belongs to another run."""
     if output:
-        output.check(found, job.identity())
+        output.check(status, job.identity())
     rows = job.plan()
-    if output and found.is_finished:
+    if output and status.is_finished:
         rows["finished"] = f"{output.path} is there already, with these options"
     elif output and job.parts:
-        check_space(output, job.parts.space_needed(), "its parts, then all of them in one file")
-        if found.content:
+        check_space(output, job.parts.space_needed(), "its parts, then one file of all parts")
+        if status.content:
             stored, count = job.parts.rows_stored(), job.parts.shape[0]
             rows["resumes"] = f"with the {stored:,} of {count:,} images that are stored"
     show_plan(rows, job.downloads)
 
 
 def claim(output: Output, content: Mapping, stack: ExitStack) -> tuple[str, bool]:
-    """Lock the output until the stack is closed; return what the lock holds, and whether it is finished.
+    """Lock the output until the stack is closed; return (content of the lock file, whether it is finished).
 
-    Raises UserError where another run holds it, or it is of another run.
+    Raise UserError if another run holds the lock or the output belongs to another run.
     """
     lock = stack.enter_context(output.lock())
-    found = output.look()
-    output.check(found, options_of(content))
-    if found.is_finished:
+    status = output.look()
+    output.check(status, options_of(content))
+    if status.is_finished:
         output.remove_parts()
-    return lock, found.is_finished
+    return lock, status.is_finished
 
 
 def make(ranks: Ranks, output: Output, content: Mapping, job: Any) -> bool:
-    """Do the work on an output that is locked; ``content``: of its marker."""
+    """Write the marker with ``content`` and do the work of a job. Return whether it finished."""
     try:
         ranks.run_or_abort_all(partial(output.begin, content), on_rank0=True)
         return job.work()
@@ -134,15 +137,15 @@ def make(ranks: Ranks, output: Output, content: Mapping, job: Any) -> bool:
 
 
 def refuse_other_options(ranks: Ranks, options: Mapping) -> None:
-    """Raise UserError unless all ranks work with the options, hashes and so on (JSON) of rank 0."""
+    """Raise UserError on a rank whose options (with hashes of files) differ from those of rank 0."""
     if ranks.world_size == 1:
         return
-    of_rank_0 = ranks.broadcast_from_rank0(partial(dict, options))
+    rank0_options = ranks.broadcast_from_rank0(partial(dict, options))
 
     def compare() -> None:
-        if changed := differing_options(options, of_rank_0):
+        if changed := differing_options(options, rank0_options):
             raise UserError(
-                f"process {ranks.rank} on {socket.gethostname()}: has {changed[0]} of process 0; "
+                f"rank {ranks.rank} on {socket.gethostname()}: {changed[0]} on rank 0; "
                 "all nodes need the same options and files"
             )
 
@@ -150,51 +153,53 @@ def refuse_other_options(ranks: Ranks, options: Mapping) -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's ``main`` and turn a UserError into its one line.
+    """Run a command's ``main``; print a UserError as one line and exit with status 2.
 
-    Whatever the terminal's encoding, text is printed; where standard output is closed before the end
-    (``| head -1``) the command does its work without printing.
+    Characters that the terminal's encoding lacks are printed as escapes. If standard output is closed early
+    (``| head -1``), the command finishes its work without printing.
     """
-    if sys.stderr is None:  # closed (2>&-); the next file to be opened would get its number
+    if sys.stderr is None:  # closed (2>&-): the next file to be opened would get descriptor 2
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     outlets = [_replace_stream(name) for name in ("stdout", "stderr")]
     try:
         main()
         if sys.stdout is not None:
             sys.stdout.flush()
-        lost = outlets[0] and outlets[0].lost
-        if lost and lost.errno != errno.EPIPE:  # else its reader left
-            raise UserError(f"standard output cannot be written ({lost.strerror})")
+        error = outlets[0] and outlets[0].error
+        if error and error.errno != errno.EPIPE:  # EPIPE: the reader of a pipe has ended, as with head
+            raise UserError(f"standard output cannot be written ({error.strerror})")
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and (error.errno not in OF_THE_MACHINE or error.filename is None):
             raise
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # all make most mistakes; torchrun ends this one here if the main one said so
+            time.sleep(
+                2
+            )  # most errors occur on all ranks: torchrun ends this rank while it waits if rank 0 printed it
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except KeyboardInterrupt:  # where there is nothing to save
+    except KeyboardInterrupt:  # raised only while there is nothing to save
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
 
 
 class _Outlet(io.FileIO):
-    """Where printed text goes; what can no longer be written is dropped, so that the work goes on."""
+    """A raw output stream that drops text which cannot be written, so that the work continues."""
 
-    lost: OSError | None = None  # why text was dropped
+    error: OSError | None = None  # the last error of a write
 
     def write(self, data) -> int:
         try:
             return super().write(data) or 0
         except OSError as error:
-            self.lost = error
+            self.error = error
             return memoryview(data).nbytes
 
 
 def _replace_stream(name: str) -> _Outlet | None:
-    """Give sys.stdout or sys.stderr an _Outlet, and escapes for what its encoding lacks."""
+    """Make sys.stdout or sys.stderr an _Outlet that prints escapes for characters outside its encoding."""
     stream = getattr(sys, name)
     if stream is None or stream is not getattr(sys, f"__{name}__"):
-        return None  # closed, or not the process's own
+        return None  # the stream is closed, or somebody has replaced it
     outlet = _Outlet(stream.fileno(), "wb", closefd=False)
     text = io.TextIOWrapper(
         io.BufferedWriter(outlet), stream.encoding, "backslashreplace",

@@ -1,7 +1,7 @@
-"""What one run of a command writes: where it may be, by which options it is known, and its lock.
+"""The output of a command: where it is, the options that identify it, and its lock.
 
-A command writes a marker first, JSON with the options of the run, then its parts, and last the file with
-which the output is finished. So whoever finds the output knows whose it is, and what is missing.
+A command first writes a marker (JSON with the options of the run), then the parts, and last the file that
+makes the output finished. So the files themselves show which run wrote the output and what is missing.
 """
 
 import errno
@@ -22,6 +22,7 @@ from typing import NamedTuple
 from models.utils.errors import UserError
 from models.utils.files import (
     FORMAT,
+    VERSION,
     existing_part,
     read_json,
     reason,
@@ -31,42 +32,45 @@ from models.utils.files import (
     writing,
 )
 
-LONGEST_SUFFIX = 24  # bytes that names of temporary files and folders have more than the output's
-NOT_COMPARED = ("weights",)  # how the path was spelled; the hash of the weights counts
+LONGEST_SUFFIX = 24  # bytes that temporary files and folders add to the name of the output
+NOT_COMPARED = ("weights",)  # the path of the weights may differ; their hash is compared
 HELD = (errno.EACCES, errno.EAGAIN)
-# Seconds within which another machine sees a new file: NFS keeps what it knows of a folder for 60.
+# Seconds until another machine surely sees a new file: NFS caches the list of a folder for up to 60.
 SEEN_SECONDS = 90
 
 
 class OutputStatus(NamedTuple):
-    """What lies at an output: the content of its marker or description, and whether it is finished."""
+    """The status of an output: the content of its marker or description, and whether it is finished."""
 
     content: dict | None = None
     is_finished: bool = False
 
     @property
     def options(self) -> dict:
-        """The options of the run that began or finished the output; empty where there is none."""
+        """The options of the run that started or finished the output; empty if there is none."""
         return options_of(self.content or {})
 
 
 def options_of(content: Mapping) -> dict:
-    """Return the options in a marker or description; a header of codes consists of them."""
+    """Return the options in a marker or description. In a header of codes they are the top-level keys."""
     return content.get("options") or {k: v for k, v in content.items() if k not in ("format", "kind")}
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run writes.
+    """The output of a run.
 
-    path: the file or folder that the user named; is_folder: which of the two.
-    noun: what a finished output is called in messages, and in its marker and description.
-    marker: JSON that is written before the first part; None: there are no parts.
-    parts: the folder of what is made so far; pattern: of the names in it that can be resumed.
-    last: the file that is written last; None: ``path``.
-    description: JSON with the options of a finished output; None: what is there is never replaced.
-    products: files that are written before the last one.
-    advice: what a user may do when it is finished.
+    path: the file or folder that the user named.
+    is_folder: whether ``path`` is a folder.
+    noun: name of a finished output in messages, and in its marker and description.
+    marker: JSON that is written before the first part; None if there are no parts.
+    parts: the folder of the parts (or checkpoints).
+    last: the file that is written last.
+    description: JSON with the options of a finished output; None means that files are never replaced.
+    products: files and folders that are written before ``last``.
+    pattern: glob pattern of the parts from which a run can resume.
+    option: the option that sets ``path``.
+    advice: what the user can do with a finished output.
     """
 
     path: Path
@@ -83,33 +87,38 @@ class Output:
 
     @classmethod
     def npz(cls, path: Path, noun: str) -> "Output":
-        """FILE.npz, described in FILE.json, with its parts in FILE.npz.parts/. Raises UserError."""
+        """Return the output FILE.npz, described in FILE.json, with its parts in FILE.npz.parts/.
+
+        Raise UserError if ``path`` has no file name.
+        """
         check_names_file(path)
         parts = path.with_name(f"{path.name}.parts")
         return cls(path, False, noun, parts / "options.json", parts, path, path.with_suffix(".json"))
 
     @classmethod
     def file(cls, path: Path, noun: str) -> "Output":
-        """FILE, written at once and described in FILE.json, which is the file itself if that is its name.
+        """Return the output FILE, written in one step and described in FILE.json (which may be FILE itself).
 
-        Raises UserError for a path that names no file.
+        Raise UserError if ``path`` has no file name.
         """
         check_names_file(path)
         return cls(path, False, noun, last=path, description=path.with_suffix(".json"))
 
     @classmethod
     def codes(cls, folder: Path) -> "Output":
-        """DIR/codes.npy and DIR/labels.npy, described in DIR/header.json, with the parts in DIR/progress/."""
+        """Return the output DIR: codes.npy and labels.npy, header.json, and the parts in progress/."""
         parts, header = folder / "progress", folder / "header.json"
         products = (folder / "codes.npy", folder / "labels.npy")
         return cls(folder, True, "finished codes", parts / "header.json", parts, header, header, products)
 
     @classmethod
     def run(cls, folder: Path, checkpoint_name: str) -> "Output":
-        """A run folder: DIR/config.json, checkpoints in DIR/state/, last the exported model."""
+        """Return the run folder DIR: config.json, checkpoints in state/, and last the exported model."""
         config = folder / "config.json"
         last = folder / checkpoint_name
-        advice = f"--weights {folder} with a new --output trains it on, with it as the reference"
+        advice = (
+            f"--weights {folder} with a new --output starts another run from it, with it as the reference"
+        )
         names = ("metrics.jsonl", "curves.png", "tensorboard", "wandb", "samples")
         products = tuple(folder / name for name in names)
         return cls(
@@ -117,27 +126,24 @@ class Output:
         )
 
     def check_place(self, inputs: Mapping[str, Path | None] | None = None, suffix: str = "") -> None:
-        """Refuse a place that cannot be written to or that is an input. Writes nothing.
+        """Raise UserError if the output cannot be written or is one of the inputs. Writes nothing.
 
         Args:
             inputs: files and folders that the command reads, by option.
-            suffix: with which the name has to end.
-
-        Raises:
-            UserError: names the option and what to do.
+            suffix: required suffix of the name.
         """
         try:
             self._check_place()
-            for name, given in (inputs or {}).items():
-                if given is None or not os.path.exists(given):  # a reader says what is wrong with it
+            for name, path in (inputs or {}).items():
+                if path is None or not os.path.exists(path):  # whoever reads it reports a missing file
                     continue
-                own, read = self.path.resolve(), given.resolve()
-                if own == read or (read in own.parents and name != "--codes"):
-                    where = "is" if own == read else "lies in"
+                own, source = self.path.resolve(), path.resolve()
+                if own == source or (source in own.parents and name != "--codes"):
+                    where = "is" if own == source else "lies in"
                     raise UserError(
-                        f"{self.option}: {self.path} {where} what {name} reads; take another name"
+                        f"{self.option}: {self.path} {where} what {name} reads; choose another path"
                     )
-        except (OSError, RuntimeError) as error:  # of links in a circle
+        except (OSError, RuntimeError) as error:  # such as links in a circle
             raise self.cannot_write(reason(error)) from None
         if suffix and self.path.suffix != suffix:
             raise UserError(f"{self.option}: {self.path} does not end in {suffix}")
@@ -145,74 +151,76 @@ class Output:
     def _check_place(self) -> None:
         path = self.path
         path.resolve()
-        there = existing_part(path.absolute().parent)
-        if not there.is_dir():
-            raise self.cannot_write(f"{there} is not a folder")
-        longest = os.pathconf(there, "PC_NAME_MAX") - LONGEST_SUFFIX
+        parent = existing_part(path.absolute().parent)
+        if not parent.is_dir():
+            raise self.cannot_write(f"{parent} is not a folder")
+        longest = os.pathconf(parent, "PC_NAME_MAX") - LONGEST_SUFFIX
         if len(os.fsencode(path.name)) > longest:
-            raise UserError(f"{self.option}: the name of the output is too long; at most {longest} bytes fit")
+            raise UserError(f"{self.option}: the name has more than {longest} bytes; choose a shorter name")
         if path.exists() and path.is_dir() != self.is_folder:
-            wanted = "a file, a folder is wanted" if self.is_folder else "a folder, a file is wanted"
-            raise self.cannot_write(f"it is {wanted}")
-        place = path if self.is_folder and path.exists() else there
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise self.cannot_write(f"{place} may not be written to")
+            raise self.cannot_write(
+                "it is a file; expected a folder" if self.is_folder else "it is a folder; expected a file"
+            )
+        folder = path if self.is_folder and path.exists() else parent
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise self.cannot_write(f"no permission to write to {folder}")
 
     def cannot_write(self, why: str) -> UserError:
-        """Return the error of an output that cannot be written."""
+        """Return the error for an output that cannot be written."""
         return UserError(f"{self.option}: {self.path} cannot be written ({why})")
 
     def look(self) -> OutputStatus:
-        """Return what lies there. Writes nothing.
+        """Return the status of the output. Writes nothing.
 
-        An output of which nothing is made yet may be begun anew, with other options: it counts as absent.
-        Raises UserError for files in the way that no run of this command left, or left in another format.
+        An output without parts counts as absent, so that a run with other options may start it again.
+        Raise UserError for files that this command did not write, or wrote in another format.
         """
-        begun = self._read(self.marker) if self.marker and self.marker.exists() else None
-        if begun is None and self.marker and self.parts and (names := _names(self.parts)):
+        marker = self._read(self.marker) if self.marker and self.marker.exists() else None
+        if marker is None and self.marker and self.parts and (names := _names(self.parts)):
             raise UserError(
-                f"{self.option}: {self.parts} is in the way, it holds {min(names)} "
-                f"and no {self.marker.name} says how that was made; move it, or take another name"
+                f"{self.option}: {self.parts} holds {min(names)} but no {self.marker.name} with the options "
+                "of its run; move that folder, or choose another path"
             )
-        described = None
+        description = None
         if self.description and self.description.exists():
-            described = self._read(self.description)
+            description = self._read(self.description)
         for path in (self.last, *self.products):
-            if path and path.exists() and described is None and (begun is None or path == self.last):
+            if path and path.exists() and description is None and (marker is None or path == self.last):
                 raise UserError(
-                    f"{self.option}: {path} exists, and no record beside it says that this command made it; "
-                    "take another name, or remove it"
+                    f"{self.option}: {path} exists, but no file beside it shows that this command wrote it; "
+                    "remove it, or choose another path"
                 )
         if self.last and self.last.exists():
-            return OutputStatus(described, True)
-        return OutputStatus(begun if self.has_parts() else None, False)
+            return OutputStatus(description, True)
+        return OutputStatus(marker if self.has_parts() else None, False)
 
     def has_parts(self) -> bool:
-        """Return whether something is made that a run with the same options can resume."""
+        """Return whether there are parts from which a run with the same options can resume."""
         return self.parts is not None and any(self.parts.glob(self.pattern))
 
     def _read(self, path: Path) -> dict:
-        """Return the content of a marker or description. Raises UserError for what another command wrote."""
+        """Return the content of a marker or description. Raise UserError if another command wrote it."""
         content = read_json(path)
-        found = content.get("format")
-        if found != FORMAT or not isinstance(content.get("options", {}), dict):
+        file_format = content.get("format")
+        if file_format != FORMAT or not isinstance(content.get("options", {}), dict):
             raise UserError(
-                f"{self.option}: {path}: holds format {found!r} instead of {FORMAT}, or no options: "
-                "this command did not write it; take another name"
+                f"{self.option}: {path}: holds format {file_format!r} instead of {FORMAT}, or no options; "
+                "this version did not write it; choose another path"
             )
         if content.get("kind") != self.noun:
             raise UserError(
-                f"{self.option}: {path} describes {content.get('kind')!r}, not {self.noun}; take another name"
+                f"{self.option}: {path} describes {content.get('kind')!r}, not {self.noun}; "
+                "choose another path"
             )
         return content
 
-    def check(self, found: OutputStatus, options: Mapping) -> None:
-        """Raise UserError where the output is of a run with other options than these."""
-        changed = differing_options(found.options, options)
+    def check(self, status: OutputStatus, options: Mapping) -> None:
+        """Raise UserError if the output belongs to a run with other options than these."""
+        changed = differing_options(status.options, options)
         if changed:
-            what, remedy = self.noun, "take another name, or remove it"
-            if not found.is_finished:
-                what, remedy = "an unfinished run", "repeat its command, or take another name"
+            what, remedy = self.noun, "remove it, or choose another path"
+            if not status.is_finished:
+                what, remedy = "an unfinished run", "repeat its command, or choose another path"
             raise UserError(f"{self.option}: {self.path} holds {what} with {', '.join(changed)}; {remedy}")
 
     @property
@@ -221,23 +229,23 @@ class Output:
         return self.parts
 
     def describe(self, content: Mapping) -> None:
-        """Write the description of a finished output. Raises UserError."""
+        """Write the description of a finished output. Raise UserError if that fails."""
         assert self.description is not None
-        write_json(self.description, {"format": FORMAT, "kind": self.noun, **content})
+        write_json(self.description, {"format": FORMAT, "kind": self.noun, "version": VERSION, **content})
 
     def begin(self, content: Mapping) -> None:
-        """Write the marker before the first part."""
+        """Write the marker, before the first part. Raise UserError if that fails."""
         if self.marker is None or self.parts is None or self.has_parts():
             return
         with writing(self.parts):
             self.parts.mkdir(parents=True, exist_ok=True)
             if self.description != self.marker and self.description is not None:
-                self.description.unlink(missing_ok=True)  # it describes an output that is gone
-        write_json(self.marker, {"format": FORMAT, "kind": self.noun, **content})
+                self.description.unlink(missing_ok=True)  # it describes an output that was removed
+        write_json(self.marker, {"format": FORMAT, "kind": self.noun, "version": VERSION, **content})
 
     @property
     def _has_removable_parts(self) -> bool:
-        """Whether the parts go once the output is there; the checkpoints of a run stay."""
+        """Whether the parts are removed when the output is finished; the checkpoints of a run stay."""
         return self.marker is not None and self.marker.parent == self.parts
 
     def remove_parts(self) -> None:
@@ -246,9 +254,9 @@ class Output:
             remove_folder(self.parts)
 
     def leave(self) -> None:
-        """Remove what was begun if nothing came of it: what was asked for may have been impossible.
+        """Remove the marker and empty folders if the run made no parts, as when its options were impossible.
 
-        Of a run that is as long as no step is logged.
+        A run folder is kept as soon as one step is logged.
         """
         is_finished = self.last is not None and self.last.exists()
         if self.marker is None or self.parts is None or self.has_parts() or is_finished:
@@ -257,7 +265,7 @@ class Output:
             self.remove_parts()
         elif not any(path.is_file() and path.stat().st_size for path in self.products):
             products = [path for path in (self.parts, *self.products) if os.path.lexists(path)]
-            for path in products:  # while one of them cannot be removed, the marker says whose it is
+            for path in products:  # the marker stays while a file remains, to identify its run
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             if not any(os.path.lexists(path) for path in products):
                 self.marker.unlink(missing_ok=True)
@@ -268,25 +276,25 @@ class Output:
 
     @contextmanager
     def lock(self) -> Iterator[str]:
-        """Hold the output against other runs, with a lock that ends with this process.
+        """Context manager that locks the output against other runs; the lock ends with this process.
 
-        Missing folders are made, and removed again where nothing was written to them. Yields what the lock
-        file holds, by which other ranks of the run know it (``check_seen``). A file system that has no
-        locks gets a warning. Raises UserError where another run holds the output, or it cannot be written.
+        It creates missing folders, and removes them again if they stay empty. It yields the content of the
+        lock file, by which the other ranks recognise it (``check_seen``). It prints a warning if the file
+        system has no locks. Raise UserError if another run holds the lock, or the output cannot be written.
         """
-        made: list[Path] = []
+        new_folders: list[Path] = []
         try:
             try:
                 lock = self._lock_path()
                 for parent in reversed([p for p in (lock.parent, *lock.parent.parents) if not p.exists()]):
                     parent.mkdir(exist_ok=True)
-                    made.append(parent)
+                    new_folders.append(parent)
                 file = self._open_lock(lock)
                 note = f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(16)}\n"
                 file.truncate(0)
                 file.write(note)
                 file.flush()
-                os.fsync(file.fileno())  # for other machines
+                os.fsync(file.fileno())  # so that other machines see it
             except OSError as error:
                 raise self.cannot_write(reason(error)) from None
             try:
@@ -296,25 +304,25 @@ class Output:
                     lock.unlink()
                 file.close()
         finally:
-            for parent in reversed(made):
+            for parent in reversed(new_folders):
                 with suppress(OSError):
                     parent.rmdir()
 
     def _open_lock(self, lock: Path):
         """Return the lock file, open and locked.
 
-        The lock is the process's own (POSIX): a data-loading worker that was forked from it, and that may
-        live on for seconds after its parent was killed, does not hold it.
+        A POSIX lock belongs to the process. Data-loading workers that were forked from it do not hold the
+        lock, although they may outlive it by seconds if it is killed.
         """
         while True:
-            file = open(lock, "a+")  # noqa: SIM115, open for as long as it is held
+            file = open(lock, "a+")  # noqa: SIM115, it stays open while the lock is held
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in HELD:
                     print(
                         f"warning: {self.option}: locks do not work at {self.path} ({reason(error)}); "
-                        "see to it that no other run writes there",
+                        "make sure that no other run writes there",
                         file=sys.stderr,
                     )
                     return file
@@ -322,9 +330,9 @@ class Output:
                 holder = file.readline(200).strip() or "another process"
                 file.close()
                 raise UserError(
-                    f"{self.option}: {self.path} is being written by {holder}; wait for it to end, or end it"
+                    f"{self.option}: {self.path} is being written by {holder}; wait until it ends, or stop it"
                 ) from None
-            with suppress(FileNotFoundError):  # the run before may have removed it in between
+            with suppress(FileNotFoundError):  # the previous run may just have removed it
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
                     return file
             file.close()
@@ -332,12 +340,13 @@ class Output:
     def check_seen(self, note: str) -> None:
         """Raise UserError unless this is the output that rank 0 has locked.
 
-        note: what ``locked`` gave there. Another machine may see it with delay, and is given the time.
+        ``note`` is the content of the lock file on rank 0. Another machine may see it late, so this waits up
+        to ``SEEN_SECONDS``.
         """
         holder, own = note.splitlines()[0], socket.gethostname()
         end = time.monotonic() + (0 if holder.endswith(f" on {own}") else SEEN_SECONDS)
         while True:
-            with suppress(OSError):  # it is not there, or not yet
+            with suppress(OSError):  # the file does not exist, or not yet
                 if self._lock_path().read_text() == note:
                     return
             if time.monotonic() >= end:
@@ -345,25 +354,25 @@ class Output:
             time.sleep(1)
         raise UserError(
             f"{self.option}: {self.path} on {own} is not the folder that {holder} writes to; "
-            "all nodes need one folder that they share"
+            "all nodes need the same shared folder"
         )
 
 
 def check_names_file(path: Path) -> None:
-    """Raise UserError for a path such as "" or "/"."""
+    """Raise UserError for a path without a file name, such as "" or "/"."""
     if not path.name:
-        raise UserError(f"--output: {path} names no file")
+        raise UserError(f"--output: {path} is not a file name")
 
 
 def _names(folder: Path) -> set[str]:
-    """Return the names in a folder, if it is there, without hidden ones."""
+    """Return the names in a folder without hidden ones; the empty set if it does not exist."""
     return {name for name in os.listdir(folder) if not name.startswith(".")} if folder.is_dir() else set()
 
 
 def check_space(output: Output, needed: int, what: str) -> None:
-    """Raise UserError where fewer than ``needed`` bytes are free; ``what`` says what they are for."""
+    """Raise UserError if fewer than ``needed`` bytes are free; ``what`` says what they are for."""
     usage = shutil.disk_usage(existing_part(output.path))
-    if needed > usage.free and usage.total:  # some file systems, /proc among them, have no sizes
+    if needed > usage.free and usage.total:  # some file systems, such as /proc, report size 0
         raise UserError(
             f"{output.option}: {output.path} has {size_text(usage.free)} free, the run needs "
             f"{size_text(needed)}, {size_text(needed - usage.free)} more ({what})"
@@ -371,8 +380,8 @@ def check_space(output: Output, needed: int, what: str) -> None:
 
 
 def differing_options(before: Mapping, now: Mapping) -> list[str]:
-    """Return the options that differ, each as "NAME BEFORE instead of NOW"; one side may know fewer."""
-    before, now = json.loads(json.dumps([before, now]))  # as they read back: tuples become lists
+    """Return the options in both that differ, each as "NAME BEFORE instead of NOW"."""
+    before, now = json.loads(json.dumps([before, now]))  # in JSON tuples become lists
     both = [name for name in now if name in before and name not in NOT_COMPARED]
     changed = [name for name in both if before[name] != now[name]]
     return [f"{name} {before[name]!s:.60} instead of {now[name]!s:.60}" for name in changed]

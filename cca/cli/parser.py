@@ -9,6 +9,7 @@ from dataclasses import astuple
 from typing import Any, NoReturn
 
 from models.utils.errors import UserError
+from models.utils.files import VERSION
 from models.utils.limits import Limits
 from models.utils.precision import MOST_LOADERS, default_loaders
 
@@ -40,6 +41,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.add_argument("--version", action="version", version=f"cca {VERSION}")
         self._groups = {title: self.add_argument_group(title) for title in GROUPS}
 
     def group(self, title: str) -> argparse._ArgumentGroup:

@@ -1,4 +1,4 @@
-"""A large array that several ranks compute in parts; the parts are stored one by one, then joined in one file."""
+"""A large array that several ranks compute and store in parts, which are then joined in one file."""
 
 import math
 import zipfile
@@ -77,7 +77,7 @@ class Parts:
         return rows
 
     def copy_to(self, file: IO[bytes]) -> None:
-        """Write the whole array as .npy, with one part in memory at a time. Raise UserError for a damaged part."""
+        """Write the array as .npy, with one part in memory at a time. Raise UserError for a damaged part."""
         header = {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape}
         np.lib.format.write_array_header_1_0(file, header)
         for part in self.all():

@@ -1,7 +1,8 @@
 """Archives of images (``.zip`` and ``.tar``) whose members are read without unpacking.
 
 ``zipfile`` and ``tarfile`` list the members. The list (the index of an archive) is built once per machine,
-with a progress bar. It is stored in the cache folder, keyed by the archive's path, size and modification time.
+with a progress bar. It is stored in the cache folder, keyed by the archive's path, size and modification
+time.
 """
 
 import copy
@@ -42,15 +43,15 @@ INDEX_FORMAT = 1  # changes with the format of a cached index and with the rules
 MOST_INFLATED = 1100  # slightly more bytes than deflate can make of one
 UTF8 = 0x800  # flag of a .zip member whose name is UTF-8
 MOST_PADDING = 2**20  # most bytes of zeros at the end of a tar
-# A member: name, (offset of its data, in a .zip of its header; stored bytes; decompressed bytes; CRC-32; kind).
+# Name, (offset of the data, in a .zip of the header; stored bytes; decompressed bytes; CRC-32; kind).
 Member = tuple[str, tuple[int, int, int, int, int]]
 
 
 class Archive:
     """The files of an archive, or of one folder in it, by name. ``Folder`` has the same methods.
 
-    A tar inside a tar counts as a folder of that name, as in ``ILSVRC2012_img_train.tar``. Forked processes may
-    read from one object at the same time: no read uses a shared file position.
+    A tar inside a tar counts as a folder of that name, as in ``ILSVRC2012_img_train.tar``. Forked processes
+    may read from one object at the same time: no read uses a shared file position.
 
     Raises UserError for a file that is not an archive, is cut off, or has members that are encrypted or use a
     compression other than deflate.
@@ -103,7 +104,7 @@ class Archive:
         return self._member(name)[2]
 
     def open(self, name: str) -> io.BytesIO:
-        """Return the content of a file. Raises OSError if it is missing or damaged (a tar has no checksums)."""
+        """Return a file's content. Raise OSError if it is missing or damaged (a tar has no checksums)."""
         offset, stored, size, crc, kind = self._member(name)
         if kind in (STORED, DEFLATED):
             header = self._read(30, offset)
@@ -255,7 +256,7 @@ def _list_zip(path: Path, file: BinaryIO) -> Iterator[Member]:
 
 
 def _list_tar(path: Path, file: BinaryIO, folder: str = "", end: int | None = None) -> Iterator[Member]:
-    """Yield the members of the tar that begins at the file position and ends before byte ``end`` (default: EOF)."""
+    """Yield the members of the tar between the file position and byte ``end`` (default: end of file)."""
     end = os.fstat(file.fileno()).st_size if end is None else end
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while entry := tar.next():

@@ -1,4 +1,4 @@
-"""Tokens extracted beforehand: packed codes, and the published folders of one file per image."""
+"""Codes (tokens extracted in advance): packed codes, and the published layout of one file per image."""
 
 import hashlib
 import os
@@ -20,24 +20,24 @@ CHECKED_AT_ONCE = 4096  # images
 
 
 def check_codes(codes: np.ndarray, path: Path, length: int, vocab_size: int) -> None:
-    """Raise UserError unless codes [..., length] are whole numbers of the vocabulary."""
+    """Raise UserError unless codes [..., length] are integers in 0 … vocab_size - 1."""
     if codes.dtype.kind not in "iu" or codes.size == 0 or codes.shape[-1:] != (length,):
         raise UserError(
-            f"--codes: {path} holds {codes.dtype} codes {list(codes.shape)}; "
-            f"expected whole numbers, the model takes {length} per image"
+            f"--codes: {path} holds {codes.dtype} codes of shape {list(codes.shape)}; "
+            f"expected integers, {length} per image"
         )
     for part in (codes[i : i + CHECKED_AT_ONCE] for i in range(0, len(codes), CHECKED_AT_ONCE)):
         if part.min() < 0 or part.max() >= vocab_size:
             raise UserError(
-                f"--codes: {path} holds codes from {part.min()} to {part.max()}, "
-                f"the vocabulary is 0 … {vocab_size - 1}; extract them again"
+                f"--codes: {path} holds codes from {part.min()} to {part.max()}; "
+                f"expected 0 … {vocab_size - 1}; extract them again"
             )
 
 
 class PackedCodes:
-    """A folder that ``scripts/extract_codes.py`` wrote: memory-mapped uint16 tokens, labels, a header.
+    """A folder that ``scripts/extract_codes.py`` wrote: memory-mapped uint16 codes, labels and a header.
 
-    Raises UserError for codes, labels or a header that do not fit each other or the model.
+    Raises UserError if codes, labels and header do not match each other and the model.
     """
 
     def __init__(self, path: Path, model: ARImageModel):
@@ -49,27 +49,27 @@ class PackedCodes:
         except UserError as error:
             raise UserError(
                 f"--codes: {path} is not a folder of packed codes ({error}); "
-                "scripts/extract_codes.py makes one"
+                "expected a folder that scripts/extract_codes.py wrote"
             ) from None
         self.classes, self.tokenizer = class_folders(header), header.get("tokenizer_tensors_sha256")
         if self.codes.ndim != 3 or header.get("vocab_size") != model.vocab_size:
             raise UserError(
-                f"--codes: {path} holds codes {list(self.codes.shape)} of a vocabulary of "
-                f"{header.get('vocab_size')}, "
-                f"the model takes {model.sequence_length} per image of {model.vocab_size}"
+                f"--codes: {path} holds codes of shape {list(self.codes.shape)} and vocabulary size "
+                f"{header.get('vocab_size')}; "
+                f"expected [images, crops, {model.sequence_length}] and {model.vocab_size}"
             )
         check_codes(self.codes, path / "codes.npy", model.sequence_length, model.vocab_size)
         self.all_labels = check_labels(labels, model.num_classes, f"--codes: {path}/labels.npy")
         if len(labels) != len(self.codes):
             raise UserError(
-                f"--codes: {path} holds codes of {len(self.codes)} images and {len(labels)} labels"
+                f"--codes: {path} holds codes of {len(self.codes)} images but {len(labels)} labels"
             )
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def crops(self, index: int) -> np.ndarray:
-        """All crops of an image [crops, L]."""
+        """Return the codes of all crops of an image, [crops, L]."""
         return self.codes[index]
 
     def labels(self, indices: np.ndarray) -> Tensor:
@@ -82,7 +82,8 @@ class PackedCodes:
 class NpyCodes:
     """The published layout: ``imagenet384_codes/N.npy`` [1, 10, L] and ``imagenet384_labels/N.npy`` [1].
 
-    A file is checked when it is read: there are 1.28 million. Nothing tells whose codes they are.
+    There are 1.28 million files, so each is checked only when it is read. The files do not say which
+    tokenizer made the codes.
     """
 
     classes = tokenizer = all_labels = None
@@ -99,8 +100,8 @@ class NpyCodes:
         self.size, last = len(names), f"{len(names) - 1}.npy"
         if last not in names or not (self.labels_folder / last).exists():
             raise UserError(
-                f"--codes: {path} needs files 0.npy, 1.npy, … in {stem}_codes and in {stem}_labels, "
-                f"a label for each of {self.size} codes"
+                f"--codes: {path}: expected files 0.npy, 1.npy, … in {stem}_codes and {stem}_labels, "
+                f"a label for each of the {self.size} codes"
             )
 
     def __len__(self) -> int:
@@ -113,11 +114,11 @@ class NpyCodes:
         return codes.reshape(-1, self.length)
 
     def label(self, index: int) -> object:
-        """What the file of a label holds: a class, unless ``labels`` refuses it."""
+        """Return the value in the file of a label, not yet checked to be a class (see ``labels``)."""
         path = self.labels_folder / f"{index}.npy"
         label = _read(path)
         if label.size != 1:
-            raise UserError(f"--codes: {path} does not hold one label")
+            raise UserError(f"--codes: {path} holds {label.size} labels; expected one")
         return label.item()
 
     def labels(self, indices: np.ndarray) -> Tensor:
@@ -125,13 +126,16 @@ class NpyCodes:
         return check_labels(labels, self.num_classes, f"--codes: {self.labels_folder}")
 
     def fingerprint(self) -> str:
-        """Hash the files as ``FileList`` does; of another size than the first they are read: a check."""
+        """Return the fingerprint of the files (see ``FileList``).
+
+        A file whose size differs from that of the first file is read, which checks it.
+        """
         files = []
         for folder, read in ((self.codes_folder, self.crops), (self.labels_folder, self.label)):
             try:
                 with os.scandir(folder) as entries:
                     sizes = {entry.name: entry.stat().st_size for entry in entries}
-            except OSError as error:  # of a link that leads nowhere, among others
+            except OSError as error:  # such as a broken link
                 raise UserError(f"--codes: {folder}: cannot be read ({reason(error)})") from None
             for index in range(self.size):
                 if index == 0 or sizes.get(f"{index}.npy") != sizes["0.npy"]:
@@ -148,23 +152,23 @@ def _read(path: Path) -> np.ndarray:
 
 
 class Codes(LabelledDataset):
-    """Tokens extracted beforehand; one of the crops of an image is drawn each time.
+    """Codes of images; each item is one crop of an image, sampled at random.
 
-    A sister folder whose name has ``_105`` after it (crops of range 1.05) is drawn half of the time.
+    If a second folder with the suffix ``_105`` exists (crops of range 1.05), half of the crops come from it.
     """
 
     def __init__(self, path: Path, model: ARImageModel, seed: int = 0):
         kind = NpyCodes if (path / f"imagenet{model.image_size}_codes").is_dir() else PackedCodes
-        sister = Path(f"{os.path.abspath(path)}_105")
-        self.readers = [kind(folder, model) for folder in (path, sister) if folder == path or folder.is_dir()]
+        second = Path(f"{os.path.abspath(path)}_105")
+        self.readers = [kind(folder, model) for folder in (path, second) if folder == path or folder.is_dir()]
         self.seed, self.classes = seed, self.readers[0].classes
         if len({len(reader) for reader in self.readers}) > 1:
             raise UserError(
-                f"--codes: {path} has {len(self.readers[0])} images, {sister} has {len(self.readers[1])}"
+                f"--codes: {path} has {len(self.readers[0])} images, but {second} has {len(self.readers[1])}"
             )
-        known = [reader.all_labels for reader in self.readers if reader.all_labels is not None]
-        if not all(torch.equal(labels, known[0]) for labels in known):
-            raise UserError(f"--codes: {path} and {sister} have different labels")
+        all_labels = [reader.all_labels for reader in self.readers if reader.all_labels is not None]
+        if not all(torch.equal(labels, all_labels[0]) for labels in all_labels):
+            raise UserError(f"--codes: {path} and {second} have different labels")
 
     def __len__(self) -> int:
         return len(self.readers[0])
@@ -186,12 +190,12 @@ class Codes(LabelledDataset):
             if reader.tokenizer is not None and reader.tokenizer != tensors_sha256(model.tokenizer):
                 raise UserError(
                     f"--codes: {reader.path} was made with other tokenizer weights than the model has; "
-                    "give those with --tokenizer-weights, or extract the codes again"
+                    "pass those weights with --tokenizer-weights, or extract the codes again"
                 )
 
     def notes(self) -> list[str]:
         return [
-            f"{reader.path} does not tell the tokenizer's weights: that they fit is not checked"
+            f"{reader.path} does not record its tokenizer weights: whether they match is not checked"
             for reader in self.readers
             if reader.tokenizer is None
         ]

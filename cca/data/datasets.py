@@ -1,7 +1,7 @@
-"""Labelled images as training and extraction read them: the interface of all data sets, and pixels.
+"""Datasets of labelled images: the interface of all datasets, and those that hold pixels.
 
-An item belongs to (epoch, image index): its crop is drawn from that image's own random stream, so
-neither the number of ranks nor of data-loading workers changes what is trained.
+An item belongs to (epoch, image index): its crop comes from that image's own random stream. So the number of
+ranks and of data-loading workers does not change the training.
 """
 
 from abc import abstractmethod
@@ -32,28 +32,29 @@ DATA_HELP = (
     "images: a folder, .zip or .tar with one subfolder per class (ARCHIVE/FOLDER: a folder in an archive), "
     "or an .npz with arr_0 uint8 [N, H, W(, 3)] and arr_1 labels [N]"
 )
-LAYOUTS = "docs/data.md says which layouts are read"
+LAYOUTS = "docs/data.md lists the supported layouts"
 
 
 class LabelledDataset(Dataset):
-    """Images with their classes, as pixels or as codes; a data format gives ``all_labels`` and ``item``."""
+    """Images with their classes, as pixels or as codes; subclasses define ``all_labels`` and ``item``."""
 
     all_labels: Tensor  # classes [N] int64, on the CPU
-    crops: int = 1  # views that an item holds; the trainer takes data sets of one
-    classes: dict[str, int] | None = None  # class of each class folder, where there are such
-    exif_orientation: bool = False  # whether pictures are turned as their EXIF data say
-    source: FileList | None = None  # where images are files, of which some may be unreadable
-    unreadable: set[int] | frozenset[int] = frozenset()  # images that this process could not read so far
+    crops: int = 1  # views per item; the trainer needs 1
+    classes: dict[str, int] | None = None  # class of each class folder, if the data have class folders
+    exif_orientation: bool = False  # whether images are rotated by their EXIF orientation
+    source: FileList | None = None  # the image files, if images are files; some may be unreadable
+    unreadable: set[int] | frozenset[int] = frozenset()  # indices of images that this process could not read
 
     @abstractmethod
     def item(self, epoch: int, index: int) -> Tensor:
         """Return pixels uint8 [3, H, W] ([crops, 3, H, W] if ``crops`` is above 1), or codes int64 [L].
 
-        Runs in data-loading workers: no device, and no random numbers except those of (seed, epoch, index).
+        It runs in data-loading workers, so it uses no device and only the random stream of (seed, epoch,
+        index).
         """
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, bool]:
-        """Return the item of (epoch, index), and whether it stands in for an image that cannot be read."""
+        """Return the item of (epoch, index), and whether it replaces an image that cannot be read."""
         return self.item(*key), key[1] in self.unreadable
 
     def __len__(self) -> int:
@@ -64,45 +65,45 @@ class LabelledDataset(Dataset):
         return self.all_labels[torch.from_numpy(indices)]
 
     def same_class(self) -> bool:
-        """Whether all images are of one class; looks at no more labels than it has to."""
+        """Return whether all images have one class; stop at the first label that differs."""
         first = self.labels(np.arange(1))
         parts = (np.arange(i, min(i + 1024, len(self))) for i in range(0, len(self), 1024))
         return all(bool((self.labels(part) == first).all()) for part in parts)
 
     def occurring_classes(self) -> list[int] | None:
-        """Return the classes that occur, ascending; None where it would take reading a file of each image."""
+        """Return the classes that occur, sorted; None if that would need reading one file per image."""
         return self.all_labels.unique().tolist()
 
     def notes(self) -> list[str]:
-        """What to tell the user of the data: what was left out, what could not be checked."""
+        """Return notes for the user, such as what was left out or could not be checked."""
         return []
 
     def check_tokenizer(self, model: ARImageModel) -> None:
-        """Raise UserError where the items are codes of another tokenizer than the model's.
+        """Raise UserError if the items are codes of another tokenizer than the model's.
 
-        Called when the model has its weights.
+        It is called after the model's weights are loaded.
         """
 
     def fingerprint(self) -> str | None:
-        """SHA-256 that changes with images or labels and not with the path; None: not known.
+        """Return a SHA-256 that changes with images and labels but not with the path, or None.
 
-        It may read all of the data: one process takes it.
+        It may read all data, so it runs once per node (see ``Ranks.digest``).
         """
         return None
 
 
 class ImageArray(LabelledDataset):
-    """An ``.npz`` of labelled images at the model's size, mapped into memory or held there."""
+    """An ``.npz`` of labelled images at the model's resolution, memory-mapped or held in memory."""
 
     def __init__(self, path: Path, model: ARImageModel):
         self.file = file = NpzImages(path)
         labels = file.labels()
         if labels is None:
-            raise UserError(f"{path}: holds {len(file)} images (arr_0) and no labels (arr_1)")
+            raise UserError(f"{path}: holds {len(file)} images (arr_0) but no labels (arr_1)")
         if len(file) and file.size != (model.image_size, model.image_size):
             raise UserError(
-                f"--data: {path} has images of {file.size[0]} x {file.size[1]}, "
-                f"the model takes {model.image_size} x {model.image_size}"
+                f"--data: {path} has images of {file.size[0]} x {file.size[1]}; "
+                f"the model needs {model.image_size} x {model.image_size}"
             )
         self.all_labels = check_labels(labels, model.num_classes, path)
         self.images = file.array()
@@ -116,17 +117,20 @@ class ImageArray(LabelledDataset):
 
 
 class FolderImages(LabelledDataset):
-    """An ImageNet-style folder or archive, one subfolder per class (``number_classes`` has the rules).
+    """An ImageNet-style folder or archive with one subfolder per class (see ``number_classes``).
 
-    The class folders may lie in ``train/`` below it. Where ``dataset.json`` lists the classes, folders are no
-    classes. An unreadable image is replaced by the next readable one of its class and noted. ``given``: the
-    user's own class of each folder; ``upright``: see ``FileList``.
+    The class folders may be in ``train/``. If ``dataset.json`` lists the classes, folders do not count as
+    classes. An unreadable image is replaced by the next readable one of its class and recorded.
 
-    Raises UserError where there are no images, or the class of one is not known.
+    Args:
+        user_classes: the user's class of each folder; None: see ``number_classes``.
+        upright: see ``FileList``.
+
+    Raises UserError if there are no images, or an image has no class.
     """
 
     source: FileList
-    numbering: Sequence[str] = ()  # notes on how class folders were numbered
+    numbering: Sequence[str] = ()  # notes on how class folders are numbered
 
     def __init__(
         self,
@@ -134,41 +138,39 @@ class FolderImages(LabelledDataset):
         model: ARImageModel,
         transform: Transform,
         seed: int = 0,
-        given: Mapping[str, int] | None = None,
+        user_classes: Mapping[str, int] | None = None,
         upright: bool = False,
     ):
         listed, train = read_listed_classes(folder), folder.subfolder("train")
         for inner in (train, folder) if train and not listed else (folder,):
             listed = read_listed_classes(inner)
-            found, self.left_out = find_images(inner)
-            used = [file for file in found if listed or "/" in file]
+            files, self.left_out = find_images(inner)
+            used = [file for file in files if listed or "/" in file]
             if used:
                 break
         else:
-            problem = f"its {len(found):,} images lie in no class folders, so that their classes are unknown"
-            raise UserError(f"--data: {folder.root}: {problem if found else 'holds no images'}; {LAYOUTS}")
-        if listed and given is not None:
-            raise UserError(
-                f"--classes-from: goes with class folders; {inner.root} lists classes in {LISTED}"
-            )
-        self.root, self.outside = inner.root, len(found) - len(used)
+            problem = f"its {len(files):,} images are not in class folders, so their classes are unknown"
+            raise UserError(f"--data: {folder.root}: {problem if files else 'holds no images'}; {LAYOUTS}")
+        if listed and user_classes is not None:
+            raise UserError(f"--classes-from: needs class folders; {inner.root} lists classes in {LISTED}")
+        self.root, self.outside = inner.root, len(files) - len(used)
         if missing := [file for file in used if listed and normalised_name(file) not in listed]:
-            raise UserError(f"--data: {inner.root / LISTED} gives no class of {missing[0]}")
+            raise UserError(f"--data: {inner.root / LISTED} lists no class for {missing[0]}")
         used.sort(key=lambda file: (listed.get(normalised_name(file), 0), place(file)))
         self.source, self.exif_orientation = FileList(inner, used, upright), upright
         if listed:
             labels = np.array([listed[key] for key in self.source.keys])
             self.all_labels = check_labels(labels, model.num_classes, f"--data: {inner.root / LISTED}")
         else:
-            self.all_labels = self._number_folders(model, given)
+            self.all_labels = self._number_folders(model, user_classes)
         self.transform, self.seed, self.crops = transform, seed, transform.crops
         self.unreadable: set[int] = set()
 
-    def _number_folders(self, model: ARImageModel, given: Mapping[str, int] | None) -> Tensor:
-        """Return the class of each image by its class folder, [N]."""
+    def _number_folders(self, model: ARImageModel, user_classes: Mapping[str, int] | None) -> Tensor:
+        """Return the class of each image from its class folder, [N]."""
         folders = [class_folder(file) for file in self.source.names]
-        self.classes = number_classes(self.root, folders, model.num_classes, given)
-        self.numbering = numbering_notes(self.classes, model.num_classes, given)
+        self.classes = number_classes(self.root, folders, model.num_classes, user_classes)
+        self.numbering = numbering_notes(self.classes, model.num_classes, user_classes)
         return torch.tensor([self.classes[folder] for folder in folders])
 
     def item(self, epoch: int, index: int) -> Tensor:
@@ -183,20 +185,20 @@ class FolderImages(LabelledDataset):
                 if self.all_labels[candidate] != self.all_labels[index]:
                     candidate = int((self.all_labels == self.all_labels[index]).nonzero()[0])
         raise UserError(
-            f"--data: {self.source.path(index)} and others of its class that were tried cannot be read"
+            f"--data: {self.source.path(index)} and the next images of its class cannot be read; repair them"
         )
 
     def notes(self) -> list[str]:
-        outside = f"{self.root}: {self.outside:,} images in no class folder are left out"
-        found = [note for note in (self.left_out, self.outside and outside) if note]
-        return [*found, *self.numbering, *self.source.notes()]
+        outside = f"{self.root}: {self.outside:,} images outside class folders are left out"
+        notes = [note for note in (self.left_out, self.outside and outside) if note]
+        return [*notes, *self.numbering, *self.source.notes()]
 
     def fingerprint(self) -> str:
         return self.source.fingerprint(self.all_labels.tolist())
 
 
 def place(file: str) -> tuple[str, ...]:
-    """What images are sorted by: class, folder, name. An image keeps its index from version to version."""
+    """Return the sort key of an image: class, folder, name. It must not change: it fixes image indices."""
     name = normalised_name(file)
     return (name.split("/")[0], *name.rsplit("/", 1), file)
 
@@ -209,13 +211,15 @@ def open_labelled_images(
     classes: Mapping[str, int] | None = None,
     upright: bool = False,
 ) -> LabelledDataset:
-    """Open ``--data``: a folder or archive of class folders, or an ``.npz`` of images at the model's size.
+    """Open ``--data``: a folder or archive of class folders, or an ``.npz`` at the model's resolution.
 
-    Photographs of a folder go through ``transform``, by default the model's own of training;
-    ``classes`` is the user's own class of each folder, ``upright``: see ``FileList``.
+    Args:
+        transform: crops images of a folder; default: the model's transform for training.
+        classes: the user's class of each folder; None: see ``number_classes``.
+        upright: see ``FileList``.
     """
     if folder := open_image_folder(path):
         return FolderImages(folder, model, transform or model.training_transform(), seed, classes, upright)
     if classes is not None:
-        raise UserError(f"--classes-from: goes with class folders; the labels of {path} are its arr_1")
+        raise UserError(f"--classes-from: needs class folders; {path} has its labels in arr_1")
     return ImageArray(path, model)

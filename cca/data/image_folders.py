@@ -1,4 +1,4 @@
-"""Images in folders and archives: which there are, what tells them from others, the one way to read one."""
+"""Images in folders and archives: listing, fingerprints, and reading."""
 
 import argparse
 import hashlib
@@ -22,7 +22,7 @@ from models.utils.errors import printable
 from models.utils.files import reason
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-OPENED_FILES, OPENED_BYTES = 1000, 2**16  # that a fingerprint reads: so many files, so much of each
+OPENED_FILES, OPENED_BYTES = 1000, 2**16  # how many files a fingerprint reads, and how much of each
 
 
 def add_orientation_option(group: argparse._ArgumentGroup) -> None:
@@ -35,88 +35,88 @@ def add_orientation_option(group: argparse._ArgumentGroup) -> None:
 
 
 def check_orientation_option(args: argparse.Namespace, *paths: Path) -> None:
-    """Raise UserError for --exif-orientation where none of the inputs is a folder or an archive."""
+    """Raise UserError if --exif-orientation is set but no input is a folder or an archive."""
     if args.exif_orientation and not any(is_image_folder(path) for path in paths):
         raise UserError(
-            "--exif-orientation: turns pictures of folders; those of an .npz are taken as they are"
+            "--exif-orientation: applies to folders and archives, not to an .npz; omit the option"
         )
 
 
 def normalised_name(name: str) -> str:
-    """The name with composed characters (NFC): file systems and archives differ in what they keep."""
+    """Return the name in NFC, because file systems and archives store composed characters differently."""
     return unicodedata.normalize("NFC", name)
 
 
 def is_turned(image: Image.Image) -> bool:
-    """Whether EXIF data say that a picture is not upright. Pillow itself turns TIFFs when it reads them."""
+    """Return whether EXIF data say that an image is rotated. Pillow itself rotates TIFFs."""
     with suppress(Exception):  # damaged EXIF data
-        # The formats' own ``getexif`` decode the whole picture first.
-        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-        return image.format != "TIFF" and found in range(2, 9)
+        # The ``getexif`` of some formats decodes the whole image first.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        return image.format != "TIFF" and orientation in range(2, 9)
     return False
 
 
 def read_image(
-    file: str | Path | IO[bytes], path: str | Path, side: int | None = None, upright: bool = False
+    file: str | Path | IO[bytes], path: str | Path, resolution: int | None = None, upright: bool = False
 ) -> Image.Image:
-    """Return a picture, 8-bit RGB.
+    """Return an image as 8-bit RGB.
 
     Args:
         file: its path, or the open file.
-        path: what errors call it.
-        side: cut to a square of that side, as guided-diffusion does it.
-        upright: turned as its EXIF orientation says.
+        path: its name in messages.
+        resolution: resize and crop to a square of this resolution, as guided-diffusion does; None: do not.
+        upright: rotate by the EXIF orientation.
 
-    Raises UserError with the file and what is wrong with it.
+    Raises UserError for a file that is not a readable image.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
             image.load()
             pixels = to_rgb(ImageOps.exif_transpose(image) if upright and is_turned(image) else image)
-            return centre_crop(pixels, side) if side else pixels
-    except Exception as error:  # damaged files raise whatever the library's readers stumble over
+            return centre_crop(pixels, resolution) if resolution else pixels
+    except Exception as error:  # damaged files raise many kinds of errors in Pillow
         text = " ".join(str(error).replace(str(path), "").split())[:100] or type(error).__name__
         why = "no known format" if isinstance(error, UnidentifiedImageError) else text
         raise UserError(f"{path}: not a readable image ({why})") from None
 
 
 class Folder:
-    """The files of a folder, by their paths relative to it with ``/``; ``Archive`` has the same methods."""
+    """The files of a folder, by their relative paths with ``/``; ``Archive`` has the same methods."""
 
     def __init__(self, root: Path):
         self.root = root
 
     def subfolder(self, name: str) -> "Folder | None":
-        """Return a folder of this one; None where there is none."""
+        """Return a subfolder, or None if it does not exist."""
         return Folder(self.root / name) if os.path.isdir(self.root / name) else None
 
     def is_file(self, name: str) -> bool:
         return os.path.isfile(f"{self.root}/{name}")
 
     def size(self, name: str) -> int:
-        """Return the bytes of a file. Raises OSError where there is none."""
+        """Return the size of a file in bytes. Raise OSError if it does not exist."""
         return os.stat(f"{self.root}/{name}").st_size
 
     def open(self, name: str) -> IO[bytes]:
-        """Raises OSError for a missing file."""
+        """Return the open file. Raise OSError if it does not exist."""
         return open(f"{self.root}/{name}", "rb")
 
     def list_files(self) -> tuple[list[str], list[str]]:
-        """Return the files below the folder, in no order, and what is neither file nor folder (broken links).
+        """Return the unsorted names of the files below the folder, and of other entries such as broken links.
 
-        Hidden entries are skipped. Links are followed, and each folder counts once: at its own place, if that
-        is below the root, else at the first link to it. Raises UserError for a folder that cannot be listed.
+        Hidden entries are skipped. Links are followed. Each folder counts once: at its own path if that is
+        below the root, else at the first link to it. Raise UserError for a folder that cannot be listed.
         """
         files, others, root = list[str](), list[str](), self.root
-        seen: set[tuple[int, int]] = set()
-        folders, links = [""], list[str]()  # links wait until all folders that need none have their place
+        visited: set[tuple[int, int]] = set()
+        folders, links = [""], list[str]()  # links are followed after all real folders
         while folders or links:
             place = folders.pop() if folders else heapq.heappop(links)
             try:
                 status = os.stat(root / place)
-                if (status.st_dev, status.st_ino) in seen:
+                if (status.st_dev, status.st_ino) in visited:
                     continue
-                seen.add((status.st_dev, status.st_ino))
+                visited.add((status.st_dev, status.st_ino))
                 with os.scandir(root / place) as listing:
                     entries = [entry for entry in listing if not entry.name.startswith(".")]
             except OSError as error:
@@ -134,137 +134,143 @@ class Folder:
 
 
 def open_image_folder(path: Path) -> Folder | Archive | None:
-    """Open a folder, an archive, or ``ARCHIVE/FOLDER``, a folder inside one; None for anything else.
+    """Open a folder, an archive, or ``ARCHIVE/FOLDER`` (a folder in an archive); return None for other paths.
 
     Raises UserError for an archive that cannot be read.
     """
-    if os.path.isdir(path):  # False for a name that cannot be one, too
+    if os.path.isdir(path):  # also False for an invalid name
         return Folder(path)
-    found = find_archive(path)
-    if not found:
+    location = find_archive(path)
+    if not location:
         return None
-    archive = Archive(found[0])
-    folder = archive.subfolder(found[1]) if found[1] else archive
+    archive_path, inner = location
+    archive = Archive(archive_path)
+    folder = archive.subfolder(inner) if inner else archive
     if not folder:
-        raise UserError(f"{archive.root}: holds no folder {found[1]}")
+        raise UserError(f"{archive.root}: holds no folder {inner}")
     return folder
 
 
 def is_image_folder(path: Path) -> bool:
-    """Return whether a path is a folder, an archive or in one. Raises UserError for unsupported archives."""
+    """Return whether a path is a folder, an archive or in one. Raise UserError for unsupported archives."""
     return os.path.isdir(path) or find_archive(path) is not None
 
 
 def find_images(folder: Folder | Archive) -> tuple[list[str], str | None]:
-    """Return the names of the images, in no order, and a note.
+    """Return the names of the images, unsorted, and a note on what was left out (None: nothing).
 
-    The note says how much else was left out: files of other kinds, and what is no file (a pipe would be
-    waited for, a broken link cannot be read). Raises UserError for a folder that cannot be listed.
+    Other kinds of files are left out, and entries that are not files, such as pipes and broken links. Raise
+    UserError for a folder that cannot be listed.
     """
-    found, left_out = folder.list_files()
-    images = [name for name in found if name.lower().endswith(IMAGE_SUFFIXES)]
-    left_out += [name for name in found if not name.lower().endswith(IMAGE_SUFFIXES)]
-    such = min(left_out, default=None)
-    note = such and printable(f"{folder.root}: left out, no image files: {len(left_out):,} (such as {such})")
+    files, left_out = folder.list_files()
+    images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+    left_out += [name for name in files if not name.lower().endswith(IMAGE_SUFFIXES)]
+    first = min(left_out, default=None)
+    note = first and printable(f"{folder.root}: {len(left_out):,} other files are left out, such as {first}")
     return images, note
 
 
 class FileList:
-    """Files of a folder or archive in a fixed order: the one place that names, opens and compares them.
+    """Image files of a folder or archive in a fixed order.
 
     Args:
-        folder: where it lies does not count, nor whether it is an archive.
+        folder: the folder or archive; its path does not change the fingerprint.
         names: paths below it, with ``/``.
-        upright: whether pictures are turned as their EXIF orientation says.
+        upright: whether images are rotated by their EXIF orientation.
     """
 
     def __init__(self, folder: Folder | Archive, names: Sequence[str], upright: bool = False):
         self.folder, self.names, self.upright = folder, names, upright
         self.root = folder.root
-        self.keys = list(map(normalised_name, names))  # by which files are known elsewhere
-        self.noted: dict[str, dict] = {}  # see ``resume``
-        self.sizes = array("q")  # of all files, as the fingerprint saw them
-        self.starts: dict[int, str] = {}  # hashes of those that it opened
-        self.opened = {i * len(names) // OPENED_FILES for i in range(OPENED_FILES if names else 0)}
+        self.keys = list(map(normalised_name, names))  # names of the files in records
+        self.saved_records: dict[str, dict] = {}  # see ``resume``
+        self.sizes = array("q")  # of all files, when the fingerprint was computed
+        self.starts: dict[int, str] = {}  # hashes of the files in ``hashed_indices``, at the same time
+        self.hashed_indices = {i * len(names) // OPENED_FILES for i in range(OPENED_FILES if names else 0)}
 
     def path(self, index: int) -> str:
         return f"{self.root}/{self.names[index]}"
 
     def open(self, index: int) -> IO[bytes]:
-        """Raises OSError for a file that is missing, or damaged in its archive."""
+        """Return the open file. Raise OSError if it is missing, or damaged in its archive."""
         return self.folder.open(self.names[index])
 
     def size(self, index: int) -> int:
-        """Return the bytes of a file. Raises UserError for a missing one."""
+        """Return the size of a file in bytes. Raise UserError if it does not exist."""
         try:
             return self.folder.size(self.names[index])
         except OSError as error:
             raise UserError(f"{self.path(index)}: cannot be read ({error.strerror})") from None
 
     def start(self, index: int) -> str:
-        """SHA-256 of a file's first bytes; empty where it cannot be opened, or is not of ``opened``."""
-        if index in self.opened:
+        """Return the SHA-256 of a file's first bytes; "" if it is unreadable or not in ``hashed_indices``."""
+        if index in self.hashed_indices:
             with suppress(OSError), self.open(index) as file:
                 return hashlib.sha256(file.read(OPENED_BYTES)).hexdigest()
         return ""
 
     def places(self) -> dict[str, int]:
-        """The index of each file of ``noted`` that is there."""
-        return {key: index for index, key in enumerate(self.keys) if key in self.noted}
+        """Return the index of each existing file that has a saved record."""
+        return {key: index for index, key in enumerate(self.keys) if key in self.saved_records}
 
-    def resume(self, noted: object) -> None:
-        """Take what a run that is resumed notes of files that it could not read.
+    def resume(self, records: object) -> None:
+        """Take over the records that a resumed run saved of unreadable files.
 
-        The fingerprint has that in place of what is there now, so that such a file may be mended, but not
-        removed. Raises UserError.
+        The fingerprint uses these records instead of the present files, so the user may repair such a file,
+        but not remove it. Raise UserError for damaged records or removed files.
         """
-        if not isinstance(noted, dict) or not all(isinstance(seen, dict) for seen in noted.values()):
-            raise UserError("--output: what it notes of unreadable images is damaged; take another name")
-        self.noted = noted
-        if gone := sorted(noted.keys() - self.places().keys()):
+        if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
+            raise UserError("--output: its records of unreadable images are damaged; choose another path")
+        self.saved_records = records
+        if removed := sorted(records.keys() - self.places().keys()):
             raise UserError(
-                f"--data: {self.root}/{gone[0]} was removed after it could not be read; it may be mended, "
-                "not removed: put it back, or take another --output"
+                f"--data: {self.root}/{removed[0]} was removed after it could not be read; put it back "
+                "(you may repair it), or choose another --output"
             )
 
-    def seen(self, index: int) -> dict:
-        """What a fingerprint sees of a file; after it was taken on this rank, what it saw."""
-        if (key := self.keys[index]) in self.noted:
-            return self.noted[key]
+    def record(self, index: int) -> dict:
+        """Return the part of a file that enters the fingerprint: its size and the hash of its start.
+
+        A saved record has priority, then the values from the last fingerprint on this rank.
+        """
+        if (key := self.keys[index]) in self.saved_records:
+            return self.saved_records[key]
         if self.sizes:
             return {"size": self.sizes[index], "start": self.starts.get(index, "")}
         if not self.folder.is_file(self.names[index]):
-            return {"size": -1, "start": ""}  # as no fingerprint sees it
+            return {"size": -1, "start": ""}  # differs from the record of any file
         return {"size": self.size(index), "start": self.start(index)}
 
-    def image(self, index: int, side: int | None = None) -> Image.Image:
-        """See ``read_image``. Raises UserError."""
+    def image(self, index: int, resolution: int | None = None) -> Image.Image:
+        """Return an image; see ``read_image``. Raise UserError if it is unreadable."""
         try:
             with self.open(index) as file:
-                return read_image(file, self.path(index), side, self.upright)
+                return read_image(file, self.path(index), resolution, self.upright)
         except OSError as error:
             raise UserError(f"{self.path(index)}: cannot be read ({reason(error)})") from None
 
     def fingerprint(self, labels: Iterable[object] = itertools.repeat("")) -> str:
-        """SHA-256 of names, sizes and, if given, classes of the files, and of the start of some.
+        """Return the SHA-256 of the names, sizes and ``labels`` of the files, and of the start of some files.
 
-        It tells one data set from another without reading it. Raises UserError for a missing file.
+        It distinguishes datasets without reading them whole. Raise UserError for a missing file.
         """
         digest, count = hashlib.sha256(), len(self.names)
         self.sizes = array("q", map(self.size, range(count)))
-        self.starts = {index: self.start(index) for index in self.opened}
+        self.starts = {index: self.start(index) for index in self.hashed_indices}
         for index, label in zip(range(count), labels):
-            seen = self.seen(index)
-            line = f"{self.keys[index]}\0{seen.get('size')}\0{seen.get('start')}\0{label}\n"
+            record = self.record(index)
+            line = f"{self.keys[index]}\0{record.get('size')}\0{record.get('start')}\0{label}\n"
             digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def notes(self) -> list[str]:
-        """What to tell of rotations: how many of the files that the fingerprint opens have one."""
-        turned = 0
-        for index in self.opened:
+        """Return a note on how many of the checked files have an EXIF rotation, if any."""
+        rotated = 0
+        for index in self.hashed_indices:
             with suppress(Exception), warnings.catch_warnings(action="ignore"), self.open(index) as file:
-                turned += is_turned(Image.open(file))
-        read = "turned upright" if self.upright else "read as they lie (--exif-orientation turns them)"
-        note = f"{self.root}: {turned:,} of {len(self.opened):,} pictures looked at are turned (EXIF)"
-        return [f"{note}; such are {read}"] if turned else []
+                rotated += is_turned(Image.open(file))
+        action = (
+            "they are rotated" if self.upright else "they are not rotated (--exif-orientation rotates them)"
+        )
+        checked = f"{rotated:,} of {len(self.hashed_indices):,} checked images have an EXIF rotation"
+        return [f"{self.root}: {checked}; {action}"] if rotated else []

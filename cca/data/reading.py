@@ -1,4 +1,4 @@
-"""Data-loading workers: processes that read the items of a data set ahead of the work."""
+"""Data-loading workers: processes that read the items of a dataset in advance."""
 
 import signal
 import threading
@@ -21,16 +21,16 @@ def read_items(
     batch_size: int | None = None,
     ranks: Ranks | None = None,
 ) -> Iterator[Any]:
-    """Yield ``data[key]`` of each key in order, read ahead by data-loading workers.
+    """Yield ``data[key]`` for each key in order; data-loading workers read the items in advance.
 
     Args:
-        workers: their number; 0: items are read when they are needed.
-        batch_size: so many items at a time, stacked.
-        ranks: those that all read as many items, into pinned memory for a GPU: where one of them cannot
-            read, all end.
+        workers: number of data-loading workers; 0 reads each item when it is needed.
+        batch_size: yield stacks of this many items; None yields single items.
+        ranks: ranks that all read the same number of items. Items are then in pinned memory if there is a
+            GPU, and an error on one rank ends all ranks.
 
     Raises:
-        UserError: a worker ended, or its items do not fit in shared memory.
+        UserError: a worker was killed, or its items do not fit in shared memory.
     """
     loader = DataLoader(
         data,
@@ -51,11 +51,10 @@ def read_items(
 
 
 def share(item: Any) -> Any:
-    """Move an item's tensors into shared memory, and return it.
+    """Move the tensors of an item into shared memory, and return the item.
 
-    Called in a worker, so that the command gets the error where that memory is full. PyTorch would move
-    them later, in a thread of the worker; an error there drops the item, and the command would wait for it
-    for ever.
+    It runs in the worker, so that the command gets the error if that memory is full. PyTorch would move them
+    later in a thread of the worker: an error there loses the item, and the command would wait forever.
     """
     if isinstance(item, Tensor):
         item.share_memory_()
@@ -66,27 +65,29 @@ def share(item: Any) -> Any:
 
 
 def from_workers(loader: DataLoader) -> Iterator[Any]:
-    """Yield what the loader does. Raises UserError where a worker ends, or shared memory is full."""
+    """Yield the items of a loader. Raise UserError if a worker is killed or shared memory is full."""
     items, count = None, loader.num_workers
     handler = signal.getsignal(signal.SIGCHLD)
     try:
         with children_ignore_signals():
             items = iter(loader)
         if count and threading.current_thread() is threading.main_thread():
-            # PyTorch's handler raises as soon as a worker ends, whatever the command is doing then.
+            # PyTorch's handler would raise when a worker ends, at any point of the command.
             signal.signal(signal.SIGCHLD, handler)
         yield from items
     except (OSError, RuntimeError) as error:
         if "DataLoader worker (pid" in str(error):
             problem = f"one of {count} data-loading workers was killed, perhaps because the memory was full"
         elif "shared memory" in str(error) or isinstance(error, OSError) and error.filename is None:
-            last_line = str(error).strip().splitlines()[-1]  # the worker's own, below its traceback
+            last_line = str(error).strip().splitlines()[-1]  # the worker's message, below its traceback
             why = getattr(error, "strerror", None) or last_line.rpartition(": ")[2]
-            problem = f"{count} data-loading workers find no room in the shared memory, /dev/shm ({why})"
+            problem = (
+                f"the items of {count} data-loading workers do not fit in shared memory, /dev/shm ({why})"
+            )
         else:
             raise
-        raise UserError(f"--workers: {problem}; take fewer workers, or give more memory") from None
+        raise UserError(f"--workers: {problem}; use fewer workers, or provide more memory") from None
     finally:
         if items is not None and count:
-            # Else Python waits at its end for workers that an error keeps.
+            # Without this, Python would wait at exit for workers that an error still references.
             items._shutdown_workers()  # type: ignore[attr-defined]

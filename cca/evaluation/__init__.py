@@ -1,1 +1,1 @@
-"""From sample files to figures."""
+"""Metrics of sample files: FID, sFID, inception score, precision, recall and KID."""

@@ -1,4 +1,4 @@
-"""What figures may be held against: what makes them not comparable, and the published ones beside them."""
+"""Comparability of metrics: why they are not comparable with published ones, and tables of both."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -17,7 +17,7 @@ from models.utils.files import FORMAT, finite_or_none, read_json
 
 Row = tuple[dict[str, str], dict[str, str]]  # see ``read_row``
 
-# What samples were made with, as text, from the options that sample.py records and eval_fid.py's --resize.
+# Texts that describe the sampling, from the options that sample.py records and eval_fid.py's --resize.
 SAMPLED_WITH: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "guidance": lambda of: (
         f"{of['cfg_scale']:g} ({of['cfg_schedule']}, {of['cfg_interval'] or 'all'} steps)"
@@ -28,7 +28,7 @@ SAMPLED_WITH: dict[str, Callable[[Mapping[str, Any]], str]] = {
         f"temperature {of['temperature']:g}, top-k {of['top_k'] or 'all'}, top-p {of['top_p']:g}"
     ),
     "size": lambda of: " resized to ".join(
-        dict.fromkeys(  # one that stays is named once
+        dict.fromkeys(  # equal sizes appear once
             str(size)
             for size in (of["image_size"], of["eval_size"], of["resize"] and f"{of['resize']} by --resize")
             if size
@@ -44,54 +44,57 @@ SAMPLED_WITH: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def comparability(
-    compared: Comparison, samples: ImageSet, reference: ImageSet, extractor: Extractor
+    comparison: Comparison, samples: ImageSet, reference: ImageSet, extractor: Extractor
 ) -> list[str]:
-    """What makes the figures not comparable with published ones."""
+    """Return notes on why the metrics are not comparable with published ones."""
     own, other = (f"{images.size[0]} x {images.size[1]}" for images in (samples, reference))
-    whole_set = {"mu", "sigma"} <= reference.statistics.keys()
+    has_statistics = {"mu", "sigma"} <= reference.statistics.keys()
     scale = read_sampling_options(samples.path).get("cfg_scale", 1.0)
     remarks = [
-        (samples.why_unlabelled, f"the samples' classes are not known: {samples.why_unlabelled}"),
+        (samples.why_unlabelled, f"the classes of the samples are unknown: {samples.why_unlabelled}"),
         (
             not extractor.is_inception,
-            f"features are '{extractor.name}', not Inception: figures compare with each other only",
+            f"features are '{extractor.name}', not Inception: compare these metrics only with each other",
         ),
         (
             len(samples) < 50_000,
             f"{len(samples):,} samples instead of 50,000: FID is biased upwards",
         ),
         (
-            not whole_set,
+            not has_statistics,
             "the reference has no mu and sigma of a whole training set: "
-            f"FID is against its {len(reference):,} images",
+            f"FID compares with its {len(reference):,} images",
         ),
         (
-            whole_set and len(reference) not in (0, REFERENCE_IMAGES),
-            f"precision and recall are against {len(reference):,} images, published ones against 10,000",
+            has_statistics and len(reference) not in (0, REFERENCE_IMAGES),
+            f"precision and recall compare with {len(reference):,} images; published values use 10,000",
         ),
-        (len(reference) and own != other, f"samples are {own}, reference images {other}"),
+        (len(reference) and own != other, f"samples are {own}, but reference images are {other}"),
         (
             scale != 1,
             f"samples were made with guidance (--cfg-scale {scale:g}; VAR writes {scale - 1:g})",
         ),
-        *class_remarks(compared),
+        *class_remarks(comparison),
     ]
     return [*samples.notes(), *reference.notes(), *(remark for holds, remark in remarks if holds)]
 
 
-def class_remarks(compared: Comparison) -> list[tuple[bool, str]]:
-    """Whether classes come in runs, and how uneven they are; of predicted classes only the first."""
-    labels = compared.labels
-    classes = compared.samples.probabilities.argmax(1).numpy() if labels is None else labels
+def class_remarks(comparison: Comparison) -> list[tuple[bool, str]]:
+    """Return remarks on sorted and on unbalanced classes, each with whether it holds.
+
+    Without labels, predicted classes show only whether the images are sorted.
+    """
+    labels = comparison.labels
+    classes = comparison.samples.probabilities.argmax(1).numpy() if labels is None else labels
     counts = np.unique(classes, return_counts=True)[1]
     repeats, chance = (classes[1:] == classes[:-1]).mean(), np.square(counts / counts.sum()).sum()
     return [
         (
             len(counts) > 1 and repeats > 0.5 + 0.5 * chance,
-            "the images are sorted by class: the inception score is taken over runs of 5,000 in file order",
+            "the images are sorted by class: the inception score uses splits of 5,000 images in file order",
         ),
         (
-            # A uniform draw of n images per class spreads by sqrt(n); four times that is no accident.
+            # Random counts of mean n have a standard deviation of sqrt(n); the limit is 4 of them.
             labels is not None and counts.max() - counts.min() > 8 * np.sqrt(counts.mean()),
             f"classes are unbalanced: from {counts.min():,} to {counts.max():,} images per class",
         ),
@@ -101,8 +104,8 @@ def class_remarks(compared: Comparison) -> list[tuple[bool, str]]:
 def compare(paths: list[Path]) -> str:
     """Return a table of several results, with each model's published FID and the difference from it.
 
-    What the figures depend on is a column where the results differ in it, and the filters always are.
-    Raises UserError for a file that eval_fid.py did not write.
+    Settings that the metrics depend on have a column if the results differ in them; filters always have one.
+    Raise UserError for a file that eval_fid.py did not write.
     """
     rows = [read_row(path, "--compare") for path in paths]
     shown = [
@@ -116,10 +119,10 @@ def compare(paths: list[Path]) -> str:
 
 
 def read_row(path: Path, option: str) -> Row:
-    """Read a result as a row of a table: its cells by column, and what the figures depend on by column.
+    """Return (cells of a result by column, settings that its metrics depend on by column).
 
-    The latter tells results apart: of a file it is the hash. Raises UserError, with the option's name, for
-    a file that eval_fid.py did not write.
+    The second compares results: for a file it holds the hash. Raise UserError, with the option's name, for a
+    file that eval_fid.py did not write.
     """
     try:
         content = read_json(path)
@@ -159,7 +162,7 @@ def _make_row(content: Mapping[str, Any]) -> Row:
 
 
 def _texts(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return what samples were made with, as text; the options of samples without a record are not known."""
+    """Return texts that describe the sampling; "not recorded" if the options are missing."""
     try:
         return {name: text(options) for name, text in SAMPLED_WITH.items()}
     except KeyError:
@@ -169,23 +172,23 @@ def _texts(options: Mapping[str, Any]) -> dict[str, str]:
 def _published_cells(
     sampling: Mapping[str, Any], fid: float | None, own: Mapping[str, str]
 ) -> tuple[str, str]:
-    """Return the published FID, and the difference from it or what makes the two not comparable."""
+    """Return the published FID, and the difference from it or why the two are not comparable."""
     model, weights = sampling.get("model"), sampling.get("weights")
     if fid is None or model not in ZOO:
-        return "–", "no FID" if fid is None else "how they were sampled is not recorded"
+        return "–", "no FID" if fid is None else "the sampling is not recorded"
     entry, guided = ZOO[model], sampling.get("cfg_scale", 1) != 1
     trained = sampling.get("loss", weights if weights in ("base", "cca") else "weights of unknown training")
     sampled = {"base": "guided"}.get(trained, f"{trained} with guidance") if guided else trained
     published = entry.published
     if published is None or (figure := published.fid(sampled)) is None:
-        return "–", f"no FID is published of {model}, {sampled}"
+        return "–", f"no FID is published for {model}, {sampled}"
     if sampled == "base" and published.has_filters:
         return f"{figure:.2f}", "the paper does not state its filters"
-    wanted = {
+    settings = {
         "count": "50,000",
         "features": INCEPTION,
         "reference": next(
-            (name for name, it in REFERENCES.items() if it.side == published.eval_size), "none"
+            (name for name, it in REFERENCES.items() if it.resolution == published.eval_size), "none"
         ),
         **_texts(
             {
@@ -200,5 +203,5 @@ def _published_cells(
             }
         ),
     }
-    other = [f"{name} {own[name]} instead of {text}" for name, text in wanted.items() if own[name] != text]
+    other = [f"{name} {own[name]} instead of {text}" for name, text in settings.items() if own[name] != text]
     return f"{figure:.2f}", "; ".join(other) or f"{fid - figure:+.3f}"

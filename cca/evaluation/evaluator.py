@@ -1,7 +1,7 @@
 """The evaluation suite of guided-diffusion (Dhariwal & Nichol, 2021) on torch-fidelity's features.
 
-Same numbers from the same files: FID and sFID against the statistics of a reference, inception
-score over runs of 5,000 images in file order, improved precision and recall against its images.
+It reproduces that suite's values: FID and sFID against the statistics of a reference, the inception score
+over splits of 5,000 images in file order, and improved precision and recall against the reference's images.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ from models import UserError
 from models.utils.files import cache_folder, write_binary
 from models.utils.precision import ELSEWHERE, oom_as_user_error
 
-CACHED_IMAGES = 50_000  # features of larger references are not kept
-# Changes when a file gives other pixels or features than before: 2 scales 16-bit grey, 3 is without TF32.
+CACHED_IMAGES = 50_000  # features of larger references are not cached
+# Changes when a file gives other pixels or features than before: 2 scales 16-bit grey, 3 omits TF32.
 PIXELS_VERSION = "3"
 
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Context manager that notes how long its block takes, as ``seconds[name]``."""
+    """Context manager that stores the duration of its block in ``seconds[name]``."""
     began = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - began
@@ -51,7 +51,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def extract_batches(
     images: ImageSet, extractor: Extractor, batch_size: int, ranks: Ranks
 ) -> Iterator[tuple[np.ndarray, Features]]:
-    """Yield this rank's share of the images, a batch at a time, with their features."""
+    """Yield this rank's share of the images in batches, with their features."""
     share = ranks.share(len(images))
     with ProgressBar(
         total=share.stop - share.start,
@@ -66,7 +66,7 @@ def extract_batches(
 
 
 def extract(images: ImageSet, extractor: Extractor, batch_size: int, ranks: Ranks) -> Features | None:
-    """Features of a whole set, shared out over the ranks; on rank 0 (None elsewhere). Raises UserError."""
+    """Return the features of a whole set on rank 0, else None; each rank extracts its share."""
     parts = [features for _, features in extract_batches(images, extractor, batch_size, ranks)]
     whole: list[Any] = [
         None if values[0] is None else ranks.gather(torch.cat(values)) for values in zip(*parts)
@@ -75,7 +75,7 @@ def extract(images: ImageSet, extractor: Extractor, batch_size: int, ranks: Rank
 
 
 class Reference(NamedTuple):
-    """What samples are compared with: Gaussians of a whole set, and features [n, D] of its images."""
+    """A reference: Gaussians of a whole set, and pooled features [n, D] of its images; None if absent."""
 
     pooled: Gaussian | None
     spatial: Gaussian | None
@@ -83,13 +83,13 @@ class Reference(NamedTuple):
 
 
 def cache_path(images: ImageSet, extractor: Extractor) -> Path:
-    """Where a reference's features are kept: named by the content of the images and of the extractor."""
+    """Return the path of the cached features, named by the content of the images and the extractor."""
     parts = (images.content_hash(), extractor.weights_sha256, extractor.name, PIXELS_VERSION)
     return cache_folder() / f"{hashlib.sha256(''.join(parts).encode()).hexdigest()}.npz"
 
 
 def read_cache(path: Path) -> dict[str, Any]:
-    """Features that were kept; empty where there are none, or the file is damaged: it is made again."""
+    """Return the cached features; empty if there are none or the file is damaged."""
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             return dict(file)
@@ -98,44 +98,49 @@ def read_cache(path: Path) -> dict[str, Any]:
 
 
 def write_cache(path: Path, arrays: dict[str, Any]) -> None:
-    """Keep features; where that fails a warning says so, since the evaluation can do without."""
+    """Write features to the cache. If that fails, print a warning: the evaluation can continue."""
     try:
         with Output(path, option="cache").lock():
             write_binary(path, lambda file: np.savez(file, **arrays))
     except UserError as error:
-        print(f"warning: the reference's features are not kept: {error}", file=sys.stderr)
+        print(f"warning: the reference's features are not cached: {error}", file=sys.stderr)
 
 
 def reference_features(
     images: ImageSet, extractor: Extractor, batch_size: int, ranks: Ranks
 ) -> dict[str, Any]:
-    """Pooled and spatial features of the reference's images, from the cache if they were taken before."""
-    is_kept = len(images) <= CACHED_IMAGES
-    arrays = read_cache(cache_path(images, extractor)) if is_kept else {}
-    if not ranks.any_rank(not arrays):  # all extract, or none: nodes may not share the cache
+    """Return pooled and spatial features of the reference's images, from the cache if possible.
+
+    On other ranks than rank 0 the result may be empty.
+    """
+    is_cached = len(images) <= CACHED_IMAGES
+    arrays = read_cache(cache_path(images, extractor)) if is_cached else {}
+    if not ranks.any_rank(
+        not arrays
+    ):  # either all ranks extract or none, because nodes may not share the cache
         return arrays
-    found = extract(images, extractor, batch_size, ranks)
-    if found is None:
+    extracted = extract(images, extractor, batch_size, ranks)
+    if extracted is None:
         return {}
-    kept = {"pooled": found.pooled, "spatial": found.spatial}
-    arrays = {name: features.numpy() for name, features in kept.items() if features is not None}
-    if is_kept:
+    by_name = {"pooled": extracted.pooled, "spatial": extracted.spatial}
+    arrays = {name: features.numpy() for name, features in by_name.items() if features is not None}
+    if is_cached:
         write_cache(cache_path(images, extractor), arrays)
     return arrays
 
 
 def load_reference(images: ImageSet, extractor: Extractor, batch_size: int, ranks: Ranks) -> Reference:
-    """Statistics of the file where it has them, else of its images.
+    """Return the reference with the statistics that the file holds, or else those of its images.
 
-    Raises UserError for statistics of other features.
+    Raise UserError if the file holds statistics of other features.
     """
     statistics = images.statistics
     blank = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    for name, found in zip(("mu", "mu_s"), extractor(blank) if statistics else ()):  # pooled and spatial
-        if found is not None and name in statistics and len(statistics[name]) != found.shape[1]:
+    for name, features in zip(("mu", "mu_s"), extractor(blank) if statistics else ()):  # pooled and spatial
+        if features is not None and name in statistics and len(statistics[name]) != features.shape[1]:
             raise UserError(
-                f"{images.path}: {name} has {len(statistics[name])} dimensions, "
-                f"--features {extractor.name} gives {found.shape[1]}"
+                f"{images.path}: {name} has {len(statistics[name])} dimensions; "
+                f"--features {extractor.name} needs {features.shape[1]}"
             )
     arrays = reference_features(images, extractor, batch_size, ranks) if len(images) else {}
 
@@ -153,9 +158,9 @@ def load_reference(images: ImageSet, extractor: Extractor, batch_size: int, rank
 
 @dataclass(frozen=True)
 class Comparison:
-    """Samples held against a reference: what a metric is a function of.
+    """Samples and the reference that they are compared with: the input of every metric.
 
-    labels: the classes [N] that the samples were made for, None where they are not known.
+    labels: the classes int64 [N] of the samples, or None if they are unknown.
     """
 
     samples: Features
@@ -176,28 +181,31 @@ def distance(features: Tensor | None, reference: Gaussian | None) -> float | Non
     return frechet_distance(Gaussian.of(features.numpy()), reference)
 
 
-def accuracy(compared: Comparison) -> float | None:
-    """Share of samples that the extractor's classifier gives the class they were made for.
+def accuracy(comparison: Comparison) -> float | None:
+    """Return the share of samples that the extractor assigns to their class, or None.
 
-    It needs a classifier of the samples' own classes, which Inception is not, and knows no others.
+    The extractor must classify the ten classes of the bundled images. Inception does not.
     """
-    labels, probabilities = compared.labels, compared.samples.probabilities
+    labels, probabilities = comparison.labels, comparison.samples.probabilities
     if labels is None or probabilities.shape[1] != 10 or labels.max() >= 10:
         return None
     return float((probabilities.argmax(1).numpy() == labels).mean())
 
 
-def kid(compared: Comparison) -> float | None:
-    reference, samples = compared.reference.features, compared.samples.pooled
-    return None if reference is None else kernel_distance(samples.numpy(), reference, device=compared.device)
+def kid(comparison: Comparison) -> float | None:
+    reference, samples = comparison.reference.features, comparison.samples.pooled
+    if reference is None:
+        return None
+    return kernel_distance(samples.numpy(), reference, device=comparison.device)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a comparison; ``measure`` gives None where these files or features have none.
+    """A metric.
 
-    always: whether one asks for it by asking for nothing in particular, and is told when it is left out.
-    digits: after the point, in tables.
+    measure: function that returns the value, or None if the files or features do not allow it.
+    always: whether a note says that it is left out, even if ``--metrics`` does not name it.
+    digits: decimal places in tables.
     """
 
     measure: Callable[[Comparison], float | None]
@@ -206,38 +214,38 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "fid": Metric(lambda compared: distance(compared.samples.pooled, compared.reference.pooled)),
-    "sfid": Metric(
-        lambda compared: distance(compared.samples.spatial, compared.reference.spatial), always=False
-    ),
-    "is": Metric(lambda compared: inception_score(compared.samples.probabilities.numpy())),
-    "precision": Metric(lambda compared: compared.precision_and_recall[0]),
-    "recall": Metric(lambda compared: compared.precision_and_recall[1]),
+    "fid": Metric(lambda it: distance(it.samples.pooled, it.reference.pooled)),
+    "sfid": Metric(lambda it: distance(it.samples.spatial, it.reference.spatial), always=False),
+    "is": Metric(lambda it: inception_score(it.samples.probabilities.numpy())),
+    "precision": Metric(lambda it: it.precision_and_recall[0]),
+    "recall": Metric(lambda it: it.precision_and_recall[1]),
     "kid": Metric(kid, always=False, digits=5),
     "accuracy": Metric(accuracy, always=False),
 }
 
 
 def evaluate(
-    compared: Comparison, asked: tuple[str, ...] | None, seconds: dict[str, float]
+    comparison: Comparison, names: tuple[str, ...] | None, seconds: dict[str, float]
 ) -> tuple[dict[str, float], list[str]]:
-    """Return the metrics asked for (None: all), and a note for each that these files do not give.
+    """Return the metrics of these names (None: all), and a note for each metric that is left out.
 
-    ``seconds`` gets the time that each one took.
-    Raises UserError for a metric that is not finite, or that the GPU's memory does not suffice for.
+    Store the duration of each metric in ``seconds``. Raise UserError for a metric that is not finite, or if
+    GPU memory runs out.
     """
     values: dict[str, float] = {}
     notes: list[str] = []
-    for name in asked or METRICS:
+    for name in names or METRICS:
         with (
             timed(seconds, name),
             oom_as_user_error(f"--metrics: {name} does not fit in GPU memory; leave it out, or {ELSEWHERE}"),
         ):
-            value = METRICS[name].measure(compared)
+            value = METRICS[name].measure(comparison)
         if value is not None and not math.isfinite(value):
-            raise UserError(f"--metrics: {name} is {value}: features or statistics out of all proportion")
+            raise UserError(
+                f"--metrics: {name} is {value}; expected a finite value: check the features and statistics"
+            )
         if value is not None:
             values[name] = value
-        elif asked or METRICS[name].always:
-            notes.append(f"{name} is left out: these files or features do not give it")
+        elif names or METRICS[name].always:
+            notes.append(f"{name} is left out: it cannot be computed from these files and features")
     return values, notes

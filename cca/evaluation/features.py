@@ -1,4 +1,4 @@
-"""Feature extractors for the evaluator, all of them torch-fidelity's or registered with it."""
+"""Feature extractors for the evaluator: those of torch-fidelity, and a small one registered with it."""
 
 import functools
 import io
@@ -24,7 +24,7 @@ from models.zoo.hub import ASSETS, Download
 
 MINI_WEIGHTS = ASSETS / "features-mini.safetensors"
 INCEPTION = "inception-v3-compat"
-INCEPTION_BYTES = 95_000_000  # of its weights file, about
+INCEPTION_BYTES = 95_000_000  # approximate size of its weights file
 
 
 class FeatureNetwork(nn.Module):
@@ -46,13 +46,13 @@ class FeatureNetwork(nn.Module):
         self.classifier = nn.Linear(self.widths[-1], num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, 32, 32] in [-1, 1] -> features [B, 96] >= 0, class logits [B, 10]."""
+        """Return features [B, 96] >= 0 and class logits [B, 10] of images [B, 3, 32, 32] in [-1, 1]."""
         features = self.body(images.mean(1, keepdim=True)).mean((2, 3))
         return features, self.classifier(features)
 
 
 class MiniFeatures(FeatureExtractorBase):
-    """Features "96" and "logits" of uint8 images [B, 3, H, W], shrunk to 32 x 32, for torch-fidelity."""
+    """torch-fidelity extractor of "96" and "logits" from uint8 images [B, 3, H, W], resized to 32 x 32."""
 
     def __init__(
         self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **_
@@ -79,7 +79,7 @@ register_feature_extractor("mini", MiniFeatures)
 
 
 class Features(NamedTuple):
-    """Of a batch or a set: pooled [N, D], spatial [N, S] or None, class probabilities [N, C]."""
+    """Features of N images: pooled [N, D], spatial [N, S] or None, class probabilities [N, C]."""
 
     pooled: Tensor
     spatial: Tensor | None
@@ -87,17 +87,17 @@ class Features(NamedTuple):
 
 
 class Extractor:
-    """One forward pass for everything the metrics need.
+    """A network that computes all features for the metrics in one forward pass.
 
-    ``spatial`` (for sFID; Nash et al., 2021, arXiv 2103.03841) exists for Inception alone: the
-    first 7 channels of the 1 x 1 branch of Mixed_6d, 17 x 17, flattened channels last to 2023
-    numbers as in guided-diffusion's evaluator.
+    Only Inception has ``spatial`` features (for sFID; Nash et al., 2021, arXiv 2103.03841): the first 7
+    channels of the 1 x 1 branch of Mixed_6d, 17 x 17, flattened channels last to 2023 values as in
+    guided-diffusion's evaluator.
 
     Args:
-        name: "inception", "mini", any that torch-fidelity has, or a path of Inception weights.
-        inception_weights: a file of Inception's weights; None takes torch-fidelity's own.
+        name: "inception", "mini", another extractor of torch-fidelity, or a path of Inception weights.
+        inception_weights: a file of Inception weights; None uses torch-fidelity's.
 
-    Raises UserError for an unknown name, and for weights that are missing or broken.
+    Raises UserError for an unknown name, and for missing or damaged weights.
     """
 
     def __init__(self, name: str, inception_weights: Path | None, device: torch.device):
@@ -106,7 +106,7 @@ class Extractor:
         kind = FEATURE_EXTRACTORS_REGISTRY[self.name]
         self.layer = kind.get_default_feature_layer_for_metric("fid")
         self.logits_layer = kind.get_default_feature_layer_for_metric("isc")
-        layers = dict.fromkeys((self.layer, self.logits_layer))  # of some networks they are one
+        layers = dict.fromkeys((self.layer, self.logits_layer))  # some networks use one layer for both
         self.module = build_network(self.name, list(layers), weights)
         with oom_as_user_error(f"--features: {self.name} does not fit in GPU memory; {ELSEWHERE}"):
             self.module.to(device)
@@ -115,13 +115,13 @@ class Extractor:
             self.module.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 
     def _keep_spatial(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        self.seen = output[:, :7].permute(0, 2, 3, 1).flatten(1)
+        self.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
-        """uint8 [B, 3, H, W] -> features on the CPU, computed without TF32.
+        """Return the features of images uint8 [B, 3, H, W], on the CPU, computed without TF32.
 
-        Raises UserError where the memory does not suffice.
+        Raise UserError if GPU memory runs out.
         """
         with (
             oom_as_user_error(
@@ -130,27 +130,27 @@ class Extractor:
             ),
             exact_matmuls(),
         ):
-            found = self.module.convert_features_tuple_to_dict(self.module(images.to(self.device)))
+            outputs = self.module.convert_features_tuple_to_dict(self.module(images.to(self.device)))
         return Features(
-            pooled=found[self.layer].float().cpu(),
-            spatial=self.seen.float().cpu() if self.is_inception else None,
-            probabilities=found[self.logits_layer].softmax(-1).cpu(),
+            pooled=outputs[self.layer].float().cpu(),
+            spatial=self.spatial.float().cpu() if self.is_inception else None,
+            probabilities=outputs[self.logits_layer].softmax(-1).cpu(),
         )
 
     @functools.cached_property
     def weights_sha256(self) -> str:
-        """Hash of all parameters and buffers, so that any file with the same numbers has the same one."""
+        """The SHA-256 of all parameters and buffers; it does not depend on the format of the file."""
         return tensors_sha256(self.module)
 
 
 def build_network(name: str, layers: list[str], inception_weights: Path | None) -> Any:
-    """torch-fidelity's network of that name, which gives those layers. Raises UserError without weights."""
+    """Return torch-fidelity's network that outputs these layers. Raise UserError if it has no weights."""
     copy = read_inception_weights(inception_weights) if inception_weights else None
     try:
         return create_feature_extractor(
             name, layers, cuda=False, verbose=False, feature_extractor_weights_path=copy
         )
-    except Exception as error:  # whatever download and unpickling let through
+    except Exception as error:  # downloading and unpickling raise many kinds of errors
         reason = " ".join(str(error).split())[:100]
     if inception_weights:
         raise UserError(
@@ -159,12 +159,15 @@ def build_network(name: str, layers: list[str], inception_weights: Path | None) 
         )
     raise UserError(
         f"--features: the weights of {name} are not in the cache and cannot be downloaded ({reason}); "
-        f"Inception's can be fetched by hand from {URL_INCEPTION_V3} and given with --inception-weights"
+        f"you can download Inception's from {URL_INCEPTION_V3} and pass them with --inception-weights"
     )
 
 
 def read_inception_weights(path: Path) -> io.BytesIO:
-    """A file for torch-fidelity, which executes what it loads: the tensors of ``path`` and nothing else."""
+    """Return a file in memory with only the tensors of ``path``: torch-fidelity unpickles what it loads.
+
+    Raise UserError for damaged weights.
+    """
     weights = read_state_dict(path)
     if wrong := not_finite(weights):
         raise UserError(f"{path}: holds weights that are not finite: {wrong}")
@@ -200,25 +203,25 @@ def add_features_options(parser: Parser) -> None:
 
 
 def make_extractor(features: str, inception_weights: Path | None, ranks: Ranks) -> Extractor:
-    """Return an extractor on this rank's device; see ``Extractor``.
+    """Return the extractor on this rank's device; see ``Extractor``. Raise UserError if it cannot be built.
 
-    On each node one rank builds it first, and downloads what it needs; then the others do. Raises UserError.
+    On each node one rank builds it first and downloads the weights. The other ranks build it after that.
     """
-    built: list[Extractor] = []
+    extractors: list[Extractor] = []
 
     def build(is_first: bool) -> None:
         if (ranks.local_rank == 0) == is_first:
-            built.append(Extractor(features, inception_weights, ranks.device))
+            extractors.append(Extractor(features, inception_weights, ranks.device))
 
     ranks.run_or_abort_all(partial(build, True))
     ranks.run_or_abort_all(partial(build, False))
-    return built[0]
+    return extractors[0]
 
 
 def resolve_features(name: str, inception_weights: Path | None) -> tuple[str, Path | None]:
-    """torch-fidelity's name of an extractor, and the weights given by the user; see ``Extractor``."""
+    """Return torch-fidelity's name of an extractor and the user's weights. Raise UserError."""
     if inception_weights and name != "inception":
-        raise UserError(f"--inception-weights: goes with --features inception, not {name}")
+        raise UserError(f"--inception-weights: needs --features inception, not {name}")
     name = INCEPTION if name == "inception" else name
     if name not in FEATURE_EXTRACTORS_REGISTRY and Path(name).exists():
         name, inception_weights = INCEPTION, Path(name)
@@ -233,7 +236,7 @@ def resolve_features(name: str, inception_weights: Path | None) -> tuple[str, Pa
 
 
 def features_plan(name: str, inception_weights: Path | None) -> tuple[str, list[Download]]:
-    """What is shown of an extractor before the work, and what it will download. Raises UserError."""
+    """Return the plan's text on an extractor, and its downloads. Raise UserError if it is invalid."""
     name, weights = resolve_features(name, inception_weights)
     if name != INCEPTION:
         return name, []

@@ -1,6 +1,7 @@
-"""FID, inception score, precision, recall and KID of given features, in double precision.
+"""FID, inception score, precision, recall and KID of features, in double precision.
 
-The formulas but KID's are those of guided-diffusion's evaluator (Dhariwal & Nichol, 2021, arXiv 2105.05233).
+The formulas, except KID's, are those of guided-diffusion's evaluator (Dhariwal & Nichol, 2021, arXiv
+2105.05233).
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class Gaussian:
 
     @staticmethod
     def of(features: np.ndarray) -> "Gaussian":
-        """Fit to features [N, D], N >= 2; the covariance divides by N - 1."""
+        """Return the Gaussian fitted to features [N, D], N >= 2; the covariance divides by N - 1."""
         running = RunningGaussian()
         for start in range(0, len(features), 5000):
             running.add(features[start : start + 5000])
@@ -27,32 +28,32 @@ class Gaussian:
 
 
 class RunningGaussian:
-    """Fits a Gaussian to features that arrive in blocks, in float64 and bounded memory."""
+    """Running sums that fit a Gaussian to features in blocks, in float64 and bounded memory."""
 
     def __init__(self):
-        self.count, self.origin, self.sum, self.products = 0, np.zeros(()), np.zeros(()), np.zeros(())
+        self.count, self.origin, self.sum, self.outer_sum = 0, np.zeros(()), np.zeros(()), np.zeros(())
 
     def add(self, block: np.ndarray) -> None:
-        """block: features [n, D]."""
+        """Add features [n, D]."""
         block = block.astype(np.float64)
         if self.count == 0:
-            self.origin = block.mean(0)  # sums of squares about a point near the mean lose no digits
+            self.origin = block.mean(0)  # sums relative to a point near the mean avoid cancellation
         shifted = block - self.origin
         self.count += len(block)
         self.sum = self.sum + shifted.sum(0)
-        self.products = self.products + shifted.T @ shifted
+        self.outer_sum = self.outer_sum + shifted.T @ shifted
 
     def fit(self) -> Gaussian:
         offset = self.sum / self.count
-        sigma = (self.products - self.count * np.outer(offset, offset)) / (self.count - 1)
+        sigma = (self.outer_sum - self.count * np.outer(offset, offset)) / (self.count - 1)
         return Gaussian(self.origin + offset, sigma)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """FID (Heusel et al., 2017, arXiv 1706.08500, eq. 6).
+    """Return the FID (Heusel et al., 2017, arXiv 1706.08500, eq. 6).
 
-    The trace of sqrt(A B) is the sum of square roots of the eigenvalues of A^1/2 B A^1/2, which
-    is symmetric and positive semi-definite, so singular covariances need no special care.
+    The trace of sqrt(A B) is the sum of the square roots of the eigenvalues of A^1/2 B A^1/2. That matrix is
+    symmetric and positive semi-definite, so singular covariances need no special treatment.
     """
     values, vectors = np.linalg.eigh(a.sigma)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
@@ -62,9 +63,10 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:
-    """Mean over runs of ``split`` images, in file order, of exp(mean KL(p(y|x) || p(y))).
+    """Return the inception score: exp(mean KL(p(y|x) || p(y))), averaged over splits in file order.
 
-    Salimans et al., 2016, arXiv 1606.03498. probabilities: [N, classes], rows sum to 1.
+    Salimans et al., 2016, arXiv 1606.03498. ``probabilities`` is [N, classes] and sums to 1 for each image;
+    ``split`` is the number of images per split.
     """
     scores = []
     for start in range(0, len(probabilities), split):
@@ -82,38 +84,41 @@ def kernel_distance(
     subset_size: int = 1000,
     device: torch.device | str = "cpu",
 ) -> float:
-    """KID: the unbiased squared MMD with kernel (x.y / D + 1)^3, mean over random subsets.
+    """Return KID: the unbiased squared MMD with kernel (x.y / D + 1)^3, averaged over random subsets.
 
-    Bińkowski et al., 2018, arXiv 1801.01401. The subsets are those that torch-fidelity draws, whose own
-    function takes ten times as long. Fewer images than ``subset_size`` make smaller subsets.
+    Bińkowski et al., 2018, arXiv 1801.01401. The subsets equal those of torch-fidelity, whose function takes
+    ten times as long. With fewer images than ``subset_size`` the subsets are smaller.
     """
     own, real = (torch.from_numpy(x).to(device).double() for x in (samples, reference))
-    size, draw = min(subset_size, len(own), len(real)), np.random.RandomState(2020)
+    size, generator = min(subset_size, len(own), len(real)), np.random.RandomState(2020)
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         base = torch.addmm(torch.ones((), dtype=a.dtype, device=a.device), a, b.T, alpha=1 / a.shape[1])
         return base * base * base
 
-    found = []
+    distances = []
     for _ in range(subsets):
-        x, y = (part[torch.from_numpy(draw.choice(len(part), size, replace=False))] for part in (own, real))
+        x, y = (
+            features[torch.from_numpy(generator.choice(len(features), size, replace=False))]
+            for features in (own, real)
+        )
         xx, yy = kernel(x, x), kernel(y, y)
         within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
-        found.append(within / (size * (size - 1)) - 2 * kernel(x, y).mean())
-    return torch.stack(found).mean().item()
+        distances.append(within / (size * (size - 1)) - 2 * kernel(x, y).mean())
+    return torch.stack(distances).mean().item()
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """[n, D], [m, D] -> [n, m], float64, not below zero."""
-    products = torch.addmm(b.square().sum(1)[None], a, b.T, alpha=-2)
-    return products.add_(a.square().sum(1)[:, None]).clamp_(min=0)
+    """Return the squared distances [n, m] >= 0 between features [n, D] and [m, D]."""
+    partial_sums = torch.addmm(b.square().sum(1)[None], a, b.T, alpha=-2)
+    return partial_sums.add_(a.square().sum(1)[:, None]).clamp_(min=0)
 
 
 def ball_radii(features: Tensor, k: int = 3, block: int = 1000) -> Tensor:
-    """Squared distance of each feature [N, D] to its k-th nearest other one: [N]."""
+    """Return the squared distance [N] of each feature [N, D] to its k-th nearest neighbour."""
     return torch.cat(
         [
-            # k + 1, since each is its own nearest
+            # k + 1, because each feature is its own nearest neighbour
             squared_distances(part, features).topk(k + 1, largest=False).values[:, -1]
             for part in features.split(block)
         ]
@@ -127,7 +132,10 @@ def precision_recall(
     block: int = 1000,
     device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
-    """Share of samples inside some reference ball, and of references inside some sample ball.
+    """Return (precision, recall).
+
+    Precision is the share of samples inside a ball around a reference feature, recall the share of references
+    inside a ball around a sample feature. The radius of a ball is the distance to the k-th nearest neighbour.
 
     Kynkäänniemi et al., 2019, arXiv 1904.06991, eqs. 1 and 2.
     """

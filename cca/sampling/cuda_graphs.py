@@ -1,8 +1,8 @@
-"""Decoding compiled: a decoding step, its draw included, in few kernels, replayed by a GPU without the host.
+"""Compiled decoding: a step, sampling included, is a few kernels that a CUDA graph replays without the host.
 
-Eager, a step of a small model is hundreds of kernels, each of which takes longer to launch than to run.
-A step is compiled in three parts: what comes before the blocks, the blocks, and what comes after. Blocks
-are alike and are compiled once: the whole step as one would take longer than the images of most runs.
+Without compilation a step of a small model is hundreds of kernels, and launching each takes longer than
+running it. A step is compiled in three parts: before the blocks, the blocks, and after the blocks. The blocks
+are alike and compile once. To compile the whole step as one would take longer than most runs need to sample.
 """
 
 import contextlib
@@ -25,18 +25,18 @@ from models.sampling import (
 )
 from models.utils.precision import autocast_dtype
 
-# Where attention cannot be told how much of the cache counts, it reads one of so many lengths of it.
+# If attention cannot read only the filled part of the cache, it reads one of this many fixed lengths.
 LENGTHS = {"cuda": 4, "cpu": 1}
-GRAPHS = 128  # of one part at most: lengths of the cache, guided and not, are a graph each
-BLOCKS_AT_ONCE = 2  # compiled as one: where one block ends and the next begins two kernels become one
-# Of the compiler for GPUs: a fused kernel rounds where the kernels that it stands for do, or nearly every
-# image of 16 bits would have other tokens than without compilation.
+GRAPHS = 128  # most graphs per compiled part: one per cache length, with and without guidance
+BLOCKS_AT_ONCE = 2  # compiled together, which fuses the last kernel of a block with the first of the next
+# Inductor options on GPUs. Fused kernels round where the separate kernels do. Otherwise nearly every image in
+# 16 bits would get other tokens than without compilation.
 ROUNDED_AS_EAGER: dict[str, Any] = {"emulate_precision_casts": True}
 
 
 @contextlib.contextmanager
 def compiled_decoding() -> Iterator[None]:
-    """What the stages of ``CompiledGenerate`` run in."""
+    """Context manager in which the stages of ``CompiledGenerate`` run."""
     with (
         torch.inference_mode(),
         attention_kernels(),
@@ -45,17 +45,17 @@ def compiled_decoding() -> Iterator[None]:
         yield
 
 
-def through(blocks: Sequence[nn.Module], x: Tensor, arguments: Sequence[tuple]) -> Tensor:
-    """``ARTransformer.run_blocks`` of some blocks."""
+def run_blocks(blocks: Sequence[nn.Module], x: Tensor, arguments: Sequence[tuple]) -> Tensor:
+    """Run x [B, n, dim] through some blocks, as ``ARTransformer.run_blocks`` does with all."""
     for block, others in zip(blocks, arguments):
         x = block(x, *others)
     return x
 
 
 class CompiledGenerate:
-    """Tokens of at most ``batch_size`` images at a time; a smaller batch is filled up.
+    """Callable that samples the tokens of at most ``batch_size`` images. A smaller batch is padded.
 
-    The same tokens as ``generate_tokens`` gives, but for the rounding of fused kernels.
+    It returns the same tokens as ``generate_tokens``, except for the rounding of fused kernels.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class CompiledGenerate:
         self.model, self.options, self.dtype = model, options, dtype
         steps, length = len(model.step_sizes), model.sequence_length
         self.guided = guided_steps(options, steps)
-        with torch.inference_mode():  # as what the steps make
+        with torch.inference_mode():  # the steps make inference tensors, too
             self.labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
             self.uniforms = torch.zeros(batch_size, length, dtype=torch.float64, device=device)
             self.tokens = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
@@ -80,13 +80,16 @@ class CompiledGenerate:
         self.starts = list(accumulate(model.step_sizes, initial=0))
         settings = ROUNDED_AS_EAGER if device.type == "cuda" else None
         compiled = partial(torch.compile, fullgraph=True, backend=backend, options=settings)
-        # Of any number of tokens, where levels differ in it: not for each level anew.
+        # VAR's levels differ in the number of tokens: compile once for any number, not once per level.
         varying = False if model.steps_alike else None
         self.before = compiled(self._before, dynamic=False)
-        self.through, self.after = compiled(through, dynamic=varying), compiled(self._after, dynamic=varying)
+        self.run_blocks, self.after = (
+            compiled(run_blocks, dynamic=varying),
+            compiled(self._after, dynamic=varying),
+        )
 
     def __call__(self, labels: Tensor, uniforms: Tensor) -> Tensor:
-        """Labels [n], uniforms [n, L] -> tokens [n, L], NOT_FINITE in rows whose logits were not finite."""
+        """Return tokens [n, L] of labels [n] and uniforms [n, L]; NOT_FINITE where logits are not finite."""
         rows = len(labels)
         with compiled_decoding():
             self.labels[:rows].copy_(labels)
@@ -97,12 +100,13 @@ class CompiledGenerate:
 
     @cached_property
     def calls(self) -> list[Callable[[], None]]:
-        """What decodes a batch, called in this order: the stages, on a GPU captured when first asked for."""
+        """The functions that decode a batch, in order: the stages; on a GPU, captured at the first use."""
         if self.labels.is_cuda:
             return self._capture()
         return [function for function, times in self.stages() for _ in range(times)]
 
     def _begin(self) -> None:
+        """Reset the state for a new batch."""
         model = self.model
         labels = with_unconditional(self.labels, model.null_class) if self.guided else self.labels
         with autocast(labels.device, self.dtype):
@@ -111,20 +115,21 @@ class CompiledGenerate:
         self.at.zero_()
 
     def _step(self, step: int | None, guided: bool) -> None:
-        """One decoding step; None: the one that ``at`` says."""
+        """Run decoding step ``step``, or the one in ``self.at`` if it is None."""
         model = self.model
         with autocast(self.tokens.device, self.dtype):
-            # Of levels, whose resizing differs, the last is by far the largest: the others' is not compiled.
+            # VAR's levels resize differently. Only the last one, by far the largest, is worth compiling.
             before = self.before if step in (None, len(model.step_sizes) - 1) else self._before
             x = before(step, guided)
             blocks = list(model.transformer.transformer_blocks())
             arguments = model.block_arguments(self.state, self.at if step is None else step)
             for start in range(0, len(blocks), BLOCKS_AT_ONCE):
                 part = slice(start, start + BLOCKS_AT_ONCE)
-                x = self.through(blocks[part], x, arguments[part])
+                x = self.run_blocks(blocks[part], x, arguments[part])
             self.after(x, None if step is None else (step, self.starts[step]), guided)
 
     def _before(self, step: int | None, guided: bool) -> Tensor:
+        """Return the input of the first block."""
         if step is None:
             tokens = self.tokens.index_select(1, (self.at - 1).clamp(min=0))
         else:
@@ -133,24 +138,27 @@ class CompiledGenerate:
         return self.model.step_inputs(self.state, self.at if step is None else step, tokens)
 
     def _after(self, x: Tensor, place: tuple[int, int] | None, guided: bool) -> None:
-        """``place``: the step and the position of its first token; None: what ``at`` says."""
+        """Sample the tokens of a step from the output of the last block.
+
+        place: the step and the position of its first token; None: those in ``self.at``.
+        """
         logits = self.model.step_logits(self.state, x)
         if place is None:
             scale = self.scales.index_select(0, self.at) if guided else None
             noise = self.uniforms.index_select(1, self.at)
-            drawn, good = draw_step(logits, noise, scale, self.options)
-            self.tokens.index_copy_(1, self.at, drawn)
+            tokens, finite = draw_step(logits, noise, scale, self.options)
+            self.tokens.index_copy_(1, self.at, tokens)
             self.at.add_(1)
         else:
             step, start = place
             scale = self.scales[step] if guided else None
             part = slice(start, start + x.shape[1])
-            drawn, good = draw_step(logits, self.uniforms[:, part], scale, self.options)
-            self.tokens[:, part] = drawn
-        self.finite.logical_and_(good)
+            tokens, finite = draw_step(logits, self.uniforms[:, part], scale, self.options)
+            self.tokens[:, part] = tokens
+        self.finite.logical_and_(finite)
 
     def stages(self) -> list[tuple[Callable[[], None], int]]:
-        """What decodes a batch, and how many times in a row each is called."""
+        """Return the functions that decode a batch, each with the number of calls in a row."""
         steps = len(self.model.step_sizes)
         ends = self._lengths() if self.model.steps_alike else range(1, steps)
         bounds = sorted({0, self.guided, *ends, steps})
@@ -158,7 +166,7 @@ class CompiledGenerate:
         return [(self._begin, 1), *parts]
 
     def _run(self, start: int, stop: int) -> None:
-        """One step of those from ``start`` to ``stop``, which are alike."""
+        """Run one of the steps from ``start`` to ``stop``, which are alike."""
         if 0 < start == self.guided:
             self.state.keep_rows(len(self.labels))
         if self.model.steps_alike:
@@ -166,6 +174,7 @@ class CompiledGenerate:
         self._step(None if self.model.steps_alike else start, start < self.guided)
 
     def _lengths(self) -> set[int]:
+        """Return the numbers of steps at which attention changes to a longer part of the cache."""
         device, steps = self.labels.device, len(self.model.step_sizes)
         with autocast(device, self.dtype):
             like = self.uniforms.new_empty(0, dtype=autocast_dtype(device, torch.float32))
@@ -173,10 +182,10 @@ class CompiledGenerate:
         return {steps * (i + 1) // parts for i in range(parts)}
 
     def _capture(self) -> list[Callable[[], None]]:
-        """A CUDA graph of every stage, in one pool of memory; to be replayed in this order."""
+        """Capture each stage as a CUDA graph, in one memory pool; return the replays in order."""
         warm_up, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         warm_up.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm_up):  # compiles, and lets libraries set themselves up
+        with torch.cuda.stream(warm_up):  # compiles, and initialises libraries
             for function, _ in self.stages():
                 function()
         torch.cuda.current_stream().wait_stream(warm_up)

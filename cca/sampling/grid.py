@@ -1,4 +1,4 @@
-"""Pictures of samples."""
+"""Grids of samples as PNG files."""
 
 import functools
 import unicodedata
@@ -17,7 +17,7 @@ MISSING = "\U0010ffff"  # a character that no font has
 @functools.cache
 def caption_font() -> ImageFont.FreeTypeFont:
     """Return DejaVu Sans, which has most alphabets (Pillow's font has ASCII alone)."""
-    # Matplotlib brings it; to import that takes long.
+    # The file comes with matplotlib, which takes long to import.
     return ImageFont.truetype(
         str(distribution("matplotlib").locate_file("matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf")), 10
     )
@@ -29,12 +29,12 @@ def draw_grid(
     captions: Sequence[str] | None = None,
     classes: Sequence[int] | None = None,
 ) -> Image.Image:
-    """uint8 images [n, H, W, 3] in rows of ``columns``, with a caption under each if given.
+    """Return a grid of uint8 images [n, H, W, 3] in rows of ``columns``, with captions if given.
 
-    Where the font lacks a character of a caption, "class" and the image's number in ``classes`` replace it.
+    If the font lacks a character of a caption, "class" and the image's number in ``classes`` replace it.
     """
     height, width = images.shape[1:3]
-    scale = max(1, 96 // width)  # small images are shown larger, pixel for pixel
+    scale = max(1, 96 // width)  # enlarges small images by a whole number
     cell, strip = (width * scale, height * scale), 14 if captions else 0
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (cell[0] + 2), rows * (cell[1] + strip + 2)), "white")
@@ -60,13 +60,13 @@ def write_grid(
     captions: Sequence[str] | None = None,
     classes: Sequence[int] | None = None,
 ) -> None:
-    """Write the PNG of ``draw_grid``. Raises UserError where it cannot be written."""
+    """Write the grid of ``draw_grid`` as a PNG. Raises UserError if it cannot be written."""
     sheet = draw_grid(images, columns, captions, classes)
     atomic_write(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 
 def side_by_side(panels: list[tuple[str, Image.Image]]) -> Image.Image:
-    """Pictures of one height in a row, each under its title."""
+    """Return a picture with all panels (title, picture) in a row, each under its title."""
     gap, strip = 24, 32
     width = sum(picture.width for _, picture in panels) + gap * (len(panels) + 1)
     sheet = Image.new("RGB", (width, max(picture.height for _, picture in panels) + strip + gap), "white")

@@ -1,6 +1,6 @@
-"""The sampler of both backbones: images by index.
+"""The sampler of both backbones.
 
-Image i is a function of (seed, i, its class, the model, the options) alone.
+Image i depends only on the seed, i, its class, the model and the options.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +27,7 @@ from models.utils.precision import (
 
 
 def class_of(index: int, request: SampleRequest) -> int:
-    """Return the class of image ``index``: in turn (balanced and interleaved), or sampled uniformly."""
+    """Return the class of image ``index``: the classes in turn (balanced), or sampled uniformly (random)."""
     if request.class_order == "balanced":
         return request.classes[index % len(request.classes)]
     return request.classes[int(stream(request.seed, CLASSES, index).integers(len(request.classes)))]
@@ -41,11 +41,13 @@ class Samples(NamedTuple):
     classes: np.ndarray
 
 
-# Labels [n], uniforms [n, L] -> tokens [n, L], NOT_FINITE among them where logits were not.
+# (labels [n], uniforms [n, L]) -> tokens [n, L]; NOT_FINITE for images with non-finite logits.
 Generate = Callable[[Tensor, Tensor], Tensor]
 
 
 def eager_generate(model: ARImageModel, request: SampleRequest) -> Generate:
+    """Return ``generate_tokens`` with the model and options of a request."""
+
     def generate(labels: Tensor, uniforms: Tensor) -> Tensor:
         with autocast(labels.device, request.dtype):
             return generate_tokens(model, labels, uniforms, request.sampling)
@@ -54,13 +56,14 @@ def eager_generate(model: ARImageModel, request: SampleRequest) -> Generate:
 
 
 def prepare(model: ARImageModel, dtype: str, device: torch.device, compile: bool = False) -> None:
-    """Put a model on the device for sampling alone.
+    """Move a model to the device and prepare it for sampling only.
 
-    Its linear layers get the run's precision, with the numbers of autocast. On a GPU so do convolutions that
-    are published to decode in it. Compiled, the tokenizer gets the layout channels_last, which is fast there;
-    eager normalisation would copy it.
+    Linear layers are stored in ``dtype``, with the same results as autocast. On a GPU so are the convolutions
+    of decoders that were published in half precision. With ``compile``, the tokenizer gets the memory format
+    channels_last, which is faster when compiled; eager normalisation would copy it.
 
-    Raises UserError where the GPU's memory does not suffice.
+    Raises:
+        UserError: the model does not fit in GPU memory.
     """
     with oom_as_user_error(f"--model: the model {DOES_NOT_FIT}"):
         model.transformer.store_matrices(DTYPES[dtype])
@@ -89,8 +92,8 @@ def to_pixels(model: ARImageModel, tokens: Tensor, dtype: str, size: int | None 
 
     Decoding runs in batches of one fixed size, whatever n is; see ``full_parts``.
     """
-    side = size or model.image_size
-    images, done = torch.empty(len(tokens), side, side, 3, dtype=torch.uint8), 0
+    resolution = size or model.image_size
+    images, done = torch.empty(len(tokens), resolution, resolution, 3, dtype=torch.uint8), 0
     for part, count in full_parts(tokens, decoding_batch_size(model, tokens.device)):
         with autocast(tokens.device, dtype):
             decoded = model.decode(part, size)
@@ -100,10 +103,12 @@ def to_pixels(model: ARImageModel, tokens: Tensor, dtype: str, size: int | None 
 
 
 class Sampler:
-    """Samples images of a request by their indices; the model is on ``device`` already.
+    """Sampler of the images of a request, by their indices. The model is already on ``device``.
 
     compile: decode with ``CompiledGenerate``.
-    Raises UserError for classes that the model does not have.
+
+    Raises:
+        UserError: the model does not have one of the classes.
     """
 
     def __init__(
@@ -118,7 +123,7 @@ class Sampler:
         self.model, self.request, self.batch_size, self.device = model, request, batch_size, device
         self.sequence_length = model.sequence_length
         self.batch_too_large = f"--batch-size: {batch_size} {TOO_MANY_IMAGES}"
-        # Compiled, the caches of a batch lie beside the decoder.
+        # Compiled decoding keeps the caches of a batch while the decoder runs.
         self.decoder_too_large = self.batch_too_large if compile else f"--model: decoding {DOES_NOT_FIT}"
         self.decoder_dtype = request.dtype if model.decodes_in_half_precision else "float32"
         self.generate = eager_generate(model, request)
@@ -127,9 +132,10 @@ class Sampler:
                 self.generate = CompiledGenerate(model, request.sampling, request.dtype, batch_size, device)
 
     def tokens(self, indices: Sequence[int]) -> Tensor:
-        """Sample the tokens [n, L] of these indices, n at most the batch size.
+        """Sample the tokens [n, L] of n indices, at most the batch size.
 
-        Raises UserError where the logits are not finite, or the GPU's memory does not suffice.
+        Raises:
+            UserError: logits are not finite, or GPU memory runs out.
         """
         request = self.request
         labels = torch.tensor([class_of(i, request) for i in indices], device=self.device)
@@ -139,15 +145,15 @@ class Sampler:
             return require_finite(tokens, DTYPES[request.dtype])
 
     def decode(self, tokens: Tensor) -> np.ndarray:
-        """Decode tokens [n, L] to uint8 images [n, H, W, 3]. Raises UserError as above."""
+        """Decode tokens [n, L] to uint8 images [n, H, W, 3]. Raises UserError if GPU memory runs out."""
         with oom_as_user_error(self.decoder_too_large):
             return to_pixels(self.model, tokens, self.decoder_dtype, self.request.eval_size)
 
     def samples(self, ranges: Iterable[range]) -> Iterator[Samples]:
         """Yield the images of these ranges of indices in order, in pieces of any length.
 
-        After every batch of tokens comes an empty piece, so that the caller may stop. A piece ends where
-        its range ends: only then is a batch of the decoder filled up.
+        An empty piece follows every batch of tokens, so that the caller may stop. No piece crosses the end of
+        a range, and only at the end of a range is a batch of the decoder padded.
         """
         ranges = list(ranges)
         indices, at_once = chain.from_iterable(ranges), decoding_batch_size(self.model, self.device)
@@ -162,7 +168,7 @@ class Sampler:
                 tokens, part = tokens[count:], part[count:]
 
     def images(self, ranges: Iterable[range]) -> Iterator[np.ndarray]:
-        """Yield the images of ``samples`` alone."""
+        """Yield the images of ``samples``, without their indices and classes."""
         return (piece.images for piece in self.samples(ranges))
 
     def _samples(self, indices: range, tokens: Tensor) -> Samples:

@@ -12,7 +12,7 @@ from models.zoo.run_folders import check_checkpoint
 
 
 def write_checkpoint(state: dict, folder: Path, ranks: Ranks) -> None:
-    """Write a trainer's state (all ranks take part), and the SHA-256 of each file."""
+    """Write a trainer's state dict and the SHA-256 of each file. All ranks take part."""
     with warnings.catch_warnings(action="ignore"):
         dcp.save(state, checkpoint_id=folder)
     own = sorted(folder.glob(f"__{ranks.rank}_*")) + ([folder / ".metadata"] if ranks.is_main else [])
@@ -20,7 +20,11 @@ def write_checkpoint(state: dict, folder: Path, ranks: Ranks) -> None:
 
 
 def load_checkpoint(state: dict, folder: Path, ranks: Ranks) -> None:
-    """Fill ``state`` in place from a checkpoint (all ranks take part). Raises UserError."""
+    """Fill a trainer's state dict in place from a checkpoint. All ranks take part.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
 
     def check() -> None:
         with checkpoint_errors(folder):

@@ -1,4 +1,4 @@
-"""The batches of a run: pixels or codes together with their classes, one batch for each optimizer step."""
+"""The batches of a run: pixels or codes with their classes, one batch per optimizer step."""
 
 from collections.abc import Iterator
 
@@ -11,15 +11,15 @@ from cca.data.reading import read_items
 from cca.distributed import Ranks
 from cca.losses import LOSSES, pair_labels
 from cca.training.batch import Batch
-from cca.training.schedule import global_batch, unconditional_rows
+from cca.training.schedule import global_batch, sample_unconditional
 from cca.training.unreadable import Unreadable
 
 
 class Loader(Dataset):
-    """The batches of this rank, one for each optimizer step, made in data-loading workers.
+    """The batches of this rank, one per optimizer step, built in data-loading workers.
 
-    Null-class draws and negatives are those of the global batch, so that they do not depend on the number
-    of ranks. Images that cannot be read are added to ``unreadable.new``.
+    The null class and the negatives are chosen for the global batch, so that they do not depend on the number
+    of ranks. Indices of images that cannot be read are added to ``unreadable.new``.
     """
 
     def __init__(
@@ -35,20 +35,20 @@ class Loader(Dataset):
         self.unreadable = Unreadable(data, ranks)
 
     def __getitem__(self, step: int) -> tuple[Batch, list[int]]:
-        """Return the batch of ``step``, and the indices of its images that others stand in for."""
+        """Return the batch of ``step``, and the indices of its unreadable images, which others replace."""
         epoch, indices = global_batch(step, len(self.data), self.config)
-        uncond = unconditional_rows(indices, epoch, self.config)
+        uncond = sample_unconditional(indices, epoch, self.config)
         labels, negatives = pair_labels(
             self.data.labels(indices), uncond, self.null_class, LOSSES[self.config.loss].negatives
         )
         own = self.share
-        items, replaced = zip(*(self.data[epoch, int(index)] for index in indices[own]))
+        items, is_replaced = zip(*(self.data[epoch, int(index)] for index in indices[own]))
         batch = Batch(torch.stack(items), labels[own], negatives[own], uncond[own])
-        return batch, indices[own][list(replaced)].tolist()
+        return batch, indices[own][list(is_replaced)].tolist()
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Yield the batch of each step from ``start`` to the last one."""
         steps = range(start, self.config.max_steps)
-        for batch, replaced in read_items(self, steps, self.workers, ranks=self.ranks):
-            self.unreadable.new.update(replaced)
+        for batch, unreadable in read_items(self, steps, self.workers, ranks=self.ranks):
+            self.unreadable.new.update(unreadable)
             yield batch

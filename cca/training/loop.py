@@ -1,4 +1,4 @@
-"""The training loop of both backbones: batches in, optimizer steps, metrics out, saving, stopping."""
+"""The training loop of both backbones: optimizer steps, metrics, checkpoints, stop signals."""
 
 import time
 from collections.abc import Callable
@@ -18,15 +18,15 @@ def train(
     folder: RunFolder,
     save_every: int,
     log_every: int,
-    draw_samples: Callable[[int], None] = lambda step: None,
+    sample_grid: Callable[[int], None] = lambda step: None,
 ) -> bool:
-    """Run or resume training up to ``max_steps``, then leave model and checkpoint in ``folder``.
+    """Train or resume up to ``max_steps``; write metrics, checkpoints and the model to ``folder``.
 
     Args:
-        draw_samples: called after each step with the number of steps done.
+        sample_grid: called after each step with the number of steps done.
 
     Returns:
-        False where a signal came first.
+        False if a stop signal came first.
     """
     config, ranks, unreadable = trainer.config, trainer.ranks, loader.unreadable
     peak = peak_rate(ranks.device)
@@ -53,22 +53,22 @@ def train(
                 if stop or unreadable.too_many or done % save_every == 0 or done == config.max_steps:
                     folder.save(trainer, done, unreadable.noted)
                 unreadable.check()
-                draw_samples(done)
+                sample_grid(done)
                 if stop:
                     break
                 began = time.perf_counter()
         if done == config.max_steps:
             folder.export(trainer)
         elif ranks.is_main:
-            print(f"stopped and saved after step {done}; the same command goes on from there")
+            print(f"stopped after step {done}, checkpoint saved; run the same command again to resume")
     return done == config.max_steps
 
 
 def show(bar: ProgressBar, metrics: dict[str, float], refresh: bool) -> None:
-    """Move the progress bar on by a step; ``refresh``: with the step's metrics beside it."""
+    """Advance the progress bar by one step; with ``refresh``, show the step's metrics beside it."""
     if refresh:
-        shown = ["loss", "rewards/accuracies", "rewards/margins", "images_per_second", "mfu"]
-        shown += ["skipped_steps"] if metrics["skipped_steps"] else []
-        values = {name: f"{metrics[name]:.4g}" for name in shown if name in metrics}
+        names = ["loss", "rewards/accuracies", "rewards/margins", "images_per_second", "mfu"]
+        names += ["skipped_steps"] if metrics["skipped_steps"] else []
+        values = {name: f"{metrics[name]:.4g}" for name in names if name in metrics}
         bar.set_postfix(values, refresh=False)
     bar.update()

@@ -1,4 +1,4 @@
-"""How well a run uses its GPU, and what to do where its memory does not suffice."""
+"""How much of a GPU a run uses: FLOPs per step, peak rate, and the micro-batch that fits in memory."""
 
 import torch
 
@@ -6,19 +6,19 @@ from cca.training.batch import Batch
 from cca.training.trainer import Trainer
 from models.utils.precision import oom_reason
 
-USED_MEMORY = 0.8  # of a GPU's, by a micro-batch that is chosen; the rest is for what lies between tensors
-# What to say where the memory does not suffice; {why} is the text of the error.
+USED_MEMORY = 0.8  # share of GPU memory that a chosen micro-batch may use; the rest is for fragmentation
+# Messages for running out of GPU memory; {why} is the text of the error.
 MODEL_TOO_LARGE = (
-    "--model: the memory does not suffice ({why}); take more GPUs with --parallel fsdp. "
-    "The same command resumes from the last checkpoint"
+    "--model: does not fit in GPU memory ({why}); use more GPUs with --parallel fsdp, "
+    "then run the same command again to resume from the last checkpoint"
 )
 MICRO_BATCH_TOO_LARGE = (
-    "--micro-batch-size: the memory does not suffice ({why}); take a smaller one, --checkpointing, or more "
-    "GPUs with --parallel fsdp. The same command resumes from the last checkpoint"
+    "--micro-batch-size: does not fit in GPU memory ({why}); use a smaller one, --checkpointing, or more "
+    "GPUs with --parallel fsdp, then run the same command again to resume from the last checkpoint"
 )
 
-# Dense bfloat16 operations per second, from NVIDIA's data sheets (which give twice as many, "with sparsity");
-# the first name that is part of the GPU's.
+# Dense bfloat16 FLOP/s from NVIDIA's data sheets, which list twice as many "with sparsity". The first entry
+# whose name is part of the GPU's name counts.
 PEAKS = (
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
@@ -33,7 +33,7 @@ PEAKS = (
 
 
 def peak_rate(device: torch.device) -> float | None:
-    """bfloat16 operations per second that a device can do at best; None where that is not known."""
+    """Return the peak bfloat16 FLOP/s of a device, or None if it is not in PEAKS."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -43,34 +43,35 @@ def peak_rate(device: torch.device) -> float | None:
 def step_flops(trainer: Trainer, batch: Batch) -> int:
     """Return the floating-point operations of this rank's part of a step; see ``forward_flops``.
 
-    Forward and backward pass of the policy are three forward passes, the reference's is a fourth.
+    The policy's forward and backward pass count as three forward passes. The reference adds a fourth.
     """
     if trainer.objective is None:
         return 3 * len(batch) * trainer.model.forward_flops()
-    return 4 * (len(batch) + len(trainer.paired_rows(batch))) * trainer.model.forward_flops()
+    return 4 * (len(batch) + len(trainer.pair_indices(batch))) * trainer.model.forward_flops()
 
 
-def images_that_fit(of_two: int, of_four: int, memory: float, later: int) -> int:
-    """Images of a micro-batch, a power of two, that take no more than USED_MEMORY of a GPU.
+def images_that_fit(peak_of_two: int, peak_of_four: int, gpu_bytes: float, later_bytes: int) -> int:
+    """Return the largest micro-batch, a power of two, that takes at most USED_MEMORY of a GPU.
 
     Args:
-        of_two, of_four: bytes in use while as many images are trained on.
-        memory: bytes of the GPU; later: bytes that come to them besides.
+        peak_of_two, peak_of_four: peak bytes while training on two and on four images.
+        gpu_bytes: memory of the GPU.
+        later_bytes: memory that is allocated later, whatever the micro-batch.
     """
-    each = max((of_four - of_two) / 2, 1)
-    images = (USED_MEMORY * memory - later - (of_two - 2 * each)) / each
+    per_image = max((peak_of_four - peak_of_two) / 2, 1)
+    images = (USED_MEMORY * gpu_bytes - later_bytes - (peak_of_two - 2 * per_image)) / per_image
     return 1 << max(int(images), 1).bit_length() - 1
 
 
-def fitting_micro_batch(trainer: Trainer, most: int) -> int:
-    """``images_that_fit`` of a trainer on a GPU, measured on made-up images; at most ``most``.
+def fitting_micro_batch(trainer: Trainer, limit: int) -> int:
+    """Return the ``images_that_fit`` of a trainer on a GPU, at most ``limit``, measured on dummy images.
 
-    Depends on the model, its options and the kind of GPU, not on what else is in its memory; but 1 where that
-    leaves no room to measure.
+    The result depends on the model, its options and the kind of GPU, not on what else is in its memory.
+    It is 1 if even the measurement does not fit.
     """
     device, model = trainer.ranks.device, trainer.model
 
-    def bytes_of(images: int) -> int:
+    def peak_bytes(images: int) -> int:
         labels = torch.arange(images) % 2
         tokens = torch.zeros(images, model.sequence_length, dtype=torch.int64)
         torch.cuda.reset_peak_memory_stats(device)
@@ -79,14 +80,14 @@ def fitting_micro_batch(trainer: Trainer, most: int) -> int:
             trainer.scaler.scale(loss).backward()
         return torch.cuda.max_memory_allocated(device)
 
-    memory = torch.cuda.get_device_properties(device).total_memory
-    moments = 8 * sum(p.numel() for p in trainer.net.parameters() if p.requires_grad)
+    gpu_bytes = torch.cuda.get_device_properties(device).total_memory
+    moment_bytes = 8 * sum(p.numel() for p in trainer.net.parameters() if p.requires_grad)
     try:
-        bytes_of(2)  # from now on there are gradients, as in all micro-batches but a step's first
-        fitting = images_that_fit(bytes_of(2), bytes_of(4), memory, moments)
+        peak_bytes(2)  # allocates the gradients, which only a step's first micro-batch lacks
+        images = images_that_fit(peak_bytes(2), peak_bytes(4), gpu_bytes, moment_bytes)
     except RuntimeError as error:
         if oom_reason(error) is None:
             raise
-        fitting = 1  # the run will say if even one does not fit
+        images = 1  # training reports it if even one does not fit
     trainer.optimizer.zero_grad(set_to_none=True)
-    return min(fitting, most)
+    return min(images, limit)

@@ -1,4 +1,4 @@
-"""The options of the training commands; what is not given is the recipe's of model and loss."""
+"""The options of the training commands. The defaults come from the recipe of the model and the loss."""
 
 import argparse
 from functools import partial
@@ -12,73 +12,90 @@ from cca.training.reporting import REPORT_TO
 from models import ZOO, Recipe, UserError
 from models.zoo.registry import ZooEntry
 
-# Optimizer steps of a run from which on compilation pays on a GPU: on an H100 it took LlamaGen-L and VAR-d16
-# 21 and 33 s, and saved 0.2 s of a step of 32 images.
+# Runs of at least this many optimizer steps are compiled on a GPU. On one H100, compilation took 21 s for
+# LlamaGen-L and 33 s for VAR-d16, and saved 0.2 s per step of 32 images.
 COMPILED_FROM = 200
 
 
 # fmt: off
-def training_parser(
-    description: str, module: str, data_option: str, data_help: str
-) -> Parser:
-    """Return the parser of the training command ``module``; ``data_option`` says where its data is."""
-    parser = Parser(description, module)
-    add, limits = parser.add_argument, partial(limits_of, TrainingConfig)
-    recipe = "default: the model's recipe"
+def training_parser(description: str, module: str, data_option: str, data_help: str) -> Parser:
+    """Return the parser of the training command ``module``; ``data_option`` names its training data."""
+    parser, limits = Parser(description, module), partial(limits_of, TrainingConfig)
+    recipe = "(default: the recipe's)"
     models = [name for name, entry in ZOO.items() if entry.backbone.training_command == module]
     add_model_options(parser, models, "base|PATH|RUN[/state/step-N][:ema]|hf://ORG/REPO/FILE")
-    add(data_option, required=True, type=Path, metavar="PATH", help=data_help)
-    add("--output", required=True, type=Path, metavar="DIR",
-        help="run folder; the same command again resumes it")
+
+    parser.group("data").add_argument(data_option, required=True, type=Path, metavar="PATH", help=data_help)
+
+    add = parser.group("method").add_argument
     add("--loss", choices=LOSSES, default="cca",
-        help="training loss (default cca); sft is plain maximum likelihood")
+        help="training loss; sft is plain maximum likelihood (default: cca)")
     add("--recipe", choices=("with-guidance",),
-        help="other defaults for --loss cca: with-guidance, for sampling with guidance on top")
-    add("--beta", **limits("beta"), help=f"inverse temperature of the reward ({recipe})")
-    add("--lambda", dest="lambda_", **limits("lambda_"), help=f"weight of the negatives ({recipe})")
+        help="source of the other defaults; with-guidance: values for --loss cca and sampling with "
+        "guidance on top (default: the model's recipe for --loss)")
+    add("--beta", **limits("beta"), help=f"inverse temperature of the implicit reward {recipe}")
+    add("--lambda", dest="lambda_", **limits("lambda_"), help=f"weight of the negatives {recipe}")
     add("--uncond-ratio", **limits("uncond_ratio"),
-        help=f"share of images trained without their class ({recipe})")
-    length = parser.add_mutually_exclusive_group()
+        help=f"fraction of images trained with the null class instead of their own, 0 to 1 {recipe}")
+
+    optimisation = parser.group("optimisation")
+    add, length = optimisation.add_argument, optimisation.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=count(),
-        help=f"passes over the data, each without its incomplete last batch ({recipe})")
-    length.add_argument("--max-steps", **limits("max_steps"), help="optimizer steps, instead of --epochs")
-    add("--batch-size", **limits("batch_size"), help=f"global batch in images, over all processes ({recipe})")
-    add("--micro-batch-size", type=count(),
-        help="images of one forward pass in one process (default: what fits a GPU's memory; "
-        "on CPUs, with --deterministic and fsdp as published on 8 GPUs; mini: 32; resumed: as before)")
-    add("--lr", **limits("lr"), help=f"peak learning rate ({recipe}; VAR: in proportion to --batch-size)")
-    add("--warmup", **limits("warmup"), help=f"fraction of the run with rising rate ({recipe})")
-    add("--final-lr", **limits("final_lr"), help=f"last rate over peak rate; 1 keeps it constant ({recipe})")
-    add("--weight-decay", **limits("weight_decay"), help=f"AdamW weight decay ({recipe})")
+        help=f"passes over the data, each without its incomplete last batch {recipe}")
+    length.add_argument("--max-steps", **limits("max_steps"),
+        help="optimizer steps, instead of --epochs (default: from --epochs)")
+    add("--batch-size", **limits("batch_size"), help=f"images per optimizer step, over all ranks {recipe}")
+    add("--lr", **limits("lr"),
+        help="peak learning rate (default: the recipe's; for VAR it scales in proportion to --batch-size)")
+    add("--warmup", **limits("warmup"),
+        help=f"fraction of the run in which the learning rate rises, 0 to 1 {recipe}")
+    add("--final-lr", **limits("final_lr"),
+        help=f"last learning rate as a fraction of the peak, 0 to 1; 1 keeps it constant {recipe}")
+    add("--weight-decay", **limits("weight_decay"), help=f"AdamW weight decay {recipe}")
     add("--final-weight-decay", **limits("final_weight_decay"),
-        help=f"weight decay at the end, reached along a cosine ({recipe}: constant but for var-d30)")
+        help="weight decay at the end of the run, approached along a cosine (default: the recipe's; most "
+        "recipes keep the weight decay constant)")
     add("--grad-clip", **limits("grad_clip"),
-        help=f"largest norm of the gradient of the global batch's mean loss ({recipe})")
+        help=f"largest norm of the gradient, which is of the mean loss over the global batch {recipe}")
     add("--ema", **limits("ema"), default=0.0, metavar="DECAY",
-        help="also keep and write an average of the weights, e.g. 0.999 (default 0: none)")
-    add("--dtype", **limits("dtype"),
-        help=f"precision of the forward pass; float16 scales the loss ({recipe})")
-    add("--parallel", choices=("ddp", "fsdp"),
-        help=f"replicate the model in each process, or shard it ({recipe})")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help=f"compile blocks and likelihood (default: on GPUs for {COMPILED_FROM:,} steps or more)")
-    add("--checkpointing", action="store_true",
-        help="keep no activations of the blocks, compute them again in the backward pass")
-    add("--deterministic", action="store_true",
-        help="compute so that a run on GPUs can be repeated bit for bit, more slowly")
-    add_workers_option(parser)
+        help="decay per step of a moving average of the weights, such as 0.999; the average is also saved "
+        "(default: 0, no average)")
     add("--seed", **limits("seed"), default=0,
-        help="seed of data order, crops, null-class draws and dropout (default 0)")
-    add("--save-every", type=count(), default=100, help="steps between saved states (default 100)")
+        help="random seed of data order, crops, null classes and dropout (default: 0)")
+
+    add = parser.group("performance").add_argument
+    add("--micro-batch-size", type=count(),
+        help="images per forward pass and rank (default: the largest power of two that fits in GPU memory; "
+        "on CPUs, with FSDP or --deterministic: the published value; bundled models on CPUs: 32). "
+        "A resumed run keeps its value.")
+    add("--dtype", **limits("dtype"),
+        help=f"precision of the forward pass; float16 uses loss scaling {recipe}")
+    add("--parallel", choices=("ddp", "fsdp"),
+        help=f"several ranks: ddp copies the model to each rank, fsdp shards it {recipe}")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="run transformer blocks and likelihood through torch.compile (default: on for GPU runs of at "
+        f"least {COMPILED_FROM:,} steps)")
+    add("--checkpointing", action="store_true",
+        help="activation checkpointing: less memory, and the backward pass computes activations again "
+        "(default: off)")
+    add("--deterministic", action="store_true",
+        help="use only deterministic kernels: GPU runs repeat bit for bit, and are slower (default: off)")
+    add_workers_option(parser)
+
+    add = parser.group("output").add_argument
+    add("--output", required=True, type=Path, metavar="DIR",
+        help="run folder; the same command resumes an unfinished run in it")
+    add("--save-every", type=count(), default=100, help="steps between checkpoints (default: 100)")
     add("--keep-states", type=count(), metavar="N",
-        help="newest saved states to keep, e.g. to sample from (default 1; resumed: as before)")
+        help="newest checkpoints to keep, for example to sample from (default: 1). "
+        "A resumed run keeps its value.")
     add("--log-every", type=count(), default=10,
-        help="steps between updates of the shown metrics (default 10)")
+        help="steps between updates of the metrics in the progress bar (default: 10)")
     add("--report-to", choices=REPORT_TO, default="tensorboard",
-        help="where metrics go besides metrics.jsonl (default tensorboard); wandb: Weights & Biases, with "
-        "requirements-wandb.txt")
+        help="where metrics go in addition to metrics.jsonl; wandb is Weights & Biases and needs "
+        "requirements-wandb.txt (default: tensorboard)")
     add("--sample-every", type=count(0), default=0,
-        help="steps between guidance-free sample grids in DIR/samples (default 0: none)")
+        help="steps between guidance-free sample grids in DIR/samples (default: 0, no grids)")
     add_dry_run_option(parser)
     return parser
 
@@ -92,16 +109,20 @@ FROM_RECIPE = (
 
 
 def chosen_recipe(args: argparse.Namespace, entry: ZooEntry) -> Recipe:
-    """The defaults of a run; raises UserError where there are none and the user gives no values either,
-    or gives one that the loss does not have."""
+    """Return the recipe that gives a run its defaults.
+
+    Raises:
+        UserError: there is no such recipe; no recipe has values for the loss, and the user gives none; or
+            the loss does not use a hyperparameter that the user gives.
+    """
     used = LOSSES[args.loss].hyperparameters
     for name in ("beta", "lambda_"):
         if name not in used and getattr(args, name) is not None:
-            raise UserError(f"--{name.rstrip('_')}: plays no part in --loss {args.loss}; leave it out")
+            raise UserError(f"--{name.rstrip('_')}: is not used by --loss {args.loss}; leave it out")
     if args.recipe is not None:
         if args.loss != "cca" or args.recipe not in entry.recipes:
             raise UserError(
-                f"--recipe: there is none named {args.recipe} for {args.model} and --loss {args.loss}"
+                f"--recipe: {args.model} has no recipe {args.recipe} for --loss {args.loss}; leave it out"
             )
         return entry.recipes[args.recipe]
     if args.loss in entry.recipes:
@@ -116,11 +137,14 @@ def chosen_recipe(args: argparse.Namespace, entry: ZooEntry) -> Recipe:
 def training_config(
     args: argparse.Namespace, recipe: Recipe, images: int, lr_scales_with_batch: bool
 ) -> TrainingConfig:
-    """The recipe with what the user gave instead; raises UserError for a batch larger than the data."""
+    """Return the recipe's values, except where the user gives others.
+
+    images: their number in the training data. Raises UserError for a batch larger than that.
+    """
 
     def pick(name: str):
-        given = getattr(args, name)
-        return getattr(recipe, name) if given is None else given
+        value = getattr(args, name)
+        return getattr(recipe, name) if value is None else value
 
     batch_size = pick("batch_size")
     if batch_size > images:

@@ -1,4 +1,4 @@
-"""Sample grids that a run draws from itself on its way."""
+"""Sample grids that a run writes while it trains (--sample-every)."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,12 +22,12 @@ GRID_ROWS, GRID_COLUMNS = 4, 10
 
 @contextmanager
 def training_paused(trainer: Trainer) -> Iterator[None]:
-    """Evaluation mode, without what is set for training: compiled blocks, ``--deterministic``."""
+    """Context manager for evaluation mode, without compiled blocks and deterministic algorithms."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     trainer.model.eval()
-    torch.use_deterministic_algorithms(False)  # not every operation of sampling has such a kernel
+    torch.use_deterministic_algorithms(False)  # some operators of sampling have no deterministic kernel
     try:
-        with torch.compiler.set_stance("force_eager"):  # else they are compiled anew for other shapes
+        with torch.compiler.set_stance("force_eager"):  # else the blocks are compiled again for other shapes
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
@@ -37,10 +37,10 @@ def training_paused(trainer: Trainer) -> Iterator[None]:
 def grid_drawer(
     trainer: Trainer, folder: Path, every: int, folders: Mapping[str, int] | None = None
 ) -> Callable[[int], None]:
-    """Return a function of the step that samples a grid without guidance, from the same random numbers.
+    """Return a function of the step that writes a grid of samples at multiples of ``every`` (0: never).
 
-    It does so at multiples of ``every`` (0: never). The columns are classes of ``folders`` (class folder ->
-    class), or of the model where there are none.
+    The samples are without guidance, from the same random numbers each time. The columns are classes of
+    ``folders`` (class folder -> class); without folders, classes of the model.
     """
     model, ranks = trainer.model, trainer.ranks
     trained = sorted(set(folders.values())) if folders else range(model.num_classes)
@@ -49,8 +49,8 @@ def grid_drawer(
     images = GRID_ROWS * columns
     request = SampleRequest(images, classes, "balanced", 0, None, trainer.config.dtype, SamplingOptions())
     too_many = (
-        f"{images} images do not fit in the GPU's memory beside the training; "
-        "a smaller --micro-batch-size leaves more of it"
+        f"--sample-every: {images} images do not fit in GPU memory while training; "
+        "use a smaller --micro-batch-size"
     )
 
     def sample_grid(path: Path) -> None:
@@ -66,8 +66,8 @@ def grid_drawer(
         if ranks.is_main:
             try:
                 sample_grid(folder / f"step-{step:06d}.png")
-            except UserError as error:  # a picture is not worth the run
-                tqdm.write(f"no sample grid of step {step}: {error}", file=sys.stderr)
+            except UserError as error:  # a missing picture must not end the run
+                tqdm.write(f"warning: no sample grid at step {step}: {error}", file=sys.stderr)
         ranks.barrier()
 
     return draw

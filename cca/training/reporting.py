@@ -16,14 +16,18 @@ REPORT_TO = ("tensorboard", "wandb", "none")
 
 
 class Reporter(Protocol):
+    """A destination of metrics."""
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Report one step. Called for each step in order; raises OSError where it cannot be written."""
+        """Report one step; called in order. Raises OSError if the metrics cannot be written."""
 
     def flush(self) -> None:
-        """Write what was reported so far."""
+        """Write the metrics that were reported so far."""
 
 
 class Nowhere:
+    """The reporter of --report-to none."""
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
         pass
 
@@ -32,7 +36,7 @@ class Nowhere:
 
 
 class TensorBoard:
-    """Curves in DIR/tensorboard; those after ``done`` steps are dropped. Raises UserError."""
+    """Event files in DIR/tensorboard; values of steps after ``done`` are dropped. Raises UserError."""
 
     def __init__(self, folder: Path, done: int):
         with writing(folder / "tensorboard"):
@@ -45,33 +49,31 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases under the same names; resumed, the same one. Raises UserError.
+    """A run of Weights & Biases, with the same names of metrics. Resuming training resumes the run.
 
-    Project, entity and mode are those of the environment (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE).
+    WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE choose project, entity and mode. Raises UserError.
     """
 
     def __init__(self, folder: Path, options: dict):
         import wandb
 
-        number = folder / "wandb" / "run-id"
-        if not number.exists():
-            with writing(number.parent):
-                number.parent.mkdir(exist_ok=True)
-            atomic_write(number, lambda temporary: temporary.write_text(secrets.token_hex(4)))
+        id_file = folder / "wandb" / "run-id"
+        if not id_file.exists():
+            with writing(id_file.parent):
+                id_file.parent.mkdir(exist_ok=True)
+            atomic_write(id_file, lambda temporary: temporary.write_text(secrets.token_hex(4)))
         settings = wandb.Settings(console="off")  # the command replaces its output streams itself
-        self.run: Any = None  # once sending has failed
+        self.run: Any = None  # also None once sending has failed
         try:
             self.run = wandb.init(
-                dir=folder, id=number.read_text(), resume="allow", name=folder.name, config=options,
+                dir=folder, id=id_file.read_text(), resume="allow", name=folder.name, config=options,
                 settings=settings,
             )  # fmt: skip
-        except Exception as error:  # of W&B, its settings or its service
-            raise UserError(
-                f"--report-to: Weights & Biases does not take the run ({reason(error)})"
-            ) from None
+        except Exception as error:  # W&B, its settings or its service may raise anything
+            raise UserError(f"--report-to: Weights & Biases did not start a run ({reason(error)})") from None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Send the metrics of a step. Where that fails, a warning says so, and nothing more is sent."""
+        """Send the metrics of a step. If that fails, print a warning and send nothing more."""
         try:
             if self.run:
                 self.run.log(metrics, step=step)
@@ -84,15 +86,15 @@ class WandB:
 
 
 def check_reporter(kind: str) -> None:
-    """Raise UserError where a package is missing."""
-    found = importlib.util.find_spec("wandb")
-    # A folder named wandb, which W&B makes where it runs, has a spec without an origin.
-    if kind == "wandb" and (found is None or found.origin is None):
-        raise UserError("--report-to: wandb is not installed: pip install -r requirements-wandb.txt")
+    """Raise UserError if --report-to needs a package that is not installed."""
+    spec = importlib.util.find_spec("wandb")
+    # W&B creates a folder named wandb where it runs. Such a folder has a spec without an origin.
+    if kind == "wandb" and (spec is None or spec.origin is None):
+        raise UserError("--report-to: wandb is not installed; run pip install -r requirements-wandb.txt")
 
 
 def open_reporter(kind: str, folder: Path, done: int, options: dict) -> Reporter:
-    """Return what reports the steps after ``done``. Raises UserError."""
+    """Return the reporter of the steps after ``done``. Raises UserError."""
     if kind == "wandb":
         return WandB(folder, options)
     return TensorBoard(folder, done) if kind == "tensorboard" else Nowhere()

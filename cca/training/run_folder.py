@@ -30,17 +30,18 @@ from models.utils.files import (
 from models.zoo.checkpoint_formats import save_published
 from models.zoo.run_folders import ema_name, saved_steps
 
-# Told there beside the options, not compared: a run that goes on takes it unless the user says otherwise.
+# Entries of config.json that are not compared on resume. A resumed run keeps them unless options change them.
 MICRO_BATCH, KEPT = "micro_batch_size", "keep_states"
 
 
 class RunFolder:
-    """Where a run writes, so that a run killed at any moment leaves its last good state.
+    """The output folder of a run. A run that is killed at any moment leaves its last good checkpoint.
 
-    Files are replaced at once, except metrics.jsonl and TensorBoard's, which grow; ``resume`` cuts them.
+    Files are replaced atomically, except metrics.jsonl and TensorBoard's. These are appended to, and
+    ``resume`` removes what later steps wrote.
 
     Args:
-        options: those of config.json.
+        options: the options in config.json.
         report_to: one of ``REPORT_TO``.
     """
 
@@ -53,14 +54,15 @@ class RunFolder:
         report_to: str = "tensorboard",
     ):
         self.path, self.ranks, self.keep_states, self.options = path, ranks, keep_states, options
-        self.states, self.metrics_path = path / "state", path / "metrics.jsonl"
+        self.checkpoints, self.metrics_path = path / "state", path / "metrics.jsonl"
         self.report_to = report_to
-        self.reporter: Reporter  # from ``resume`` on, of rank 0
+        self.reporter: Reporter  # set by ``resume`` on rank 0
 
     def resume(self, trainer: Trainer) -> int:
-        """Load the last checkpoint if there is one; return the number of steps done.
+        """Load the last checkpoint if there is one, and return the number of steps done.
 
-        Raises UserError for a damaged one; it names the folder to delete.
+        Raises:
+            UserError: the checkpoint is damaged; the message names the folder to delete.
         """
         done = int(self.ranks.broadcast_text(str((saved_steps(self.path) or [0])[-1])))
         if done:
@@ -72,20 +74,21 @@ class RunFolder:
 
     def _load(self, state: dict, done: int) -> None:
         try:
-            load_checkpoint(state, self.states / f"step-{done}", self.ranks)
+            load_checkpoint(state, self.checkpoints / f"step-{done}", self.ranks)
         except UserError as error:
             before = ["the start", *(f"step {step}" for step in saved_steps(self.path)[:-1])]
             raise UserError(
-                f"--output: {error}; delete that folder, and the same command goes on from {before[-1]}"
+                f"--output: {error}; delete that folder, then run the same command again to continue "
+                f"from {before[-1]}"
             ) from None
 
     def _begin(self, done: int) -> None:
-        """Leave in the folder what belongs to the steps that are done; open the reporter."""
-        left = [*self.states.glob(".*.removed"), self.states / ".writing"]
-        if not done:  # what a start left that came to nothing, perhaps with other options
-            left += [self.path / name for name in ("tensorboard", "wandb", "samples")]
+        """Remove from the folder what does not belong to the first ``done`` steps; open the reporter."""
+        leftovers = [*self.checkpoints.glob(".*.removed"), self.checkpoints / ".writing"]
+        if not done:  # an earlier start, perhaps with other options, saved no checkpoint
+            leftovers += [self.path / name for name in ("tensorboard", "wandb", "samples")]
             (self.path / "curves.png").unlink(missing_ok=True)
-        for folder in left:
+        for folder in leftovers:
             shutil.rmtree(folder, ignore_errors=True)
         self._drop_old()
         rows = [row for row in self._rows() if 0 < row["step"] <= done]
@@ -113,72 +116,73 @@ class RunFolder:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl, and report the step.
 
-        Called on rank 0 alone, once for each optimizer step, from 1, in order: after ``resume`` has cut both
-        back to the step it returned.
+        Called on rank 0 alone, after ``resume``, once for each optimizer step (from 1) in order.
         """
         try:
             with open(self.metrics_path, "a") as file:
-                # A skipped step's loss may be no number.
+                # The loss of a skipped step may be NaN.
                 file.write(json.dumps(finite_or_none({"step": step, **metrics})) + "\n")
             self.reporter.log(step, metrics)
         except OSError as error:
-            raise self.cannot_write(error) from None
+            raise self._write_error(error) from None
 
     def save(self, trainer: Trainer, done: int, unreadable: dict[str, dict]) -> None:
-        """Write the checkpoint of step ``done``, drop old ones.
+        """Write the checkpoint of step ``done`` and remove old ones. All ranks take part.
 
-        Note the micro-batch that it was made with, and the images that could not be read.
+        config.json gets the micro-batch size and the images that could not be read.
 
-        Raises UserError if it cannot be written.
+        Raises:
+            UserError: the checkpoint cannot be written.
         """
-        temporary = self.states / ".writing"
+        temporary = self.checkpoints / ".writing"
 
         def write() -> None:
             try:
                 write_checkpoint(trainer.state(), temporary, self.ranks)
             except (OSError, RuntimeError, UserError, CheckpointException) as error:
                 shutil.rmtree(temporary, ignore_errors=True)
-                raise self.cannot_write(error) from None
+                raise self._write_error(error) from None
 
         self.ranks.run_or_abort_all(write)
-        noted: dict = {MICRO_BATCH: trainer.micro_batch_size, KEPT: self.keep_states}
-        noted |= {NOTED: unreadable} if unreadable else {}
-        self.ranks.run_or_abort_all(lambda: self._keep(temporary, done, noted), on_rank0=True)
+        entries: dict = {MICRO_BATCH: trainer.micro_batch_size, KEPT: self.keep_states}
+        entries |= {NOTED: unreadable} if unreadable else {}
+        self.ranks.run_or_abort_all(lambda: self._commit(temporary, done, entries), on_rank0=True)
 
-    def _keep(self, temporary: Path, done: int, noted: dict) -> None:
-        state, config = self.states / f"step-{done}", self.path / "config.json"
+    def _commit(self, temporary: Path, done: int, entries: dict) -> None:
+        """Add ``entries`` to config.json, move a complete checkpoint to its place, remove old ones."""
+        checkpoint, config = self.checkpoints / f"step-{done}", self.path / "config.json"
         description = read_json(config)
-        if description != {**description, **noted}:
-            write_json(config, {**description, **noted})
-        with writing(state):
-            os.replace(temporary, state)
+        if description != {**description, **entries}:
+            write_json(config, {**description, **entries})
+        with writing(checkpoint):
+            os.replace(temporary, checkpoint)
             self._drop_old()
             self.reporter.flush()
 
     def _drop_old(self) -> None:
         for old in saved_steps(self.path)[: -self.keep_states]:
             try:
-                remove_folder(self.states / f"step-{old}")
-            except UserError as error:  # the new one is there
-                tqdm.write(f"warning: an old state stays: {error}", file=sys.stderr)
+                remove_folder(self.checkpoints / f"step-{old}")
+            except UserError as error:  # the new checkpoint is complete
+                tqdm.write(f"warning: an old checkpoint could not be removed: {error}", file=sys.stderr)
 
     def export(self, trainer: Trainer) -> None:
-        """Write the average of the weights if there is one, then the model: with it the run is finished."""
+        """Write the averaged weights, if any, then the model. Its file marks the run as finished."""
         model, key = trainer.model.checkpoint_name, trainer.model.checkpoint_key
-        # Of a sharded model, rank 0 alone has the weights.
-        gathered = {ema_name(model): trainer.full_ema(), model: trainer.full_weights()}
+        # Only rank 0 gets the weights of a sharded model.
+        full_weights = {ema_name(model): trainer.full_ema(), model: trainer.full_weights()}
 
         def write() -> None:
-            for weights in gathered.values():
+            for weights in full_weights.values():
                 check_finite(weights)
-            for name, weights in gathered.items():
+            for name, weights in full_weights.items():
                 if weights:
                     save_published(weights, self.path / name, key)
 
         self.ranks.run_or_abort_all(write, on_rank0=True)
 
     def draw_curves(self) -> None:
-        """Draw ``curves.png`` of all steps if it is missing; where that fails, a warning says so."""
+        """Draw ``curves.png`` of all steps if it is missing; print a warning if that fails."""
         if (self.path / "curves.png").exists():
             return
         loss = self.options["loss"]
@@ -187,15 +191,16 @@ class RunFolder:
             loss += f" ({used})"
         title = f"{self.options['model']}, {loss}, batch {self.options['batch_size']}"
         try:
-            # It takes longer to import than all that a training command needs before its first step.
+            # Imported late: matplotlib takes longer to import than all else that a training command needs.
             from cca.training.curves import draw_curves
 
             draw_curves(self.path / "curves.png", self._rows(), title)
-        except Exception as error:  # a notebook's MPLBACKEND among others
+        except Exception as error:  # for example an MPLBACKEND that a notebook set
             print(f"warning: no curves.png: {reason(error)}", file=sys.stderr)
 
-    def cannot_write(self, error: BaseException) -> UserError:
+    def _write_error(self, error: BaseException) -> UserError:
+        """Return the error to raise where a file of the run cannot be written."""
         return UserError(
             f"--output: {self.path} cannot be written ({reason(error)}); "
-            "the same command resumes from the last checkpoint"
+            "run the same command again to resume from the last checkpoint"
         )

@@ -1,7 +1,7 @@
-"""What is trained when: the schedules of a run, and the order of the data.
+"""The schedules of a run (learning rate, weight decay) and the order of its data.
 
-Everything here is a function of the options and the step, so a resumed run, or one with other
-processes, plans the same.
+Everything here is a function of the options and the step. So a resumed run, or one on another number of
+ranks, has the same schedule and order.
 """
 
 import functools
@@ -16,18 +16,18 @@ from cca.random_streams import DATA_ORDER, UNCONDITIONAL, stream
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Rate of optimizer step ``step`` (from 0): VAR's linear schedule, constant for final_lr 1.
+    """Return the learning rate of optimizer step ``step`` (from 0): VAR's linear schedule.
 
-    lr/peak = wpe + (1 - wpe) * rest / 0.95, at most 1, with rest falling from 1 to 0 after the
-    warm-up from 0.005. The published schedule counts micro-batches; a step takes the rate of its
-    last one.
+    The warm-up rises linearly from 0.005 to 1 times the peak rate. After it, the factor of the peak rate is
+    final_lr + (1 - final_lr) * rest / 0.95, at most 1, where rest falls from 1 to 0. With final_lr 1 the rate
+    is constant. The published schedule counts micro-batches; a step takes the rate of its last one.
     """
     total = config.max_steps * config.schedule_accumulation
     return config.lr * lr_factor(_tick(step, config), config.warmup * total, total, config.final_lr)
 
 
 def lr_factor(tick: int, warm: float, total: int, final: float) -> float:
-    """Fraction of the peak rate at one tick of the schedule."""
+    """Return the factor of the peak rate at one tick of the schedule."""
     if tick < warm:
         return 0.005 + 0.995 * tick / warm
     rest = 1.0 - (tick - warm) / max(total - 1 - warm, 1)
@@ -35,7 +35,7 @@ def lr_factor(tick: int, warm: float, total: int, final: float) -> float:
 
 
 def weight_decay(step: int, config: TrainingConfig) -> float:
-    """Weight decay of a step: constant, or a cosine from ``weight_decay`` to ``final_weight_decay``."""
+    """Return the weight decay of a step: constant, or a cosine to ``final_weight_decay``."""
     first, last = config.weight_decay, config.final_weight_decay
     if last is None:
         return first
@@ -44,14 +44,14 @@ def weight_decay(step: int, config: TrainingConfig) -> float:
 
 
 def _tick(step: int, config: TrainingConfig) -> int:
-    """Place in the published schedule, which counts micro-batches, of an optimizer step's last one."""
+    """Return the index of a step's last micro-batch: the published schedule counts micro-batches."""
     return (step + 1) * config.schedule_accumulation - 1
 
 
 def global_batch(step: int, size: int, config: TrainingConfig) -> tuple[int, np.ndarray]:
-    """Return the epoch of a step and the indices [batch_size] of its images, of ``size`` in all.
+    """Return the epoch of a step and the indices [batch_size] of its images, out of ``size`` images.
 
-    What is left of an epoch after its last whole batch is dropped.
+    The incomplete last batch of an epoch is dropped.
     """
     epoch, position = divmod(step, size // config.batch_size)
     order = _epoch_order(config.seed, epoch, size)
@@ -63,7 +63,7 @@ def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     return stream(seed, DATA_ORDER, epoch).permutation(size)
 
 
-def unconditional_rows(indices: np.ndarray, epoch: int, config: TrainingConfig) -> Tensor:
-    """Return which images lose their class, drawn for each (seed, epoch, image): bool [B]."""
-    draws = [stream(config.seed, UNCONDITIONAL, epoch, int(i)).random() for i in indices]
-    return torch.tensor(draws) < config.uncond_ratio
+def sample_unconditional(indices: np.ndarray, epoch: int, config: TrainingConfig) -> Tensor:
+    """Return which images are trained without their class, bool [B], sampled by (seed, epoch, image)."""
+    uniforms = [stream(config.seed, UNCONDITIONAL, epoch, int(i)).random() for i in indices]
+    return torch.tensor(uniforms) < config.uncond_ratio

@@ -1,4 +1,4 @@
-"""A training run, from parsed options to the loop: what the training commands share."""
+"""The job of the training commands: from parsed options and data to the training loop."""
 
 import argparse
 import math
@@ -32,32 +32,32 @@ from models.utils.precision import TRAINED_IMAGES, allow_tf32, compute_determini
 from models.zoo.loading import ModelFiles, count_parameters
 from models.zoo.run_folders import ema_name, saved_steps
 
-PUBLISHED_GPUS = 8  # on which the recipes' accumulation steps were counted
-# Path, model, seed -> what is trained on.
+PUBLISHED_GPUS = 8  # the recipes' accumulation steps are for this many GPUs
+# (path, model, seed) -> the training data.
 OpenData = Callable[[Path, ARImageModel, int], LabelledDataset]
 
 
 def run_training(args: argparse.Namespace, path: Path, open_data: OpenData) -> None:
-    """Train as the options say; ``path``: of the data. Raises UserError."""
+    """Run a training command. ``path``: the data. Raises UserError."""
     entry = zoo_entry(args.model)
     recipe = chosen_recipe(args, entry)
     if args.weights == "cca":
-        raise UserError("--weights: training starts from base or from a path")
+        raise UserError("--weights: training does not start from cca; give base or a path")
     output = Output.run(args.output, entry.backbone.checkpoint_name)
     output.check_place({"--codes" if entry.backbone.trains_on_codes else "--data": path})
     check_reporter(args.report_to)
     if args.deterministic:
         compute_deterministically()
 
-    def resolve(args: argparse.Namespace, ranks: Ranks, found: OutputStatus) -> Training:
+    def resolve(args: argparse.Namespace, ranks: Ranks, status: OutputStatus) -> Training:
         allow_tf32(ranks.device)
         files = find_files(args.model, args.weights, args.tokenizer_weights, args.image_size)
         model = files.build()
         data = open_data(path, model, args.seed)
-        if data.source and found.content:
-            data.source.resume(found.content.get(NOTED, {}))
+        if data.source and status.content:
+            data.source.resume(status.content.get(NOTED, {}))
         config = training_config(args, recipe, len(data), model.lr_scales_with_batch)
-        return Training(args, ranks, found, files, model, path, data, config, recipe)
+        return Training(args, ranks, status, files, model, path, data, config, recipe)
 
     job = play(args, output, resolve)
     if job and job.ranks.is_main:
@@ -66,18 +66,18 @@ def run_training(args: argparse.Namespace, path: Path, open_data: OpenData) -> N
 
 @dataclass
 class Training:
-    """A run to be trained or resumed, resolved from the options and from what was found at the output."""
+    """A run to start or resume, resolved from the options and the status of the output."""
 
     args: argparse.Namespace
     ranks: Ranks
-    found: OutputStatus
+    status: OutputStatus
     files: ModelFiles
     model: ARImageModel
     path: Path
     data: LabelledDataset
     config: TrainingConfig
     recipe: Recipe
-    parts: None = None  # its output has none
+    parts: None = None  # a run folder is not written in parts
 
     def __post_init__(self) -> None:
         args, config, ranks = self.args, self.config, self.ranks
@@ -87,21 +87,21 @@ class Training:
         self.parallel = args.parallel or self.recipe.parallel
         check_parallel(args, config, self.parallel, ranks)
         self.compile = decide_compile(args.compile, on_gpu and config.max_steps >= COMPILED_FROM, ranks)
-        self.most = math.ceil(config.batch_size / ranks.world_size)  # images of a step on this rank
-        # A run that is resumed elsewhere keeps its micro-batch, which decides the masks of dropout.
-        self.kept = 0 if args.micro_batch_size else number_in_config(args.output, self.found, MICRO_BATCH)
-        self.keep_states = args.keep_states or number_in_config(args.output, self.found, KEPT) or 1
-        asked = args.micro_batch_size or self.kept
+        self.rank_images = math.ceil(config.batch_size / ranks.world_size)  # images of a step on this rank
+        # A run that is resumed elsewhere keeps its micro-batch, since dropout's masks depend on it.
+        previous = 0 if args.micro_batch_size else number_in_config(args.output, self.status, MICRO_BATCH)
+        self.keep_states = args.keep_states or number_in_config(args.output, self.status, KEPT) or 1
+        self.keeps_micro_batch, fixed_size = bool(previous), args.micro_batch_size or previous
         published = config.batch_size // (PUBLISHED_GPUS * self.recipe.published_accumulation)
         if self.recipe.published_accumulation == 1:
             published = TRAINED_IMAGES[ranks.device.type]
-        self.micro_batch_size = max(min(asked or published, config.batch_size), 1)
-        # Else as many images as fit into the GPU's memory.
+        self.micro_batch_size = max(min(fixed_size or published, config.batch_size), 1)
+        # If not fixed, ``work`` takes as many images as fit in GPU memory.
         is_sharded = self.parallel == "fsdp" and ranks.world_size > 1
-        self.is_fixed = bool(asked or args.deterministic or is_sharded or not on_gpu)
+        self.is_fixed = bool(fixed_size or args.deterministic or is_sharded or not on_gpu)
 
     def identity(self) -> dict:
-        """Return what decides what is trained, under its names in config.json, but for the data's hash."""
+        """Return the options that must agree on resume, named as in config.json, except data_sha256."""
         of_data = {"exif_orientation": self.data.exif_orientation}
         computed = {"deterministic": self.args.deterministic, "compile": self.compile}
         return {
@@ -117,8 +117,10 @@ class Training:
         values = [f"{name} {getattr(config, name):g}" for name in LOSSES[config.loss].hyperparameters]
         classes = "" if data.classes is None else f" in {len(data.classes)} class folders"
         epochs = config.max_steps * config.batch_size / self.images
-        micro = f"a micro-batch of {min(self.micro_batch_size, self.most)} images"
-        micro += (" as before" if self.kept else "") + ("" if self.is_fixed else " or what fits")
+        micro = "the largest micro-batch that fits in GPU memory"
+        if self.is_fixed:
+            micro = f"a micro-batch of {min(self.micro_batch_size, self.rank_images)} images"
+            micro += " as before" if self.keeps_micro_batch else ""
         rows = {
             "data": f"{self.path}, {self.images:,} images{classes}",
             "training": ", ".join([config.loss, *values, f"learning rate {config.lr:g}"]).replace("_ ", " "),
@@ -133,10 +135,10 @@ class Training:
         return self.files.plan(self.model) | rows
 
     def output_files(self) -> str:
-        """Return what the run leaves in its folder."""
+        """Return the names of the files and folders that the run writes, for the plan."""
         name, ema = self.model.checkpoint_name, bool(self.config.ema)
         files = [name, ema_name(name) if ema else "", "config.json", "metrics.jsonl", "curves.png"]
-        # AdamW's moments beside the weights; a new checkpoint is whole before an old one goes.
+        # Weights, AdamW's two moments and the average. Old checkpoints are removed after the new one.
         size = size_text(4 * count_parameters(self.model.transformer) * (3 + ema))
         state = f"state (~{size} each, up to {self.keep_states + 1} at a time)"
         files += [
@@ -152,7 +154,7 @@ class Training:
         self.all_options = {**self.identity(), "data_sha256": self.ranks.digest(self.data.fingerprint)}
         labels, tokenizer = self.data.occurring_classes(), self.files.tokenizer_file
         if labels and len(labels) == self.model.num_classes:
-            labels = None  # all
+            labels = None  # all classes
         return {
             "command": self.ranks.command(self.args.command),
             "options": self.all_options,
@@ -169,45 +171,54 @@ class Training:
             self.model.transformer.checkpointing = args.checkpointing
             trainer = Trainer(self.model, config, self.micro_batch_size, ranks, self.parallel, self.compile)
         if not self.is_fixed:
-            trainer.micro_batch_size = min(ranks.all_gather(fitting_micro_batch(trainer, self.most)))
+            trainer.micro_batch_size = min(ranks.all_gather(fitting_micro_batch(trainer, self.rank_images)))
             if ranks.is_main:
-                print(f"micro-batch of {trainer.micro_batch_size} images, which the memory holds", flush=True)
+                print(
+                    f"micro-batch of {trainer.micro_batch_size} images, chosen to fit in GPU memory",
+                    flush=True,
+                )
         draw = grid_drawer(trainer, folder.path / "samples", args.sample_every, self.data.classes)
         loader = Loader(self.data, config, ranks, self.model.null_class, args.workers)
         with oom_as_user_error(MICRO_BATCH_TOO_LARGE):
             return train(trainer, loader, folder, args.save_every, args.log_every, draw)
 
     def print_notes(self) -> None:
-        """Print what is to be known of the data. Raises UserError for labels that cannot be read."""
+        """Print notes on the data to standard error. Raises UserError for labels that cannot be read."""
         without = missing_negatives(self.config.loss, self.config.batch_size, self.data.same_class)
         for note in [*self.data.notes(), *filter(None, [without])]:
             print(f"note: {note}", file=sys.stderr)
 
 
-def number_in_config(run: Path, found: OutputStatus, name: str) -> int:
-    """Return what a run notes beside its options and keeps when it is resumed; 0: it has no checkpoint.
+def number_in_config(run: Path, status: OutputStatus, name: str) -> int:
+    """Return an entry of config.json that a resumed run keeps, or 0 if the run has no checkpoint yet.
 
-    Raises UserError for a note that is no such number.
+    Raises:
+        UserError: the entry is not an integer of at least 1.
     """
-    noted = (found.content or {}).get(name, 1)
-    if type(noted) is not int or noted < 1:
-        raise UserError(f"{run}/config.json: {name} is {noted!r}, not a number; delete that entry")
-    return noted if name in (found.content or {}) else 0
+    value = (status.content or {}).get(name, 1)
+    if type(value) is not int or value < 1:
+        raise UserError(
+            f"--output: {run}/config.json: {name} is {value!r}, expected an integer of at least 1; "
+            "delete that entry"
+        )
+    return value if name in (status.content or {}) else 0
 
 
 def check_parallel(args: argparse.Namespace, config: TrainingConfig, parallel: str, ranks: Ranks) -> None:
-    """Raise UserError for options that do not go with the number of ranks, or with sharding."""
+    """Raise UserError for options that do not fit the number of ranks or --parallel fsdp."""
     if config.batch_size < ranks.world_size:
-        raise UserError(f"--batch-size: {config.batch_size} is less than the {ranks.world_size} processes")
+        raise UserError(
+            f"--batch-size: {config.batch_size} is less than the number of ranks ({ranks.world_size})"
+        )
     if parallel == "fsdp" and config.batch_size % ranks.world_size:
         raise UserError(
-            f"--batch-size: with --parallel fsdp it must be a multiple of the {ranks.world_size} processes, "
-            f"{config.batch_size} is not"
+            f"--batch-size: {config.batch_size} must be a multiple of the number of ranks "
+            f"({ranks.world_size}) with --parallel fsdp"
         )
     if parallel == "fsdp" and config.dtype == "float16":
-        raise UserError("--dtype: --parallel fsdp takes bfloat16 or float32, not float16")
+        raise UserError("--dtype: float16 does not work with --parallel fsdp; use bfloat16 or float32")
     if parallel == "fsdp" and args.sample_every and ranks.world_size > 1:
         raise UserError(
-            "--sample-every: a sharded model cannot draw samples; "
-            "use --parallel ddp, or sample.py on a finished run"
+            "--sample-every: does not work with --parallel fsdp; "
+            "use --parallel ddp, or run sample.py on the finished run"
         )

@@ -1,10 +1,10 @@
-"""The training step of both backbones: reward of policy over reference, one loss, one optimizer step.
+"""The training step of both backbones: rewards of policy over reference, loss, optimizer step.
 
-Crops and null-class draws belong to an image or an epoch (see ``cca.random_streams``), and negatives are
-rolled over the global batch, so neither the micro-batch size nor the number of processes changes what
-is trained, but for rounding. Of models with dropout or stochastic depth (``ARImageModel.stochastic``)
-both change the masks, not their distribution: a step has a seed for each process, and its micro-batches
-draw one after the other.
+Crops and the null class are sampled by image and epoch (see ``cca.random_streams``), and negatives are
+rolled over the global batch. So neither the micro-batch size nor the number of ranks changes what is
+trained, except for rounding. For models with dropout or stochastic depth (``ARImageModel.stochastic``) both
+change the masks, but not their distribution: each rank has one seed per step, and the micro-batches sample
+their masks one after the other.
 """
 
 import copy
@@ -39,14 +39,14 @@ from models import DTYPES, ARImageModel, ARTransformer, UserError, autocast
 from models.utils.precision import upload
 from models.zoo.checkpoint_formats import not_finite
 
-# Our buffers are constants. PyTorch 2.14 gave the option its new name, and warns of the old one.
+# Our buffers are constant, so DDP need not synchronise them. PyTorch 2.14 renamed the option.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-BUFFERS_ALONE: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 MAX_SKIPPED = 10  # steps in a row without a finite gradient
 
 
 def make_optimizer(model: ARImageModel, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.95); no decay for vectors and the names the backbone exempts."""
+    """Return AdamW (betas 0.9, 0.95) without weight decay for vectors and the names in ``no_decay``."""
     trained = [(k, p) for k, p in model.transformer.named_parameters() if p.requires_grad]
     decays = {k: p.ndim >= 2 and not any(part in k for part in model.no_decay) for k, p in trained}
     groups = [
@@ -56,35 +56,36 @@ def make_optimizer(model: ARImageModel, config: TrainingConfig) -> torch.optim.A
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
-def pair_logprobs(net: nn.Module, inputs: Tensor, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(x|c) and log p(x|c-) of each row, positives and negatives as one forward pass: two [B].
+def pair_logprobs(net: nn.Module, inputs: Tensor, batch: Batch, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log p(x|c) and log p(x|c-) of each batch entry, both [B], from one forward pass.
 
-    ``rows`` [n] int64 are those run under their negative class as well; in the others the two are one number.
+    indices: int64 [n], entries that also run under their negative class. The others have two equal values.
     """
     labels, tokens = batch.labels, batch.images
     logp = net(
-        torch.cat([labels, batch.negatives[rows]]),
-        torch.cat([inputs, inputs[rows]]),
-        torch.cat([tokens, tokens[rows]]),
+        torch.cat([labels, batch.negatives[indices]]),
+        torch.cat([inputs, inputs[indices]]),
+        torch.cat([tokens, tokens[indices]]),
     )
-    positive, rest = logp.split([len(labels), len(rows)])
-    return positive, positive.index_copy(0, rows, rest)
+    positive, negative = logp.split([len(labels), len(indices)])
+    return positive, positive.index_copy(0, indices, negative)
 
 
 def shard(net: ARTransformer, ranks: Ranks, dtype: torch.dtype) -> None:
-    """FSDP2: parameters, gradients and optimizer state of each block split over all processes.
+    """Shard parameters, gradients and optimizer state of each block over all ranks with FSDP2.
 
-    The matrices of a block are gathered in ``dtype``, in which autocast computes with them, and their
-    gradients added up in float32. What else a block has (norms, temperatures) is small: it belongs to the
-    group of all that is outside of the blocks, in float32. So nothing is gathered within a block, which
-    would cut its compiled graph.
+    The weights of linear layers in a block are gathered in ``dtype``, the precision of autocast, and their
+    gradients are reduced in float32. The other parameters of a block (norms, temperatures) are small. They
+    are in one float32 group with all parameters outside the blocks. So nothing is gathered inside a block,
+    which would break its compiled graph.
 
-    That group is gathered once in a pass and kept until its gradients are there, the blocks' matrices
-    twice. It holds a few linear layers too: as groups of their own, in 16 bits, they would be as many bytes
-    in more exchanges. The output layer cannot be one: the likelihood takes its weight, and does not call it.
+    That group is gathered once per pass and kept until its gradients are computed. The blocks' groups are
+    gathered twice. A few linear layers are in the float32 group as well: groups of their own, in 16 bits,
+    would need more collectives for as many bytes. The output layer cannot have its own group, because the
+    likelihood reads its weight and never calls it.
     """
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-    # It warns that a layer's output must not be changed in place, which no block does.
+    # FSDP warns that outputs of layers must not be changed in place. No block does that.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     layers = [m for m in net.transformer_blocks().modules() if isinstance(m, nn.Linear)]
     fully_shard(net, mesh=mesh, ignored_params={p for layer in layers for p in layer.parameters()})
@@ -94,24 +95,24 @@ def shard(net: ARTransformer, ranks: Ranks, dtype: torch.dtype) -> None:
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=others)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor that FSDP may have split, whole (all processes take part)."""
+def _full_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor unsharded, whether or not FSDP sharded it. All ranks take part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def check_finite(state: dict[str, Any]) -> None:
-    """Raise UserError where a trained weight is NaN or infinite: nothing of such a model is worth writing."""
+    """Raise UserError if a trained weight is NaN or infinite."""
     if wrong := not_finite(state):
         raise UserError(
             f"--lr: the trained weights are not finite ({wrong}), so no model is written; "
-            "begin again in another folder with a lower --lr or --weight-decay, or --dtype float32"
+            "start a new run in another folder with a lower --lr or --weight-decay, or with --dtype float32"
         )
 
 
 class Trainer:
-    """Holds policy, reference and optimizer; ``optimizer_step`` is one on a global batch.
+    """Policy, reference and optimizer. ``optimizer_step`` trains on one global batch.
 
-    Of a model whose ``transformer.checkpointing`` is set, the blocks are computed again in backward passes.
+    If ``model.transformer.checkpointing`` is set, the backward pass computes the blocks' activations again.
     """
 
     def __init__(
@@ -131,11 +132,11 @@ class Trainer:
         self.reward_scale = LOSSES[config.loss].reward_scale(config.beta)
         self.reference: ARTransformer | None = None
         if self.objective is not None:
-            # The reference keeps training mode, as in the published runs: its dropout is on.
+            # The reference stays in training mode, with dropout on, as in the published runs.
             self.reference = copy.deepcopy(self.net).requires_grad_(False)
-            self.reference.store_matrices(DTYPES[config.dtype])  # half the memory
+            self.reference.store_matrices(DTYPES[config.dtype])  # halves its memory
         if compile:
-            # It would cut the blocks' graphs, to reduce parts of a block's gradients earlier.
+            # DDP's optimiser would break the blocks' graphs to reduce some of a block's gradients earlier.
             torch._dynamo.config.optimize_ddp = False
         for net in (self.net, self.reference):
             if net is not None and compile:
@@ -144,31 +145,31 @@ class Trainer:
                 shard(net, ranks, DTYPES[config.dtype])
         self.policy: nn.Module = self.net
         if ranks.world_size > 1 and not self.sharded:
-            self.policy = DistributedDataParallel(self.net, gradient_as_bucket_view=True, **BUFFERS_ALONE)
+            self.policy = DistributedDataParallel(self.net, gradient_as_bucket_view=True, **NO_BUFFER_SYNC)
         self.optimizer = make_optimizer(model, config)
         self.autocast = autocast(ranks.device, config.dtype)
         self.scaler = torch.amp.GradScaler(
             ranks.device.type, init_scale=2.0**11, growth_interval=1000, enabled=config.dtype == "float16"
         )
-        # float32 copies; empty without --ema.
+        # Copies of the weights in float32; empty without --ema.
         self.ema = {k: p.detach().clone() for k, p in self.net.named_parameters()} if config.ema else {}
         self.skipped = self.skipped_in_a_row = 0
 
-    def paired_rows(self, batch: Batch) -> Tensor:
-        """Return the rows [n] int64 of a batch that are run under their negative class as well.
+    def pair_indices(self, batch: Batch) -> Tensor:
+        """Return the indices int64 [n] of batch entries that also run under their negative class.
 
-        Where c- equals c, one forward pass gives both likelihoods, but with dropout they differ.
+        If c- equals c, one pass gives both likelihoods, unless dropout makes them differ.
         """
         return (~batch.same_label | self.model.stochastic).nonzero().flatten()
 
     def micro_loss(self, batch: Batch) -> tuple[Tensor, Sums]:
-        """Return the mean loss [] of a micro-batch of tokens and its diagnostics.
+        """Return the mean loss [] of a micro-batch of tokens, and its ``diagnostics``.
 
-        Nothing here waits for the device.
+        The host does not wait for the device here.
         """
         config, device = self.config, self.ranks.device
-        pairs, null_rows = self.paired_rows(batch), batch.uncond.nonzero().flatten()
-        batch, pairs, null_rows = batch.to(device), upload(pairs, device), upload(null_rows, device)
+        pairs, null_entries = self.pair_indices(batch), batch.uncond.nonzero().flatten()
+        batch, pairs, null_entries = batch.to(device), upload(pairs, device), upload(null_entries, device)
         inputs = self.model.inputs(batch.images)
         if self.objective is None or self.reference is None:
             with self.autocast:
@@ -182,10 +183,10 @@ class Trainer:
         reward, negative_reward = positive - ref_positive, negative - ref_negative
         loss = self.objective(reward, negative_reward, batch.same_label, config.beta, config.lambda_)
         logps, rewards = (positive, negative), (reward, negative_reward)
-        return loss, diagnostics(logps, rewards, null_rows, self.reward_scale)
+        return loss, diagnostics(logps, rewards, null_entries, self.reward_scale)
 
     def synchronise(self, last: bool):
-        """Context of one backward pass: gradients are reduced with the last micro-batch alone."""
+        """Return the context of one backward pass; ranks reduce gradients only with the last micro-batch."""
         if isinstance(self.net, FSDPModule):
             self.net.set_requires_gradient_sync(last)
         return (
@@ -195,14 +196,14 @@ class Trainer:
         )
 
     def optimizer_step(self, step: int, batch: Batch) -> dict[str, float]:
-        """Do step ``step``, from 0, on this rank's part of the global batch, of pixels or of tokens.
+        """Run step ``step`` (from 0) on this rank's part of the global batch, pixels or tokens.
 
         Returns:
-            metrics of the whole global batch. A step without a finite gradient leaves the weights
-            as they are and is counted in ``skipped_steps``.
+            metrics of the global batch. A step without a finite gradient does not change the weights
+            and is counted in ``skipped_steps``.
 
         Raises:
-            UserError: MAX_SKIPPED such steps in a row.
+            UserError: MAX_SKIPPED steps in a row had no finite gradient.
         """
         config, device = self.config, self.ranks.device
         torch.manual_seed(int(stream(config.seed, DROPOUT, step, self.ranks.rank).integers(2**62)))
@@ -216,29 +217,29 @@ class Trainer:
         reports: list[dict] = []
         for part in parts:
             with self.synchronise(last=part is parts[-1]):
-                loss, found = self.micro_loss(part)
+                loss, sums_of_part = self.micro_loss(part)
                 share = len(part) / config.batch_size
                 self.scaler.scale(loss * share * self.ranks.world_size).backward()
-            reports.append({"loss": (loss.detach().double() * len(part), len(part)), **found})
+            reports.append({"loss": (loss.detach().double() * len(part), len(part)), **sums_of_part})
         names = list(reports[0])
         sums = torch.stack([sum(report[name][0] for report in reports) for name in names])
         counts = torch.tensor([sum(report[name][1] for report in reports) for name in names])
         totals = self.ranks.all_reduce(torch.cat([sums, upload(counts.double(), device)]))
-        # The one moment of a step at which the host waits for a GPU.
-        *found_totals, norm = torch.cat([totals, self.clip()[None].double()]).tolist()
-        pairs = zip(found_totals, found_totals[len(names) :])
+        # The host waits for the GPU only here.
+        *host_totals, norm = torch.cat([totals, self.clip()[None].double()]).tolist()
+        pairs = zip(host_totals, host_totals[len(names) :])
         means = {name: total / count for name, (total, count) in zip(names, pairs) if count}
         self.update(means["loss"], norm)
         return means | {"grad_norm": norm, "lr": lr, "weight_decay": decay, "skipped_steps": self.skipped}
 
     def clip(self) -> Tensor:
-        """Clip the gradients; returns their norm [] before that, on the device."""
+        """Clip the gradients and return their norm before clipping, [] on the device."""
         self.scaler.unscale_(self.optimizer)
-        return _whole(nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip))
+        return _full_tensor(nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip))
 
     @torch.no_grad()
     def update(self, loss: float, norm: float) -> None:
-        """Apply the gradients unless they, or the loss, are not finite."""
+        """Apply the gradients if they and the loss are finite, else count a skipped step."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
             self.skipped_in_a_row = 0
@@ -247,23 +248,23 @@ class Trainer:
                 torch._foreach_lerp_(averages, tuple(self.net.parameters()), 1 - self.config.ema)
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        self.scaler.update()  # after an overflow, unscale_ has told it so
-        # DDP's gradients are views of its buckets; without them (None) the next ones would lie beside these,
-        # four bytes more for each weight. But PyTorch makes the moments of a state that is saved before the
-        # first finite step only where there is no gradient.
+        self.scaler.update()  # ``unscale_`` recorded whether there was an overflow
+        # DDP's gradients are views of its buckets. Set to None, they would be allocated again beside the
+        # buckets, 4 bytes more per parameter. Before the first finite step they must be None all the same:
+        # only then does PyTorch create the moments for a checkpoint.
         views = isinstance(self.policy, DistributedDataParallel) and bool(self.optimizer.state)
         self.optimizer.zero_grad(set_to_none=not views)
         if self.skipped_in_a_row == MAX_SKIPPED:
             raise UserError(
                 f"--lr: {MAX_SKIPPED} steps in a row had no finite gradient (last loss {loss:g}); "
-                "the state saved last is intact. A lower --lr or --dtype float32 helps"
+                "start again with a lower --lr or with --dtype float32. The last checkpoint is intact"
             )
 
     def state(self) -> dict:
-        """Everything that decides the following steps, sharded where the model is."""
+        """Return the state dict that an exact resume needs, sharded if the model is."""
         is_new = not self.optimizer.state
         net, optimizer = get_state_dict(self.net, self.optimizer)
-        if is_new:  # PyTorch has made the moments by a step with gradients of zero, which is not to count
+        if is_new:  # PyTorch created the moments by a step with zero gradients, which must not count
             for moments in self.optimizer.state.values():
                 moments["step"].zero_()
         return {
@@ -275,7 +276,7 @@ class Trainer:
         }
 
     def load_state(self, state: dict) -> None:
-        """Take back what ``state`` gave; ``ema`` was read in place."""
+        """Load what ``state`` returned. ``ema`` was already read in place."""
         set_state_dict(
             self.net, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
@@ -283,7 +284,7 @@ class Trainer:
         self.skipped, self.skipped_in_a_row = state["counters"].tolist()
 
     def full_weights(self) -> dict[str, Any]:
-        """The whole state dict on the CPU (all processes take part; the main one gets it)."""
+        """Return the full state dict; of a sharded model, on rank 0's CPU only. All ranks take part."""
         if not self.sharded:
             return self.net.state_dict()
         return get_model_state_dict(
@@ -291,6 +292,6 @@ class Trainer:
         )
 
     def full_ema(self) -> dict[str, Any]:
-        """The averaged weights in the published layout, constant buffers included; empty without --ema."""
-        averaged = {k: _whole(v).cpu() for k, v in self.ema.items()}
+        """Return the averaged weights in the published layout, with constant buffers; empty without --ema."""
+        averaged = {k: _full_tensor(v).cpu() for k, v in self.ema.items()}
         return {**self.full_weights(), **averaged} if averaged else {}

@@ -1,4 +1,4 @@
-"""Images that cannot be read: how many of them a command bears, and what it notes to be resumed."""
+"""Images that cannot be read: how many a command tolerates, and what it records about them for a resume."""
 
 import sys
 from collections.abc import Iterable
@@ -11,25 +11,27 @@ from cca.data.image_folders import FileList, Folder
 from cca.distributed import Ranks
 from models import UserError
 
-NOTED = "unreadable"  # in config.json and in the codes' header; not compared on resuming
-SHARE = 0.001  # of all images; beyond it, and beyond one image, the command stops
+NOTED = "unreadable"  # entry of config.json and of the codes' header; not compared on resume
+SHARE = 0.001  # of all images; with more than this share and more than one image, the command stops
 
 
 class Unreadable:
-    """Images that another one of their class stands in for, since they cannot be read.
+    """The images that cannot be read. Another image of the same class replaces each of them.
 
-    ``noted`` is what the output keeps of all that there were since it was begun, by name: what the
-    fingerprint saw of the file (see ``FileList.resume``), and whether what is made holds the other image.
-    ``counted`` are names of those that could not be read in this run of the command.
+    noted: what the output records about every such image, by name: what the fingerprint saw of the file (see
+        ``FileList.resume``), and whether the output contains the replacement.
+    counted: names of the images that could not be read in this run of the command.
+    new: indices that this rank has not shared with the others yet.
 
-    Raises UserError where too many of those that were noted before still cannot be read.
+    Raises:
+        UserError: too many of the images recorded earlier still cannot be read.
     """
 
     def __init__(self, data: LabelledDataset, ranks: Ranks):
         self.data, self.ranks = data, ranks
         self.source = data.source or FileList(Folder(Path()), [])
-        self.noted, self.places = dict(self.source.noted), self.source.places()
-        self.new: set[int] = set()  # indices that this rank has not shared with the others
+        self.noted, self.places = dict(self.source.saved_records), self.source.places()
+        self.new: set[int] = set()
         self.counted = set(
             ranks.broadcast_from_rank0(lambda: [n for n, index in self.places.items() if data[0, index][1]])
         )
@@ -40,37 +42,40 @@ class Unreadable:
         return len(self.counted) > max(1, SHARE * len(self.data))
 
     def add(self, indices: Iterable[int]) -> dict[str, dict]:
-        """Note and count images that could not be read; return what is noted of those that are new."""
+        """Record and count images that could not be read; return the records of those that are new."""
         names = {self.source.keys[index]: index for index in sorted(indices)}
-        found = {
-            name: {**self.source.seen(index), "replaced": True}
+        records = {
+            name: {**self.source.record(index), "replaced": True}
             for name, index in names.items()
             if name not in self.counted
         }
-        self.noted |= found
-        self.counted |= found.keys()
-        return found
+        self.noted |= records
+        self.counted |= records.keys()
+        return records
 
     def report(self, names: Iterable[str]) -> None:
+        """Print a warning for each of these images."""
         for name in names:
-            line = f"unreadable, replaced by another image of its class: {self.source.root}/{name}"
+            path = f"{self.source.root}/{name}"
+            line = f"warning: {path}: unreadable, replaced by another image of its class"
             tqdm.write(line, file=sys.stderr)
 
     def share(self) -> None:
-        """Make what the ranks could not read one set; all ranks take part."""
+        """Add the ``new`` images of all ranks on every rank. All ranks take part."""
         own = sorted(self.new)
         rounds = range(max(self.ranks.all_gather(len(own))))
         of_all = {index for i in rounds for index in self.ranks.all_gather([*own, *[-1] * len(rounds)][i])}
-        found = self.add(of_all - {-1})
+        records = self.add(of_all - {-1})
         self.new.clear()
         if self.ranks.is_main:
-            self.report(found)
+            self.report(records)
 
     def check(self) -> None:
         """Raise UserError if too many images cannot be read."""
         if self.too_many:
             counts = f"{len(self.counted)} of {len(self.data)} images cannot be read"
             raise UserError(
-                f"--data: {counts}, more than {SHARE:.1%} and more than one, such as {self.source.root}/"
-                f"{min(self.counted)}; mend them without removing any, and the same command goes on"
+                f"--data: {counts}, for example {self.source.root}/{min(self.counted)}; at most {SHARE:.1%} "
+                "of the images, or one, may be unreadable. Repair the files, remove none, then run the same "
+                "command again to resume"
             )

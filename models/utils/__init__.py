@@ -1,1 +1,1 @@
-"""What the models need of the machine: errors, files, precision."""
+"""Helpers for errors, files, limits of options, and precision."""

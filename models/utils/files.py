@@ -1,4 +1,4 @@
-"""Files of any kind: atomic writes, JSON, hashes."""
+"""Reading and writing of files: atomic writes, JSON, hashes."""
 
 import errno
 import hashlib
@@ -16,14 +16,15 @@ import numpy as np
 
 from models.utils.errors import UserError
 
-FORMAT = 1  # of every marker and description on disk; nothing of another format is resumed
+VERSION = "1.0.0"  # also in CITATION.cff
+FORMAT = 1  # format number of every JSON record on disk; outputs of another format are not resumed
 
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def size_text(size: float) -> str:
-    """Bytes as people write them: "1.2 GB"."""
+    """Return a number of bytes as text, such as "1.2 GB"."""
     unit = 0
     while size >= 999.5 and unit < len(UNITS) - 1:
         size, unit = size / 1000, unit + 1
@@ -31,13 +32,13 @@ def size_text(size: float) -> str:
 
 
 def existing_part(path: Path) -> Path:
-    """Return a path as far as it exists: itself, or the nearest folder above it that does."""
-    whole = path.absolute()
-    return next(part for part in (whole, *whole.parents) if os.path.exists(part))
+    """Return the path if it exists, else its nearest existing parent folder."""
+    absolute = path.absolute()
+    return next(part for part in (absolute, *absolute.parents) if os.path.exists(part))
 
 
 def causes(error: BaseException | None) -> list[BaseException]:
-    """An error and what it came from; a CheckpointException holds the errors of all processes."""
+    """Return an error and the errors that caused it; a CheckpointException holds those of all ranks."""
     if error is None:
         return []
     inner = [e[0] for e in getattr(error, "failures", {}).values()]
@@ -45,7 +46,7 @@ def causes(error: BaseException | None) -> list[BaseException]:
 
 
 def reason(error: BaseException) -> str:
-    """Why something could not be read or written, in a few words."""
+    """Return in a few words why a file could not be read or written."""
     system = next((e for e in causes(error) if isinstance(e, OSError) and e.strerror), None)
     if system:
         return str(system.strerror)
@@ -53,29 +54,29 @@ def reason(error: BaseException) -> str:
 
 
 def cache_folder() -> Path:
-    """Return where all runs keep what they need again; no usable place where there is no home."""
-    place = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.devnull, "no home, set HOME") if place.startswith("~") else Path(place, "cca-evaluator")
+    """Return the cache folder that all runs share; a path that cannot be used if there is no home folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.devnull, "no home, set HOME") if base.startswith("~") else Path(base, "cca-evaluator")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses (full, read-only, a folder in the way) into a UserError."""
+    """Context manager that turns errors of the file system (full, read-only, not a file) into UserErrors."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # PyTorch's writer has no error of its own.
-        of_torch = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container"))
-        if isinstance(error, RuntimeError) and not of_torch:
+        # PyTorch's writer raises a plain RuntimeError.
+        is_torch_writer = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container"))
+        if isinstance(error, RuntimeError) and not is_torch_writer:
             raise
         raise UserError(f"{path}: cannot be written ({reason(error)})") from None
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a temporary path beside ``path``, then rename: never a half-written file.
+    """Call ``write`` with a temporary path beside ``path``, then rename it: no partial file ever appears.
 
-    The temporary file has one fixed name, so that the next write replaces what a killed one left. Two
-    processes must not write the same path at once: see the locks of outputs. Raises UserError.
+    The temporary name is fixed, so that the next write replaces the file that a killed one left behind. Two
+    processes must not write the same path at the same time (see the locks of outputs). Raises UserError.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
@@ -87,21 +88,21 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder: renamed first, so that no moment leaves it with a part of its files.
+    """Rename a folder and then remove it, so that it never exists with only a part of its files.
 
-    What a removal that was killed left behind is removed as well. Raises UserError.
+    If an earlier removal was killed, its files are removed as well. Raises UserError.
     """
-    doomed = folder.with_name(f".{folder.name}.removed")
+    trash = folder.with_name(f".{folder.name}.removed")
     with writing(folder):
-        if doomed.exists():
-            shutil.rmtree(doomed)
+        if trash.exists():
+            shutil.rmtree(trash)
         if folder.exists():
-            os.replace(folder, doomed)
-            shutil.rmtree(doomed)
+            os.replace(folder, trash)
+            shutil.rmtree(trash)
 
 
 def finite_or_none(content: Any) -> Any:
-    """The same dicts and lists with None (JSON's null) for each number that is NaN or infinite."""
+    """Return a copy with None (JSON's null) in place of each number that is NaN or infinite."""
     if isinstance(content, dict):
         return {key: finite_or_none(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -110,57 +111,57 @@ def finite_or_none(content: Any) -> Any:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write JSON, atomically.
+    """Write JSON atomically.
 
-    Raises UserError for numbers that are NaN or infinite, which JSON does not have; where null is
-    meant, ``finite_or_none`` puts it there.
+    Raises UserError for NaN and infinity, which JSON does not have; ``finite_or_none`` replaces them by null.
     """
     try:
         text = json.dumps(content, indent=2, allow_nan=False)
     except ValueError:
         wrong = [key for key, value in content.items() if finite_or_none(value) != value]
-        raise UserError(f"{path}: is not written, {', '.join(wrong)} would hold NaN or infinity") from None
+        raise UserError(f"{path}: cannot be written, {', '.join(wrong)} is NaN or infinite") from None
     atomic_write(path, lambda temporary: temporary.write_text(text + "\n"))
 
 
 def parse_json(text: str | bytes, **how: Any) -> Any:
-    """``json.loads``, options and all, for files of others, which may begin with a byte-order mark.
+    """Parse JSON that other programs wrote, which may begin with a byte-order mark.
 
-    Raises ValueError for what is no JSON, nested too deep, or holds a whole number beyond 64 bits.
+    ``how`` holds options of ``json.loads``. Raises ValueError for text that is not JSON, is nested too deep,
+    or contains an integer of more than 64 bits.
     """
     try:
-        plain = text if isinstance(text, bytes) else text.removeprefix("\ufeff")
-        return json.loads(plain, parse_int=_whole_number, **how)
+        content = text if isinstance(text, bytes) else text.removeprefix("\ufeff")
+        return json.loads(content, parse_int=_parse_integer, **how)
     except RecursionError:
         raise ValueError("nested too deep") from None
 
 
-def _whole_number(digits: str) -> int:
+def _parse_integer(digits: str) -> int:
     if len(digits) > 20 or not -(2**63) <= (number := int(digits)) < 2**64:
-        raise ValueError("a number of more than 64 bits")
+        raise ValueError("an integer of more than 64 bits")
     return number
 
 
 def require_regular_file(path: Path) -> Path:
-    """Return the path. Raises OSError for a pipe or a device, whose reader may wait for ever."""
+    """Return the path. Raises OSError for a pipe or a device, since reading it may never end."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "is not a file", str(path))
     return path
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object. Raises UserError for anything else."""
+    """Return the JSON object in a file. Raises UserError for anything else."""
     try:
         content = parse_json(require_regular_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is damaged or not JSON ({reason(error)})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__} instead of an object")
+        raise UserError(f"{path}: holds a {type(content).__name__} instead of a JSON object")
     return content
 
 
 def read_own_json(path: Path) -> dict | None:
-    """Return the JSON object of a file that this project wrote; None for any other file, or none."""
+    """Return the JSON object of a file that this project wrote; None for any other or missing file."""
     try:
         content = read_json(path)
     except UserError:
@@ -169,20 +170,20 @@ def read_own_json(path: Path) -> dict | None:
 
 
 def read_array(path: Path, mapped: Literal["r"] | None = None) -> np.ndarray:
-    """The array of an .npy file; ``mapped``: mapped into memory in that mode, not read.
+    """Return the array of an .npy file; ``mapped`` maps it into memory in this mode instead of reading it.
 
-    Raises UserError for anything else, and for objects, which would be executed.
+    Raises UserError for other files, and for arrays of objects, because loading these executes code.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # of headers that other versions wrote
-            # Of an .npz under that name this is an array of texts, which no caller takes.
+        with warnings.catch_warnings(action="ignore"):  # about headers that other versions wrote
+            # For an .npz with an .npy name this returns an array of strings, which all callers refuse.
             return np.asanyarray(np.load(require_regular_file(path), mapped, allow_pickle=False))
     except Exception as error:  # a damaged header can raise anything
         raise UserError(f"{path}: is missing or damaged ({reason(error)})") from None
 
 
 def write_binary(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call ``write`` with an open file, atomically (given a name, numpy would add a suffix to it)."""
+    """Write a file atomically: call ``write`` with it open (numpy would add a suffix to a path)."""
 
     def open_and_write(temporary: Path) -> None:
         with open(temporary, "wb") as file:

@@ -1,4 +1,4 @@
-"""Which values an option may have: the same limits for a dataclass and for the command line."""
+"""Limits of option values, the same for dataclasses and for the command line."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 
 from models.utils.errors import UserError
 
-LARGEST_INTEGER = 2**63 - 1  # what a tensor holds, and what a seed may be (see ``cca.random_streams``)
+LARGEST_INTEGER = 2**63 - 1  # the largest int64, and the largest seed (see ``cca.random_streams``)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a finite number: from ``low`` (or above it) to ``high`` (None: no upper limit).
+    """Limits of a finite number: at least ``low``, at most ``high`` (None: no upper limit).
 
-    kind: int or float. Integers end at LARGEST_INTEGER in any case.
+    kind: int or float. Integers are at most LARGEST_INTEGER in any case.
+    above: the number must be above ``low``, not equal to it.
     """
 
     low: float
@@ -24,26 +25,26 @@ class Limits:
     above: bool = False
 
     def problem(self, value: Any) -> str | None:
-        """Return what a value must be instead, such as "must be at least 1"; None where it is allowed."""
+        """Return the limit that a value breaks, such as "must be at least 1"; None if it is allowed."""
         if isinstance(value, bool) or not isinstance(value, Integral if self.kind is int else Real):
             return f"must be {'an integer' if self.kind is int else 'a number'}"
         number, high = self.kind(value), math.inf if self.high is None else self.high
-        wanted = [f"above {self.low:g}" if self.above else f"at least {self.low:g}"]
+        conditions = [f"above {self.low:g}" if self.above else f"at least {self.low:g}"]
         if self.high is not None:
-            wanted.append(f"at most {self.high:g}")
+            conditions.append(f"at most {self.high:g}")
         if self.kind is int and number > LARGEST_INTEGER:
-            wanted.append(f"at most {LARGEST_INTEGER}")
+            conditions.append(f"at most {LARGEST_INTEGER}")
         elif not math.isfinite(number):
-            wanted.append("finite")
+            conditions.append("finite")
         elif self.low <= number <= high and not (self.above and number == self.low):
             return None
-        return f"must be {' and '.join(wanted)}"
+        return f"must be {' and '.join(conditions)}"
 
 
 class Limited:
-    """A dataclass whose fields have limits: those of a number, or the names that are allowed.
+    """Base of a dataclass whose fields are checked: numbers against ``Limits``, texts against allowed names.
 
-    None is allowed where a field's type says so. Raises UserError for other values.
+    None is allowed if a field's type includes it. Raises UserError for values that are not allowed.
     """
 
     limits: ClassVar[Mapping[str, Limits | Collection[str]]]

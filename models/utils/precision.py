@@ -1,4 +1,4 @@
-"""What depends on the device: precisions by name, and how much is worked on at a time."""
+"""Settings that depend on the device: precisions, sizes of chunks and batches, and GPU memory."""
 
 import os
 import shutil
@@ -14,65 +14,68 @@ from models.utils.files import causes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Each by kind of device. float32 logits held at a time by the likelihood, and those that a draw
-# works on: enough to fill a GPU; what stays in a CPU's cache.
+# The following dicts have one value for each type of device.
+# float32 logits that exist at a time in the likelihood and in sampling: enough to fill a GPU, and few enough
+# for a CPU's cache.
 LIKELIHOOD_LOGITS = {"cuda": 2**24, "cpu": 2**21}
-DRAWN_LOGITS = {"cuda": 2**24, "cpu": 2**18}
-# Pixels of one batch of the tokenizer's decoder: 32 images of 256 x 256, and 4 on a CPU, which more
-# do not make faster.
+SAMPLED_LOGITS = {"cuda": 2**24, "cpu": 2**18}
+# Pixels per batch of the tokenizer's decoder: 32 images of 256 x 256 pixels on a GPU, 4 on a CPU, where
+# larger batches are not faster.
 DECODED_PIXELS = {"cuda": 2**21, "cpu": 2**18}
-# Pixels of one batch of its encoder, which holds about 3 KB for each: 16 images of 256 x 256, 7 of 384 x 384.
+# Pixels per batch of the tokenizer's encoder: 16 images of 256 x 256 pixels or 7 of 384 x 384 on a GPU.
+# The encoder needs about 3 KB per pixel.
 ENCODED_PIXELS = {"cuda": 2**20, "cpu": 2**18}
-# Images of a bundled model's training pass: more do not fit a CPU's cache.
+# Images per forward pass in training a bundled model: more do not fit in a CPU's cache.
 TRAINED_IMAGES = {"cuda": 2**20, "cpu": 32}
-# Processes that read images, of each process, and the bytes of shared memory that they need (containers
-# often have 64 MB).
+# The most data-loading workers of a rank, and the bytes of shared memory that they need. Containers often
+# have only 64 MB.
 MOST_LOADERS, LOADERS_MEMORY = 8, 2**30
-# Images per forward pass of a feature extractor, unless the user says otherwise.
+# Default number of images per forward pass of a feature extractor.
 EXTRACTED_IMAGES = 250
-# What errors say where a GPU's memory runs out, of the driver and of libraries that take memory themselves
-# (cuBLAS, cuDNN, Triton, NCCL): PyTorch's own exception is of its allocator alone.
+# Words in out-of-memory errors of the driver and of libraries that allocate GPU memory themselves (cuBLAS,
+# cuDNN, Triton, NCCL). PyTorch's own exception covers only its allocator.
 MEMORY_SIGNS = ("out of memory", "alloc_failed")
-# What helps where nothing smaller can be chosen.
-ELSEWHERE = "end what else uses that GPU, or choose another with CUDA_VISIBLE_DEVICES"
-# Ends of messages for ``oom_as_user_error``, after the option and what does not fit; {why}: of the error.
+# Advice for the case that no option makes the work smaller.
+ELSEWHERE = "stop other processes on that GPU, or choose another GPU with CUDA_VISIBLE_DEVICES"
+# Ends of messages for ``oom_as_user_error``, which follow the option and what does not fit. The text of the
+# error replaces {why}.
 DOES_NOT_FIT = f"does not fit in GPU memory ({{why}}); {ELSEWHERE}"
 TOO_MANY_IMAGES = (
-    f"images at once do not fit in the GPU's memory ({{why}}); take a smaller one, or {ELSEWHERE}"
+    f"images at once do not fit in the GPU's memory ({{why}}); take a smaller value, or {ELSEWHERE}"
 )
 
 
 def default_loaders() -> int:
-    """Processes that read images ahead for this one: none on a CPU, whose cores all compute.
+    """Return the default number of data-loading workers of this rank.
 
-    Where there are GPUs, this process's share of the cores that it may use, MOST_LOADERS at most; none
-    where there is no shared memory for them.
+    With GPUs it is this rank's share of the CPU cores, at most MOST_LOADERS. It is 0 without GPUs, because
+    all cores compute then, and 0 if there is too little shared memory.
     """
     has_shared_memory = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").total >= LOADERS_MEMORY
     if not torch.cuda.is_available() or not has_shared_memory:
         return 0
-    local = os.environ.get("LOCAL_WORLD_SIZE", "")  # processes that torchrun started on this machine
-    processes = max(1, int(local) if local.isdigit() else 1)
-    return min(MOST_LOADERS, len(os.sched_getaffinity(0)) // processes)
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")  # ranks that torchrun started on this machine
+    local_world_size = max(1, int(local) if local.isdigit() else 1)
+    return min(MOST_LOADERS, len(os.sched_getaffinity(0)) // local_world_size)
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Mixed precision by name on that device; float32 turns it off."""
+    """Return autocast on that device to the named dtype; "float32" turns it off."""
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
 
 
 def autocast_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:
-    """The precision in which a layer of precision ``own`` computes: autocast's, where it is on."""
+    """Return the dtype in which a layer of dtype ``own`` computes: autocast's if it is on, else ``own``."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else own
 
 
 def compute_deterministically() -> None:
-    """The same bits from the same work, on GPUs as well; to be called before anything is computed there.
+    """Make all computations reproducible to the bit, also on GPUs. Call it before anything runs there.
 
-    PyTorch then takes kernels that add up in a fixed order (attention's gradient, embeddings), and
-    raises where it has none.
+    PyTorch then selects kernels that add in a fixed order (attention's gradient, embeddings), and raises an
+    error if there is no such kernel.
     """
-    # Read when cuBLAS and the compiler are first used.
+    # These variables are read when cuBLAS and the compiler are first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     torch.use_deterministic_algorithms(True)
@@ -80,25 +83,25 @@ def compute_deterministically() -> None:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on that device; a host that has work queued on a GPU does not wait for it."""
+    """Return the tensor on that device, without waiting for work queued on a GPU."""
     to_gpu = device.type == "cuda"
     if to_gpu and tensor.device.type == "cpu" and torch.cuda.is_available():
-        tensor = tensor.pin_memory()  # only from there can a copy be queued like other work
+        tensor = tensor.pin_memory()  # only copies from pinned memory are asynchronous
     return tensor.to(device, non_blocking=to_gpu)
 
 
 def allow_tf32(device: torch.device) -> None:
-    """Let a GPU round the factors of float32 products to TF32, as the published scripts do; for good."""
+    """Allow TF32 in float32 matmuls on a GPU for the rest of the process, as the published scripts do."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
 
 @contextmanager
 def exact_matmuls() -> Iterator[None]:
-    """Matmuls and convolutions of float32 in float32 and nothing less, whatever is allowed or cast around."""
+    """Context manager for float32 matmuls and convolutions in full precision: no TF32 and no autocast."""
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     legacy, before = "highest", (matmul.fp32_precision, conv.fp32_precision)
-    with suppress(RuntimeError):  # PyTorch does not read it where its newer settings say otherwise
+    with suppress(RuntimeError):  # PyTorch raises if its newer settings differ from the older one
         legacy = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     conv.fp32_precision = "ieee"
@@ -111,9 +114,10 @@ def exact_matmuls() -> Iterator[None]:
 
 
 def oom_reason(error: RuntimeError) -> str | None:
-    """What an error, or one behind it, says of a GPU's memory that ran out, in one line; None: nothing.
+    """Return the one-line reason of a GPU out-of-memory error, or None for other errors.
 
-    A CUDA graph whose capture fails raises an error of its own in the end. What the work held is freed.
+    The causes of the error are searched too, because a failed capture of a CUDA graph raises another error
+    in the end. The memory of the failed work is freed.
     """
     errors = [cause for cause in causes(error) if isinstance(cause, RuntimeError)]
     texts = [
@@ -123,17 +127,17 @@ def oom_reason(error: RuntimeError) -> str | None:
     ]
     if not texts:
         return None
-    for each in errors:
-        traceback.clear_frames(each.__traceback__)  # of functions that ended: they hold their tensors
+    for cause in errors:
+        traceback.clear_frames(cause.__traceback__)  # frames of ended functions keep their tensors alive
     torch.cuda.empty_cache()
-    # PyTorch's third sentence is advice on the allocator; the driver's second line on how to find an error.
+    # PyTorch's third sentence and the driver's second line are general advice that does not help here.
     return ". ".join(texts[0].split("\n")[0].split(". ")[:2]).rstrip(".")
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU that this process can have: those of nobody, and those that PyTorch keeps unused.
+    """Return the bytes of GPU memory that this process can allocate, including PyTorch's unused cache.
 
-    None on a CPU, whose memory is not counted.
+    Return None for a CPU.
     """
     if device.type != "cuda":
         return None
@@ -143,9 +147,9 @@ def free_memory(device: torch.device) -> int | None:
 
 @contextmanager
 def oom_as_user_error(message: str) -> Iterator[None]:
-    """Turn a GPU's out-of-memory error raised inside the block into UserError(message).
+    """Context manager that turns a GPU out-of-memory error into UserError(message).
 
-    {why} in the message is replaced by the text of the error. What the work held is freed.
+    The text of the error replaces {why} in the message. The memory of the failed work is freed.
     """
     try:
         yield
@@ -157,18 +161,20 @@ def oom_as_user_error(message: str) -> Iterator[None]:
 
 
 def full_parts(rows: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
-    """The rows of a tensor in parts of one size, each with how many of it count: the last is filled up.
+    """Yield parts of a batch that all have ``size`` entries, each with its number of real entries.
 
-    Convolutions round differently from one batch size to another, which a pixel or a token must not.
+    The last part is padded. Convolutions round differently at different batch sizes, but pixels and tokens
+    must not depend on it.
     """
     for part in rows.split(size):
         yield torch.cat([part, part[:1].expand(size - len(part), *part.shape[1:])]), len(part)
 
 
 def row_chunks(rows: Tensor, vocab: int, logits_at_once: dict[str, int]) -> list[slice]:
-    """Slices of the rows of a tensor with at most so many logits each; at least one row.
+    """Return slices of the first dimension, each with at least one row and at most ``logits_at_once`` logits.
 
-    They start at multiples of 16 rows, if there are so many: kernels read and write aligned memory.
+    A row has ``vocab`` logits, and ``logits_at_once`` has one value for each type of device. Slices of more
+    than 16 rows start at multiples of 16 rows, so that kernels access aligned memory.
     """
     count = max(1, logits_at_once[rows.device.type] // vocab)
     count -= count % 16 if count > 16 else 0

@@ -1,1 +1,1 @@
-"""Which models exist, and how their weights are found, read and written."""
+"""The table of models, and finding, reading and writing their weights."""

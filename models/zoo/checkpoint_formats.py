@@ -1,6 +1,6 @@
-"""Weights files of all layouts: read without executing anything, fitted to a module, written, hashed.
+"""Weights files of all formats: reading without executing code, loading into a module, writing, hashing.
 
-A file's layout is told by its content, never by its name; an index of shards is a ``.json``.
+The content of a file decides its format, not its name. Only an index of shards must be a ``.json``.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from models.utils.errors import UserError
 from models.utils.files import file_sha256, parse_json, require_regular_file, write_binary
 from models.zoo.run_folders import INDEX, checkpoint_folder, checkpoint_sha256
 
-# Where the published files and trainers keep the state dict.
+# Keys under which published files and trainers keep the state dict.
 WRAPPERS = ("model", "module", "state_dict", "trainer", "var_wo_ddp")
-# What torch.compile, FSDP and activation checkpointing put anywhere inside a key.
+# Parts that torch.compile, FSDP and activation checkpointing insert into keys.
 INSERTED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# What may stand beside the tensors: LlamaGen's options, and numpy's numbers as PyTorch's documentation
-# allows them (https://docs.pytorch.org/docs/stable/notes/serialization.html).
+# Types allowed besides tensors: LlamaGen's options, and numpy scalars as in PyTorch's documentation
+# (https://docs.pytorch.org/docs/stable/notes/serialization.html).
 _SCALAR = np.float64(0).__reduce__()[0]
 _ALLOWED: list[Any] = [
     argparse.Namespace,
@@ -39,26 +39,26 @@ _ALLOWED: list[Any] = [
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # numpy 1 and 2
     *{type(np.dtype(code)) for code in "?bhilqBHILQefdgFDG"},
 ]
-# A file holds every number once, or a few times where tensors share their storage.
-LARGEST_SHARE, SMALL = 8, 2**26
+# Tensors may have at most LARGEST_RATIO times the bytes of their file, plus SMALL bytes. They exceed the file
+# only if they share storage.
+LARGEST_RATIO, SMALL = 8, 2**26
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """State dict of a ``.safetensors`` or PyTorch file, out of whatever wraps it.
+    """Return the state dict of a ``.safetensors`` or PyTorch file, without the dicts that wrap it.
 
-    ``path`` may be the index of a ``.safetensors`` in shards, or the folder of such an index, or a checkpoint
-    of a training run (``RUN/state/step-N``, ``:ema`` after it for the average).
-    Tensors stay memory-mapped where the file allows it. Nothing in the file is executed: only
-    tensors, containers, numbers and ``argparse.Namespace`` (which LlamaGen's files hold) are accepted.
-    Raises UserError for anything else.
+    ``path`` may also be the index of a sharded ``.safetensors``, the folder of such an index, or a checkpoint
+    of a training run (``RUN/state/step-N``, followed by ``:ema`` for the average). Tensors stay memory-mapped
+    if the file allows it. Nothing in the file is executed: only tensors, containers, numbers and
+    ``argparse.Namespace`` (in LlamaGen's files) are accepted. Raises UserError for anything else.
     """
     return read_weights(path)[0]
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
-    """State dict of a file as in ``read_state_dict``, and the key under which it stood.
+    """Return the state dict of a file as ``read_state_dict`` does, and the key that wrapped it in the file.
 
-    "" is a bare state dict; None: the file does not say how such weights are published.
+    The key is "" if nothing wrapped it, and None if the file does not tell how such weights are published.
     """
     path = Path(path)
     if folder := checkpoint_folder(path):
@@ -72,13 +72,13 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
     except UserError:
         raise
     except PermissionError:
-        raise UserError(f"{path}: may not be read (permission denied)") from None
+        raise UserError(f"{path}: cannot be read (permission denied)") from None
     except Exception as error:  # a damaged file can raise anything in the readers
         name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and name:
             raise UserError(
-                f"{path}: refused, it holds {name[1]} besides tensors: such objects may be executable "
-                "content and are never loaded; if you trust the file, write its tensors alone to another: "
+                f"{path}: refused, it holds {name[1]} besides tensors; such objects may execute code and are "
+                "never loaded; if you trust the file, save only its tensors to another file: "
                 "torch.save(torch.load(FILE, weights_only=False)['model'], OTHER)"
             ) from None
         is_download = path.is_relative_to(constants.HF_HUB_CACHE)
@@ -89,18 +89,18 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def weights_files(path: Path) -> list[Path]:
-    """The files that weights lie in: one, or the index of several and these.
+    """Return the files of some weights: a single file, or an index followed by its shards.
 
-    Raises UserError for a folder without an index, and for an index that names no files beside it.
+    Raises UserError for a folder without an index, and for an index whose shards are not beside it.
     """
     if path.is_dir():
-        found = sorted(path.glob(INDEX))
-        if len(found) != 1:
+        indices = sorted(path.glob(INDEX))
+        if len(indices) != 1:
             raise UserError(
-                f"{path}: is a folder, not a weights file, and holds {len(found) or 'no'} {INDEX}; "
+                f"{path}: is a folder, not a weights file, and holds {len(indices) or 'no'} {INDEX}; "
                 "give a file, or a folder with one index"
             )
-        (path,) = found
+        (path,) = indices
     if not path.is_file():
         raise UserError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
     if path.suffix != ".json":
@@ -108,12 +108,12 @@ def weights_files(path: Path) -> list[Path]:
     shards = sorted(set(_index(path).values()))
     for shard in shards:
         if not path.with_name(shard).is_file():
-            raise UserError(f"{path}: lists {shard}, which does not lie beside it")
+            raise UserError(f"{path}: lists {shard}, which is not in the same folder")
     return [path, *map(path.with_name, shards)]
 
 
 def weights_sha256(path: Path) -> str:
-    """SHA-256 of a weights file; of weights in several files, that of these files' hashes."""
+    """Return the SHA-256 of a weights file; for several files, the SHA-256 of their hashes."""
     if folder := checkpoint_folder(path):
         return checkpoint_sha256(folder, path != folder)
     hashes = [file_sha256(file) for file in weights_files(path)]
@@ -121,29 +121,29 @@ def weights_sha256(path: Path) -> str:
 
 
 def _index(path: Path) -> dict[str, str]:
-    """Which tensor lies in which file, of the index of weights in shards."""
+    """Return the map from tensor names to file names in the index of sharded weights."""
     try:
         shards = parse_json(require_regular_file(path).read_bytes())["weight_map"]
         if not shards or not all(isinstance(n, str) and n == Path(n).name for n in shards.values()):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{path}: is no index of weights in shards, {{'weight_map': {{tensor: file beside it}}}}"
+            f"{path}: is not an index of sharded weights, {{'weight_map': {{tensor: file beside it}}}}"
         ) from None
     return shards
 
 
 def _read(files: list[Path]) -> tuple[Any, str | None]:
-    """Content of the files of ``weights_files``, and the key under which the state dict stands in it."""
+    """Return the content of the files of ``weights_files``, and the key that wrapped the state dict."""
     path, *shards = files
     if shards:
-        held = {shard.name: _read_safetensors(shard) for shard in shards}
+        contents = {shard.name: _read_safetensors(shard) for shard in shards}
         index = _index(path)
         for key, shard in index.items():
-            if key not in held[shard][0]:
+            if key not in contents[shard][0]:
                 raise UserError(f"{path}: {key} is not in {shard}")
-        return {key: held[shard][0][key] for key, shard in index.items()}, held[shards[0].name][1]
-    with suppress(SafetensorError, OSError):  # it is of another layout, damaged, or may not be read
+        return {key: contents[shard][0][key] for key, shard in index.items()}, contents[shards[0].name][1]
+    with suppress(SafetensorError, OSError):  # the file has another format, is damaged or cannot be read
         return _read_safetensors(path)
     archive = zipfile.is_zipfile(require_regular_file(path))
     if archive:
@@ -153,53 +153,54 @@ def _read(files: list[Path]) -> tuple[Any, str | None]:
             }
         if "data.pkl" in kinds and set(kinds.values()) != {zipfile.ZIP_STORED}:
             raise UserError(
-                f"{path}: is compressed inside, which torch.save never does; unpack it, save it anew"
+                f"{path}: is a compressed archive, which torch.save never writes; unpack it and save it again"
             )
     with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings(action="ignore"):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     wrappers: list[str] = []
     while (
         isinstance(content, dict)
-        and len(wrappers) < 8  # it may hold itself
+        and len(wrappers) < 8  # a dict may contain itself
         and (inner := next((k for k in WRAPPERS if isinstance(content.get(k), dict)), None))
     ):
         content = content[inner]
         wrappers.append(inner)
-    # Nested, it is a training checkpoint, which nobody publishes.
+    # Several wrappers mean a training checkpoint, which is not a format for publishing.
     return content, None if len(wrappers) > 1 else "".join(wrappers)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     with safe_open(require_regular_file(path), "pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no dict
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, file is not a dict
         return state, (file.metadata() or {}).get("wrapper")
 
 
 def _tensors(content: Any, path: Path, size: int) -> dict[str, Tensor]:
-    """The state dict that files of ``size`` bytes hold, with the keys of the bare module."""
+    """Return the state dict in files of ``size`` bytes, with the keys of the unwrapped module."""
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
     if not content or not all(isinstance(k, str) and _is_dense(v) for k, v in content.items()):
         entries = ", ".join(f"{key}"[:40] for key in list(content)[:4]) or "none"
         raise UserError(f"{path}: holds no state dict; its entries are {' '.join(entries.split())}")
-    claimed = sum(tensor.nbytes for tensor in content.values())
-    if claimed > LARGEST_SHARE * size + SMALL:
+    tensor_bytes = sum(tensor.nbytes for tensor in content.values())
+    if tensor_bytes > LARGEST_RATIO * size + SMALL:
         raise UserError(
-            f"{path}: its tensors would take {claimed / 1e9:,.1f} GB, there are {size:,} bytes: refused"
+            f"{path}: refused, its tensors would take {tensor_bytes / 1e9:,.1f} GB, "
+            f"but the file has only {size:,} bytes"
         )
-    plain = {}
+    state = {}
     for key, tensor in content.items():
         name = ".".join(part for part in key.split(".") if part not in INSERTED)
-        if name in plain:
+        if name in state:
             raise UserError(f"{path}: holds {name} twice, once as {key}")
-        plain[name] = tensor
-    while all(key.startswith("module.") for key in plain):  # of DistributedDataParallel
-        plain = {key.removeprefix("module."): tensor for key, tensor in plain.items()}
-    return plain
+        state[name] = tensor
+    while all(key.startswith("module.") for key in state):  # DistributedDataParallel adds this prefix
+        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    return state
 
 
 def _is_dense(value: object) -> bool:
-    """Whether it is a tensor with all its numbers."""
+    """Return whether it is a dense tensor whose elements are all in memory."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
@@ -207,7 +208,7 @@ def _is_dense(value: object) -> bool:
     )
 
 
-# Constant buffers and statistics: a file may hold them or not, and in other shapes.
+# Constant buffers and statistics. A file may lack them or hold them in other shapes.
 CONSTANTS = (
     "lvl_1L",
     "attn_bias_for_masking",
@@ -219,12 +220,12 @@ CONSTANTS = (
 
 
 def is_constant(key: str) -> bool:
-    """Whether a key names a constant buffer or a usage statistic."""
+    """Return whether a key names a constant buffer or a usage statistic."""
     return key.split(".")[-1] in CONSTANTS
 
 
 def mismatch(module: nn.Module, state: dict[str, Tensor]) -> str | None:
-    """The first few missing, unexpected, wrongly shaped and wrongly typed tensors; None if all fit."""
+    """Return the first few missing, unexpected, wrongly shaped or typed tensors as text; None if all fit."""
     own = {k: v for k, v in module.state_dict().items() if not is_constant(k)}
     both = [(k, state[k], own[k]) for k in own if k in state]
     kinds = {
@@ -246,21 +247,22 @@ def _first_three(names: list[str]) -> str:
 
 
 def approximate_size(module: nn.Module) -> int:
-    """Bytes of a file of the module's weights, which needs none itself: float32, as published files are.
+    """Return about how many bytes a file of the module's weights has; the module may be on the meta device.
 
-    What such a file holds besides, or in half precision, is not known before it is there.
+    The estimate assumes float32 and nothing but the weights, as in most published files.
     """
     return sum(value.nbytes for value in module.state_dict().values())
 
 
 def not_finite(state: dict[str, Tensor]) -> str | None:
-    """The first few tensors that hold NaN or infinity; None if there are none. Reads all, copies nothing."""
+    """Return the first few tensors with NaN or infinity as text; None if all are finite. Copies nothing."""
     return _first_three([k for k, v in state.items() if not is_constant(k) and not _is_finite(v)]) or None
 
 
 def _is_finite(tensor: Tensor) -> bool:
     has_values = tensor.is_floating_point() and tensor.numel()
-    return not has_values or all(math.isfinite(end) for end in tensor.detach().aminmax())  # NaN if one is
+    # Both the minimum and the maximum are NaN if any element is.
+    return not has_values or all(math.isfinite(end) for end in tensor.detach().aminmax())
 
 
 Guess = Callable[[dict[str, Tensor]], str | None]
@@ -273,42 +275,47 @@ def fit_weights(
     what: str,
     guess: Guess = lambda state: None,
 ) -> None:
-    """Make the tensors of a state dict the module's own, every tensor accounted for and every number finite.
+    """Load a state dict into a module, after a check that all tensors fit and all elements are finite.
 
-    ``source`` is named in errors, ``what`` names the module there; ``guess`` may name the model that
-    wrong weights belong to. Raises UserError.
+    Args:
+        source: name of the weights in errors.
+        what: name of the module in errors.
+        guess: may return the name of the model that unsuitable weights belong to.
+
+    Raises:
+        UserError: the tensors do not fit or are not finite.
     """
     if problem := mismatch(module, state):
         likely = f"; it looks like {other}" if (other := guess(state)) else ""
         raise UserError(f"{source}: does not fit {what}: tensors {problem}{likely}")
-    wanted = {k: v.float() if v.is_floating_point() else v for k, v in state.items() if not is_constant(k)}
-    if wrong := not_finite(wanted):
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in state.items() if not is_constant(k)}
+    if wrong := not_finite(weights):
         raise UserError(f"{source}: holds weights that are not finite (NaN or infinite): {wrong}")
-    module.load_state_dict(wanted, strict=False, assign=True)  # without a copy where they are float32
+    module.load_state_dict(weights, strict=False, assign=True)  # float32 tensors are not copied
 
 
 def load_weights(module: nn.Module, path: str | Path, what: str, guess: Guess = lambda state: None) -> None:
-    """Load a file into ``module``; arguments and errors as in ``fit_weights``."""
+    """Load a weights file into ``module``; arguments and errors are those of ``fit_weights``."""
     fit_weights(module, read_state_dict(path), path, what, guess)
 
 
 def save_published(state: dict[str, Tensor], path: Path, key: str = "") -> None:
-    """Write a state dict as the official code loads it: under ``key``, or bare."""
+    """Write a state dict in the format of the official code: under ``key``, or without a key if it is ""."""
     state = {k: v.detach().cpu().clone() for k, v in state.items()}
-    # Given a path, PyTorch would put its name into the file.
+    # With a path instead of an open file, PyTorch would store the file's name inside.
     write_binary(path, lambda file: torch.save({key: state} if key else state, file))
 
 
 def save_safetensors(state: dict[str, Tensor], path: Path, key: str = "") -> None:
-    """Write a state dict as .safetensors, which remembers under which key it is published."""
+    """Write a state dict as .safetensors, with the key under which it is published in the metadata."""
     metadata = {"format": "pt", "wrapper": key}
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
-    # Given a path, the library would make a file that its owner alone may read.
+    # With a path, the library would create a file that only its owner can read.
     write_binary(path, lambda file: file.write(save(tensors, metadata)))
 
 
 def tensors_sha256(module: nn.Module) -> str:
-    """Hash of a module's numbers and their names: the same for every file that holds the same weights."""
+    """Return the SHA-256 of a module's tensors and their names, the same for every file of these weights."""
     digest = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
         if not is_constant(key):

@@ -1,4 +1,4 @@
-"""Finding and loading models of the zoo: by name, from the hub, from files."""
+"""Finding and loading models of the zoo: by name, from the hub or from files."""
 
 import functools
 from collections.abc import Mapping
@@ -24,17 +24,17 @@ from models.zoo.run_folders import run_config, run_weights
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Parameters of a module."""
+    """Return the number of parameters of a module."""
     return sum(p.numel() for p in module.parameters())
 
 
 def model_names(backbone: type[ARImageModel] | None = None) -> list[str]:
-    """The zoo's models, of one backbone or all."""
+    """Return the names of the zoo's models, of one backbone or of all."""
     return [name for name, entry in ZOO.items() if backbone in (None, entry.backbone)]
 
 
 def zoo_entry(name: str) -> ZooEntry:
-    """Return the zoo's row of that name. Raises UserError where there is none."""
+    """Return the zoo's entry of that name. Raises UserError for an unknown name."""
     if name not in ZOO:
         raise UserError(f"--model: {name!r} is not one of {', '.join(ZOO)}")
     return ZOO[name]
@@ -42,15 +42,18 @@ def zoo_entry(name: str) -> ZooEntry:
 
 @dataclass(frozen=True)
 class LocatedFile:
-    """A weights file that was looked up once, so that its hash is computed once.
+    """A weights file that was looked up once, so that its hash is computed only once.
 
-    option: where a user may give a path. given: what the user gave there. name: as messages call the file.
-    path: where it is on this machine; None for a published file that is to be downloaded.
-    expected_sha256: the hash that the file must have; expected_by: the run that was trained with it.
+    option: the option that selects the file.
+    argument: the value of that option.
+    name: the file's name in messages.
+    path: the file on this machine; None for a published file that must be downloaded.
+    expected_sha256: the hash that the file must have, or None.
+    expected_by: the run that was trained with a file of that hash.
     """
 
     option: str
-    given: str
+    argument: str
     name: str
     path: Path | None
     published: WeightsFile | None = None
@@ -59,41 +62,42 @@ class LocatedFile:
 
     @property
     def address(self) -> str:
-        """What a user would give to get this file from any folder: its published name, or its path."""
-        return self.given if self.published or not self.path else str(self.path.absolute())
+        """Value of the option that selects this file from any folder: published name or absolute path."""
+        return self.argument if self.published or not self.path else str(self.path.absolute())
 
     @functools.cached_property
     def sha256(self) -> str | None:
-        """Hash of a file that is on this machine; of large files it takes seconds."""
+        """SHA-256 of the file, None if it is not on this machine. Hashing a large file takes seconds."""
         return weights_sha256(self.path) if self.path else None
 
     def fetch(self) -> "LocatedFile":
-        """Return the file on this machine, downloaded if need be. Raises UserError."""
+        """Return the file with its path; download it first if it is not on this machine. Raises UserError."""
         if self.path or not self.published:
             return self
-        return replace(self, path=self.published.fetch(self.option)).checked()
+        return replace(self, path=self.published.fetch(self.option)).check_hash()
 
-    def checked(self) -> "LocatedFile":
-        """Return the same. Raises UserError where the file is here and has another hash than it must have."""
+    def check_hash(self) -> "LocatedFile":
+        """Return self. Raises UserError if the file is on this machine and has a wrong hash."""
         if self.expected_sha256 and self.sha256 not in (None, self.expected_sha256):
             raise UserError(
                 f"{self.option}: {self.name} has another SHA-256 than the file that {self.expected_by} "
-                f"was trained with, {self.expected_sha256}; give the path of that one"
+                f"was trained with ({self.expected_sha256}); give the path of that file"
             )
         return self
 
     def text(self) -> str:
-        """Return what a plan shows."""
-        shown = self.name if self.given == self.name else f"{self.given}: {self.name}"
-        return f"{shown}, sha256 {self.sha256[:12]}" if self.sha256 else f"{shown}, to be downloaded"
+        """Return the description of the file in a plan."""
+        label = self.name if self.argument == self.name else f"{self.argument}: {self.name}"
+        return f"{label}, sha256 {self.sha256[:12]}" if self.sha256 else f"{label}, to be downloaded"
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What a model is made of: its row, image size, tokenizer and the two weights files.
+    """A model of the zoo with its image size, tokenizer and two weights files.
 
-    transformer_file: None where the tokenizer alone is needed. tokenizer_file: None where it has no weights.
-    config: config.json of the run that the weights are of; empty for others.
+    transformer_file: None if only the tokenizer is needed.
+    tokenizer_file: None if the tokenizer has no weights.
+    config: config.json of the run that wrote the weights; empty for other weights.
     """
 
     name: str
@@ -104,11 +108,11 @@ class ModelFiles:
     config: Mapping[str, Any]
 
     def build(self) -> ARImageModel:
-        """The model without weights, as ``build_model`` makes it."""
+        """Return the model without weights, as ``build_model`` does."""
         return build_model(self.name, self.image_size, self.tokenizer)
 
     def fetch(self) -> "ModelFiles":
-        """The same with all files on this machine. Raises UserError for one that cannot be had."""
+        """Return a copy with all files on this machine. Raises UserError if a download fails."""
         transformer, tokenizer = self.transformer_file, self.tokenizer_file
         return replace(
             self,
@@ -117,35 +121,35 @@ class ModelFiles:
         )
 
     def load_into(self, model: ARImageModel) -> "ModelFiles":
-        """Fetch the files and give the model that they built its weights, mapped where a file allows it.
+        """Fetch the files, load them into the model of ``build``, and return what ``fetch`` returns.
 
-        The model is then on the CPU, in evaluation mode. Returns what ``fetch`` does. Raises UserError for
-        a file that cannot be had, is broken or of another model.
+        Afterwards the model is on the CPU, in evaluation mode, memory-mapped if the file allows it. Raises
+        UserError for a file that cannot be downloaded, is damaged or belongs to another model.
         """
-        fetched = self.fetch()
+        files = self.fetch()
         for module, file, what in (
-            (model.transformer, fetched.transformer_file, self.name),
-            (model.tokenizer, fetched.tokenizer_file, f"the tokenizer of {self.name}"),
+            (model.transformer, files.transformer_file, self.name),
+            (model.tokenizer, files.tokenizer_file, f"the tokenizer of {self.name}"),
         ):
             if file and file.path:
                 load_weights(module, file.path, what, recognise)
         model.tokenizer.requires_grad_(False)
         model.eval()
-        return fetched
+        return files
 
     def provenance(self) -> dict:
-        """Provenance for config.json and samples.json, without the hashes of files that are not here yet."""
-        known = {
+        """Return the provenance for config.json and samples.json, without hashes of missing files."""
+        record = {
             "model": self.name,
             "image_size": self.image_size,
-            "weights": self.transformer_file and self.transformer_file.given,
+            "weights": self.transformer_file and self.transformer_file.argument,
             "weights_sha256": self.transformer_file and self.transformer_file.sha256,
             "tokenizer_sha256": self.tokenizer_file and self.tokenizer_file.sha256,
         }
-        return {key: value for key, value in known.items() if value is not None}
+        return {key: value for key, value in record.items() if value is not None}
 
     def plan(self, model: ARImageModel) -> dict[str, str]:
-        """Return what is shown before the work (see ``cca.cli.plan``)."""
+        """Return the rows that a command prints before its work (see ``cca.cli.plan``)."""
         rows = {"model": f"{self.name}, {count_parameters(model.transformer) / 1e6:,.1f} M parameters, "
                 f"{self.image_size} x {self.image_size} pixels, {model.sequence_length} tokens"}  # fmt: skip
         if self.transformer_file:
@@ -155,7 +159,7 @@ class ModelFiles:
         return rows
 
     def downloads(self, model: ARImageModel) -> list[Download]:
-        """Files that ``fetch`` would download, and about how large they are."""
+        """Return the files that ``fetch`` would download, with their approximate sizes."""
         files = ((self.transformer_file, model.transformer), (self.tokenizer_file, model.tokenizer))
         return [
             Download(file.name, approximate_size(module), Path(constants.HF_HUB_CACHE), file.option)
@@ -170,19 +174,18 @@ def find_files(
     tokenizer_weights: str | None = None,
     image_size: int | None = None,
 ) -> ModelFiles:
-    """The files of a model, without network.
+    """Return the files of a model, without network access.
 
     Args:
         name: a model of the zoo, such as "var-d16".
-        weights: "base", "cca", a path (.pt, .pth, .safetensors), a file on the hub
-            (hf://ORG/REPO/FILE[@REVISION]), or a training run (see ``run_weights``), whose size and tokenizer
-            are taken; None: the tokenizer alone is needed.
-        tokenizer_weights: a path, a file on the hub, or a name of ``TOKENIZERS``; None takes the run's, or
+        weights: "base", "cca", a path, a file on the hub (hf://ORG/REPO/FILE[@REVISION]), or a training run
+            (see ``run_weights``); None: only the tokenizer is needed.
+        tokenizer_weights: a path, a file on the hub, or a name in ``TOKENIZERS``; None: that of the run, or
             the model's own.
-        image_size: pixels; None takes the run's, or the model's default.
+        image_size: pixels; None: that of the run, or the model's default.
 
     Raises:
-        UserError: an unknown name, size or file, or others than those of the run.
+        UserError: a name, size or file is unknown, or differs from that of the run.
     """
     entry = zoo_entry(name)
     path = None if weights is None else run_weights(weights, entry.backbone.checkpoint_name)
@@ -190,14 +193,13 @@ def find_files(
     options = config.get("options", {})
     if options.get("model", name) != name:
         raise UserError(f"--weights: {weights} is a run of {options['model']}, not of {name}")
-    trained = options.get("image_size")
-    if trained and image_size not in (None, trained):
-        raise UserError(f"--image-size: {weights} was trained at {trained} pixels, not at {image_size}")
-    size = image_size or trained or entry.default_image_size
+    run_size = options.get("image_size")
+    if run_size and image_size not in (None, run_size):
+        raise UserError(f"--image-size: {weights} was trained at {run_size} pixels, not at {image_size}")
+    size = image_size or run_size or entry.default_image_size
     if size not in entry.base:
-        raise UserError(
-            f"--image-size: {name} makes images of {', '.join(map(str, entry.base))} pixels, not {size}"
-        )
+        sizes = ", ".join(map(str, entry.base))
+        raise UserError(f"--image-size: {size} is not an image size of {name} ({sizes} pixels)")
     published = {"base": entry.base[size], "cca": entry.cca.get(size)}
     if weights in published and published[weights] is None:
         raise UserError(
@@ -205,48 +207,50 @@ def find_files(
         )
     transformer_file = None
     if weights is not None:
-        located = LocatedFile("--weights", weights, str(path), path)
-        transformer_file = located if path else _locate("--weights", weights, published)
-    given = tokenizer_weights or config.get("tokenizer") or entry.tokenizer
+        run_file = LocatedFile("--weights", weights, str(path), path)
+        transformer_file = run_file if path else _locate("--weights", weights, published)
+    tokenizer = tokenizer_weights or config.get("tokenizer") or entry.tokenizer
     return ModelFiles(
         name,
         size,
-        given if given in TOKENIZERS else entry.tokenizer,
+        tokenizer if tokenizer in TOKENIZERS else entry.tokenizer,
         transformer_file,
-        _locate_tokenizer(name, given, options.get("tokenizer_sha256"), weights),
+        _locate_tokenizer(name, tokenizer, options.get("tokenizer_sha256"), weights),
         config,
     )
 
 
-def _locate_tokenizer(model: str, given: str, sha256: str | None, run: str | None) -> LocatedFile | None:
-    """Find a tokenizer by name or path. Raises UserError if ``run`` notes another hash, ``sha256``."""
+def _locate_tokenizer(model: str, tokenizer: str, sha256: str | None, run: str | None) -> LocatedFile | None:
+    """Return the file of a tokenizer name or path. Raises UserError if ``run`` recorded another SHA-256."""
     names = [name for name, row in TOKENIZERS.items() if row.backbone is ZOO[model].backbone]
-    if given in TOKENIZERS and given not in names:
+    if tokenizer in TOKENIZERS and tokenizer not in names:
         raise UserError(
-            f"--tokenizer-weights: {given} is no tokenizer of {model}; there are {', '.join(names)}"
+            f"--tokenizer-weights: {tokenizer} is not a tokenizer of {model}; choose from {', '.join(names)}"
         )
     try:
-        file = _locate("--tokenizer-weights", given, {name: TOKENIZERS[name].weights for name in names})
+        file = _locate("--tokenizer-weights", tokenizer, {name: TOKENIZERS[name].weights for name in names})
     except UserError as error:
-        trained_with = f"; {run} was trained with the file of SHA-256 {sha256}" if sha256 else ""
-        raise UserError(f"{error}{trained_with}") from None
-    return replace(file, expected_sha256=sha256, expected_by=run).checked() if file and sha256 else file
+        hint = f"; {run} was trained with the file of SHA-256 {sha256}" if sha256 else ""
+        raise UserError(f"{error}{hint}") from None
+    return replace(file, expected_sha256=sha256, expected_by=run).check_hash() if file and sha256 else file
 
 
 def _locate(option: str, text: str, published: Mapping[str, WeightsFile | None]) -> LocatedFile | None:
-    """Return the file of that name, on the hub or at that path. Raises UserError where nothing is there."""
+    """Return the file of a published name, hub address or path. Raises UserError if there is no such file."""
     if text in published or text.startswith(HUB):
         file = published[text] if text in published else WeightsFile.from_address(text, option)
         return LocatedFile(option, text, str(file), file.cached(), file) if file else None
     if not Path(text).exists():
-        raise UserError(f"{option}: {text}: no such file, nor one of {', '.join(published)}, nor {HUB}…")
+        raise UserError(
+            f"{option}: {text}: no such file; give a path, one of {', '.join(published)}, or {HUB}…"
+        )
     return LocatedFile(option, str(Path(text)), str(Path(text)), Path(text))
 
 
 def build_model(
     name: str, image_size: int | None = None, tokenizer: str | None = None, device: str = "meta"
 ) -> ARImageModel:
-    """The model without weights: parameters on ``device``, constant buffers on the CPU."""
+    """Return the model without weights: parameters on ``device``, constant buffers on the CPU."""
     entry = zoo_entry(name)
     config = TOKENIZERS[tokenizer or entry.tokenizer].config
     with torch.device(device):
@@ -256,7 +260,10 @@ def build_model(
 def load_model(
     name: str, weights: str = "base", tokenizer_weights: str | None = None, image_size: int | None = None
 ) -> ARImageModel:
-    """Transformer and tokenizer by name; arguments and errors: ``find_files`` and ``ModelFiles.fill``."""
+    """Return a model with its weights.
+
+    Arguments are those of ``find_files``. Raises the errors of ``find_files`` and ``ModelFiles.load_into``.
+    """
     files = find_files(name, weights, tokenizer_weights, image_size)
     model = files.build()
     files.load_into(model)
@@ -264,13 +271,13 @@ def load_model(
 
 
 def build_tokenizer(name: str) -> ImageTokenizer:
-    """A tokenizer of the zoo without weights."""
+    """Return a tokenizer of the zoo without weights."""
     return build_model(model_names(TOKENIZERS[name].backbone)[0], tokenizer=name).tokenizer
 
 
 @functools.cache
 def _all_modules() -> dict[str, tuple[type[ARImageModel], nn.Module]]:
-    """Transformers and tokenizers of the zoo without weights, and whose they are."""
+    """Return all transformers and tokenizers of the zoo as {name: (backbone, module without weights)}."""
     transformers = {name: (entry.backbone, build_model(name).transformer) for name, entry in ZOO.items()}
     tokenizers = {
         f"the tokenizer {name}": (row.backbone, build_tokenizer(name)) for name, row in TOKENIZERS.items()
@@ -279,14 +286,14 @@ def _all_modules() -> dict[str, tuple[type[ARImageModel], nn.Module]]:
 
 
 def recognise(state: dict[str, Tensor]) -> str | None:
-    """Which model or tokenizer of the zoo a state dict belongs to, by keys and shapes."""
+    """Return the name of the model or tokenizer whose keys and shapes a state dict has, else None."""
     return next((name for name, (_, module) in _all_modules().items() if not mismatch(module, state)), None)
 
 
 def published_key(state: dict[str, Tensor]) -> str:
-    """Under which key published files of its backbone keep such a state dict; "" is bare.
+    """Return the key under which published files keep such a state dict; "" means no key.
 
-    The backbone is that of the zoo's module with the most keys in common.
+    The zoo's module with the most keys in common decides the backbone.
     """
     backbone, module = max(
         _all_modules().values(), key=lambda row: len(state.keys() & row[1].state_dict().keys())

@@ -1,8 +1,8 @@
-"""Every published model by name: sizes, weights, recipes and published figures.
+"""The tables of models and tokenizers: sizes, weights, recipes and published figures.
 
-These tables are the only place for such facts. Sources: the model zoos of VAR (arXiv 2404.02905) and
-LlamaGen (arXiv 2406.06525), of which are the figures with guidance; CCA's model zoo and the tables of its
-paper (arXiv 2410.09347).
+These facts stand nowhere else. Figures with guidance are from the model zoos of VAR (arXiv 2404.02905)
+and LlamaGen (arXiv 2406.06525). The others are from CCA's model zoo and the tables of its paper (arXiv
+2410.09347).
 """
 
 from collections.abc import Mapping
@@ -16,19 +16,19 @@ from models.llamagen import LlamaGen
 from models.var import VAR
 from models.zoo.hub import WeightsFile
 
-Figures = Mapping[str, float]  # by metric, named as eval_fid.py does
+Figures = Mapping[str, float]  # value of each metric, with the names of eval_fid.py
 
 
 @dataclass(frozen=True)
 class Published:
-    """Figures of 50,000 samples on ImageNet 256, and the sampling settings behind them.
+    """Published figures of 50,000 samples on ImageNet 256, with their sampling settings.
 
-    figures: by what was sampled: "base", "guided" (the base at ``cfg_scale``), "cca", and the paper's
-        baselines "dpo" and "unlearning"; all but "guided" without guidance. What was not published
-        is not there.
-    cfg_scale: guidance in the notation of --cfg-scale.
-    notes: where a source has other figures, or does not state a setting.
-    with_guidance: address of a folder with the weights of CCA for guidance on top.
+    figures: for each sampled model "base", "guided" (the base at ``cfg_scale``), "cca", and the paper's
+        baselines "dpo" and "unlearning". All except "guided" are without guidance. Figures that were not
+        published are missing.
+    cfg_scale: guidance scale, in the notation of --cfg-scale.
+    notes: figures that differ between sources, and settings that no source states.
+    with_guidance: address of a folder with the weights of CCA trained for sampling with guidance.
     """
 
     figures: Mapping[str, Figures]
@@ -56,16 +56,16 @@ def _figures(
     precision: float | None = None,
     recall: float | None = None,
 ) -> Figures:
-    every = {"fid": fid, "sfid": sfid, "is": inception, "precision": precision, "recall": recall}
-    return {name: value for name, value in every.items() if value is not None}
+    figures = {"fid": fid, "sfid": sfid, "is": inception, "precision": precision, "recall": recall}
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def _var_figures(*notes: str, **figures: Figures) -> Published:
-    unstated = ("the filters that the base was sampled with, without guidance, are not stated",)
+    filters_note = ("no source states the filters for the base without guidance",)
     return Published(
         figures,
         2.5,
-        (*notes, *(unstated if "base" in figures else ())),
+        (*notes, *(filters_note if "base" in figures else ())),
         top_k=900,
         top_p=0.96,
         class_order="balanced",
@@ -89,7 +89,7 @@ PUBLISHED: dict[str, Published] = {
         unlearning=_figures(5.55, 165.9, 8.41, 0.75, 0.61),
     ),
     "var-d30": _var_figures(
-        "CCA's paper gives the guided base FID 1.92 and IS 323.1",
+        "CCA's paper reports FID 1.92 and IS 323.1 for the base with guidance",
         base=_figures(5.25, 175.6, None, 0.75, 0.62),
         guided=_figures(1.97),
         cca=_figures(2.54, 264.2, None, 0.83, 0.56),
@@ -97,7 +97,7 @@ PUBLISHED: dict[str, Published] = {
     "llamagen-b": _llamagen_figures(2.0, guided=_figures(6.09), cca=_figures(7.04)),
     "llamagen-l": _llamagen_figures(
         2.0,
-        "the abstract page of CCA's paper gives FID 19.07 and IS 64.3 to the base, FID 3.41 to CCA",
+        "the abstract page of CCA's paper reports FID 19.07 and IS 64.3 for the base, FID 3.41 for CCA",
         base=_figures(19.00, 64.7, 8.78, 0.61, 0.67),
         guided=_figures(3.07),
         cca=_figures(3.43, 288.2, 7.44, 0.81, 0.52),
@@ -119,12 +119,13 @@ PUBLISHED: dict[str, Published] = {
 class Recipe:
     """Defaults of fine-tuning one model with one loss.
 
-    lr: peak learning rate at a global batch of ``batch_size``; scaled in proportion for VAR.
+    lr: peak learning rate at a global batch of ``batch_size``; for VAR it is proportional to the batch size.
     grad_clip: largest norm of the gradient of the global batch's mean loss.
-    warmup: fraction of the run; final_lr: fraction of the peak at the end (1 = constant).
-    final_weight_decay: where a cosine takes the weight decay by the end; None keeps it.
-    published_accumulation: micro-batches per step in the published run, whose schedule counts
-        them; the schedule here then gives the same rates whatever the micro-batch.
+    warmup: fraction of the run.
+    final_lr: learning rate at the end, as a fraction of the peak (1 = constant).
+    final_weight_decay: weight decay at the end of a cosine schedule; None keeps it constant.
+    published_accumulation: micro-batches per step in the published run, whose schedule counts micro-batches.
+        With it, the schedule here has the published rates at any micro-batch size.
     """
 
     beta: float
@@ -145,7 +146,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TokenizerEntry:
-    """One tokenizer: the backbone that uses it, its sizes, its weights (None: it has none)."""
+    """One tokenizer: the backbone that uses it, its configuration, and its weights (None: no weights)."""
 
     backbone: type[ARImageModel]
     config: Any
@@ -154,11 +155,11 @@ class TokenizerEntry:
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """One model, as ``backbone.build`` makes it of ``transformer`` and the config of ``tokenizer``.
+    """One model. ``backbone.build`` builds it from ``transformer`` and the config of ``tokenizer``.
 
-    ``base`` and ``cca`` map image sizes (pixels) to weights files, None: unpublished. ``recipes`` has
-    the defaults of training by loss, and "with-guidance", CCA for sampling with guidance on top; a
-    loss that is not among them has no published values.
+    base, cca: weights files by image size (pixels); None: not published.
+    recipes: defaults of training by loss. "with-guidance" is CCA for sampling with guidance. Losses without
+        published values are missing.
     """
 
     backbone: type[ARImageModel]
@@ -222,9 +223,9 @@ def _var(
     size: int = 256,
     **other,
 ) -> ZooEntry:
-    """VAR of depth d; where no figures are published CCA was not run by its authors.
+    """Return VAR of depth d. The authors of CCA did not run models without published figures.
 
-    CCA trained d16 without stochastic depth, the others with the pretraining rate.
+    They trained d16 without stochastic depth, and the others with the rate of pretraining.
     """
     recipe = Recipe(
         beta=0.02, lambda_=lambda_, lr=2e-5, batch_size=256, grad_clip=2.0, dtype="float16", warmup=0.02,
@@ -255,19 +256,19 @@ def _llamagen(
     bases: tuple[int, ...] = (),
     **other,
 ) -> ZooEntry:
-    """LlamaGen; ``bases``: image sizes whose base weights are published.
+    """Return a LlamaGen model; ``bases`` are the image sizes whose base weights are published.
 
-    Where no figures are published CCA was not run by its authors.
+    The authors of CCA did not run models without published figures.
     """
     published = PUBLISHED.get(f"llamagen-{name.lower()}")
     cca = WeightsFile(f"CCA_LlamaGen_Guidance_Free/c2i_{name}_384_CCA_0005000.pt", "ChenDRAG/CCA_LlamaGen")
-    # The published trainers add the gradients of 16 micro-batches up and clip the sum at 1; here their mean
-    # is clipped.
+    # The published trainers clip the sum of the gradients of 16 micro-batches at 1. Here the mean is clipped.
     recipe = Recipe(
         beta=0.02, lambda_=lambda_, lr=1e-5, batch_size=256, grad_clip=1 / 16, dtype="bfloat16",
         published_accumulation=16, **other,
     )  # fmt: skip
-    guided = replace(recipe, lambda_=1, beta=0.02 if name == "L" else 0.1)  # the paper's section on both
+    # From the section of the paper that combines CCA and guidance.
+    guided = replace(recipe, lambda_=1, beta=0.02 if name == "L" else 0.1)
     return ZooEntry(
         LlamaGen,
         llamagen.TransformerConfig(dim, layers, heads, grid=24),
@@ -284,7 +285,10 @@ def _llamagen(
 
 
 def _mini(beta: float, lambda_: float, lr: float, batch_size: int, grad_clip: float) -> Recipe:
-    """A recipe of a bundled model, found by comparison (results/mini-notes.md); the control takes CCA's."""
+    """Return a recipe of a bundled model.
+
+    The values were chosen by comparison (results/mini-notes.md). The control (sft) has the values of CCA.
+    """
     return Recipe(
         beta, lambda_, lr, batch_size, grad_clip, dtype="float32", warmup=0.02, final_lr=0.1, epochs=2
     )  # fmt: skip
@@ -343,9 +347,9 @@ FASHION_CLASSES = (
 
 
 def class_name(label: int, num_classes: int) -> str:
-    """English name of a class: ImageNet-1k's from torchvision, else those of the bundled data."""
+    """Return the English name of a class, of ImageNet-1k (from torchvision) or of the bundled data."""
     if num_classes == 1000:
-        from torchvision.models import ResNet50_Weights  # takes longer to import than all the rest
+        from torchvision.models import ResNet50_Weights  # this import is slow
 
         return ResNet50_Weights.DEFAULT.meta["categories"][label]
     return FASHION_CLASSES[label]

@@ -1,4 +1,4 @@
-"""Checkpoints of training runs, read without executing anything.
+"""Reading checkpoints of training runs without executing code.
 
 This file imports torch.distributed.checkpoint, which takes over a second.
 """
@@ -21,7 +21,8 @@ from models.utils.errors import UserError
 from models.utils.files import reason
 from models.zoo.run_folders import check_checkpoint
 
-# What the framework's description of a state is made of. It is a pickle: nothing else is let through.
+# The types in the metadata of a torch.distributed checkpoint. The metadata is a pickle, so nothing else is
+# accepted.
 ALLOWED = {
     "torch.distributed.checkpoint.metadata": (
         "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
@@ -35,42 +36,42 @@ ALLOWED = {
 }  # fmt: skip
 
 
-class _Description(pickle.Unpickler):
+class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in ALLOWED.get(module, ()) or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, which no saved state does")
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint contains")
 
 
 class Reader(dcp.FileSystemReader):
-    """The framework's reader, whose own way to the description would execute what it holds."""
+    """A FileSystemReader that does not execute code when it unpickles the metadata."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         content = (Path(self.path) / ".metadata").read_bytes()
-        # A damaged length of a byte array makes Python print a line of its own.
+        # Python prints its own error for a byte array with a damaged length.
         if any(opcode.name == "BYTEARRAY8" for opcode, _, _ in pickletools.genops(content)):
-            raise pickle.UnpicklingError("it holds a byte array, which no saved state does")
-        return _Description(io.BytesIO(content)).load()
+            raise pickle.UnpicklingError("it holds a byte array, which no checkpoint contains")
+        return _MetadataUnpickler(io.BytesIO(content)).load()
 
 
 class Planner(dcp.DefaultLoadPlanner):
-    """Takes numbers and containers alone for what is no tensor."""
+    """A load planner that accepts only numbers and containers besides tensors."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        plain = torch.load(value, weights_only=True)
-        again = io.BytesIO()
-        torch.save(plain, again)
-        again.seek(0)
-        super().load_bytes(read_item, again)
+        content = torch.load(value, weights_only=True)
+        safe_bytes = io.BytesIO()
+        torch.save(content, safe_bytes)
+        safe_bytes.seek(0)
+        super().load_bytes(read_item, safe_bytes)
 
 
 @contextmanager
 def checkpoint_errors(folder: Path) -> Iterator[None]:
-    """Context manager that turns whatever a damaged checkpoint raises into a UserError.
+    """Context manager that turns any error of a damaged checkpoint into a UserError.
 
-    torch.distributed.checkpoint's notices about running in a single process are not shown.
+    It hides the warnings of torch.distributed.checkpoint about running in a single process.
     """
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -78,11 +79,13 @@ def checkpoint_errors(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except (Exception, dcp.api.CheckpointException) as error:  # a damaged file can raise anything
-        raise UserError(f"{folder} is damaged or not a state of this trainer ({reason(error)})") from None
+        raise UserError(
+            f"{folder} is damaged or not a checkpoint of this trainer ({reason(error)})"
+        ) from None
 
 
 def read_checkpoint(folder: Path, average: bool = False) -> dict[str, torch.Tensor]:
-    """Return the transformer's weights of a checkpoint, or their average, whole. Raises UserError."""
+    """Return the transformer's state dict from a checkpoint, or its average. Raises UserError."""
     with checkpoint_errors(folder):
         check_checkpoint(folder)
         metadata = Reader(folder).read_metadata().state_dict_metadata

@@ -1,4 +1,4 @@
-"""Where a training run keeps its weights, and what it notes about them."""
+"""The weights in a training run's folder, with their config.json and checksums."""
 
 import hashlib
 from pathlib import Path
@@ -7,35 +7,35 @@ from models.utils.errors import UserError
 from models.utils.files import FORMAT, file_sha256, read_json
 from models.zoo.hub import HUB
 
-INDEX = "*.safetensors.index.json"  # of published weights in shards
+INDEX = "*.safetensors.index.json"  # index of sharded published weights
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Numbers of the steps whose state a run folder holds, ascending."""
+    """Return the steps of which a run folder has a checkpoint, in ascending order."""
     names = [path.name.removeprefix("step-") for path in (run / "state").glob("step-*")]
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def ema_name(checkpoint_name: str) -> str:
-    """Under which name the average of the weights is written beside the model."""
+    """Return the name of the file with the average of the weights."""
     return checkpoint_name.replace(".", "_ema.")
 
 
 def run_weights(text: str, checkpoint_name: str) -> Path | None:
-    """Find the weights that RUN, RUN/state/step-N or RUN/model.pth means; ``:ema`` asks for the average.
+    """Return the weights of RUN, RUN/state/step-N or RUN/model.pth, or with ``:ema`` their average.
 
     Returns:
-        a weights file, or a checkpoint as ``read_state_dict`` takes it; of a run, its exported model, or its
-        newest checkpoint. None where the text names no run.
+        a weights file or a checkpoint, both in the form that ``read_state_dict`` takes. For RUN it is the
+        exported model, or else the newest checkpoint. None if the text names no run.
 
     Raises:
-        UserError: the folder holds neither.
+        UserError: the folder has neither an exported model nor a checkpoint.
     """
     if text.startswith(HUB):
         return None
     path, average = Path(text.removesuffix(":ema")), text.endswith(":ema")
     exported = path / (ema_name(checkpoint_name) if average else checkpoint_name)
-    if text in ("base", "cca") or any(path.glob(INDEX)):  # published, in shards
+    if text in ("base", "cca") or any(path.glob(INDEX)):  # a folder with an index holds published weights
         return None
     if checkpoint_folder(path):
         return Path(text)
@@ -46,14 +46,14 @@ def run_weights(text: str, checkpoint_name: str) -> Path | None:
         return path if is_exported else None
     steps = saved_steps(path)
     if not steps:
-        raise UserError(f"--weights: {path} holds no {exported.name} and no saved state")
+        raise UserError(f"--weights: {path} holds no {exported.name} and no checkpoint")
     return path / "state" / f"step-{steps[-1]}{':ema' if average else ''}"
 
 
 def run_config(weights: Path) -> dict:
-    """Return the config.json of the run that weights belong to; empty where there is none of ours.
+    """Return the config.json of the run that wrote the weights; empty if no run of this project did.
 
-    Raises UserError for a damaged one.
+    Raises UserError if the file is damaged.
     """
     folder = checkpoint_folder(weights)
     path = (folder.parent.parent if folder else weights.parent) / "config.json"
@@ -63,33 +63,34 @@ def run_config(weights: Path) -> dict:
 
 
 def checkpoint_folder(path: Path) -> Path | None:
-    """Return the folder of the checkpoint that ``path`` names, with ``:ema`` or without; None: of none."""
+    """Return the folder of the checkpoint ``path``, with or without ``:ema``; None if it is no checkpoint."""
     folder = path.with_name(path.name.removesuffix(":ema")) if path.name else path
     return folder if (folder / ".metadata").exists() else None
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 that was noted of each file of a checkpoint; empty where none was."""
+    """Return the recorded SHA-256 of each file of a checkpoint; empty if none is recorded."""
     paths = sorted(folder.glob("sha256-*.json"))
     return {name: digest for path in paths for name, digest in read_json(path).items()}
 
 
 def check_checkpoint(folder: Path, share: slice = slice(None)) -> None:
-    """Raise UserError unless all files are as they were written; ``share``: those of them that are read.
+    """Raise UserError unless the files of a checkpoint match their checksums.
 
-    A checkpoint without checksums is taken as it is.
+    A checkpoint without checksums is accepted. ``share`` selects the files whose contents are checked.
     """
-    noted = _checksums(folder)
+    checksums = _checksums(folder)
     files = {path.name for path in folder.iterdir() if not path.name.startswith("sha256-")}
-    if noted and files != set(noted):
-        name = min(files ^ set(noted))
-        raise UserError(f"{folder} is damaged ({name} is {'missing' if name in noted else 'not of it'})")
-    for name in sorted(noted)[share]:
-        if file_sha256(folder / name) != noted[name]:
-            raise UserError(f"{folder} is damaged ({name} is not what was written)")
+    if checksums and files != set(checksums):
+        name = min(files ^ set(checksums))
+        problem = "is missing" if name in checksums else "does not belong to it"
+        raise UserError(f"{folder} is damaged ({name} {problem})")
+    for name in sorted(checksums)[share]:
+        if file_sha256(folder / name) != checksums[name]:
+            raise UserError(f"{folder} is damaged ({name} does not match its checksum)")
 
 
 def checkpoint_sha256(folder: Path, average: bool = False) -> str:
-    """Return a hash of a checkpoint's files, as their checksums tell it, and of which weights are meant."""
-    noted = _checksums(folder) or {file.name: file_sha256(file) for file in folder.iterdir()}
-    return hashlib.sha256(repr((sorted(noted.items()), average)).encode()).hexdigest()
+    """Return a hash of a checkpoint's checksums and of ``average``, which selects the weights."""
+    checksums = _checksums(folder) or {file.name: file_sha256(file) for file in folder.iterdir()}
+    return hashlib.sha256(repr((sorted(checksums.items()), average)).encode()).hexdigest()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from commands import call, run
+from commands import call, finish, run, start_processes
 
 from cca.distributed import Ranks, StopRequest
 from models.utils.errors import UserError
@@ -81,9 +81,10 @@ def test_hosts_tell_each_other_nothing_by_way_of_their_gpus(monkeypatch):
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_rank_that_sees_one_gpu_takes_it_unless_another_rank_has_it(tmp_path, shared):
     (tmp_path / "one_gpu.py").write_text(ONE_GPU)
-    found = call([tmp_path / "one_gpu.py", "shared" if shared else "own"], processes=2, PYTHONPATH=".")
-    assert found.stdout.count("on GPU 0") == (0 if shared else 2), found.stderr
-    assert ("error: LOCAL_RANK: ranks [0, 1] use the same GPU" in found.stderr) == shared
+    line = [tmp_path / "one_gpu.py", "shared" if shared else "own"]
+    for status, printed, errors in finish(start_processes(line, [tmp_path] * 2)):
+        assert (status, printed) == ((2, "") if shared else (0, "on GPU 0\n")), errors
+        assert ("error: LOCAL_RANK: ranks [0, 1] use the same GPU" in errors) == shared
 
 
 def test_a_gpu_without_room_for_a_context(monkeypatch):
@@ -93,7 +94,7 @@ def test_a_gpu_without_room_for_a_context(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", full)
-    with pytest.raises(UserError, match="^CUDA_VISIBLE_DEVICES: GPU 0 has no free memory; end what else"):
+    with pytest.raises(UserError, match="^CUDA_VISIBLE_DEVICES: GPU 0 has no free memory"):
         Ranks()
 
 
@@ -105,8 +106,11 @@ def test_a_gpu_without_room_for_a_context(monkeypatch):
         ({"RANK": "-1"}, "RANK: the environment variable is '-1'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE: the environment variable is '0'"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR: the environment variable is not set"),
-        ({"WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK: the environment variable is not set"),
-        ({"LOCAL_RANK": ""}, "LOCAL_RANK: the environment says ''"),
+        (
+            {"WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "RANK: the environment variable is not set",
+        ),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK: the environment variable is ''"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS: srun started 8"),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"},

@@ -145,7 +145,7 @@ def test_the_page_starts_with_options_that_are_right(model):
 def test_of_a_run_the_state_is_named_that_is_shown(tmp_path):
     def pinned(weights):
         args = demo.make_parser().parse_args(["--model", MODEL, "--weights", weights])
-        return list(demo.shown_files(args))[-1]
+        return list(demo.files_by_weights(args))[-1]
 
     for step in (3, 12):
         (tmp_path / "state" / f"step-{step}").mkdir(parents=True)

@@ -77,7 +77,7 @@ def test_a_signal_ends_with_one_line_and_keeps_finished_chunks(numbers, disk, mo
 
         patch.setattr(Parts, "write", pretend)
         extract("new")
-    line = "stopped; 512 of 1100 images are stored, the same command goes on from there\n"
+    line = "stopped; 512 of 1100 images are stored, repeat the command to resume\n"
     assert after_plan(capsys.readouterr().out) == line and not (disk / "new" / "header.json").exists()
     extract("new")
     extract("whole")
@@ -101,7 +101,7 @@ def test_a_full_disk(disk, monkeypatch):
 def test_codes_that_are_in_the_way(disk):
     (disk / "new").mkdir()
     (disk / "new" / "codes.npy").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"codes\.npy exists, and no record beside it"):
+    with pytest.raises(UserError, match=r"codes\.npy exists, but no file beside it"):
         extract("new")
     assert content(disk / "new") == {"codes.npy": b"mine"}
 

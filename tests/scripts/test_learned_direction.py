@@ -66,5 +66,5 @@ def test_wrong_inputs(run, tmp_path):
     config["options"]["weights_sha256"] = "0" * 64
     shutil.copytree(run, tmp_path / "other")
     (tmp_path / "other/config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="the base that it was trained from, base, is another now"):
+    with pytest.raises(UserError, match="its base, base, has changed"):
         learned_direction.main([str(tmp_path / "other"), *output])

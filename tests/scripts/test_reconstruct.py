@@ -76,10 +76,9 @@ def test_memory_that_runs_out_is_one_line(place, tmp_path, monkeypatch):
     common = ["--model", "var-mini", "--images", str(tmp_path / "a.npz")]
     with pytest.raises(UserError) as caught:
         reconstruct.main([*common, "--output", str(tmp_path / "b.npz")])
-    assert one_line(caught.value) == (
+    assert one_line(caught.value).startswith(
         "--model: the tokenizer of var-mini does not fit in GPU memory "
         "(CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`); "
-        "end what else uses that GPU, or choose another with CUDA_VISIBLE_DEVICES"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 

@@ -107,18 +107,18 @@ def test_losses_without_published_values_are_left_out(capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["tradeoff"], "--data: is required, or --mini"),
+        (["tradeoff"], "--data: is required.*--mini"),
         (["tradeoff", "--mini", "--models", "var-d16"], "var-d16 does not go with --mini"),
         (["tradeoff", "--models", "var-mini"], "var-mini needs --mini"),
-        (["ablation", "--from-released"], "--from-released: goes with"),
+        (["ablation", "--from-released"], "--from-released: applies only to tables"),
         (["var-tables", "--data", "nowhere", "--reference", "none.npz"], "--data: nowhere: no such file"),
         (["var-tables", "--data", ".", "--reference", "none.npz"], "--reference: none.npz: no such file"),
-        (["var-tables", "--nnodes", "2", "--dry-run"], "--rdzv-endpoint: several machines need one"),
+        (["var-tables", "--nnodes", "2", "--dry-run"], "--rdzv-endpoint: is required"),
         (["with-guidance", "--models", "var-d24", "--dry-run"], "no recipe for CCA with guidance on top"),
         (["tradeoff", "--mini", "--models", "var-d36"], "var-d36 does not go with --mini"),
-        (["tradeoff", "--mini", "--class", "0"], "--class: goes with samples alone"),
-        (["quickstart", "--guidance", "0"], "--guidance: goes with samples alone"),
-        (["quickstart", "--nnodes", "2"], "--nnodes: --mini runs on one machine"),
+        (["tradeoff", "--mini", "--class", "0"], "--class: .*samples"),
+        (["quickstart", "--guidance", "0"], "--guidance: .*samples"),
+        (["quickstart", "--nnodes", "2"], "--nnodes: .*--mini"),
     ],
 )
 def test_wrong_options(arguments, message, tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_a_published_reference_needs_no_file(tmp_path, monkeypatch):
     rows = reproduce.resolve(reproduce.make_parser().parse_args(arguments))
     assert len(rows) == 4
     (tmp_path / "imagenet256").mkdir()
-    with pytest.raises(UserError, match="write ./imagenet256 for that"):
+    with pytest.raises(UserError, match="--reference: .*write ./imagenet256"):
         reproduce.main(arguments)
 
 
@@ -159,7 +159,7 @@ def test_small_models_run_under_torchrun(monkeypatch, tmp_path):
 class Pretender:
     """Launcher that writes what the commands would, and stops at the n-th of them."""
 
-    main, dry, processes = True, False, 2
+    main, dry, world_size = True, False, 2
 
     def __init__(self, stop_at=0):
         self.done, self.stop_at = [], stop_at
@@ -266,8 +266,8 @@ def test_reports_of_the_paper(experiment, pretended):
     for picture in re.findall(r"!\[.*\]\((.*)\)", report):
         assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
     expected = {
-        "tradeoff": "beta varied. ", "with-guidance": "Best FID: guidance alone 1.",
-        "ablation": "The paper's, llamagen-l: CCA (3.43) < unlearning (12.22) < base (19.00) < DPO (61.69).",
+        "tradeoff": "CCA over beta. ", "with-guidance": "Best FID: guidance alone 1.",
+        "ablation": "order, llamagen-l: CCA (3.43) < unlearning (12.22) < base (19.00) < DPO (61.69).",
         "samples": "(samples-llamagen-mini-class5.png)",
     }  # fmt: skip
     assert expected.get(experiment, "| base, guidance 2 | 1.") in report

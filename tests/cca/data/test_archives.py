@@ -97,7 +97,7 @@ def model():
 def described(data):
     items = [data[1, index] for index in range(len(data))]
     pixels = b"".join(pixels.numpy().tobytes() for pixels, _ in items)
-    noted = [data.source.seen(i) for i in sorted(data.unreadable)]
+    noted = [data.source.record(i) for i in sorted(data.unreadable)]
     return data.source.keys, data.all_labels.tolist(), data.classes, pixels, data.fingerprint(), noted
 
 
@@ -110,7 +110,7 @@ def test_an_archive_is_the_folder(files, model, kind):
             Path("data", name).unlink()
     sets = []
     for name in ("data", kind):
-        images = open_image_set(Path(f"{name}/1"), side=32)
+        images = open_image_set(Path(f"{name}/1"), resolution=32)
         pixels = np.concatenate(list(images.batches(slice(0, len(images)), 4)))
         sets.append((pixels.tobytes(), images.content_hash(), images.fingerprint()))
     assert sets[0] == sets[1]
@@ -212,7 +212,7 @@ def test_links_are_left_out_and_the_last_of_a_name_counts(tmp_path, monkeypatch,
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
             add(tar, f"1/{kind!r}.png", b"", type=kind, linkname="a.png")
     data = open_labelled_images(tmp_path / "a.tar", model)
-    assert len(data) == 1 and "left out, no image files: 2" in data.notes()[0]
+    assert len(data) == 1 and "2 other files are left out" in data.notes()[0]
     assert int(data[0, 0][0].float().mean()) == 200
 
 
@@ -320,8 +320,8 @@ def test_tars_that_end_or_break_between_members_are_refused(files):
         ("a.zip", "a.zip: is not a readable archive"),
         ("a.tar", "a.tar: is not a readable archive"),
         ("lzma.zip", "1/a.png is encrypted, or .* deflate"),
-        ("flat.zip", "its 1 images lie in no class folders.*docs/data.md"),
-        ("flat", "its 1 images lie in no class folders.*docs/data.md"),
+        ("flat.zip", "its 1 images are not in class folders.*docs/data.md"),
+        ("flat", "its 1 images are not in class folders.*docs/data.md"),
         ("empty.tar", "holds no images"),
     ],
 )
@@ -388,13 +388,13 @@ def test_classes_that_dataset_json_lists(tmp_path, monkeypatch, model):
     assert data.classes is None
     assert opened(listed, "train/").all_labels.tolist() == data.all_labels.tolist()
     for labels, message in (
-        (None, "a.zip/dataset.json: does not list one class of each image"),
-        ([*listed, listed[0]], "does not list one class of each image"),
-        (listed[1:], "dataset.json gives no class of 00000/img00000000.png"),
-        ([[name, 10] for name in names], "labels must lie in 0 … 9"),
-        ([[name, [0.5]] for name in names], "does not list one class of each image"),
+        (None, "a.zip/dataset.json: does not list one class for each image"),
+        ([*listed, listed[0]], "does not list one class for each image"),
+        (listed[1:], "dataset.json lists no class for 00000/img00000000.png"),
+        ([[name, 10] for name in names], "labels must be in 0 … 9"),
+        ([[name, [0.5]] for name in names], "does not list one class for each image"),
     ):
         with pytest.raises(UserError, match=message):
             opened(labels)
-    with pytest.raises(UserError, match="--classes-from: goes with class folders"):
+    with pytest.raises(UserError, match="--classes-from: needs class folders"):
         opened(listed, classes={"00000": 1})

@@ -57,15 +57,15 @@ NO_ARRAY = b"\x93NUMPY\x01\x00v\x00{(((((("
 BEYOND = np.zeros((40, 10, 64), np.uint16)
 BEYOND[39, 9, 63] = 512
 BROKEN = [
-    ({"labels": np.arange(80) % 10}, "codes of 40 images and 80 labels"),
-    ({"labels": np.eye(10, dtype=np.int64)[np.arange(40) % 10]}, r"labels are \[40, 10\]; .* argmax"),
-    ({"labels": np.zeros((40, 1), np.int64)}, r"labels are \[40, 1\]"),
+    ({"labels": np.arange(80) % 10}, "codes of 40 images but 80 labels"),
+    ({"labels": np.eye(10, dtype=np.int64)[np.arange(40) % 10]}, r"shape \[40, 10\]; .* argmax"),
+    ({"labels": np.zeros((40, 1), np.int64)}, r"shape \[40, 1\]"),
     ({"labels": np.full(40, 0.5)}, "labels are float64"),
-    ({"codes": BEYOND}, "codes from 0 to 512, the vocabulary is 0 … 511"),
+    ({"codes": BEYOND}, "codes from 0 to 512; expected 0 … 511"),
     ({"codes": np.full((40, 10, 64), -1)}, "codes from -1"),
     ({"codes": np.zeros((40, 10, 64), np.float32)}, "holds float32 codes"),
-    ({"codes": np.zeros((40, 64), np.int64)}, r"codes \[40, 64\]"),
-    ({"codes": np.zeros((40, 10, 63), np.int64)}, "the model takes 64 per image"),
+    ({"codes": np.zeros((40, 64), np.int64)}, r"shape \[40, 64\]"),
+    ({"codes": np.zeros((40, 10, 63), np.int64)}, r"expected \[images, crops, 64\]|64 per image"),
 ]
 
 
@@ -137,9 +137,9 @@ def test_published_files_cut_off_are_found_before_training(tmp_path, model, name
 @pytest.mark.parametrize(
     "file, array, message",
     [
-        ("imagenet32_labels/3.npy", np.eye(10), "does not hold one label"),
+        ("imagenet32_labels/3.npy", np.eye(10), "holds 100 labels; expected one"),
         ("imagenet32_codes/3.npy", np.zeros((1, 10, 64)), "holds float64"),
-        ("imagenet32_codes/3.npy", np.array(3), "expected whole numbers"),
+        ("imagenet32_codes/3.npy", np.array(3), "expected integers"),
     ],
 )
 def test_published_codes_and_labels_are_checked(tmp_path, model, file, array, message):
@@ -148,5 +148,5 @@ def test_published_codes_and_labels_are_checked(tmp_path, model, file, array, me
     with pytest.raises(UserError, match=message):
         data.item(0, 3), data.labels(np.array([3]))
     (tmp_path / "codes" / "imagenet32_labels" / "39.npy").unlink()
-    with pytest.raises(UserError, match="a label for each of 40 codes"):
+    with pytest.raises(UserError, match="a label for each of the 40 codes"):
         Codes(tmp_path / "codes", model)

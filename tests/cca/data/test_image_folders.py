@@ -30,7 +30,7 @@ def test_some_of_the_classes_train_as_themselves(tmp_path, model):
         make_picture(tmp_path / f"{name}.png")
     data = open_labelled_images(tmp_path, model)
     assert labels_of(data) == [2, 5, 7] and data.classes == {"2": 2, "5": 5, "7": 7}
-    assert data.notes() == [f"{tmp_path}: 1 images in no class folder are left out"]
+    assert data.notes() == [f"{tmp_path}: 1 images outside class folders are left out"]
 
 
 def test_numbered_folders_in_the_order_of_their_names(tmp_path, model):
@@ -60,7 +60,7 @@ def test_one_list_of_suffixes_and_links_followed_once(tmp_path, model):
     os.mkfifo(data / "0" / "pipe.png")
     files, left_out = find_images(Folder(data))
     assert sorted(files) == sorted([*(f"0/a.{suffix}" for suffix in suffixes), "1/b.png"])
-    assert left_out == f"{data}: left out, no image files: 4 (such as 0/gone.png)"
+    assert left_out == f"{data}: 4 other files are left out, such as 0/gone.png"
     assert len(open_image_set(data)) == len(open_labelled_images(data, model)) == 10
     assert left_out in open_image_set(data).notes() and left_out in open_labelled_images(data, model).notes()
 
@@ -76,7 +76,7 @@ def test_unreadable_images_are_replaced_by_others_of_their_class(tmp_path, model
     assert data.unreadable == {3}
     for name in ("a", "b"):
         (tmp_path / "1" / f"{name}.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"1/c.png and others of its class that were tried cannot be read"):
+    with pytest.raises(UserError, match=r"1/c.png and the next images of its class cannot be read"):
         data.item(0, 3)
 
 
@@ -106,7 +106,7 @@ def test_other_depths_are_refused(tmp_path, pixels, message):
 def test_long_and_huge_pictures_are_refused(tmp_path, monkeypatch):
     make_picture(tmp_path / "a.png", size=(400_000, 1))
     with pytest.raises(UserError, match="400000 x 1 pixels: too long"):
-        open_image_set(tmp_path, side=256)
+        open_image_set(tmp_path, resolution=256)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match="not a readable image"):
         FileList(Folder(tmp_path), ["a.png"]).image(0)
@@ -157,7 +157,9 @@ def test_folders_without_images_are_no_classes(tmp_path, model, monkeypatch):
         (tmp_path / name / "list.txt").touch()
     data = open_labelled_images(tmp_path, model)
     assert labels_of(data) == list(range(10))
-    assert data.notes()[-1].endswith("their folders' names: " + ", ".join(f"{i} class{i}" for i in range(10)))
+    assert data.notes()[-1].endswith(
+        "names of their folders: " + ", ".join(f"{i} class{i}" for i in range(10))
+    )
     given = open_labelled_images(tmp_path, model, classes={f"class{i}": i for i in range(10)})
     assert not any("numbered" in note for note in given.notes())
 
@@ -177,16 +179,16 @@ def test_exif_orientation(tmp_path, model, suffix):
         exif[ExifTags.Base.Orientation] = value
         lying = upright.transpose(stored_as[value]) if value > 1 else upright
         lying.save(tmp_path / "2" / f"{value}.{suffix}", exif=exif, quality=95)
-    images = open_image_set(tmp_path, side=32, upright=True)
+    images = open_image_set(tmp_path, resolution=32, upright=True)
     first, *others = next(images.batches(slice(0, 8), 8)).astype(int)
     assert all(np.abs(first - other).max() < 60 and np.abs(first - other).mean() < 2 for other in others)
-    plain = open_image_set(tmp_path, side=32)
+    plain = open_image_set(tmp_path, resolution=32)
     lying = next(plain.batches(slice(0, 8), 8)).astype(int)
     if suffix == "tif":  # Pillow turns them in any case
         assert not any("EXIF" in note for note in plain.notes()) and (lying == lying[0]).all()
         return
     assert np.array_equal(lying[0], first) and all(np.abs(first - other).mean() > 9 for other in lying[1:])
-    assert "7 of 8 pictures looked at are turned (EXIF)" in plain.notes()[-1]
+    assert "7 of 8 checked images have an EXIF rotation" in plain.notes()[-1]
     assert plain.content_hash() != images.content_hash()
     for turned in (False, True):
         data = open_labelled_images(tmp_path, model, transform=TenCrops(16, 2), upright=turned)

@@ -64,7 +64,7 @@ def test_commands_apply_record_and_compare_it(
         line = [*arguments, images, "--output", f"{place}/{output}"]
         command.main([*line, *options])
         said = "".join(capsys.readouterr())
-        assert ("2 of 12 pictures looked at are turned (EXIF)" in said) == (images == "lying")
+        assert ("2 of 12 checked images have an EXIF rotation" in said) == (images == "lying")
         noted = json.loads(Path(place, record).read_text())
         assert noted.get("options", noted)["exif_orientation"] == bool(options)
         results.append(result(Path(place)))
@@ -73,5 +73,5 @@ def test_commands_apply_record_and_compare_it(
         command.main(line)
     np.savez("images.npz", arr_0=np.zeros((12, 32, 32, 3), np.uint8), arr_1=np.arange(12) % 10)
     arguments = ["images.npz" if text == "upright" else text for text in arguments]
-    with pytest.raises(UserError, match="--exif-orientation: turns pictures of folders"):
+    with pytest.raises(UserError, match="--exif-orientation: applies to folders"):
         command.main([*arguments, "images.npz", "--output", "other.npz", "--exif-orientation"])

@@ -75,4 +75,6 @@ def test_small_shared_memory(tmp_path, command):
     result = with_small_memory(line)
     errors = [line for line in result.stderr.splitlines() if "error: " in line]
     assert result.returncode != 0 and 1 <= len(errors) <= 2 and "/cca/" not in result.stderr, result.stderr
-    assert all("--workers: 1 data-loading workers find no room in the shared memory" in e for e in errors)
+    assert all(
+        "--workers: the items of 1 data-loading workers do not fit in shared memory" in e for e in errors
+    )

@@ -87,16 +87,16 @@ def test_differences_from_published_figures(write, capsys):
         ({"temperature": 0.9}, "filters temperature 0.9, top-k 900, top-p 0.96 instead of"),
         ({"eval_size": 128}, "size 256 resized to 128 instead of 256"),
         ({"classes": [2, 7]}, "classes 2, 7 instead of 1,000"),
-        ({"weights": "cca"}, "no FID is published of var-d16, cca with guidance"),
-        ({"weights": "runs/a", "loss": "cca"}, "no FID is published of var-d16, cca with guidance"),
-        ({"weights": "base", "cfg_scale": 1.0}, "no FID is published of var-d16, base"),
+        ({"weights": "cca"}, "no FID is published for var-d16, cca with guidance"),
+        ({"weights": "runs/a", "loss": "cca"}, "no FID is published for var-d16, cca with guidance"),
+        ({"weights": "base", "cfg_scale": 1.0}, "no FID is published for var-d16, base"),
         (
             {"weights": "w.pth", "cfg_scale": 1.0},
-            "no FID is published of var-d16, weights of unknown",
+            "no FID is published for var-d16, weights of unknown",
         ),
-        ({"weights": "runs/a", "loss": "sft", "cfg_scale": 1.0}, "no FID is published of var-d16, sft"),
-        ({"model": "var-mini"}, "no FID is published of var-mini, guided"),
-        ({"model": "other"}, "how they were sampled is not recorded"),
+        ({"weights": "runs/a", "loss": "sft", "cfg_scale": 1.0}, "no FID is published for var-d16, sft"),
+        ({"model": "var-mini"}, "no FID is published for var-mini, guided"),
+        ({"model": "other"}, "the sampling is not recorded"),
     ],
 )
 def test_the_reason_stands_where_there_is_no_difference(write, capsys, changed, reason):
@@ -171,4 +171,4 @@ def test_the_record_of_samples_takes_the_loss_over(evaluate, capsys):
     evaluate("s.npz", output="r.json")
     assert np.load("s.npz")["arr_0"].shape[0] == 20
     (row,) = table(capsys, "r.json")
-    assert row["difference"] == "no FID is published of var-mini, cca"
+    assert row["difference"] == "no FID is published for var-mini, cca"

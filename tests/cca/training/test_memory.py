@@ -58,18 +58,16 @@ def test_share_of_the_rate(loss, passes, disk, monkeypatch):
 @pytest.mark.parametrize(
     "place, option, remedy",
     [
-        ("__init__", "--model", "more GPUs"),
-        ("optimizer_step", "--micro-batch-size", "a smaller one, --checkpointing, or more GPUs"),
+        ("__init__", "--model", "--parallel fsdp"),
+        ("optimizer_step", "--micro-batch-size", "--checkpointing"),
     ],
 )
 def test_memory_that_runs_out_is_one_line(place, option, remedy, disk, monkeypatch):
     monkeypatch.setattr(Trainer, place, memory_full)
     with pytest.raises(UserError) as caught:
         train("--output", "run")
-    assert one_line(caught.value) == (
-        f"{option}: the memory does not suffice (CUDA out of memory. Tried to allocate 20.00 GiB); "
-        f"take {remedy} with --parallel fsdp. The same command resumes from the last checkpoint"
-    )
+    message = one_line(caught.value)
+    assert message.startswith(f"{option}: ") and remedy in message and "allocate 20.00 GiB" in message
 
 
 def pretend_memory(monkeypatch, each: float, total: float):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_a_size_that_did_not_fit_is_not_kept(stopped, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "micro_loss", memory_full)
-        with pytest.raises(UserError, match="^--micro-batch-size: the memory"):
+        with pytest.raises(UserError, match="^--micro-batch-size: .*memory"):
             train("run", "--micro-batch-size", "3")
     capsys.readouterr()
     train("run", "--dry-run")
@@ -102,7 +103,7 @@ def test_a_size_that_did_not_fit_is_not_kept(stopped, monkeypatch, capsys):
 def test_a_note_that_is_no_number_is_refused(note, stopped):
     config = stopped / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "micro_batch_size": note}))
-    with pytest.raises(UserError, match=f"config.json: micro_batch_size is {note!r}, not a number"):
+    with pytest.raises(UserError, match=f"config.json: micro_batch_size is {note!r}, "):
         train("run")
 
 
@@ -110,9 +111,7 @@ def test_states_of_which_nothing_is_known_are_refused(stopped):
     (stopped / "config.json").unlink()
     before = sorted(stopped.iterdir())
     for options in ((), ("--dry-run",)):
-        with pytest.raises(
-            UserError, match="^--output: run/state is in the way, it holds step-2 and no config.json"
-        ):
+        with pytest.raises(UserError, match="^--output: run/state holds step-2 but no config.json"):
             train("run", *options)
     assert sorted(stopped.iterdir()) == before
 
@@ -172,13 +171,13 @@ def hostile_item(state):
 
 
 DAMAGES = {
-    "flipped bit": (lambda state: flip(next(state.glob("*.distcp"))), "is not what was written"),
-    "flipped description": (lambda state: flip(state / ".metadata"), "is not what was written"),
+    "flipped bit": (lambda state: flip(next(state.glob("*.distcp"))), "checksum"),
+    "flipped description": (lambda state: flip(state / ".metadata"), "checksum"),
     "missing": (lambda state: next(state.glob("*.distcp")).unlink(), "is missing"),
     "no description": (lambda state: (state / ".metadata").unlink(), ".metadata is missing"),
     "truncated checksums": (lambda state: (state / "sha256-0.json").write_text("{"), "is damaged"),
-    "hostile": (hostile, r"it holds (posix|os)\.mkdir, which no saved state does"),
-    "hostile item": (hostile_item, "is damaged or not a state of this trainer"),
+    "hostile": (hostile, r"it holds (posix|os)\.mkdir"),
+    "hostile item": (hostile_item, "is damaged"),
 }
 
 
@@ -188,7 +187,7 @@ def test_a_damaged_state_is_refused_with_what_to_do(kind, stopped):
     damage(stopped / "state" / "step-5")
     with pytest.raises(UserError, match=f"step-5.*{message}") as caught:
         train("run")
-    assert "delete that folder, and the same command goes on from step 4" in str(caught.value)
+    assert re.search("delete that folder, .* from step 4$", str(caught.value))
     assert not os.path.exists("executed") and states(stopped) == ["step-2", "step-4", "step-5"]
 
 
@@ -244,7 +243,7 @@ def test_weights_of_a_state_whose_description_is_damaged(description, stopped, c
     state = stopped / "state" / "step-5"
     forget_checksums(state)
     (state / ".metadata").write_bytes(description)
-    with pytest.raises(UserError, match="step-5 is damaged or not a state of this trainer"):
+    with pytest.raises(UserError, match="step-5 is damaged"):
         read_checkpoint(state)
     assert capfd.readouterr().err == ""
 
@@ -268,7 +267,7 @@ def test_two_ranks_say_which_checkpoint_is_damaged(tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     result = call(line, processes=2)
     assert result.returncode != 0 and "step-2 is damaged" in result.stderr, result.stderr
-    assert "the same command goes on from step 1" in result.stderr and "lost another" not in result.stderr
+    assert "from step 1\n" in result.stderr and "another rank has ended" not in result.stderr
 
 
 def test_tensorboard_keeps_every_step(stopped):
@@ -294,7 +293,7 @@ def test_weights_of_a_run_and_of_its_states(stopped):
     assert equal(last, exported(stopped)) and not equal(last, average)
     assert images("run", "exported") == images("run/model.pth", "file") == images("run/state/step-6", "last")
     assert images("run:ema", "exported-average") == images("run/model_ema.pth", "average-file")
-    with pytest.raises(UserError, match="--weights: codes holds no model.pth and no saved state"):
+    with pytest.raises(UserError, match="--weights: codes holds no model.pth"):
         images("codes", "none")
     train_var_cca.main([*weights("var"), "--data=few.npz", "--max-steps=1", "--output=plain"])
     os.remove("plain/model.pth")

@@ -70,9 +70,7 @@ def test_training_bears_one_and_stops_at_two(data, capsys):
 
 def test_training_goes_on_when_files_are_mended(data):
     spoil(3, 20)
-    with pytest.raises(
-        UserError, match="--data: 2 of 24 images cannot be read, more than 0.1%.* such as data/"
-    ):
+    with pytest.raises(UserError, match="--data: 2 of 24 images cannot be read, .*data/0/03.png"):
         train()
     steps = sorted(path.name for path in Path("run/state").iterdir())
     assert len(steps) == 1 and steps[0] in ("step-1", "step-2", "step-3")  # saved before it stopped

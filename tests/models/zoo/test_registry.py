@@ -132,7 +132,7 @@ def test_no_place_for_downloads(tmp_path):
     """It is said before another file is downloaded."""
     (tmp_path / "cache").write_text("a file")
     files = [Download("some", 10, tmp_path, "--a"), Download("other", 10, tmp_path / "cache" / "x", "--b")]
-    with pytest.raises(UserError, match="--b: other is to be downloaded, .*cache is no folder that may"):
+    with pytest.raises(UserError, match="--b: other .*cache is not a writable folder"):
         require_space(files)
 
 
