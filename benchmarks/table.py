@@ -12,7 +12,7 @@ import torch
 from cca.cli.parser import Parser
 from cca.cli.tables import markdown_header, markdown_row
 from models import UserError
-from models.utils.files import atomic_write
+from models.utils.files import VERSION, atomic_write
 
 
 def make_parser(description: str | None, module: str, output: Path) -> Parser:
@@ -46,7 +46,7 @@ def processor() -> str:
 def provenance(command: str) -> str:
     """Return the line above the tables: command (after ``python``), date, machine and versions."""
     machine = f"{processor()}, {torch.get_num_threads()} threads"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    versions = f"cca {VERSION}, Python {platform.python_version()}, torch {torch.__version__}"
     return f"`python {command}`, {datetime.date.today()}: {machine}, {versions}"
 
 

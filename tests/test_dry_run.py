@@ -49,7 +49,7 @@ def folder(tmp_path, monkeypatch):
             for i in range(130):
                 make_picture(here / name / kind / f"{i}.png", size=(8, 8))
     (here / "assets").symlink_to(ROOT / "assets")
-    runs = [f"runs/{name}/model.pth" for name in ("my", "d30-cca")] + [
+    runs = [f"runs/{name}/model.pth" for name in ("my", "d16-cca", "d30-cca")] + [
         f"runs/{name}/model.pt"
         for name in ("my-base", "my-cca", "llamagen-mini-cca", "quickstart/llamagen-mini-cca")
     ]
@@ -85,7 +85,7 @@ def test_every_command_of_the_pages(page, line, folder, capsys):
     rows = dict(row.split(maxsplit=1) for row in lines if row and not row.startswith(" "))
     columns = {re.match(r"(\S+)? +", row).end() for row in lines if row}
     assert rows.keys() & {"writes", "serves"} and len(columns) == 1, printed.out
-    published = any(model in line for model in ("var-d16", "var-d30", "llamagen-l "))
+    published = any(model in line for model in ("var-d16", "var-d30", "var-d36", "llamagen-l "))
     assert ("downloads" in rows) == (published or "eval_fid" in line or "make_reference" in line), printed.out
     assert everything(folder) == before
 

@@ -16,7 +16,7 @@ _hidden = False
 
 def add_dry_run_option(parser: Parser) -> None:
     parser.group("output").add_argument(
-        "--dry-run", action="store_true", help="print the plan and exit; no network, nothing is written"
+        "--dry-run", action="store_true", help="print the plan and exit: without network and without output"
     )
 
 
