@@ -28,7 +28,7 @@ from cca.training.trainer import Trainer, make_optimizer, shard
 from models import DTYPES, ZOO, ARImageModel, SamplingOptions, UserError, load_model
 from models.kv_cache import Counted, KVCache, StaticCache, StaticLayer
 from models.utils.precision import allow_tf32
-from models.zoo.loading import numbers
+from models.zoo.loading import count_parameters
 from scripts import extract_codes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -337,7 +337,7 @@ def test_the_batch_chosen_for_sampling_fits(name, compiled):
     generate = Sampler(model, asked, images, GPU, compiled).generate
     labels = torch.zeros(images, dtype=torch.int64, device=GPU)
     generate(labels, torch.rand(images, model.sequence_length, dtype=torch.float64, device=GPU))
-    weights = 2 * numbers(model.transformer) + 4 * numbers(model.tokenizer)
+    weights = 2 * count_parameters(model.transformer) + 4 * count_parameters(model.tokenizer)
     peak, expected = torch.cuda.max_memory_allocated(), weights + images * bytes_per_image(model, asked)
     print(
         f"{name}, compiled {compiled}: {images} images, {peak / 1e9:.1f} GB, expected {expected / 1e9:.1f} GB"

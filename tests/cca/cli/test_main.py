@@ -29,7 +29,7 @@ def start(done, wrong=False, **options):
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, **options)
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_reader_that_leaves(tmp_path, unbuffered):
     """As ``| head -1``: nothing on stderr, and the work is done."""
     process = start(tmp_path / "done", stdout=subprocess.PIPE, env=environment(PYTHONUNBUFFERED=unbuffered))
@@ -46,7 +46,7 @@ def test_no_standard_output(tmp_path):
     assert result.returncode == 0 and result.stderr == b""
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize("closed", [pytest.param("2>&-", marks=pytest.mark.slow), ">&- 2>&-"])
 def test_no_standard_error(tmp_path, closed):
     line = f"sample.py --model var-mini --num-samples 2 --output {tmp_path}/s.npz"
     result = subprocess.run(f"exec {sys.executable} {line} {closed}", shell=True, cwd=ROOT, env=environment())
@@ -63,7 +63,7 @@ run_command(eval_fid.main)
 """
 
 
-@pytest.mark.parametrize("reference", [REFERENCE, "imagenet256"])
+@pytest.mark.parametrize("reference", [pytest.param(REFERENCE, marks=pytest.mark.slow), "imagenet256"])
 def test_no_home(tmp_path, reference):
     """A user without an entry in passwd: the cache is done without, or one line says what is missing."""
     variables = environment(PYTHONPATH=str(ROOT))

@@ -58,6 +58,7 @@ def test_memory_that_runs_out_is_one_line(place, message, evaluate, monkeypatch)
     assert str(caught.value).startswith(message) and not Path("out.json").exists()
 
 
+@pytest.mark.slow
 def test_layouts_give_the_same_figures(evaluate, write_folder):
     expected = evaluate()["metrics"]
     paths = ["--samples", Path("samples.npz").resolve(), "--reference", Path("reference.npz").resolve()]

@@ -99,7 +99,7 @@ sample.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow)])
 def test_processes_and_interruption_do_not_matter(name, tmp_path):
     options = ["--model", name, "--num-samples", "600", "--seed", "3"]
     sample.main([*options, "--output", str(tmp_path / "one.npz"), "--grid", str(tmp_path / "grid.png")])

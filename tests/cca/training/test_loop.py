@@ -92,6 +92,7 @@ def cut_differently(command, tmp_path, cuts):
     assert first["logps/chosen"] > first["logps/rejected"]
 
 
+@pytest.mark.parametrize("command", ["llamagen", pytest.param("var", marks=pytest.mark.slow)], indirect=True)
 def test_other_ways_of_computing_do_not_matter(command, tmp_path):
     cut_differently(
         command,

@@ -146,6 +146,7 @@ def test_extraction(data, monkeypatch, capsys):
         assert "is finished already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_extraction_counts_over_ranks(data):
     """Each rank meets one of the two files; the codes of three of the six parts are there before."""
     script = data.parent / "script.py"
