@@ -35,12 +35,17 @@ from models.zoo.hub import Download
 def make_parser() -> Parser:
     parser = Parser(__doc__, "eval_fid")
     add = parser.group("data").add_argument
-    add("--samples", type=Path, metavar="FILE.npz|FOLDER|ARCHIVE", help="images to evaluate (required)")
+    add(
+        "--samples",
+        type=Path,
+        metavar="FILE.npz|FOLDER|ARCHIVE",
+        help="images to evaluate (required unless --compare)",
+    )
     add(
         "--reference",
         metavar=f"{'|'.join(REFERENCES)}|FILE.npz|FOLDER|ARCHIVE",
         help="reference that the samples are compared with: a published one by its name, or images or "
-        "statistics of your own (required)",
+        "statistics of your own (required unless --compare)",
     )
     add(
         "--resize",

@@ -2,7 +2,7 @@
 
     python sample.py --model var-mini --num-samples 1000 --output samples.npz --grid grid.png
     python sample.py --model var-mini --weights runs/var-mini-cca/model.pth --output cca.npz
-    python sample.py --model var-mini --weights runs/var-mini-cca --output running.npz   # newest checkpoint
+    python sample.py --model var-mini --weights runs/var-mini-cca --output running.npz   # a run
     torchrun --nproc_per_node 2 sample.py --model llamagen-mini --cfg-scale 1.5 --output guided.npz
     torchrun --nproc_per_node 8 sample.py --model var-d16 --weights cca --preset published --output d16.npz
 

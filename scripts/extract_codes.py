@@ -1,4 +1,4 @@
-"""Encode labelled images with a model's tokenizer, once, as packed codes for training.
+"""Encode labelled images with a model's tokenizer, once, as packed codes. LlamaGen trains on codes.
 
     python -m scripts.extract_codes --model llamagen-mini \\
         --data assets/fashion-mnist-train-10k.npz --output runs/codes

@@ -123,7 +123,13 @@ def add_model_options(parser: Parser, models: Iterable[str], weights: str | None
     add = parser.group("model").add_argument
     add("--model", required=True, choices=sorted(models), help="model name; `python -m models` lists them")
     if weights:
-        add("--weights", default="base", metavar=weights, help="transformer weights (default: base)")
+        add(
+            "--weights",
+            default="base",
+            metavar=weights,
+            help="transformer weights: published ones by name, a file, a file on the hub, or a run, whose "
+            "exported model or newest checkpoint is used; :ema takes its averaged weights (default: base)",
+        )
     add(
         "--tokenizer-weights",
         metavar="PATH|NAME|hf://…",

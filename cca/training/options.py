@@ -32,9 +32,10 @@ def training_parser(description: str, module: str, data_option: str, data_help: 
         help="training loss; sft is plain maximum likelihood (default: cca)")
     add("--recipe", choices=("with-guidance",),
         help="source of the other defaults; with-guidance: values for --loss cca and sampling with "
-        "guidance on top (default: the model's recipe for --loss)")
+        "guidance on top (default: the model's recipe for --loss; `python -m models --json` prints all)")
     add("--beta", **limits("beta"), help=f"inverse temperature of the implicit reward {recipe}")
-    add("--lambda", dest="lambda_", **limits("lambda_"), help=f"weight of the negatives {recipe}")
+    add("--lambda", dest="lambda_", metavar="LAMBDA", **limits("lambda_"),
+        help=f"weight of the negatives {recipe}")
     add("--uncond-ratio", **limits("uncond_ratio"),
         help=f"fraction of images trained with the null class instead of their own, 0 to 1 {recipe}")
 
