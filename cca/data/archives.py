@@ -1,8 +1,8 @@
 """Archives of images (``.zip`` and ``.tar``) whose members are read without unpacking.
 
 ``zipfile`` and ``tarfile`` list the members. The list (the index of an archive) is built once per machine,
-with a progress bar. It is stored in the cache folder, keyed by the archive's path, size and modification
-time.
+with a progress bar. It is stored in the cache folder, and built again when the archive's path, size, inode or
+times change.
 """
 
 import copy
@@ -111,7 +111,7 @@ class Archive:
             flags, name_bytes, extra_bytes = struct.unpack("<6xH18xHH", header)
             encoding = "utf-8" if flags & UTF8 else "cp437"
             own_name = self._read(name_bytes, offset + 30).decode(encoding, "replace")
-            if _member_name(own_name, flags & UTF8) != self.prefix + name:
+            if _zip_path(own_name, flags) != self.prefix + name:
                 raise OSError("damaged: its header names another file")
             offset += 30 + name_bytes + extra_bytes
         data = self._read(stored, offset)
@@ -227,16 +227,20 @@ def _build_index(path: Path, file: BinaryIO) -> tuple[list[str], np.ndarray]:
     return [names[i] for i in order], members
 
 
-def _member_name(name: str, is_utf8: int = 1) -> str:
-    """Return a member's path without "./" and "/".
+def _plain_path(name: str) -> str:
+    """Return a member's path without "./" and "/"."""
+    return posixpath.normpath(name).lstrip("/")
 
-    ``is_utf8`` is 0 for a name of a .zip that was decoded as code page 437, since the archive does not say
-    that it is UTF-8. Info-ZIP's ``zip`` writes UTF-8 and does not say so.
+
+def _zip_path(name: str, flags: int) -> str:
+    """Return the path of a member of a .zip, whose name was decoded as ``flags`` say.
+
+    Without the UTF-8 flag that is code page 437. Info-ZIP's ``zip`` writes UTF-8 and does not set the flag.
     """
-    if not is_utf8:
+    if not flags & UTF8:
         with suppress(UnicodeError):
             name = name.encode("cp437").decode("utf-8")
-    return posixpath.normpath(name).lstrip("/")
+    return _plain_path(name)
 
 
 def _list_zip(path: Path, file: BinaryIO) -> Iterator[Member]:
@@ -251,7 +255,7 @@ def _list_zip(path: Path, file: BinaryIO) -> Iterator[Member]:
                 )
             is_link = stat.S_ISLNK(entry.external_attr >> 16)
             kind = NO_FILE if is_link else ZIP_KINDS[entry.compress_type]
-            name = _member_name(entry.filename, entry.flag_bits & UTF8)
+            name = _zip_path(entry.filename, entry.flag_bits)
             yield name, (entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, kind)
 
 
@@ -261,7 +265,7 @@ def _list_tar(path: Path, file: BinaryIO, folder: str = "", end: int | None = No
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while entry := tar.next():
             tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every member in memory
-            name = folder + _member_name(entry.name)
+            name = folder + _plain_path(entry.name)
             is_hidden = posixpath.basename(name).startswith(".")  # what macOS puts beside files, among others
             if entry.isreg() and name.lower().endswith(".tar") and entry.size and not is_hidden:
                 file.seek(entry.offset_data)

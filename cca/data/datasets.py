@@ -141,9 +141,10 @@ class FolderImages(LabelledDataset):
         user_classes: Mapping[str, int] | None = None,
         upright: bool = False,
     ):
-        listed, train = read_listed_classes(folder), folder.subfolder("train")
-        for inner in (train, folder) if train and not listed else (folder,):
-            listed = read_listed_classes(inner)
+        places, train = [(folder, read_listed_classes(folder))], folder.subfolder("train")
+        if train and not places[0][1]:
+            places.insert(0, (train, read_listed_classes(train)))
+        for inner, listed in places:
             files, self.left_out = find_images(inner)
             used = [file for file in files if listed or "/" in file]
             if used:

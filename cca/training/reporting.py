@@ -4,7 +4,7 @@ import importlib.util
 import secrets
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -13,26 +13,6 @@ from models import UserError
 from models.utils.files import atomic_write, reason, writing
 
 REPORT_TO = ("tensorboard", "wandb", "none")
-
-
-class Reporter(Protocol):
-    """A destination of metrics."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Report one step; called in order. Raises OSError if the metrics cannot be written."""
-
-    def flush(self) -> None:
-        """Write the metrics that were reported so far."""
-
-
-class Nowhere:
-    """The reporter of --report-to none."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
 
 
 class TensorBoard:
@@ -85,16 +65,19 @@ class WandB:
         pass  # W&B writes by itself
 
 
+Reporter = TensorBoard | WandB  # ``log`` is called for each step in order, ``flush`` with each checkpoint
+
+
 def check_reporter(kind: str) -> None:
     """Raise UserError if --report-to needs a package that is not installed."""
-    spec = importlib.util.find_spec("wandb")
+    spec = importlib.util.find_spec("wandb") if kind == "wandb" else None
     # W&B creates a folder named wandb where it runs. Such a folder has a spec without an origin.
     if kind == "wandb" and (spec is None or spec.origin is None):
         raise UserError("--report-to: wandb is not installed; run pip install -r requirements-wandb.txt")
 
 
-def open_reporter(kind: str, folder: Path, done: int, options: dict) -> Reporter:
-    """Return the reporter of the steps after ``done``. Raises UserError."""
+def open_reporter(kind: str, folder: Path, done: int, options: dict) -> Reporter | None:
+    """Return the reporter of the steps after ``done``, None for "none". Raises UserError."""
     if kind == "wandb":
         return WandB(folder, options)
-    return TensorBoard(folder, done) if kind == "tensorboard" else Nowhere()
+    return TensorBoard(folder, done) if kind == "tensorboard" else None

@@ -56,7 +56,7 @@ class RunFolder:
         self.path, self.ranks, self.keep_states, self.options = path, ranks, keep_states, options
         self.checkpoints, self.metrics_path = path / "state", path / "metrics.jsonl"
         self.report_to = report_to
-        self.reporter: Reporter  # set by ``resume`` on rank 0
+        self.reporter: Reporter | None = None  # set by ``resume`` on rank 0
 
     def resume(self, trainer: Trainer) -> int:
         """Load the last checkpoint if there is one, and return the number of steps done.
@@ -122,7 +122,8 @@ class RunFolder:
             with open(self.metrics_path, "a") as file:
                 # The loss of a skipped step may be NaN.
                 file.write(json.dumps(finite_or_none({"step": step, **metrics})) + "\n")
-            self.reporter.log(step, metrics)
+            if self.reporter:
+                self.reporter.log(step, metrics)
         except OSError as error:
             raise self._write_error(error) from None
 
@@ -157,7 +158,8 @@ class RunFolder:
         with writing(checkpoint):
             os.replace(temporary, checkpoint)
             self._drop_old()
-            self.reporter.flush()
+            if self.reporter:
+                self.reporter.flush()
 
     def _drop_old(self) -> None:
         for old in saved_steps(self.path)[: -self.keep_states]:
