@@ -213,13 +213,7 @@ class Sampling:
         self.downloads = self.files.downloads(self.model)
         self.batch_size = args.batch_size or default_batch_size(self.model, request, device)
         default = compiles_by_default(self.model, request, device, self.ranks.world_size)
-        option = args.compile
-        if option is None:  # a resumed run keeps its value
-            option = self.status.options.get("compile")
-        if self.status.is_finished:  # nothing is left to compile, so no compiler is needed
-            self.compile = bool(option)
-        else:
-            self.compile = decide_compile(option, default, self.ranks)
+        self.compile = decide_compile(args.compile, default, self.status, self.ranks)
 
     def identity(self) -> dict:
         request, training = asdict(self.request), self.files.config.get("options", {})

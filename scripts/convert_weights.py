@@ -22,7 +22,7 @@ from cca.cli.plan import add_dry_run_option
 from cca.distributed import Ranks
 from models.utils.errors import UserError
 from models.utils.files import size_text
-from models.zoo.checkpoint_formats import read_weights, save_published, save_safetensors, weights_files
+from models.zoo.checkpoint_formats import read_weights, save_published, save_safetensors
 from models.zoo.loading import published_key
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -31,7 +31,10 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 def make_parser() -> Parser:
     parser = Parser(__doc__, "scripts.convert_weights")
     parser.group("model").add_argument(
-        "input", type=Path, help="weights file to read; the content decides the format, not the suffix"
+        "input",
+        type=Path,
+        help="weights file or checkpoint (RUN/state/step-N, with :ema the average) to read; the content "
+        "decides the format, not the suffix",
     )
     parser.group("output").add_argument(
         "output", type=Path, help="file to write; the suffix (.pth, .pt or .safetensors) decides the format"
@@ -43,8 +46,8 @@ def make_parser() -> Parser:
 def resolve(args: argparse.Namespace, ranks: Ranks, status: OutputStatus) -> OnePart:
     """Read the weights, and return the job that writes them. Raises UserError."""
     state, key = read_weights(args.input)
-    size = size_text(sum(file.stat().st_size for file in weights_files(args.input)))
-    rows = {"reads": f"{args.input} ({size})", "writes": str(args.output)}
+    size = size_text(sum(tensor.nbytes for tensor in state.values()))
+    rows = {"reads": f"{args.input} ({len(state)} tensors, {size})", "writes": str(args.output)}
     return OnePart(ranks, rows, partial(work, args, state, published_key(state) if key is None else key))
 
 
@@ -52,7 +55,7 @@ def work(args: argparse.Namespace, state: dict[str, Tensor], key: str) -> None:
     """Write the state dict under ``key``, or bare if that is empty. Raises UserError."""
     save = save_safetensors if args.output.suffix == ".safetensors" else save_published
     save(state, args.output, key)
-    print(f"{args.output}: {len(state)} tensors, {sum(v.nbytes for v in state.values()) / 1e6:,.1f} MB")
+    print(f"written to {args.output}")
 
 
 def main(argv: list[str] | None = None) -> None:

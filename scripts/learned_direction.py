@@ -29,6 +29,7 @@ from cca.cli.parser import Parser, count
 from cca.cli.plan import add_dry_run_option
 from cca.cli.tables import markdown_table
 from cca.data.image_sets import NpzImages, to_uint8_tensor
+from cca.data.labels import check_labels
 from cca.distributed import Ranks
 from cca.training.encoding import to_tokens
 from models import ARImageModel, UserError, find_files, load_model
@@ -111,9 +112,11 @@ def compare(run: Path, images: Tensor, labels: Tensor) -> Comparison:
     """Return the comparison of one run on uint8 images [N, 3, H, W] of classes [N]. Raises UserError."""
     options = options_of_run(run)
     name, weights = options["model"], options["weights"]
-    if find_files(name, weights).provenance()["weights_sha256"] != options["weights_sha256"]:
+    files = find_files(name, str(run))
+    of_base = (name, weights, files.config.get("tokenizer"), files.image_size)
+    if find_files(*of_base).provenance()["weights_sha256"] != options["weights_sha256"]:
         raise UserError(f"RUN: {run}: its base, {weights}, has changed since training; restore that file")
-    tuned, base = load_model(name, str(run)), load_model(name, weights)
+    tuned, base = load_model(name, str(run)), load_model(*of_base)
     # The other classes in turn, so that no image is paired with its own class.
     others = (labels + 1 + torch.arange(len(labels)) % (base.num_classes - 1)) % base.num_classes
     learned, guidance = [], []
@@ -176,12 +179,20 @@ def plot(path: Path, comparisons: dict[str, list[Comparison]]) -> None:
 
 
 def resolve(args: Namespace, ranks: Ranks, status: OutputStatus) -> OnePart:
-    """Return the job. Raises UserError for folders that are no runs and images without labels."""
-    for run in args.runs:
-        options_of_run(run)
+    """Return the job. Raises UserError for folders that are no runs, and for images that do not fit them."""
     images = NpzImages(args.images)
-    if images.labels() is None:
+    labels = images.labels()
+    if labels is None:
         raise UserError(f"--images: {args.images}: holds no labels (arr_1)")
+    for run in args.runs:
+        model = find_files(options_of_run(run)["model"], str(run)).build()
+        check_labels(labels, model.num_classes, args.images)
+        if images.size != (model.image_size, model.image_size):
+            height, width = images.size
+            raise UserError(
+                f"--images: {args.images}: images have {height} x {width} pixels; "
+                f"{run} needs {model.image_size} x {model.image_size}"
+            )
     args.num_images = min(args.num_images, len(images))
     rows = {
         "runs": ", ".join(map(str, args.runs)),

@@ -43,9 +43,9 @@ from cca.training.trainer import Trainer
 from models import ARImageModel, UserError, load_model
 from models.sampling import sample_tokens
 from models.zoo.checkpoint_formats import is_constant, load_weights, save_safetensors
+from models.zoo.hub import ASSETS
 from models.zoo.loading import build_model
 
-ASSETS = Path("assets")
 MODELS = ("llamagen-mini", "var-mini")
 RAW = Path("/usr/share/datasets/fashion-mnist")  # folder of Debian's package
 TRAINING, BUNDLED_TRAINING = slice(0, 50_000), slice(0, 10_000)

@@ -36,13 +36,11 @@ method:
                          llamagen-mini: 2; var-mini: 3)
   --features NAME        feature extractor, as in eval_fid.py (default: inception; --mini: mini)
   --seed N               first random seed (default: 0)
-  --seeds N              number of seeds; the report has mean and standard deviation over them (default: 1)
+  --seeds N              number of seeds; the report has mean and standard deviation over them (default: 1;
+                         experiment samples: always 1)
 
 performance:
-  --nproc N              ranks per machine (default: its GPUs; --mini without GPUs: its cores, at most 4)
-  --nnodes N             machines; start the command on each, with one OUTPUT that all share (default: 1)
-  --rdzv-endpoint HOST:PORT
-                         address of the first machine (required for --nnodes above 1)
+  --nproc N              ranks (default: number of GPUs; --mini without GPUs: number of cores, at most 4)
 
 output:
   --output DIR           folder to write: EXPERIMENT.md (quickstart: report.md), pictures, runs, samples and
@@ -50,9 +48,6 @@ output:
                          runs/reproduce-mini; quickstart: runs/quickstart)
   --dry-run              print every command and exit
   --version              print the version and exit
-
-The environment variables DATA, REFERENCE, OUTPUT, NPROC, NNODES and RDZV_ENDPOINT set the defaults of the
-options with these names.
 """
 
 import importlib
@@ -64,6 +59,7 @@ import sys
 import time
 from argparse import Namespace
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -78,7 +74,7 @@ from cca.evaluation.references import find_reference
 from cca.losses import LOSSES
 from models import UserError, zoo_entry
 from models.utils.files import read_json
-from models.zoo.loading import build_model
+from models.zoo.loading import build_model, find_files
 from scripts.pixel_distance import pixel_distance
 from scripts.recipes import EXPERIMENTS, SHEET, Row, Run, left_out, table_rows
 from scripts.report import Figures, with_best_guided, write_report
@@ -101,12 +97,12 @@ ONLY_OF = {
 def make_parser() -> Parser:
     parser = Parser(__doc__, "scripts.reproduce")
     parser.format_help = lambda: __doc__  # scripts/setup_environment.sh prints the same, without PyTorch
-    add, environment = parser.add_argument, os.environ.get
+    add = parser.add_argument
     add("experiment", choices=EXPERIMENTS)
     add("--mini", action="store_true")
     add("--models", nargs="+", metavar="MODEL")
-    add("--data", default=environment("DATA"))
-    add("--reference", default=environment("REFERENCE"))
+    add("--data")
+    add("--reference")
     add("--features")
     add("--num-samples", "--samples", type=count(100))
     add("--seed", type=count(0), default=0)
@@ -118,25 +114,28 @@ def make_parser() -> Parser:
     add("--loss-options", nargs=2, action="append", default=[], metavar=("LOSS", "OPTIONS"))
     add("--class", dest="label", type=count(0))
     add("--guidance", type=number(0))
-    add("--nproc", type=count(), default=environment("NPROC"))
-    add("--nnodes", type=count(), default=environment("NNODES", "1"))
-    add("--rdzv-endpoint", default=environment("RDZV_ENDPOINT", ""))
-    add("--output", type=Path, default=environment("OUTPUT"))
+    add("--nproc", type=count())
+    add("--output", type=Path)
     return parser
 
 
 # fmt: on
 
 
-def resolve(args: Namespace) -> dict[str, list[Row]]:
-    """Set the options that depend on other options, and return the rows of each model.
-
-    Raises:
-        UserError: an option is missing, or options do not go together.
-    """
-    experiment = EXPERIMENTS[args.experiment]
-    args.mini = args.mini or args.experiment == "quickstart"
+def set_defaults(args: Namespace) -> None:
+    """Set the options that depend on other options."""
+    experiment, is_quickstart = EXPERIMENTS[args.experiment], args.experiment == "quickstart"
+    args.mini = args.mini or is_quickstart
     args.models = args.models or list(experiment.mini if args.mini else experiment.models)
+    for name, value in (MINI_DEFAULTS if args.mini else DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    place = "reproduce-mini" if args.mini else "reproduce"
+    args.output = args.output or Path("runs", "quickstart" if is_quickstart else place)
+
+
+def check_options(args: Namespace) -> None:
+    """Raise UserError for options that do not go together."""
     for name in args.models:
         entry = zoo_entry(name)
         if entry.is_bundled and not args.mini:
@@ -150,26 +149,28 @@ def resolve(args: Namespace) -> dict[str, list[Row]]:
             shlex.split(options)
         except ValueError as error:  # an unclosed quotation mark
             raise UserError(f"--loss-options: {options!r} cannot be split into options ({error})") from None
-    if args.from_released and (experiment.rows is not table_rows or args.mini):
+    if args.from_released and (EXPERIMENTS[args.experiment].rows is not table_rows or args.mini):
         raise UserError("--from-released: applies only to tables of published models, without --mini")
     for option, (name, owner) in ONLY_OF.items():
         value = getattr(args, name)
         if not (value is None or value is False or value == []) and args.experiment != owner:
             raise UserError(f"{option}: applies only to the experiment {owner}")
-    if args.nnodes > 1 and args.mini:
-        raise UserError(f"--nnodes: must be 1 with --mini, not {args.nnodes}")
-    if args.nnodes > 1 and not args.rdzv_endpoint:
-        raise UserError("--rdzv-endpoint: is required for --nnodes above 1: HOST:PORT of the first machine")
-    for name, value in (MINI_DEFAULTS if args.mini else DEFAULTS).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    place = "reproduce-mini" if args.mini else "reproduce"
-    args.output = args.output or Path("runs", "quickstart" if args.experiment == "quickstart" else place)
+    if args.experiment == "samples" and args.seeds > 1:
+        raise UserError(f"--seeds: must be 1 for the experiment samples, not {args.seeds}")
     Output(args.output, is_folder=True).check_place()
+
+
+def resolve(args: Namespace) -> dict[str, list[Row]]:
+    """Set the defaults, check the options and the inputs, and return the rows of each model.
+
+    Raises:
+        UserError: an option or an input is missing, or options do not go together.
+    """
+    set_defaults(args)
+    check_options(args)
     if args.experiment == "samples":
-        args.seeds = 1
         choose_class(args)
-    rows = {name: experiment.rows(name, args) for name in args.models}
+    rows = {name: EXPERIMENTS[args.experiment].rows(name, args) for name in args.models}
     check_inputs(args, any(isinstance(row.weights, Run) for of_model in rows.values() for row in of_model))
     return rows
 
@@ -184,10 +185,14 @@ def choose_class(args: Namespace) -> None:
 
 
 def check_inputs(args: Namespace, trains: bool) -> None:
-    """Check that the training data and the reference exist, if the experiment uses them.
+    """Check that the bases exist, and the training data and the reference, if the experiment uses them.
 
-    A dry run without them gets the placeholders DATA and REFERENCE. Raises UserError.
+    A dry run needs none of them; data and reference become the placeholders DATA and REFERENCE. Raises
+    UserError.
     """
+    for seed, name in product(range(args.seed, args.seed + args.seeds), args.models):
+        if not args.dry_run:
+            find_files(name, base_weights(args, name, seed))
     for name, is_used in (("data", trains), ("reference", args.experiment != "samples")):
         value = getattr(args, name)
         if is_used and args.dry_run:
@@ -200,6 +205,11 @@ def check_inputs(args: Namespace, trains: bool) -> None:
             or is_image_folder(Path(value))
         ):
             raise UserError(f"--{name}: {value}: no such file or folder")
+
+
+def base_weights(args: Namespace, model: str, seed: int) -> str:
+    """Return --weights of the base of a model for one seed."""
+    return args.base.replace("{model}", model).replace("{seed}", str(seed))
 
 
 def extent(rows: dict[str, list[Row]], args: Namespace) -> str:
@@ -217,25 +227,18 @@ def extent(rows: dict[str, list[Row]], args: Namespace) -> str:
 class Launcher:
     """Runs commands: with --mini on the ranks of this run (``own``), else each under a torchrun of its own.
 
-    With --mini the commands are short, and starting each alone would take longer than the work. On several
-    machines the user starts this script on each of them, in a folder that they share.
+    With --mini the commands are short, and starting each alone would take longer than the work.
     """
 
     def __init__(self, args: Namespace):
         self.dry = args.dry_run
         self.own = Ranks() if args.mini else None
         self.main = self.own is None or self.own.is_main  # prints, and writes reports
-        per_node = args.nproc or torch.cuda.device_count() or 1
-        self.world_size = self.own.world_size if self.own else per_node * args.nnodes
-        multi_node = f"--nnodes {args.nnodes} --rdzv-backend c10d --rdzv-endpoint {args.rdzv_endpoint}"
-        self.options = f"--nproc_per_node {per_node} {multi_node if args.nnodes > 1 else '--standalone'}"
-        self.is_multi_node, self.count = args.nnodes > 1, 0
+        self.world_size = self.own.world_size if self.own else args.nproc or torch.cuda.device_count() or 1
 
     def run(self, module: str, arguments: list[str]) -> None:
         """Run the command of ``module``, such as "sample" or "scripts.extract_codes". Raises UserError."""
-        line, self.count = command_line(module, arguments), self.count + 1
-        # All machines run the same commands. Each command needs a rendezvous id of its own.
-        options = f"{self.options} --rdzv-id {self.count}" if self.is_multi_node else self.options
+        line, options = command_line(module, arguments), f"--standalone --nproc_per_node {self.world_size}"
         if self.main:
             print(f"$ python {line}" if self.own else f"$ torchrun {options} {line}", flush=True)
         if self.own and not self.dry:
@@ -274,7 +277,7 @@ class Pipeline:
 
     def weights(self, row: Row) -> str:
         """Return --weights of sample.py for a row, and train the run first if there is one."""
-        base = self.args.base.replace("{model}", row.model).replace("{seed}", str(self.seed))
+        base = base_weights(self.args, row.model, self.seed)
         if isinstance(row.weights, str):
             return base if row.weights == "base" else row.weights
         backbone, folder = zoo_entry(row.model).backbone, self.folder / f"{row.model}-{row.weights.name}"

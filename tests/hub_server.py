@@ -21,9 +21,11 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {self.path}")
         repository, _, rest = self.path[1:].partition("/resolve/")
         content = self.server.files.get(f"{repository}/{rest.partition('/')[2]}")
-        if self.server.refusal:
+        if self.server.refusal and len(self.server.requests) > self.server.answers:
             self.send_response(self.server.refusal)
-            if self.server.refusal == 401 and "Authorization" in self.headers:
+            if self.server.is_gated:
+                self.send_header("X-Error-Code", "GatedRepo")
+            elif self.server.refusal == 401 and "Authorization" in self.headers:
                 self.send_header("X-Error-Message", "Invalid credentials in Authorization header")
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -62,7 +64,8 @@ class Hub(ThreadingHTTPServer):
     """Server of ``files``, a map of "OWNER/REPOSITORY/FILE" to a path.
 
     cut: end each download half-way. ranges: answer range requests with that part. sent: the first byte of
-    each answer. refusal: the status of every answer, if any.
+    each answer. refusal: the status of every answer, if any. is_gated: refuse as a repository with terms.
+    answers: number of answers before the refusals.
     """
 
     daemon_threads = True
@@ -72,6 +75,7 @@ class Hub(ThreadingHTTPServer):
         self.files, self.cut, self.ranges = files, False, False
         self.requests, self.sent = [], []
         self.refusal: int | None = None
+        self.is_gated, self.answers = False, 0
 
     @property
     def endpoint(self) -> str:

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 
+from cca.cli.output import OutputStatus
 from cca.distributed import Ranks
 from models import UserError
 
@@ -12,17 +13,19 @@ from models import UserError
 COMPILERS = {"cpu": ("CXX", "g++", "clang++"), "cuda": ("CC", "gcc", "clang", "cc")}
 
 
-def decide_compile(option: bool | None, default: bool, ranks: Ranks) -> bool:
-    """Return whether to compile: the value of --compile or, where that is None, the default.
+def decide_compile(option: bool | None, default: bool, status: OutputStatus, ranks: Ranks) -> bool:
+    """Return whether to compile: the value of --compile, else that of the resumed run, else the default.
 
     Without a compiler on this machine the default becomes False, with a note on stderr.
 
     Raises:
-        UserError: --compile was given, and there is no compiler.
+        UserError: --compile or the resumed run asks for a compiler, and there is none.
     """
-    is_wanted = default if option is None else option
+    option = status.options.get("compile") if option is None else option
+    is_wanted = default if option is None else bool(option)
     variable, *names = COMPILERS[ranks.device.type]
-    if not is_wanted or any(map(shutil.which, (os.environ.get(variable, names[0]), *names))):
+    has_compiler = any(map(shutil.which, (os.environ.get(variable, names[0]), *names)))
+    if not is_wanted or has_compiler or status.is_finished:  # a finished output needs no compiler
         return is_wanted
     problem = f"torch.compile needs a compiler ({' or '.join(names)}), and this machine has none"
     if option:

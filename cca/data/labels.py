@@ -174,7 +174,10 @@ def class_names(record: object, num_classes: int) -> list[str]:
     for name, label in sorted((class_folders(record) or {}).items()):
         if not WHOLE_NUMBER.fullmatch(name) and name not in wordnet:
             own.setdefault(label, []).append(name)
-    return [", ".join(own.get(label, [class_name(label, num_classes)])) for label in range(num_classes)]
+    return [
+        ", ".join(own[label]) if label in own else class_name(label, num_classes)
+        for label in range(num_classes)
+    ]
 
 
 def whole_numbers(labels: np.ndarray, path: str | Path) -> np.ndarray:

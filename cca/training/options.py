@@ -75,7 +75,7 @@ def training_parser(description: str, module: str, data_option: str, data_help: 
         help=f"several ranks: ddp copies the model to each rank, fsdp shards it {recipe}")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="run transformer blocks and likelihood through torch.compile (default: on for GPU runs of at "
-        f"least {COMPILED_FROM:,} steps)")
+        f"least {COMPILED_FROM:,} steps). A resumed run keeps its value.")
     add("--checkpointing", action="store_true",
         help="activation checkpointing: less memory, and the backward pass computes activations again "
         "(default: off)")

@@ -86,7 +86,8 @@ class Training:
         self.downloads = self.files.downloads(self.model)
         self.parallel = args.parallel or self.recipe.parallel
         check_parallel(args, config, self.parallel, ranks)
-        self.compile = decide_compile(args.compile, on_gpu and config.max_steps >= COMPILED_FROM, ranks)
+        default = on_gpu and config.max_steps >= COMPILED_FROM
+        self.compile = decide_compile(args.compile, default, self.status, ranks)
         self.rank_images = math.ceil(config.batch_size / ranks.world_size)  # images of a step on this rank
         # A run that is resumed elsewhere keeps its micro-batch, since dropout's masks depend on it.
         previous = 0 if args.micro_batch_size else number_in_config(args.output, self.status, MICRO_BATCH)

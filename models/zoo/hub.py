@@ -14,7 +14,13 @@ from huggingface_hub import (
     hf_hub_url,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
 
@@ -106,27 +112,35 @@ class WeightsFile:
             return ASSETS / self.file
         if path := self.cached():
             return path
-        is_reachable = False
+        problem = "it is not in the cache and the hub is out of reach"
         try:
             # Without a network this call fails at once. The download would retry for half a minute.
             get_hf_file_metadata(hf_hub_url(self.repository, self.file, revision=self.revision))
-            is_reachable = True
+            problem = "the download failed"
             return Path(hf_hub_download(self.repository, self.file, revision=self.revision))
-        except (EntryNotFoundError, RepositoryNotFoundError):
-            problem = "the hub has no such file"
         except Exception as error:  # the hub's client raises many types of errors
-            out_of_reach = "it is not in the cache and the hub is out of reach"
-            problem = f"the download failed: {reason(error)}" if is_reachable else out_of_reach
-            problem = _refusal(error) or problem
+            if isinstance(error, GatedRepoError) and not get_token():
+                problem = "its repository needs a login: accept its terms on the hub, then `hf auth login`"
+            elif refusal := _refusal(error, get_token()):
+                problem = refusal
+            elif isinstance(error, (EntryNotFoundError, RepositoryNotFoundError)) and not isinstance(
+                error, LocalEntryNotFoundError
+            ):
+                problem = "the hub has no such file"
+            elif problem == "the download failed":
+                problem = f"{problem}: {reason(error)}"
         raise UserError(
             f"{option}: {self}: {problem}; download the file by hand and give its path with {option} PATH"
         )
 
 
-def _refusal(error: Exception) -> str | None:
-    """Return why a server refused the request (token or rate limit); None for other errors."""
+def _refusal(error: Exception, token: str | None = None) -> str | None:
+    """Return why a server refused the request (token or rate limit); None for other errors.
+
+    ``token`` is the one that was sent.
+    """
     statuses = {getattr(getattr(e, "response", None), "status_code", None) for e in causes(error)}
-    if statuses & {401, 403} and get_token():
+    if statuses & {401, 403} and token:
         return (
             "the hub refuses your token (HF_TOKEN, or that of `hf auth login`): renew it, or give it access"
         )

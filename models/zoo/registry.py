@@ -347,9 +347,12 @@ FASHION_CLASSES = (
 
 
 def class_name(label: int, num_classes: int) -> str:
-    """Return the English name of a class, of ImageNet-1k (from torchvision) or of the bundled data."""
+    """Return the English name of a class of ImageNet-1k (from torchvision) or of the bundled data.
+
+    Classes of other data have their number as their name.
+    """
     if num_classes == 1000:
         from torchvision.models import ResNet50_Weights  # this import is slow
 
         return ResNet50_Weights.DEFAULT.meta["categories"][label]
-    return FASHION_CLASSES[label]
+    return FASHION_CLASSES[label] if num_classes == len(FASHION_CLASSES) else str(label)

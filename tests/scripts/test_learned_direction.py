@@ -10,7 +10,9 @@ from commands import ROOT, TRAIN
 from made_data import bundled
 
 import train_var_cca
+from cca.data.image_sets import to_uint8_tensor
 from models import UserError, load_model
+from models.zoo.checkpoint_formats import read_state_dict, save_safetensors
 from scripts import learned_direction
 from scripts.learned_direction import Comparison, token_logprobs
 
@@ -51,12 +53,36 @@ def test_tables_and_picture(run, tmp_path):
     assert (tmp_path / "learned.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_images_go_through_the_tokenizer_of_the_run(run, tmp_path, monkeypatch):
+    """One that is not the model's own; the base has no other."""
+    tokenizer = read_state_dict(ROOT / "assets/var-mini-tokenizer.safetensors")
+    tokenizer = {key: value.roll(1, 0) if "quant" in key else value for key, value in tokenizer.items()}
+    save_safetensors(tokenizer, tmp_path / "tokenizer.safetensors")
+    data = bundled(60)
+    np.savez(tmp_path / "data.npz", **data)
+    options = ["--model", "var-mini", "--tokenizer-weights", str(tmp_path / "tokenizer.safetensors")]
+    options += ["--data", str(tmp_path / "data.npz"), "--max-steps", "1", "--batch-size", "32"]
+    train_var_cca.main([*options, "--output", str(tmp_path / "run")])
+    encoded, encode = [], learned_direction.to_tokens
+    monkeypatch.setattr(
+        learned_direction, "to_tokens", lambda model, *given: encoded.append(model) or encode(model, *given)
+    )
+    images = to_uint8_tensor(data["arr_0"])
+    learned_direction.compare(tmp_path / "run", images, torch.from_numpy(data["arr_1"]))
+    for key, value in encoded[0].tokenizer.state_dict().items():
+        assert torch.equal(value, tokenizer.get(key, value))
+
+
 def test_wrong_inputs(run, tmp_path):
     np.savez(tmp_path / "bare.npz", arr_0=bundled(4)["arr_0"])
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((4, 64, 64, 3), np.uint8), arr_1=np.arange(4))
+    np.savez(tmp_path / "more.npz", arr_0=bundled(4)["arr_0"], arr_1=np.arange(4) + 7)
     output = ["--output", str(tmp_path / "x.md")]
     for arguments, message in (
         ([str(tmp_path), *output], "holds no config.json of a training run"),
         ([str(run), *output, "--images", str(tmp_path / "bare.npz")], r"holds no labels \(arr_1\)"),
+        ([str(run), *output, "--images", str(tmp_path / "large.npz")], "64 x 64 pixels; .* needs 32 x 32"),
+        ([str(run), *output, "--images", str(tmp_path / "more.npz")], "labels must be in 0 … 9"),
         ([str(run), "--output", str(tmp_path / "x.txt")], "--output: .*x.txt does not end in .md"),
     ):
         with pytest.raises(UserError, match=message):

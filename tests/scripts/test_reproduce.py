@@ -43,7 +43,8 @@ def planned(capsys, *arguments):
 def test_every_planned_command_is_understood(experiment, mini, capsys, tmp_path, monkeypatch):
     """By the parsers of the commands themselves; nothing is written, and no step stands there twice."""
     monkeypatch.chdir(tmp_path)
-    options = ["--mini", "--seeds", "2"] if mini else OPTIONS.get(experiment, ["--control"])
+    seeds = "1" if experiment == "samples" else "2"
+    options = ["--mini", "--seeds", seeds] if mini else OPTIONS.get(experiment, ["--control"])
     commands = planned(capsys, experiment, *options)
     for module, arguments in commands:
         parsed = module.make_parser().parse_args(arguments)
@@ -113,12 +114,12 @@ def test_losses_without_published_values_are_left_out(capsys):
         (["ablation", "--from-released"], "--from-released: applies only to tables"),
         (["var-tables", "--data", "nowhere", "--reference", "none.npz"], "--data: nowhere: no such file"),
         (["var-tables", "--data", ".", "--reference", "none.npz"], "--reference: none.npz: no such file"),
-        (["var-tables", "--nnodes", "2", "--dry-run"], "--rdzv-endpoint: is required"),
+        (["quickstart", "--base", "none/{model}-{seed}.pth"], "--weights: none/llamagen-mini-0.pth: no such"),
         (["with-guidance", "--models", "var-d24", "--dry-run"], "no recipe for CCA with guidance on top"),
         (["tradeoff", "--mini", "--models", "var-d36"], "var-d36 does not go with --mini"),
         (["tradeoff", "--mini", "--class", "0"], "--class: .*samples"),
         (["quickstart", "--guidance", "0"], "--guidance: .*samples"),
-        (["quickstart", "--nnodes", "2"], "--nnodes: .*--mini"),
+        (["samples", "--mini", "--seeds", "2"], "--seeds: must be 1 for the experiment samples"),
     ],
 )
 def test_wrong_options(arguments, message, tmp_path, monkeypatch):
@@ -259,7 +260,8 @@ def test_quickstart(pretended):
 
 @pytest.mark.parametrize("experiment", OPTIONS)
 def test_reports_of_the_paper(experiment, pretended):
-    folder = pretended(experiment, "--seeds", "2", "--models", "llamagen-mini")
+    seeds = "1" if experiment == "samples" else "2"
+    folder = pretended(experiment, "--seeds", seeds, "--models", "llamagen-mini")
     report = (folder / f"{experiment}.md").read_text().replace("**", "")
     assert f"scripts.reproduce {experiment} --mini" in report and "## llamagen-mini" in report
     assert ("seed 0, 1. Mean ±" in report) != (experiment == "samples")

@@ -11,10 +11,11 @@ from specimens import tokenizer, weights
 import cca.training.curves
 import cca.training.loop
 import cca.training.run_folder
+import cca.training.setup
 import sample
 import train_var_cca
 from cca.cli.compilation import decide_compile
-from cca.cli.output import Output
+from cca.cli.output import Output, OutputStatus
 from cca.distributed import Ranks
 from cca.training.run_folder import RunFolder
 from models.utils.errors import UserError
@@ -138,11 +139,30 @@ def test_without_a_compiler(disk, monkeypatch, capsys):
     with pytest.raises(UserError, match="^--compile: .*compiler .*--no-compile"):
         train("--compile")
     assert not (disk / "run").exists()
-    assert decide_compile(None, True, Ranks()) is False
+    new, begun = OutputStatus(), OutputStatus({"options": {"compile": True}})
+    assert decide_compile(None, True, new, Ranks()) is False
     assert re.match("note: --compile .*compiler", capsys.readouterr().err)
-    assert decide_compile(False, True, Ranks()) is False and not capsys.readouterr().err
+    assert decide_compile(False, True, new, Ranks()) is False and not capsys.readouterr().err
+    with pytest.raises(UserError, match="^--compile: .*compiler"):
+        decide_compile(None, False, begun, Ranks())
+    assert decide_compile(None, False, begun._replace(is_finished=True), Ranks())
     monkeypatch.setenv("CXX", shutil.which("true", path="/usr/bin:/bin"))
-    assert decide_compile(None, True, Ranks())
+    assert decide_compile(None, True, new, Ranks()) and decide_compile(None, False, begun, Ranks())
+
+
+def test_a_resumed_run_keeps_its_mode(disk, monkeypatch, capsys):
+    """On a machine whose default is another one."""
+    train(steps=2)
+    (disk / "run/model.pth").unlink()
+    monkeypatch.setattr(
+        cca.training.setup,
+        "decide_compile",
+        lambda option, default, *given: decide_compile(option, True, *given),
+    )
+    train("--dry-run", steps=2)
+    assert "eager" in capsys.readouterr().out
+    train("--dry-run", "--output", "new", steps=2)
+    assert "compiled" in capsys.readouterr().out
 
 
 def test_the_number_of_states_is_kept(disk, monkeypatch):

@@ -137,11 +137,13 @@ def test_no_network(tmp_path, offline):
         (429, "", "the rate limit is reached (429 Too Many Requests)"),
         (429, "hf_good", "the rate limit is reached (429 Too Many Requests)"),
         (500, "hf_good", "the hub is out of reach"),
+        (-403, "hf_old", "the hub refuses your token"),
+        (-401, "", "needs a login"),
     ],
 )
 def test_a_hub_that_refuses(status, token, message, hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", token)
-    hub.refusal = status
+    hub.refusal, hub.is_gated = abs(status), status < 0
     result = sample(tmp_path, hub.endpoint, "--model", "llamagen-b")
     one_line(
         result, tmp_path, "--weights: FoundationVision/LlamaGen/c2i_B_384.pt: ", message, "--weights PATH"
