@@ -134,7 +134,7 @@ class Evaluation:
             args.published.fetch()  # called on each rank: one downloads, the others wait
             self.reference = open_reference(args, ranks)
         self.extractor = make_extractor(args.features, args.inception_weights, ranks)
-        self.options = {
+        options = {
             **self.identity(),
             "samples_sha256": ranks.digest(self.samples.fingerprint),
             "reference_sha256": ranks.digest(self.reference.fingerprint),
@@ -142,9 +142,9 @@ class Evaluation:
             "features_sha256": self.extractor.weights_sha256,
             "classes": self.samples.classes,
         }
-        return {"options": self.options}
+        return {"options": options}
 
-    def work(self) -> bool:
+    def work(self, content: dict) -> bool:
         """Evaluate; rank 0 prints the results and writes them. Raises UserError."""
         args, samples, reference, extractor = self.args, self.samples, self.reference, self.extractor
         assert reference is not None
@@ -161,7 +161,7 @@ class Evaluation:
             raise UserError(f"--metrics: none can be computed; {'; '.join(notes)}")
         report = {
             "command": self.ranks.command(args.command),
-            "options": self.options,
+            **content,
             "metrics": values,
             **describe_files(samples, reference, extractor),
             "notes": notes + comparability(comparison, samples, reference, extractor),

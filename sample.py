@@ -23,7 +23,7 @@ from cca.cli.compilation import decide_compile
 from cca.cli.main import play, run_command
 from cca.cli.output import Output, OutputStatus
 from cca.cli.parser import Parser, add_model_options, count, limits_of
-from cca.cli.parts import Parts, make_missing_parts, write_npz
+from cca.cli.parts import Parts, make_in_parts, write_npz
 from cca.cli.plan import add_dry_run_option
 from cca.config import SampleRequest
 from cca.data.image_sets import NpzImages
@@ -258,44 +258,42 @@ class Sampling:
 
     def prepare(self) -> dict:
         self.files = self.files.load_into(self.model)
-        self.content = {"options": self.identity()}
-        return self.content
+        return {"options": self.identity()}
 
-    def work(self) -> bool:
+    def work(self, content: dict) -> bool:
         """Sample the missing parts; rank 0 writes the file. Return False if a signal stopped the run."""
         ranks, start = self.ranks, time.perf_counter()
         samplers: list[Sampler] = []
         ranks.run_or_abort_all(lambda: samplers.append(self.make_sampler()))
         sampling_start, resumed_images = time.perf_counter(), self.parts.rows_stored()
         title, first_status = f"sampling {self.args.output.name}", "compiling" if self.compile else ""
-        if not make_missing_parts(ranks, self.parts, samplers[0].images, title, first_status):
-            return False
-        new_images, end = self.parts.shape[0] - resumed_images, time.perf_counter()
-        report = {
-            "command": ranks.command(self.args.command),
-            **self.content,
-            "batch_size": self.batch_size,
-            "processes": ranks.world_size,
-            "threads": torch.get_num_threads(),
-            "versions": {"torch": torch.__version__, "numpy": np.__version__},
-            "images_made_by_this_run": new_images,
-            "images_per_second": new_images / (end - sampling_start) if new_images else None,
-            "wall_seconds": end - start,
-        }
-        if ranks.is_main:  # without a barrier: a collective would time out after half an hour
-            self.finish(report)
-        return True
+
+        def finish() -> None:
+            new_images, end = self.parts.shape[0] - resumed_images, time.perf_counter()
+            report = {
+                "command": ranks.command(self.args.command),
+                **content,
+                "batch_size": self.batch_size,
+                "processes": ranks.world_size,
+                "threads": torch.get_num_threads(),
+                "versions": {"torch": torch.__version__, "numpy": np.__version__},
+                "images_made_by_this_run": new_images,
+                "images_per_second": new_images / (end - sampling_start) if new_images else None,
+                "wall_seconds": end - start,
+            }
+            self.write(report)
+
+        return make_in_parts(ranks, self.parts, samplers[0].images, finish, title, first_status)
 
     def make_sampler(self) -> Sampler:
         prepare(self.model, self.request.dtype, self.ranks.device, self.compile)
         return Sampler(self.model, self.request, self.batch_size, self.ranks.device, self.compile)
 
-    def finish(self, report: dict) -> None:
+    def write(self, report: dict) -> None:
         """Write the description before the file, so that a file always has its description."""
         labels = (np.array([class_of(i, self.request) for i in part], np.int64) for part in self.parts.all())
         self.output.describe(report)
         write_npz(self.output.path, self.parts, labels)
-        self.output.remove_parts()
 
     def write_grid(self) -> None:
         """Write a picture of the first images, with the names of their classes."""

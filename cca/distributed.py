@@ -5,8 +5,6 @@ of them. GPU tensors go through NCCL.
 """
 
 import atexit
-import hashlib
-import json
 import os
 import signal
 import socket
@@ -138,17 +136,16 @@ class Ranks:
         atexit.register(dist.destroy_process_group)
 
     def _refuse_shared_gpu(self) -> None:
-        """Raise UserError where another rank computes on the same GPU."""
-        own = f"rank {self.rank}"
+        """Raise UserError if two ranks compute on the same GPU."""
+        own: object = self.rank
         if self.device.type == "cuda":
-            own = str(torch.cuda.get_device_properties(self.device).uuid)
-        name = f"{socket.gethostname()} {own}"
-        gpus = self.all_gather(int(hashlib.sha256(name.encode()).hexdigest()[:12], 16))
-        same = [rank for rank, gpu in enumerate(gpus) if gpu == gpus[self.rank]]
+            own = socket.gethostname(), str(torch.cuda.get_device_properties(self.device).uuid)
+        gpus = self.all_gather(own)
+        shared = [rank for rank, gpu in enumerate(gpus) if gpus.count(gpu) > 1]
 
         def check() -> None:
-            if len(same) > 1:
-                raise UserError(f"LOCAL_RANK: ranks {same} use the same GPU; start one rank per GPU")
+            if shared:
+                raise UserError(f"LOCAL_RANK: ranks {shared} share GPUs; start one rank per GPU")
 
         self.run_or_abort_all(check)
 
@@ -163,17 +160,15 @@ class Ranks:
         return f"{device_name(self.device)} x {self.world_size}"
 
     def command(self, line: str) -> str:
-        """Return the whole command line of this run; ``line`` is what follows ``python``."""
+        """Return the command line of this run; ``line`` is what follows ``python``.
+
+        With several nodes the rendezvous is left out, which torchrun does not tell.
+        """
         if self.world_size == 1:
             return f"python {line}"
         local = _environment("LOCAL_WORLD_SIZE", self.world_size, 1)
-        nodes = self.world_size // local
-        several = (
-            f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint {os.environ['MASTER_ADDR']}:29500 "
-            if nodes > 1
-            else ""
-        )
-        return f"torchrun {several}--nproc_per_node {local} {line}"
+        nodes = f"--nnodes {self.world_size // local} " if self.world_size > local else ""
+        return f"torchrun {nodes}--nproc_per_node {local} {line}"
 
     def share(self, count: int) -> slice:
         """Return this rank's contiguous share of ``count`` items; shares differ by at most one item."""
@@ -185,13 +180,14 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def _all_reduce_on_cpu(self, values: Tensor) -> list:
-        """Return the sum of a CPU tensor over all ranks.
+    @contextmanager
+    def _exit_after_others(self) -> Iterator[None]:
+        """Context manager for gloo's collectives. If another rank has ended, this one exits too.
 
-        If another rank has ended, this rank exits as well: the other one has printed why.
+        The other one has printed why.
         """
         try:
-            return self.all_reduce(values).tolist()
+            yield
         except RuntimeError as error:
             time.sleep(QUIET_SECONDS)
             why = str(error).strip().splitlines()[0][:120]
@@ -200,12 +196,16 @@ class Ranks:
 
     def all_reduce_numbers(self, *values: float) -> list[float]:
         """Return each number summed over all ranks; GPUs take no part."""
-        return self._all_reduce_on_cpu(torch.tensor(values, dtype=torch.float64))
+        with self._exit_after_others():
+            return self.all_reduce(torch.tensor(values, dtype=torch.float64)).tolist()
 
-    def all_gather(self, value: int) -> list[int]:
-        """Return the integers of all ranks, in order of rank; GPUs take no part."""
-        own = [value * (rank == self.rank) for rank in range(self.world_size)]
-        return [int(number) for number in self.all_reduce_numbers(*own)]
+    def all_gather(self, value: Any) -> list:
+        """Return the values of all ranks, in order of rank; GPUs take no part. Values are pickled."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            with self._exit_after_others():
+                dist.all_gather_object(values, value)
+        return values
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether the flag is set on at least one rank."""
@@ -236,24 +236,14 @@ class Ranks:
             raise own_error
         return sums
 
-    def broadcast_text(self, text: str) -> str:
-        """Return the text of rank 0 on every rank."""
-        content = torch.tensor(list(text.encode()), dtype=torch.int64)
-        (size,) = self.all_reduce_numbers(len(content) if self.is_main else 0)
-        return bytes(
-            self._all_reduce_on_cpu(content if self.is_main else content.new_zeros(int(size)))
-        ).decode()
-
     def broadcast_from_rank0(self, fn: Callable[[], Any]) -> Any:
-        """Run `fn` on rank 0 and return its result (JSON-serialisable) on every rank.
+        """Run ``fn`` on rank 0 and return its result on every rank.
 
         Raise UserError on rank 0 if ``fn`` does; the others exit.
         """
-        if self.world_size == 1:
-            return fn()
-        result: list[str] = []
-        self.run_or_abort_all(lambda: result.append(json.dumps(fn())), on_rank0=True)
-        return json.loads(self.broadcast_text("".join(result)))
+        results = list[Any]()
+        self.run_or_abort_all(lambda: results.append(fn()), on_rank0=True)
+        return self.all_gather(results)[0][0]
 
     def gather(self, part: Tensor) -> Tensor | None:
         """Return the parts of all ranks, concatenated in order of rank, on rank 0; None on other ranks.
@@ -274,15 +264,10 @@ class Ranks:
 
     def digest(self, compute: Callable[[], str | None]) -> str | None:
         """Return the SHA-256 (or None) that ``compute`` returns for files; it runs once on each node."""
-        own = None
-
-        def compute_once_per_node() -> None:
-            nonlocal own
-            own = compute() if self.local_rank == 0 else None
-
-        self.run_or_abort_all(compute_once_per_node)
-        from_rank0 = self.broadcast_text(own or "")
-        return own if self.local_rank == 0 else from_rank0 or None
+        own = list[str | None]()
+        self.run_or_abort_all(lambda: own.append(compute() if self.local_rank == 0 else None))
+        of_all = self.all_gather(own[0])
+        return of_all[self.rank if self.local_rank == 0 else 0]
 
     def barrier(self) -> None:
         """Wait until all ranks reach this call; it does not wait for work queued on GPUs."""

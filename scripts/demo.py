@@ -192,9 +192,9 @@ class Demo:
         """
         count, size, images = panel.request.num_samples, self.args.batch_size, []
         batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        for piece in Sampler(panel.model, panel.request, size, self.device).samples(batches):
-            images.extend(piece.images)
-            if len(piece.images):
+        for piece in Sampler(panel.model, panel.request, size, self.device).images(batches):
+            images.extend(piece)
+            if len(piece):
                 yield images
 
     def picture(self, images: list[np.ndarray], request: SampleRequest) -> Image.Image:

@@ -28,7 +28,7 @@ import torch
 from cca.cli.main import play, run_command
 from cca.cli.output import Output, OutputStatus
 from cca.cli.parser import Parser, add_model_options, add_workers_option, count, number
-from cca.cli.parts import Parts, make_missing_parts, write_npy
+from cca.cli.parts import Parts, make_in_parts, write_npy
 from cca.cli.plan import add_dry_run_option
 from cca.data.datasets import DATA_HELP, LabelledDataset, open_labelled_images
 from cca.data.image_folders import add_orientation_option, check_orientation_option
@@ -131,19 +131,18 @@ class Extraction:
         crops = f", {source.crops} crops of each" if source.crops > 1 else ""
         size = size_text(len(source) * self.parts.row_bytes)
         return self.files.plan(self.model) | {
-            "data": f"{args.data}, {len(source):,} images{crops}",
+            "data": f"{source.source.root if source.source else args.data}, {len(source):,} images{crops}",
             "device": self.ranks.devices,
             "writes": f"{args.output}/ (codes.npy ~{size}, labels.npy, header.json)",
         }
 
     def prepare(self) -> dict:
         self.files = self.files.load_into(self.model)
-        self.header = {
+        return {
             **self.identity(),
             "tokenizer_tensors_sha256": tensors_sha256(self.model.tokenizer),
             "data_sha256": self.ranks.digest(self.source.fingerprint),
         }
-        return self.header
 
     def make(self, ranges: list[range]) -> Iterator[np.ndarray]:
         """Yield the codes [n, crops, L] of these ranges of images, in order."""
@@ -189,26 +188,21 @@ class Extraction:
         self.unreadable.noted |= of_others
         self.unreadable.check()
 
-    def work(self) -> bool:
+    def work(self, header: dict) -> bool:
         """Encode the missing parts; rank 0 writes the folder. Return False if a signal stopped the run."""
         self.begin_notes()
         if self.ranks.is_main:
             for note in self.source.notes():
                 print(f"note: {note}", file=sys.stderr)
-        if not make_missing_parts(self.ranks, self.parts, self.make, "encoding"):
-            return False
-        if self.ranks.is_main:  # without a barrier: a collective would time out after half an hour
-            self.finish()
-        return True
+        return make_in_parts(self.ranks, self.parts, self.make, partial(self.finish, header), "encoding")
 
-    def finish(self) -> None:
+    def finish(self, header: dict) -> None:
         """Write the labels, then the codes, then the header, which marks them as complete."""
         labels = self.source.labels(np.arange(len(self.source))).numpy()
         write_binary(self.args.output / "labels.npy", lambda file: np.save(file, labels))
         write_npy(self.args.output / "codes.npy", self.parts)
         notes = read_notes(self.output.parts_folder)
-        self.output.describe({**self.header, NOTED: notes} if notes else self.header)
-        self.output.remove_parts()
+        self.output.describe({**header, NOTED: notes} if notes else header)
 
 
 def read_notes(parts: Path) -> dict[str, dict]:

@@ -121,10 +121,9 @@ class Reference:
         self.extractor = make_extractor(args.features, args.inception_weights, self.ranks)
         features = {"features": self.extractor.name, "features_sha256": self.extractor.weights_sha256}
         images_sha256 = self.ranks.digest(self.images.fingerprint)
-        self.content = {"options": {**self.identity(), **features, "images_sha256": images_sha256}}
-        return self.content
+        return {"options": {**self.identity(), **features, "images_sha256": images_sha256}}
 
-    def work(self) -> bool:
+    def work(self, content: dict) -> bool:
         """Extract the features; rank 0 writes the output. Raises UserError."""
         args, images, ranks = self.args, self.images, self.ranks
         kept_indices = set(
@@ -147,7 +146,7 @@ class Reference:
             arrays["arr_0"] = all_kept.numpy()
             for note in images.notes():
                 print(f"note: {note}", file=sys.stderr)
-            output_of(args).describe({**self.content, "command": ranks.command(args.command)})
+            output_of(args).describe({**content, "command": ranks.command(args.command)})
             write_binary(args.output, lambda file: np.savez(file, **arrays))
             print(f"{args.output}: statistics of {len(images):,} images, {len(all_kept):,} of them kept")
         return True

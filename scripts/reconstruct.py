@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy as np
 from cca.cli.main import play, run_command
 from cca.cli.output import Output, OutputStatus
 from cca.cli.parser import Parser, add_model_options, add_workers_option, count
-from cca.cli.parts import Parts, make_missing_parts, write_npz
+from cca.cli.parts import Parts, make_in_parts, write_npz
 from cca.cli.plan import add_dry_run_option
 from cca.data.image_folders import add_orientation_option, check_orientation_option
 from cca.data.image_sets import ImageSet, open_image_set, to_uint8_tensor
@@ -105,12 +106,12 @@ class Reconstruction:
 
     def prepare(self) -> dict:
         self.files.load_into(self.model)
-        self.options = {
+        options = {
             **self.identity(),
             "images_sha256": self.ranks.digest(self.images.fingerprint),
             "tokenizer_tensors_sha256": tensors_sha256(self.model.tokenizer),
         }
-        return {"options": self.options}
+        return {"options": options}
 
     def make(self, ranges: list[range]) -> Iterator[np.ndarray]:
         with oom_as_user_error(f"--model: the tokenizer of {self.args.model} {DOES_NOT_FIT}"):
@@ -122,29 +123,17 @@ class Reconstruction:
                     tokens = to_tokens(self.model, to_uint8_tensor(batch), self.ranks.device, alike=True)
                     yield to_pixels(self.model, tokens, "float32")
 
-    def work(self) -> bool:
+    def work(self, content: dict) -> bool:
         """Reconstruct the missing parts; rank 0 writes the file. Return False if a signal stopped the run."""
-        if not make_missing_parts(self.ranks, self.parts, self.make, "reconstructing"):
-            return False
-        if self.ranks.is_main:  # without a barrier: a collective would time out after half an hour
-            self.finish()
-        return True
+        finish = partial(self.finish, content)
+        return make_in_parts(self.ranks, self.parts, self.make, finish, "reconstructing")
 
-    def finish(self) -> None:
+    def finish(self, content: dict) -> None:
         """Write the description before the file, so that a file always has its description."""
         images, path, notes = self.images, self.output.path, self.images.notes()
-        report = {
-            "options": self.options,
-            "model": self.args.model,
-            "image_size": self.model.image_size,
-            "tokenizer_tensors_sha256": self.options["tokenizer_tensors_sha256"],
-            "images": {"file": str(self.args.images), "sha256": images.content_hash()},
-            "notes": notes,
-        }
         labels = images.labels()
-        self.output.describe(report)
+        self.output.describe({**content, "images": str(self.args.images), "notes": notes})
         write_npz(path, self.parts, None if labels is None else [labels])
-        self.output.remove_parts()
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         print(f"{path}: {len(images):,} images, encoded and decoded")

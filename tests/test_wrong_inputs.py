@@ -212,7 +212,7 @@ CASES = [
     (train_var_cca, [*VAR, "codes-labels"], "codes-labels: holds no images"),
     (
         train_llamagen_cca,
-        [*LLAMAGEN, "codes-labels", "--parallel", "fsdp", "--dtype", "float16"],
+        [*LLAMAGEN, "codes-labels", "--parallel", "fsdp"],
         "codes-labels is not a folder of packed codes",
     ),
     (train_var_cca, ["--model", "var-d16", "--loss", "dpo", *VAR[2:], "good.npz"], "give --beta, --lr"),

@@ -49,7 +49,7 @@ class OnePart:
     def prepare(self) -> dict:
         return {}
 
-    def work(self) -> bool:
+    def work(self, content: dict) -> bool:
         self.ranks.run_or_abort_all(self.make, on_rank0=True)
         return True
 
@@ -70,7 +70,8 @@ def play(
         plan(): the rows of the plan. It raises UserError if the work is impossible.
         downloads: the files that ``prepare`` will download.
         prepare(): loads what the work needs and returns the content of the marker.
-        work(): writes the output. It returns False if a signal stopped it.
+        work(content): writes the output; ``content`` is what ``prepare`` returned. It returns False if a
+            signal stopped it.
 
     Returns:
         the job if its output is finished; None after a dry run or a stop signal.
@@ -79,7 +80,7 @@ def play(
         UserError: on the rank where a check failed; the other ranks exit.
     """
     ranks = Ranks()
-    status = OutputStatus(*ranks.broadcast_from_rank0(output.look)) if output else OutputStatus()
+    status = ranks.broadcast_from_rank0(output.look) if output else OutputStatus()
     job = resolve(args, ranks, status)
     ranks.run_or_abort_all(partial(show, output, status, job), on_rank0=True)
     if args.dry_run:
@@ -88,7 +89,7 @@ def play(
     content = job.prepare()
     refuse_other_options(ranks, options_of(content))
     if output is None:
-        return job if job.work() else None
+        return job if job.work(content) else None
     with ExitStack() as stack:
         lock, is_finished = ranks.broadcast_from_rank0(partial(claim, output, content, stack))
         # Rank 0 must not read the lock file: closing the file would release its own lock.
@@ -127,10 +128,13 @@ def claim(output: Output, content: Mapping, stack: ExitStack) -> tuple[str, bool
 
 
 def make(ranks: Ranks, output: Output, content: Mapping, job: Any) -> bool:
-    """Write the marker with ``content`` and do the work of a job. Return whether it finished."""
+    """Write the marker with ``content``, do a job's work, remove its parts; return whether it is done."""
     try:
         ranks.run_or_abort_all(partial(output.begin, content), on_rank0=True)
-        return job.work()
+        is_done = job.work(content)
+        if is_done and ranks.is_main:
+            output.remove_parts()
+        return is_done
     finally:
         if ranks.is_main:
             output.leave()
@@ -138,9 +142,7 @@ def make(ranks: Ranks, output: Output, content: Mapping, job: Any) -> bool:
 
 def refuse_other_options(ranks: Ranks, options: Mapping) -> None:
     """Raise UserError on a rank whose options (with hashes of files) differ from those of rank 0."""
-    if ranks.world_size == 1:
-        return
-    rank0_options = ranks.broadcast_from_rank0(partial(dict, options))
+    rank0_options = ranks.all_gather(options)[0]
 
     def compare() -> None:
         if changed := differing_options(options, rank0_options):

@@ -85,71 +85,92 @@ class Parts:
 
 
 def store(parts: Parts, own: list[range], pieces: Iterator[np.ndarray]) -> Generator[int, None, None]:
-    """Store the parts ``own`` from pieces of rows; yield the number of rows of each piece.
+    """Store the parts ``own`` from pieces of rows; yield the number of rows of each piece, also 0.
 
-    A thread writes a part while the next one is computed, so two parts are in memory.
+    A thread writes a part while the next one is computed, so two parts are in memory. A part is written
+    before its last piece is yielded, so a caller that stops loses no whole part.
     """
     being_written: Future[None] | None = None
     rows_so_far = list[np.ndarray]()
     with ThreadPoolExecutor(1) as writer:
         for part in own:
+            new_rows = 0
             while sum(map(len, rows_so_far)) < len(part):
+                yield new_rows
                 rows_so_far.append(next(pieces))
-                yield len(rows_so_far[-1])
+                new_rows = len(rows_so_far[-1])
             if being_written:
                 being_written.result()
             rows = np.concatenate(rows_so_far)
             being_written = writer.submit(parts.write, part, rows[: len(part)])
             rows_so_far = [rows[len(part) :].copy()]  # the last piece may reach into the next part
+            yield new_rows
         if being_written:
             being_written.result()
 
 
-def make_missing_parts(
-    ranks: Ranks, parts: Parts, make: MakeRows, description: str, first_text: str = ""
+def run_steps(ranks: Ranks, steps: Iterator[int], bar: ProgressBar, stop: StopRequest) -> bool:
+    """Run the steps of all ranks, and show their numbers of rows; return whether a signal stopped all ranks.
+
+    An error on one rank ends all ranks.
+    """
+    is_done = False
+
+    def advance() -> None:
+        nonlocal is_done
+        rows = None if is_done else next(steps, None)
+        is_done = rows is None
+        if rows:
+            bar.set_postfix_str("", refresh=False)
+            bar.update(rows)
+
+    # Signals reach the ranks at different times, and one rank may have one part more than another.
+    while ranks.any_rank(not is_done) and not ranks.any_rank(stop.is_requested):
+        ranks.run_or_abort_all(advance)
+    return ranks.any_rank(stop.is_requested)
+
+
+def make_in_parts(
+    ranks: Ranks,
+    parts: Parts,
+    make: MakeRows,
+    finish: Callable[[], None],
+    description: str,
+    first_text: str = "",
 ) -> bool:
-    """Compute and store the missing parts, distributed over the ranks. An error on one rank ends all ranks.
+    """Compute and store the missing parts, distributed over the ranks; then rank 0 joins them.
+
+    An error on one rank ends all ranks.
 
     Args:
         make: function that computes the rows of the given ranges.
+        finish: function that writes the output from the parts.
         description: label of the progress bar.
         first_text: text that the bar shows until the first rows are ready.
 
     Returns:
-        True when all parts are stored; False if a signal stopped all ranks (the same command resumes).
+        False if a signal stopped all ranks (the same command resumes).
     """
     # Rank 0 lists the parts before any rank writes: other nodes may see new files only later.
     missing = ranks.broadcast_from_rank0(lambda: [part.start for part in parts.missing()])
     own = [parts.part(start) for start in missing[ranks.share(len(missing))]]
-    steps, is_done = store(parts, own, make(own)), False
+    steps, total = store(parts, own, make(own)), sum(map(len, own))
     with (
         closing(steps),  # waits until the last part is written
         StopRequest() as stop,
-        ProgressBar(
-            total=sum(map(len, own)), desc=description, unit="image", disable=not ranks.is_main
-        ) as bar,
+        ProgressBar(total=total, desc=description, unit="image", disable=not ranks.is_main) as bar,
     ):
         if first_text:
             bar.set_postfix_str(first_text)
-
-        def advance() -> None:
-            nonlocal is_done
-            rows = None if is_done else next(steps, None)
-            is_done = rows is None
-            if rows:
-                bar.set_postfix_str("", refresh=False)
-                bar.update(rows)
-
-        # Signals reach the ranks at different times, and one rank may have one part more than another.
-        while ranks.any_rank(not is_done) and not ranks.any_rank(stop.is_requested):
-            ranks.run_or_abort_all(advance)
-        is_stopped = ranks.any_rank(stop.is_requested)
+        is_stopped = run_steps(ranks, steps, bar, stop)
     ranks.barrier()
     if is_stopped and ranks.is_main:
         print(
             f"stopped; {parts.rows_stored()} of {parts.shape[0]} images are stored, "
             "repeat the command to resume"
         )
+    elif ranks.is_main:  # the others do not wait: a collective would time out after half an hour
+        finish()
     return not is_stopped
 
 

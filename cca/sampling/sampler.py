@@ -5,7 +5,6 @@ Image i depends only on the seed, i, its class, the model and the options.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,14 +30,6 @@ def class_of(index: int, request: SampleRequest) -> int:
     if request.class_order == "balanced":
         return request.classes[index % len(request.classes)]
     return request.classes[int(stream(request.seed, CLASSES, index).integers(len(request.classes)))]
-
-
-class Samples(NamedTuple):
-    """Images of consecutive indices from ``start``: uint8 [n, H, W, 3], and their classes [n] int64."""
-
-    start: int
-    images: np.ndarray
-    classes: np.ndarray
 
 
 # (labels [n], uniforms [n, L]) -> tokens [n, L]; NOT_FINITE for images with non-finite logits.
@@ -149,30 +140,21 @@ class Sampler:
         with oom_as_user_error(self.decoder_too_large):
             return to_pixels(self.model, tokens, self.decoder_dtype, self.request.eval_size)
 
-    def samples(self, ranges: Iterable[range]) -> Iterator[Samples]:
-        """Yield the images of these ranges of indices in order, in pieces of any length.
+    def images(self, ranges: Iterable[range]) -> Iterator[np.ndarray]:
+        """Yield the uint8 images [n, H, W, 3] of these ranges of indices in order, in pieces of any length.
 
         An empty piece follows every batch of tokens, so that the caller may stop. No piece crosses the end of
         a range, and only at the end of a range is a batch of the decoder padded.
         """
-        ranges = list(ranges)
+        ranges, size = list(ranges), self.request.eval_size or self.model.image_size
         indices, at_once = chain.from_iterable(ranges), decoding_batch_size(self.model, self.device)
         tokens = torch.empty(0, self.sequence_length, dtype=torch.int64, device=self.device)
         for part in ranges:
             while part:
-                whole_batches = len(tokens) - len(tokens) % at_once
-                count = len(part) if len(tokens) >= len(part) else whole_batches
-                if not count:
+                ready = len(part) if len(tokens) >= len(part) else len(tokens) // at_once * at_once
+                if ready:
+                    yield self.decode(tokens[:ready])
+                    tokens, part = tokens[ready:], part[ready:]
+                else:
                     tokens = torch.cat([tokens, self.tokens(list(islice(indices, self.batch_size)))])
-                yield self._samples(part[:count], tokens[:count])
-                tokens, part = tokens[count:], part[count:]
-
-    def images(self, ranges: Iterable[range]) -> Iterator[np.ndarray]:
-        """Yield the images of ``samples``, without their indices and classes."""
-        return (piece.images for piece in self.samples(ranges))
-
-    def _samples(self, indices: range, tokens: Tensor) -> Samples:
-        classes = np.array([class_of(i, self.request) for i in indices], np.int64)
-        size = self.request.eval_size or self.model.image_size
-        images = self.decode(tokens) if indices else np.empty((0, size, size, 3), np.uint8)
-        return Samples(indices.start, images, classes)
+                    yield np.empty((0, size, size, 3), np.uint8)

@@ -1,13 +1,13 @@
 """The training loop of both backbones: optimizer steps, metrics, checkpoints, stop signals."""
 
 import time
-from collections.abc import Callable
 from functools import partial
 
 from cca.distributed import StopRequest
 from cca.progress import ProgressBar
 from cca.training.loader import Loader
 from cca.training.memory import peak_rate, step_flops
+from cca.training.preview import write_preview
 from cca.training.run_folder import RunFolder
 from cca.training.trainer import Trainer
 
@@ -18,15 +18,12 @@ def train(
     folder: RunFolder,
     save_every: int,
     log_every: int,
-    sample_grid: Callable[[int], None] = lambda step: None,
+    sample_every: int = 0,
 ) -> bool:
     """Train or resume up to ``max_steps``; write metrics, checkpoints and the model to ``folder``.
 
-    Args:
-        sample_grid: called after each step with the number of steps done.
-
-    Returns:
-        False if a stop signal came first.
+    ``save_every``, ``log_every`` and ``sample_every`` are the options of these names. Return False if a stop
+    signal came first.
     """
     config, ranks, unreadable = trainer.config, trainer.ranks, loader.unreadable
     peak = peak_rate(ranks.device)
@@ -53,7 +50,8 @@ def train(
                 if stop or unreadable.too_many or done % save_every == 0 or done == config.max_steps:
                     folder.save(trainer, done, unreadable.noted)
                 unreadable.check()
-                sample_grid(done)
+                if sample_every and done % sample_every == 0:
+                    write_preview(trainer, loader.data, folder.path / "samples" / f"step-{done:06d}.png")
                 if stop:
                     break
                 began = time.perf_counter()

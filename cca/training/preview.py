@@ -1,7 +1,7 @@
 """Sample grids that a run writes while it trains (--sample-every)."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from cca.config import SampleRequest
+from cca.data.datasets import LabelledDataset
 from cca.sampling.grid import write_grid
 from cca.sampling.sampler import Sampler
 from cca.training.trainer import Trainer
@@ -34,16 +35,15 @@ def training_paused(trainer: Trainer) -> Iterator[None]:
         trainer.net.train()
 
 
-def grid_drawer(
-    trainer: Trainer, folder: Path, every: int, folders: Mapping[str, int] | None = None
-) -> Callable[[int], None]:
-    """Return a function of the step that writes a grid of samples at multiples of ``every`` (0: never).
+def write_preview(trainer: Trainer, data: LabelledDataset, path: Path) -> None:
+    """Write a grid of samples without guidance, from the same random numbers each time; only rank 0 does.
 
-    The samples are without guidance, from the same random numbers each time. The columns are classes of
-    ``folders`` (class folder -> class); without folders, classes of the model.
+    The columns are classes of ``data``. A grid that cannot be made gives a warning and does not end the run.
     """
-    model, ranks = trainer.model, trainer.ranks
-    trained = sorted(set(folders.values())) if folders else range(model.num_classes)
+    model = trainer.model
+    if not trainer.ranks.is_main:
+        return
+    trained = data.occurring_classes() or range(model.num_classes)
     columns = min(GRID_COLUMNS, len(trained))
     classes = tuple(trained[int(i)] for i in torch.linspace(0, len(trained) - 1, columns).long())
     images = GRID_ROWS * columns
@@ -52,22 +52,11 @@ def grid_drawer(
         f"--sample-every: {images} images do not fit in GPU memory while training; "
         "use a smaller --micro-batch-size"
     )
-
-    def sample_grid(path: Path) -> None:
+    try:
         with oom_as_user_error(too_many), training_paused(trainer):
-            pieces = list(Sampler(model, request, images, ranks.device).samples([range(images)]))
-        with writing(folder):
-            folder.mkdir(exist_ok=True)
-        write_grid(np.concatenate([piece.images for piece in pieces]), path, columns)
-
-    def draw(step: int) -> None:
-        if not every or step % every:
-            return
-        if ranks.is_main:
-            try:
-                sample_grid(folder / f"step-{step:06d}.png")
-            except UserError as error:  # a missing picture must not end the run
-                tqdm.write(f"warning: no sample grid at step {step}: {error}", file=sys.stderr)
-        ranks.barrier()
-
-    return draw
+            pieces = list(Sampler(model, request, images, trainer.ranks.device).images([range(images)]))
+        with writing(path.parent):
+            path.parent.mkdir(exist_ok=True)
+        write_grid(np.concatenate(pieces), path, columns)
+    except UserError as error:
+        tqdm.write(f"warning: no sample grid {path.name}: {error}", file=sys.stderr)

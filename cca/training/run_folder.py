@@ -64,7 +64,7 @@ class RunFolder:
         Raises:
             UserError: the checkpoint is damaged; the message names the folder to delete.
         """
-        done = int(self.ranks.broadcast_text(str((saved_steps(self.path) or [0])[-1])))
+        done = self.ranks.broadcast_from_rank0(lambda: (saved_steps(self.path) or [0])[-1])
         if done:
             state = trainer.state()
             self._load(state, done)
@@ -170,16 +170,16 @@ class RunFolder:
 
     def export(self, trainer: Trainer) -> None:
         """Write the averaged weights, if any, then the model. Its file marks the run as finished."""
-        model, key = trainer.model.checkpoint_name, trainer.model.checkpoint_key
-        # Only rank 0 gets the weights of a sharded model.
-        full_weights = {ema_name(model): trainer.full_ema(), model: trainer.full_weights()}
+        name, key = trainer.model.checkpoint_name, trainer.model.checkpoint_key
+        # Only rank 0 gets the weights of a sharded model, and the averages.
+        weights, averages = trainer.full_weights(), trainer.full_ema()
 
         def write() -> None:
-            for weights in full_weights.values():
-                check_finite(weights)
-            for name, weights in full_weights.items():
-                if weights:
-                    save_published(weights, self.path / name, key)
+            check_finite(weights)
+            check_finite(averages)
+            if averages:  # the file also has the constant buffers
+                save_published({**weights, **averages}, self.path / ema_name(name), key)
+            save_published(weights, self.path / name, key)
 
         self.ranks.run_or_abort_all(write, on_rank0=True)
 

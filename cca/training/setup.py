@@ -21,7 +21,6 @@ from cca.training.loader import Loader
 from cca.training.loop import train
 from cca.training.memory import MICRO_BATCH_TOO_LARGE, MODEL_TOO_LARGE, fitting_micro_batch
 from cca.training.options import COMPILED_FROM, chosen_recipe, training_config
-from cca.training.preview import grid_drawer
 from cca.training.reporting import check_reporter
 from cca.training.run_folder import KEPT, MICRO_BATCH, RunFolder
 from cca.training.trainer import Trainer
@@ -89,17 +88,21 @@ class Training:
         default = on_gpu and config.max_steps >= COMPILED_FROM
         self.compile = decide_compile(args.compile, default, self.status, ranks)
         self.rank_images = math.ceil(config.batch_size / ranks.world_size)  # images of a step on this rank
-        # A run that is resumed elsewhere keeps its micro-batch, since dropout's masks depend on it.
-        previous = 0 if args.micro_batch_size else number_in_config(args.output, self.status, MICRO_BATCH)
         self.keep_states = args.keep_states or number_in_config(args.output, self.status, KEPT) or 1
-        self.keeps_micro_batch, fixed_size = bool(previous), args.micro_batch_size or previous
-        published = config.batch_size // (PUBLISHED_GPUS * self.recipe.published_accumulation)
-        if self.recipe.published_accumulation == 1:
-            published = TRAINED_IMAGES[ranks.device.type]
-        self.micro_batch_size = max(min(fixed_size or published, config.batch_size), 1)
-        # If not fixed, ``work`` takes as many images as fit in GPU memory.
-        is_sharded = self.parallel == "fsdp" and ranks.world_size > 1
-        self.is_fixed = bool(fixed_size or args.deterministic or is_sharded or not on_gpu)
+        # A run that is resumed elsewhere keeps its micro-batch, since dropout's masks depend on it.
+        self.previous_micro_batch = number_in_config(args.output, self.status, MICRO_BATCH)
+        self.micro_batch_size = self.choose_micro_batch(self.parallel == "fsdp" and ranks.world_size > 1)
+
+    def choose_micro_batch(self, is_sharded: bool) -> int | None:
+        """Return the images per forward pass; None: ``work`` takes as many as fit in GPU memory."""
+        args, device, batch_size = self.args, self.ranks.device.type, self.config.batch_size
+        if size := args.micro_batch_size or self.previous_micro_batch:
+            return min(size, batch_size)
+        if device == "cuda" and not (args.deterministic or is_sharded):
+            return None
+        accumulation = self.recipe.published_accumulation
+        published = batch_size // (PUBLISHED_GPUS * accumulation)
+        return max(1, min(TRAINED_IMAGES[device] if accumulation == 1 else published, batch_size))
 
     def identity(self) -> dict:
         """Return the options that must agree on resume, named as in config.json, except data_sha256."""
@@ -119,11 +122,11 @@ class Training:
         classes = "" if data.classes is None else f" in {len(data.classes)} class folders"
         epochs = config.max_steps * config.batch_size / self.images
         micro = "the largest micro-batch that fits in GPU memory"
-        if self.is_fixed:
+        if self.micro_batch_size:
             micro = f"a micro-batch of {min(self.micro_batch_size, self.rank_images)} images"
-            micro += " as before" if self.keeps_micro_batch else ""
+            micro += " as before" if self.previous_micro_batch and not self.args.micro_batch_size else ""
         rows = {
-            "data": f"{self.path}, {self.images:,} images{classes}",
+            "data": f"{data.source.root if data.source else self.path}, {self.images:,} images{classes}",
             "training": ", ".join([config.loss, *values, f"learning rate {config.lr:g}"]).replace("_ ", " "),
             "steps": f"{config.max_steps:,} of {config.batch_size} images ({epochs:.3g} epochs), "
             f"seed {config.seed}",
@@ -131,7 +134,7 @@ class Training:
             f"{'compiled' if self.compile else 'eager'}, {micro}",
             "writes": f"{self.args.output}/: {self.output_files()}",
         }
-        if done := saved_steps(self.args.output):
+        if (done := saved_steps(self.args.output)) and not self.status.is_finished:
             rows["resumes"] = f"after step {done[-1]:,} of {config.max_steps:,}"
         return self.files.plan(self.model) | rows
 
@@ -164,24 +167,24 @@ class Training:
             "tokenizer": tokenizer and tokenizer.address,
         }
 
-    def work(self) -> bool:
+    def work(self, content: dict) -> bool:
         args, config, ranks = self.args, self.config, self.ranks
         folder = RunFolder(args.output, ranks, self.all_options, self.keep_states, args.report_to)
         ranks.run_or_abort_all(self.print_notes, on_rank0=True)
         with oom_as_user_error(MODEL_TOO_LARGE):
             self.model.transformer.checkpointing = args.checkpointing
-            trainer = Trainer(self.model, config, self.micro_batch_size, ranks, self.parallel, self.compile)
-        if not self.is_fixed:
+            size = self.micro_batch_size or 1
+            trainer = Trainer(self.model, config, size, ranks, self.parallel, self.compile)
+        if self.micro_batch_size is None:
             trainer.micro_batch_size = min(ranks.all_gather(fitting_micro_batch(trainer, self.rank_images)))
             if ranks.is_main:
                 print(
                     f"micro-batch of {trainer.micro_batch_size} images, chosen to fit in GPU memory",
                     flush=True,
                 )
-        draw = grid_drawer(trainer, folder.path / "samples", args.sample_every, self.data.classes)
         loader = Loader(self.data, config, ranks, self.model.null_class, args.workers)
         with oom_as_user_error(MICRO_BATCH_TOO_LARGE):
-            return train(trainer, loader, folder, args.save_every, args.log_every, draw)
+            return train(trainer, loader, folder, args.save_every, args.log_every, args.sample_every)
 
     def print_notes(self) -> None:
         """Print notes on the data to standard error. Raises UserError for labels that cannot be read."""
@@ -211,14 +214,16 @@ def check_parallel(args: argparse.Namespace, config: TrainingConfig, parallel: s
         raise UserError(
             f"--batch-size: {config.batch_size} is less than the number of ranks ({ranks.world_size})"
         )
-    if parallel == "fsdp" and config.batch_size % ranks.world_size:
+    if parallel != "fsdp" or ranks.world_size == 1:
+        return
+    if config.batch_size % ranks.world_size:
         raise UserError(
             f"--batch-size: {config.batch_size} must be a multiple of the number of ranks "
             f"({ranks.world_size}) with --parallel fsdp"
         )
-    if parallel == "fsdp" and config.dtype == "float16":
+    if config.dtype == "float16":
         raise UserError("--dtype: float16 does not work with --parallel fsdp; use bfloat16 or float32")
-    if parallel == "fsdp" and args.sample_every and ranks.world_size > 1:
+    if args.sample_every:
         raise UserError(
             "--sample-every: does not work with --parallel fsdp; "
             "use --parallel ddp, or run sample.py on the finished run"

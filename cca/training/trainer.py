@@ -32,7 +32,7 @@ from cca.config import TrainingConfig
 from cca.distributed import Ranks
 from cca.losses import LOSSES
 from cca.random_streams import DROPOUT, stream
-from cca.training.batch import Batch, Sums, diagnostics, sum_values
+from cca.training.batch import Batch
 from cca.training.encoding import to_tokens
 from cca.training.schedule import learning_rate, weight_decay
 from models import DTYPES, ARImageModel, ARTransformer, UserError, autocast
@@ -69,6 +69,30 @@ def pair_logprobs(net: nn.Module, inputs: Tensor, batch: Batch, indices: Tensor)
     )
     positive, negative = logp.split([len(labels), len(indices)])
     return positive, positive.index_copy(0, indices, negative)
+
+
+def reward_metrics(
+    logps: tuple[Tensor, Tensor], rewards: tuple[Tensor, Tensor], uncond: Tensor, scale: float
+) -> dict[str, Tensor]:
+    """Return the metrics of each batch entry, each [B], under TRL's names.
+
+    Args:
+        logps: log p(x_i|c_i) and log p(x_i|c_i-), each [B], in nats.
+        rewards: r(x_i, c_i), the chosen one, and r(x_i, c_i-), the rejected one, each [B], in nats.
+        uncond: bool [B], entries with the null class; the others have 0 as "rewards/null".
+        scale: factor of the rewards; see ``Loss.reward_scale``.
+    """
+    (logp, negative_logp), (reward, negative_reward) = logps, rewards
+    return {
+        "rewards/chosen": scale * reward,
+        "rewards/rejected": scale * negative_reward,
+        "rewards/margins": scale * (reward - negative_reward),
+        "rewards/accuracies": reward > negative_reward,
+        "rewards/null": torch.where(uncond, scale * reward, 0),
+        "null": uncond,
+        "logps/chosen": logp,
+        "logps/rejected": negative_logp,
+    }
 
 
 def shard(net: ARTransformer, ranks: Ranks, dtype: torch.dtype) -> None:
@@ -162,19 +186,19 @@ class Trainer:
         """
         return (~batch.same_label | self.model.stochastic).nonzero().flatten()
 
-    def micro_loss(self, batch: Batch) -> tuple[Tensor, Sums]:
-        """Return the mean loss [] of a micro-batch of tokens, and its ``diagnostics``.
+    def micro_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean loss [] of a micro-batch of tokens, and the ``reward_metrics`` of its entries.
 
         The host does not wait for the device here.
         """
         config, device = self.config, self.ranks.device
-        pairs, null_entries = self.pair_indices(batch), batch.uncond.nonzero().flatten()
-        batch, pairs, null_entries = batch.to(device), upload(pairs, device), upload(null_entries, device)
+        pairs = upload(self.pair_indices(batch), device)
+        batch = batch.to(device)
         inputs = self.model.inputs(batch.images)
         if self.objective is None or self.reference is None:
             with self.autocast:
                 logp = self.policy(batch.labels, inputs, batch.images)
-                return -logp.mean(), sum_values({"logps/chosen": logp})
+                return -logp.mean(), {"logps/chosen": logp}
         # FSDP's unsharded parameters must not become inference tensors.
         with torch.no_grad() if self.sharded else torch.inference_mode(), self.autocast:
             ref_positive, ref_negative = pair_logprobs(self.reference, inputs, batch, pairs)
@@ -183,7 +207,7 @@ class Trainer:
         reward, negative_reward = positive - ref_positive, negative - ref_negative
         loss = self.objective(reward, negative_reward, batch.same_label, config.beta, config.lambda_)
         logps, rewards = (positive, negative), (reward, negative_reward)
-        return loss, diagnostics(logps, rewards, null_entries, self.reward_scale)
+        return loss, reward_metrics(logps, rewards, batch.uncond, self.reward_scale)
 
     def synchronise(self, last: bool):
         """Return the context of one backward pass; ranks reduce gradients only with the last micro-batch."""
@@ -214,21 +238,22 @@ class Trainer:
         if batch.images.dtype == torch.uint8:
             batch = replace(batch, images=to_tokens(self.model, batch.images, device))
         parts = list(batch.micro_batches(self.micro_batch_size))
-        reports: list[dict] = []
+        metrics: list[dict[str, Tensor]] = []  # of each image, by micro-batch
         for part in parts:
             with self.synchronise(last=part is parts[-1]):
-                loss, sums_of_part = self.micro_loss(part)
+                loss, of_part = self.micro_loss(part)
                 share = len(part) / config.batch_size
                 self.scaler.scale(loss * share * self.ranks.world_size).backward()
-            reports.append({"loss": (loss.detach().double() * len(part), len(part)), **sums_of_part})
-        names = list(reports[0])
-        sums = torch.stack([sum(report[name][0] for report in reports) for name in names])
-        counts = torch.tensor([sum(report[name][1] for report in reports) for name in names])
-        totals = self.ranks.all_reduce(torch.cat([sums, upload(counts.double(), device)]))
+            metrics.append({"loss": loss.expand(len(part)), **of_part})
+        values = [torch.cat([of_part[name] for of_part in metrics]).detach() for name in metrics[0]]
+        sums = self.ranks.all_reduce(torch.stack([value.double().sum() for value in values]))
         # The host waits for the GPU only here.
-        *host_totals, norm = torch.cat([totals, self.clip()[None].double()]).tolist()
-        pairs = zip(host_totals, host_totals[len(names) :])
-        means = {name: total / count for name, (total, count) in zip(names, pairs) if count}
+        *totals, norm = torch.cat([sums, self.clip()[None].double()]).tolist()
+        means = {name: total / config.batch_size for name, total in zip(metrics[0], totals)}
+        if null_share := means.pop("null", 0):
+            means["rewards/null"] /= null_share
+        else:
+            means.pop("rewards/null", None)
         self.update(means["loss"], norm)
         return means | {"grad_norm": norm, "lr": lr, "weight_decay": decay, "skipped_steps": self.skipped}
 
@@ -291,7 +316,7 @@ class Trainer:
             self.net, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
 
-    def full_ema(self) -> dict[str, Any]:
-        """Return the averaged weights in the published layout, with constant buffers; empty without --ema."""
-        averaged = {k: _full_tensor(v).cpu() for k, v in self.ema.items()}
-        return {**self.full_weights(), **averaged} if averaged else {}
+    def full_ema(self) -> dict[str, Tensor]:
+        """Return the averaged parameters on rank 0's CPU; empty without --ema. All ranks take part."""
+        full_tensors = ((name, _full_tensor(tensor)) for name, tensor in self.ema.items())
+        return {name: tensor.cpu() for name, tensor in full_tensors if self.ranks.is_main}

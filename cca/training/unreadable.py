@@ -62,10 +62,7 @@ class Unreadable:
 
     def share(self) -> None:
         """Add the ``new`` images of all ranks on every rank. All ranks take part."""
-        own = sorted(self.new)
-        rounds = range(max(self.ranks.all_gather(len(own))))
-        of_all = {index for i in rounds for index in self.ranks.all_gather([*own, *[-1] * len(rounds)][i])}
-        records = self.add(of_all - {-1})
+        records = self.add(set[int]().union(*self.ranks.all_gather(self.new)))
         self.new.clear()
         if self.ranks.is_main:
             self.report(records)

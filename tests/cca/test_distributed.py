@@ -20,7 +20,8 @@ rows = torch.arange(7)[processes.share(7)]
 values = torch.tensor([float(processes.rank), 1.0])
 total = processes.all_reduce(values)
 assert total is values and total.tolist() == [3.0, 3.0]
-assert processes.all_gather(10 + processes.rank) == [10, 11, 12]
+assert processes.all_gather("ü" * processes.rank) == ["", "ü", "üü"]
+assert processes.broadcast_from_rank0(lambda: [processes.rank]) == [0]
 gathered = processes.gather(torch.stack([rows, rows**2], 1))
 assert (gathered is not None) == processes.is_main
 if processes.is_main:
@@ -52,7 +53,7 @@ def test_three_processes(tmp_path):
 
 
 def test_hosts_tell_each_other_nothing_by_way_of_their_gpus(monkeypatch):
-    """The other of two processes sends zeros; this machine has no GPU that a tensor could be made on."""
+    """The other of two processes sends nothing; this machine has no GPU that a tensor could be made on."""
     backends, exchanged = [], []
     properties = SimpleNamespace(uuid="GPU-1")
     answers = {
@@ -65,17 +66,15 @@ def test_hosts_tell_each_other_nothing_by_way_of_their_gpus(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "init_process_group", backends.append)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: exchanged.append(tensor.device.type))
-    monkeypatch.setattr(dist, "gather", lambda tensor, parts: [part.copy_(tensor) for part in parts])
+    monkeypatch.setattr(dist, "all_gather_object", lambda values, own: values.__setitem__(1, None))
     processes, done = Ranks(), []
     assert processes.device.type == "cuda" and backends == ["cpu:gloo,cuda:nccl"]
     assert processes.all_reduce_numbers(1.5, 2**24 + 1) == [1.5, 2**24 + 1]
     assert processes.any_rank(True) and not processes.any_rank(False)
     assert processes.run_or_abort_all(lambda: done.append(True), True, 3.0) == [3.0] and done
-    assert processes.broadcast_text("two\nlines, ü") == "two\nlines, ü"
     assert processes.digest(lambda: "abc") == "abc"
     processes.barrier()
-    assert processes.gather(torch.ones(3, 2)).tolist() == [[1.0, 1.0]] * 3
-    assert len(exchanged) >= 8 and set(exchanged) == {"cpu"}
+    assert len(exchanged) >= 5 and set(exchanged) == {"cpu"}
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -84,7 +83,7 @@ def test_a_rank_that_sees_one_gpu_takes_it_unless_another_rank_has_it(tmp_path, 
     line = [tmp_path / "one_gpu.py", "shared" if shared else "own"]
     for status, printed, errors in finish(start_processes(line, [tmp_path] * 2)):
         assert (status, printed) == ((2, "") if shared else (0, "on GPU 0\n")), errors
-        assert ("error: LOCAL_RANK: ranks [0, 1] use the same GPU" in errors) == shared
+        assert ("error: LOCAL_RANK: ranks [0, 1] share GPUs" in errors) == shared
 
 
 def test_a_gpu_without_room_for_a_context(monkeypatch):

@@ -34,7 +34,8 @@ def test_reconstruction_and_its_fid(tmp_path, monkeypatch):
             decoded = model.to_uint8(model.decode(model.encode(pixels / 127.5 - 1)))
         assert (decoded.permute(0, 2, 3, 1).numpy() != one["arr_0"][:16]).mean() < 0.01
         assert np.abs(one["arr_0"].mean(3) - images).mean() < 25
-    assert len(json.loads((tmp_path / "one.json").read_text())["tokenizer_tensors_sha256"]) == 64
+    options = json.loads((tmp_path / "one.json").read_text())["options"]
+    assert len(options["tokenizer_tensors_sha256"]) == len(options["images_sha256"]) == 64
     assert not list(tmp_path.glob(".*"))
     out = tmp_path / "out.json"
     eval_fid.main(

@@ -62,6 +62,20 @@ def test_a_signal_ends_with_one_line_and_keeps_what_is_made(number, times, tmp_p
     assert sorted(os.listdir(tmp_path)) == ["s.json", "s.npz", "whole.json", "whole.npz"]
 
 
+def test_a_signal_in_the_last_piece_of_a_part_keeps_the_part(tmp_path, monkeypatch, capsys):
+    decode, made = Sampler.decode, []
+
+    def pretend(self, tokens):
+        made.append(len(tokens))
+        if sum(made) == 2 * PART:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return decode(self, tokens)
+
+    monkeypatch.setattr(Sampler, "decode", pretend)
+    make(tmp_path / "s.npz")
+    assert "stopped; 32 of 40 images are stored" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["00000000.npy", "thesis.txt"])
 def test_parts_without_a_marker_are_neither_taken_nor_removed(name, tmp_path):
     (tmp_path / "s.npz.parts").mkdir()

@@ -96,7 +96,7 @@ def test_the_chosen_micro_batch(each, chosen, tried, disk, monkeypatch):
     work = Training.work
 
     def measured_work(job):
-        job.is_fixed = False
+        job.micro_batch_size = None
         return work(job)
 
     monkeypatch.setattr(Training, "work", measured_work)

@@ -31,7 +31,7 @@ def test_memory_that_runs_out_costs_a_picture_and_not_the_run(disk, monkeypatch,
     options = ["--max-steps", "3", "--batch-size", "8", "--sample-every", "1"]
     train_llamagen_cca.main([*weights("llamagen"), "--codes", "codes", *options, "--output", "run"])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "no sample grid" in line]
-    assert "step 1: --sample-every: 16 images" in line and "--micro-batch-size" in line
+    assert "step-000001.png: --sample-every: 16 images" in line and "--micro-batch-size" in line
     assert alive == [None, None]  # in the steps that followed
     pictures = sorted(path.name for path in (disk / "run" / "samples").iterdir())
     assert pictures == ["step-000002.png", "step-000003.png"]

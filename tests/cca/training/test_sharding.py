@@ -1,7 +1,12 @@
 """A sharded model against a whole one, over real processes."""
 
+from types import SimpleNamespace
+
 import pytest
 from commands import run
+
+from cca.training.setup import check_parallel
+from models import UserError
 
 # In bfloat16 the matrices are gathered in that precision. Measured: the log-likelihoods, of about -600 and
 # -1,100 nats, are equal to the bit, gradient norms to 1e-6, and weights after two steps of 1e-4 to 7e-6.
@@ -108,3 +113,20 @@ for name, checkpointing in (("var-mini", True), ("llamagen-mini", False)):
 def test_gathering_in_bfloat16_equals_autocast(way, tmp_path):
     (tmp_path / "sharded.py").write_text(SHARDED)
     run(tmp_path / "sharded.py", way, processes=2, PYTHONPATH=".")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 1}, "--batch-size: 1 is less than the number of ranks"),
+        ({"batch_size": 7}, "--batch-size: 7 must be a multiple of the number of ranks"),
+        ({"dtype": "float16"}, "--dtype: float16 does not work with --parallel fsdp"),
+        ({"sample_every": 5}, "--sample-every: does not work with --parallel fsdp"),
+    ],
+)
+def test_what_does_not_go_with_a_sharded_model(options, message):
+    """On one rank nothing is sharded, so all of it goes, also where a recipe says fsdp."""
+    given = SimpleNamespace(**{"batch_size": 8, "dtype": "bfloat16", "sample_every": 0, **options})
+    with pytest.raises(UserError, match=f"^{message}"):
+        check_parallel(given, given, "fsdp", SimpleNamespace(world_size=2))
+    check_parallel(given, given, "fsdp", SimpleNamespace(world_size=1))
