@@ -24,11 +24,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from huggingface_hub.utils import WeakFileLock
 
 from cca.progress import ProgressBar
 from models import UserError
-from models.utils.files import cache_folder, reason, require_regular_file, write_binary
+from models.utils.files import (
+    cache_folder,
+    cache_lock,
+    read_cached,
+    reason,
+    require_regular_file,
+    write_cached,
+)
 
 SUFFIXES = (".zip", ".tar")
 UNSUPPORTED = {
@@ -173,35 +179,31 @@ def read_index(path: Path, file: BinaryIO) -> tuple[list[str], np.ndarray]:
     """Return the index of an archive: sorted names [N], and int64 [N, 5] (see ``Member``)."""
     status, real_path = os.fstat(file.fileno()), os.path.realpath(path)
     stamp = (INDEX_FORMAT, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
-    key = f"{real_path}\n{stamp}"
-    cache = cache_folder() / "archives" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.npz"
-    with suppress(OSError):  # the cache folder may not be writable
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(cache.with_suffix(".lock")):  # one rank builds the index, the others read it
-            if (index := _read_cached_index(cache, key)) is None:
-                index = _build_index(path, file)
-                _write_cached_index(cache, key, *index)
-            return index
+    key, name = f"{real_path}\n{stamp}", hashlib.sha256(os.fsencode(real_path)).hexdigest()[:16]
+    cache = cache_folder() / "archives" / f"{name}.npz"
+    # One rank builds the index, the others read it. The cache folder may not be writable.
+    with suppress(OSError), cache_lock(cache):
+        if (index := _cached_index(read_cached(cache), key)) is None:
+            index = _build_index(path, file)
+            with suppress(UserError):  # if the disk is full, the next command builds the index again
+                write_cached(cache, _index_arrays(key, *index))
+        return index
     return _build_index(path, file)
 
 
-def _read_cached_index(cache: Path, key: str) -> tuple[list[str], np.ndarray] | None:
-    try:
-        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as content:
-            if bytes(content["key"]) == os.fsencode(key):
-                names = bytes(content["names"]).decode("utf-8", "surrogateescape")
-                index = names.split("\0") if names else [], content["members"]
-                return index if index[1].shape == (len(index[0]), 5) else None
-    except Exception:  # the file is missing, or damaged: numpy raises many kinds of errors
+def _cached_index(arrays: dict[str, np.ndarray], key: str) -> tuple[list[str], np.ndarray] | None:
+    """Return the index that ``_index_arrays`` made, or None if it is of another ``key``."""
+    if arrays.keys() != {"key", "names", "members"} or bytes(arrays["key"]) != os.fsencode(key):
         return None
-    return None
+    names = bytes(arrays["names"]).decode("utf-8", "surrogateescape")
+    return names.split("\0") if names else [], arrays["members"]
 
 
-def _write_cached_index(cache: Path, key: str, names: list[str], members: np.ndarray) -> None:
-    as_bytes = (os.fsencode(key), "\0".join(names).encode("utf-8", "surrogateescape"))
-    key_bytes, name_bytes = (np.frombuffer(text, np.uint8) for text in as_bytes)
-    with suppress(UserError):  # if the disk is full, the next command builds the index again
-        write_binary(cache, lambda to: np.savez(to, key=key_bytes, names=name_bytes, members=members))
+def _index_arrays(key: str, names: list[str], members: np.ndarray) -> dict[str, np.ndarray]:
+    """Return an index as arrays; the names are one text."""
+    as_bytes = os.fsencode(key), "\0".join(names).encode("utf-8", "surrogateescape")
+    key_array, name_array = (np.frombuffer(text, np.uint8) for text in as_bytes)
+    return {"key": key_array, "names": name_array, "members": members}
 
 
 def _build_index(path: Path, file: BinaryIO) -> tuple[list[str], np.ndarray]:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cca.cli.output import Output
 from cca.data.image_sets import ImageSet, to_uint8_tensor
 from cca.distributed import Ranks
 from cca.evaluation.features import Extractor, Features
@@ -32,7 +31,7 @@ from cca.evaluation.metrics import (
 )
 from cca.progress import ProgressBar
 from models import UserError
-from models.utils.files import cache_folder, write_binary
+from models.utils.files import cache_folder, cache_lock, read_cached, write_cached, writing
 from models.utils.precision import ELSEWHERE, oom_as_user_error
 
 CACHED_IMAGES = 50_000  # features of larger references are not cached
@@ -88,44 +87,34 @@ def cache_path(images: ImageSet, extractor: Extractor) -> Path:
     return cache_folder() / f"{hashlib.sha256(''.join(parts).encode()).hexdigest()}.npz"
 
 
-def read_cache(path: Path) -> dict[str, Any]:
-    """Return the cached features; empty if there are none or the file is damaged."""
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return dict(file)
-    except Exception:  # a damaged file can raise anything
-        return {}
-
-
-def write_cache(path: Path, arrays: dict[str, Any]) -> None:
+def write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write features to the cache. If that fails, print a warning: the evaluation can continue."""
     try:
-        with Output(path, option="cache").lock():
-            write_binary(path, lambda file: np.savez(file, **arrays))
+        with writing(path), cache_lock(path):
+            write_cached(path, arrays)
     except UserError as error:
         print(f"warning: the reference's features are not cached: {error}", file=sys.stderr)
 
 
 def reference_features(
     images: ImageSet, extractor: Extractor, batch_size: int, ranks: Ranks
-) -> dict[str, Any]:
+) -> dict[str, np.ndarray]:
     """Return pooled and spatial features of the reference's images, from the cache if possible.
 
     On other ranks than rank 0 the result may be empty.
     """
-    is_cached = len(images) <= CACHED_IMAGES
-    arrays = read_cache(cache_path(images, extractor)) if is_cached else {}
-    if not ranks.any_rank(
-        not arrays
-    ):  # either all ranks extract or none, because nodes may not share the cache
+    cache = cache_path(images, extractor) if len(images) <= CACHED_IMAGES else None
+    arrays = read_cached(cache) if cache else {}
+    # Either all ranks extract or none, because nodes may not share the cache.
+    if not ranks.any_rank(not arrays):
         return arrays
     extracted = extract(images, extractor, batch_size, ranks)
     if extracted is None:
         return {}
     by_name = {"pooled": extracted.pooled, "spatial": extracted.spatial}
     arrays = {name: features.numpy() for name, features in by_name.items() if features is not None}
-    if is_cached:
-        write_cache(cache_path(images, extractor), arrays)
+    if cache:
+        write_cache(cache, arrays)
     return arrays
 
 

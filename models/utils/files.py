@@ -7,12 +7,13 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+from huggingface_hub.utils import WeakFileLock
 
 from models.utils.errors import UserError
 
@@ -57,6 +58,28 @@ def cache_folder() -> Path:
     """Return the cache folder that all runs share; a path that cannot be used if there is no home folder."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.devnull, "no home, set HOME") if base.startswith("~") else Path(base, "cca-evaluator")
+
+
+@contextmanager
+def cache_lock(path: Path) -> Iterator[None]:
+    """Context manager that lets one process at a time make a file of the cache folder. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(path.with_suffix(".lock")):
+        yield
+
+
+def read_cached(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a file in the cache folder; empty if it is missing or damaged."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
+            return dict(content)
+    except Exception:  # numpy raises many kinds of errors for damaged files
+        return {}
+
+
+def write_cached(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write the arrays of a file in the cache folder, within ``cache_lock``. Raises UserError."""
+    write_binary(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
 
 @contextmanager

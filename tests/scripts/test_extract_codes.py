@@ -106,12 +106,17 @@ def test_codes_that_are_in_the_way(disk):
     assert content(disk / "new") == {"codes.npy": b"mine"}
 
 
+def disk_full(*_):
+    raise UserError("no room")
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut", "other"])
 def test_a_damaged_part_is_made_again(damage, disk, monkeypatch):
     extract("whole")
     with monkeypatch.context() as patch:
-        patch.setattr(extract_codes.Extraction, "finish", lambda self: None)
-        extract("new")
+        patch.setattr(extract_codes, "write_npy", disk_full)
+        with pytest.raises(UserError, match="no room"):
+            extract("new")
     part = disk / "new" / "progress" / "00000256.npy"
     if damage == "missing":
         part.unlink()

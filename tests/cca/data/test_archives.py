@@ -180,10 +180,11 @@ def test_the_index_is_kept_until_the_archive_changes(files, model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(archives, "_list_tar", lambda *_: pytest.fail("listed again"))
         assert open_labelled_images(Path("data.tar"), model).source.keys == first.source.keys
-    (kept,) = (cache_folder() / "archives").glob("*.npz")
+    (kept,) = (cache_folder() / "archives").glob("*.npz")  # also after the changes below
     for spoil in (lambda: kept.write_bytes(kept.read_bytes()[:-50]), lambda: make_nested("data.tar", files)):
         spoil()
         assert open_labelled_images(Path("data.tar"), model).source.keys == first.source.keys
+        assert [*kept.parent.glob("*.npz")] == [kept]
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # no place to keep it
     assert open_labelled_images(Path("data.tar"), model).source.keys == first.source.keys
 

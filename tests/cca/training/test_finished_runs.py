@@ -69,7 +69,7 @@ def test_what_is_optional_costs_no_run(disk, monkeypatch, capsys):
     monkeypatch.setattr(cca.training.run_folder, "remove_folder", refuse)
     train("--sample-every", "2")
     printed = capsys.readouterr().err
-    assert "no sample grid at step 2: " in printed and "warning: an old checkpoint" in printed
+    assert "no sample grid step-000002.png: " in printed and "warning: an old checkpoint" in printed
     assert (disk / "run/model.pth").exists() and (disk / "run/samples").read_text() == "mine"
 
 

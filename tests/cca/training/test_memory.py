@@ -95,9 +95,9 @@ def test_the_chosen_micro_batch(each, chosen, tried, disk, monkeypatch):
     run = pretend_memory(monkeypatch, each, 100e6)
     work = Training.work
 
-    def measured_work(job):
+    def measured_work(job, content):
         job.micro_batch_size = None
-        return work(job)
+        return work(job, content)
 
     monkeypatch.setattr(Training, "work", measured_work)
     arguments = ["--codes=codes", "--max-steps", "2", "--batch-size", "8", "--output", "measured"]
