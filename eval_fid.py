@@ -21,7 +21,7 @@ from cca.cli.output import Output, OutputStatus
 from cca.cli.parser import Parser, count
 from cca.cli.plan import add_dry_run_option
 from cca.data.image_folders import add_orientation_option, check_orientation_option, is_image_folder
-from cca.data.image_sets import ImageSet, open_image_set, read_sampling_options, report_path
+from cca.data.image_sets import ImageSet, open_image_set, read_sampling_options
 from cca.data.labels import add_classes_option, read_classes
 from cca.distributed import Ranks
 from cca.evaluation.comparability import comparability, compare, read_row
@@ -226,13 +226,6 @@ def check_options(args: argparse.Namespace, output: Output | None) -> None:
     if output is None:
         return
     output.check_place({"--samples": args.samples, "--reference": args.reference}, suffix=".json")
-    # A later evaluation would take a JSON beside an .npz for the description that sample.py writes; beside a
-    # folder only such a description counts.
-    is_reserved = not is_image_folder(args.samples) or read_sampling_options(args.samples)
-    if is_reserved and args.output.resolve() == report_path(args.samples).resolve():
-        raise UserError(
-            f"--output: {args.output} is where sample.py describes the samples; choose another name"
-        )
 
 
 def check_count(images: ImageSet, ranks: Ranks) -> None:

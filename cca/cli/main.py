@@ -83,9 +83,9 @@ def play(
     status = ranks.broadcast_from_rank0(output.look) if output else OutputStatus()
     job = resolve(args, ranks, status)
     ranks.run_or_abort_all(partial(show, output, status, job), on_rank0=True)
+    ranks.run_or_abort_all(partial(require_space, job.downloads))  # all ranks check before one downloads
     if args.dry_run:
         return None
-    ranks.run_or_abort_all(partial(require_space, job.downloads))  # all ranks check before one downloads
     content = job.prepare()
     refuse_other_options(ranks, options_of(content))
     if output is None:

@@ -1,6 +1,5 @@
 """The plan of a command: a few aligned lines, printed before the work; with ``--dry-run`` nothing follows."""
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -9,7 +8,7 @@ from huggingface_hub import constants
 from cca.cli.parser import Parser
 from models.utils.errors import printable
 from models.utils.files import size_text
-from models.zoo.hub import Download, space_needed
+from models.zoo.hub import Download
 
 _hidden = False
 
@@ -32,16 +31,12 @@ def hidden_plans() -> Iterator[None]:
 
 
 def show_plan(rows: Mapping[str, str], downloads: Sequence[Download] = ()) -> None:
-    """Print the rows, aligned, then the files to download, their sizes and whether the disk has room."""
+    """Print the rows, aligned, then the files to download and their sizes."""
     if _hidden:
         return
     cells = {name: [text] for name, text in rows.items()}
     if downloads:
         lines = [f"~{size_text(file.size)}: {file.name}" for file in downloads]
-        for folder, needed in space_needed(downloads).items():
-            free = shutil.disk_usage(folder).free
-            room = "enough" if needed <= free else "too little"
-            lines.append(f"{size_text(free)} are free at {folder}, which is {room}")
         if constants.HF_HUB_OFFLINE:
             lines.append("HF_HUB_OFFLINE is set, so they will be refused")
         cells["downloads"] = lines

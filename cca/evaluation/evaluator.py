@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from cca.data.image_sets import ImageSet, to_uint8_tensor
 from cca.distributed import Ranks
@@ -26,7 +27,6 @@ from cca.evaluation.metrics import (
     Gaussian,
     frechet_distance,
     inception_score,
-    kernel_distance,
     precision_recall,
 )
 from cca.progress import ProgressBar
@@ -182,10 +182,16 @@ def accuracy(comparison: Comparison) -> float | None:
 
 
 def kid(comparison: Comparison) -> float | None:
+    """Return torch-fidelity's KID (Bińkowski et al., 2018, arXiv 1801.01401); None without reference images.
+
+    With fewer than 1,000 images the random subsets are smaller.
+    """
     reference, samples = comparison.reference.features, comparison.samples.pooled
     if reference is None:
         return None
-    return kernel_distance(samples.numpy(), reference, device=comparison.device)
+    size = min(1000, len(samples), len(reference))
+    found = kid_features_to_metric(samples, torch.from_numpy(reference), kid_subset_size=size, verbose=False)
+    return found[KEY_METRIC_KID_MEAN]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
-"""FID, inception score, precision, recall and KID of features, in double precision.
+"""FID, inception score, precision and recall of features, in double precision.
 
-The formulas, except KID's, are those of guided-diffusion's evaluator (Dhariwal & Nichol, 2021, arXiv
-2105.05233).
+The formulas are those of guided-diffusion's evaluator (Dhariwal & Nichol, 2021, arXiv 2105.05233).
 """
 
 from dataclasses import dataclass
@@ -75,37 +74,6 @@ def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:
         ratio = np.log(np.where(part > 0, part, 1)) - np.log(np.where(marginal > 0, marginal, 1))
         scores.append(np.exp((part * ratio).sum(1).mean()))
     return float(np.mean(scores))
-
-
-def kernel_distance(
-    samples: np.ndarray,
-    reference: np.ndarray,
-    subsets: int = 100,
-    subset_size: int = 1000,
-    device: torch.device | str = "cpu",
-) -> float:
-    """Return KID: the unbiased squared MMD with kernel (x.y / D + 1)^3, averaged over random subsets.
-
-    Bińkowski et al., 2018, arXiv 1801.01401. The subsets equal those of torch-fidelity, whose function takes
-    ten times as long. With fewer images than ``subset_size`` the subsets are smaller.
-    """
-    own, real = (torch.from_numpy(x).to(device).double() for x in (samples, reference))
-    size, generator = min(subset_size, len(own), len(real)), np.random.RandomState(2020)
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        base = torch.addmm(torch.ones((), dtype=a.dtype, device=a.device), a, b.T, alpha=1 / a.shape[1])
-        return base * base * base
-
-    distances = []
-    for _ in range(subsets):
-        x, y = (
-            features[torch.from_numpy(generator.choice(len(features), size, replace=False))]
-            for features in (own, real)
-        )
-        xx, yy = kernel(x, x), kernel(y, y)
-        within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
-        distances.append(within / (size * (size - 1)) - 2 * kernel(x, y).mean())
-    return torch.stack(distances).mean().item()
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:

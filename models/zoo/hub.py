@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,27 +42,20 @@ class Download:
     option: str
 
 
-def space_needed(downloads: Sequence[Download]) -> dict[Path, int]:
-    """Return the bytes that downloads need in each existing target folder."""
-    needed: dict[Path, int] = {}
-    for file in downloads:
-        folder = existing_part(file.folder)
-        needed[folder] = needed.get(folder, 0) + file.size
-    return needed
-
-
 def require_space(downloads: Sequence[Download]) -> None:
     """Raise UserError if a download's folder is not writable or, by the approximate sizes, has no room."""
-    needed = space_needed(downloads)
+    needed = Counter[Path]()
     for file in downloads:
         folder = existing_part(file.folder)
+        needed[folder] += file.size
         free = shutil.disk_usage(folder).free
         message = f"{file.option}: {file.name} must be downloaded"
         if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():
             raise UserError(f"{message}, but {folder} is not a writable folder")
         if needed[folder] > free:
             raise UserError(
-                f"{message} (~{size_text(file.size)}), but {folder} has only {size_text(free)} free"
+                f"{message} (~{size_text(needed[folder])} in all), but {folder} has only "
+                f"{size_text(free)} free"
             )
 
 

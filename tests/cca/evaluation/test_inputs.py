@@ -21,7 +21,7 @@ IMAGES = 60
 
 def described(**options):
     """The content of a description that sample.py wrote."""
-    return json.dumps({"format": 1, "options": {"num_samples": 60, **options}})
+    return json.dumps({"format": 1, "kind": "samples", "options": {"num_samples": 60, **options}})
 
 
 def test_no_accuracy_of_classes_that_the_classifier_does_not_know(evaluate):
@@ -140,15 +140,15 @@ def test_json_of_others(evaluate):
 
 
 def test_a_description_is_not_overwritten(evaluate, write_folder):
-    """Beside a folder the name is free where sample.py wrote nothing; beside an .npz it never is."""
+    """The name is free where sample.py wrote nothing."""
     write_folder("photos", bundled(IMAGES)["arr_0"])
     for _ in range(2):
         assert evaluate("photos", output="photos.json")["samples"]["sampling"] is None
-    Path("photos.json").write_text(described())
     for samples, output in (("photos", "photos.json"), ("samples.npz", "./samples.json")):
-        with pytest.raises(UserError, match="--output: .*json is where sample.py describes the samples"):
+        Path(output).write_text(described())
+        with pytest.raises(UserError, match="--output: .*json describes 'samples', not results"):
             evaluate(samples, output=output)
-    assert Path("photos.json").read_text() == described()
+        assert Path(output).read_text() == described()
 
 
 def archive(compression=zipfile.ZIP_STORED, array=None, damage=lambda data: data):
