@@ -140,13 +140,13 @@ def pair_labels(
     return torch.where(uncond, null, labels), torch.where(uncond, null, negatives(labels))
 
 
-def missing_negatives(loss: str, batch_size: int, same_class: Callable[[], bool]) -> str | None:
+def missing_negatives(loss: str, batch_size: int, classes: list[int] | None) -> str | None:
     """Return a message if no image has another class to contrast with, else None.
 
-    ``same_class`` returns whether all images of the data have one class.
+    ``classes`` are those of the data; None if they are not known.
     """
     takes_next = LOSSES[loss].objective is not None and LOSSES[loss].negatives is next_label
-    if takes_next and (batch_size == 1 or same_class()):
+    if takes_next and (batch_size == 1 or classes is not None and len(classes) == 1):
         return (
             f"all images of a batch of {batch_size} have one class, which leaves {loss} without negatives: "
             "the negatives are the classes of the other images of the batch"

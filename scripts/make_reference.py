@@ -126,17 +126,15 @@ class Reference:
     def work(self, content: dict) -> bool:
         """Extract the features; rank 0 writes the output. Raises UserError."""
         args, images, ranks = self.args, self.images, self.ranks
-        kept_indices = set(
-            stream(args.seed, DATA_ORDER).permutation(len(images))[: args.kept_images].tolist()
-        )
+        is_kept = np.zeros(len(images), bool)
+        is_kept[stream(args.seed, DATA_ORDER).permutation(len(images))[: args.kept_images]] = True
         kept_images, pooled, spatial = [], RunningGaussian(), RunningGaussian()
         index = ranks.share(len(images)).start
         for batch, features in extract_batches(images, self.extractor, args.batch_size, ranks):
             pooled.add(features.pooled.numpy())
             if features.spatial is not None:
                 spatial.add(features.spatial.numpy())
-            kept = [i - index for i in range(index, index + len(batch)) if i in kept_indices]
-            kept_images.append(batch[kept])
+            kept_images.append(batch[is_kept[index : index + len(batch)]])
             index += len(batch)
         arrays = dict(zip(("mu", "sigma"), reduce_statistics(pooled, ranks)))
         if spatial.count:

@@ -29,15 +29,15 @@ COLUMNS = (
     ("accuracy", "class accuracy ↑", ".3f"), ("pixel_fid", "FID of pixels ↓", ".3f"),
     ("published", "published FID", ".2f"), ("difference", "difference", "+.3f"),
 )  # fmt: skip
-# Lines of the plots: label in the legend, and matplotlib's format.
+# Lines of the plots: label in the legend, what the numbers at the points mean, and matplotlib's format.
 SERIES = {
-    "guidance": ("base, guidance (numbers: its scale)", "o-"),
-    "lambda": ("CCA, no guidance (numbers: lambda)", "s--"),
-    "beta": ("CCA, no guidance (numbers: beta)", "^--"),
-    "free": ("base, no guidance, no filters", "D"),
-    "recipe": ("CCA, the recipe, no guidance", "*"),
-    "control": ("control: maximum likelihood", "x"),
-    "on top": ("CCA with guidance on top (numbers: its scale)", "s-"),
+    "guidance": ("base, guidance", "scale", "o-"),
+    "lambda": ("CCA, no guidance", "lambda", "s--"),
+    "beta": ("CCA, no guidance", "beta", "^--"),
+    "free": ("base, no guidance, no filters", "", "D"),
+    "recipe": ("CCA, the recipe, no guidance", "", "*"),
+    "control": ("control: maximum likelihood", "", "x"),
+    "on top": ("CCA with guidance on top", "scale", "s-"),
 }
 # Offset of the number beside a point, in points: the numbers of different lines must not overlap.
 NUMBERS_AT = {"guidance": (0, -14), "lambda": (-8, 9), "beta": (12, 8), "on top": (0, 10)}
@@ -262,15 +262,17 @@ def fid_chart(path: Path, results: Results, over: str) -> None:
     axes = figure.subplots(1, len(results), squeeze=False)
     by_scale = over == "guidance scale"
     for axis, (model, (rows, seeds)) in zip(axes[0], results.items()):
-        for series, (label, form) in SERIES.items():
+        for series, (label, numbers, form) in SERIES.items():
             points = on(rows, series)
+            has_numbers = len(points) > 1 and not by_scale
+            label += f" (numbers: {numbers})" if has_numbers else ""
             fids = [mean(seeds, row, "fid") for row in points]
             across = [row.series[series] if by_scale else mean(seeds, row, "is") for row in points]
             errors = [deviation(seeds, row, "fid") for row in points]
             if points:
                 size = 12 if form == "*" else 6
                 line = axis.errorbar(across, fids, errors, fmt=form, label=label, markersize=size, capsize=2)
-            for row, place in zip(points, zip(across, fids)) if len(points) > 1 and not by_scale else ():
+            for row, place in zip(points, zip(across, fids)) if has_numbers else ():
                 axis.annotate(
                     f"{row.series[series]:g}", place, textcoords="offset points", fontsize=7,
                     xytext=NUMBERS_AT[series], ha="center", color=line.lines[0].get_color(),

@@ -64,12 +64,6 @@ class LabelledDataset(Dataset):
         """Return the classes [n] int64 of these images, on the CPU."""
         return self.all_labels[torch.from_numpy(indices)]
 
-    def same_class(self) -> bool:
-        """Return whether all images have one class; stop at the first label that differs."""
-        first = self.labels(np.arange(1))
-        parts = (np.arange(i, min(i + 1024, len(self))) for i in range(0, len(self), 1024))
-        return all(bool((self.labels(part) == first).all()) for part in parts)
-
     def occurring_classes(self) -> list[int] | None:
         """Return the classes that occur, sorted; None if that would need reading one file per image."""
         return self.all_labels.unique().tolist()
@@ -116,6 +110,22 @@ class ImageArray(LabelledDataset):
         return self.file.content_hash()
 
 
+def find_labelled_images(
+    folder: Folder | Archive,
+) -> tuple[Folder | Archive, dict[str, int], list[str], str | None]:
+    """Return the folder of the images, the classes in its dataset.json, and what ``find_images`` returns.
+
+    It is ``train/`` if that has images with classes, and no dataset.json lies beside it.
+    """
+    listed, train = read_listed_classes(folder), folder.subfolder("train")
+    if train and not listed:
+        listed_below = read_listed_classes(train)
+        files, left_out = find_images(train)
+        if any(listed_below or "/" in file for file in files):
+            return train, listed_below, files, left_out
+    return folder, listed, *find_images(folder)
+
+
 class FolderImages(LabelledDataset):
     """An ImageNet-style folder or archive with one subfolder per class (see ``number_classes``).
 
@@ -141,15 +151,9 @@ class FolderImages(LabelledDataset):
         user_classes: Mapping[str, int] | None = None,
         upright: bool = False,
     ):
-        places, train = [(folder, read_listed_classes(folder))], folder.subfolder("train")
-        if train and not places[0][1]:
-            places.insert(0, (train, read_listed_classes(train)))
-        for inner, listed in places:
-            files, self.left_out = find_images(inner)
-            used = [file for file in files if listed or "/" in file]
-            if used:
-                break
-        else:
+        inner, listed, files, self.left_out = find_labelled_images(folder)
+        used = [file for file in files if listed or "/" in file]
+        if not used:
             problem = f"its {len(files):,} images are not in class folders, so their classes are unknown"
             raise UserError(f"--data: {folder.root}: {problem if files else 'holds no images'}; {LAYOUTS}")
         if listed and user_classes is not None:

@@ -170,7 +170,8 @@ class Training:
     def work(self, content: dict) -> bool:
         args, config, ranks = self.args, self.config, self.ranks
         folder = RunFolder(args.output, ranks, self.all_options, self.keep_states, args.report_to)
-        ranks.run_or_abort_all(self.print_notes, on_rank0=True)
+        if ranks.is_main:
+            self.print_notes()
         with oom_as_user_error(MODEL_TOO_LARGE):
             self.model.transformer.checkpointing = args.checkpointing
             size = self.micro_batch_size or 1
@@ -187,8 +188,9 @@ class Training:
             return train(trainer, loader, folder, args.save_every, args.log_every, args.sample_every)
 
     def print_notes(self) -> None:
-        """Print notes on the data to standard error. Raises UserError for labels that cannot be read."""
-        without = missing_negatives(self.config.loss, self.config.batch_size, self.data.same_class)
+        """Print notes on the data to standard error."""
+        classes = self.data.occurring_classes()
+        without = missing_negatives(self.config.loss, self.config.batch_size, classes)
         for note in [*self.data.notes(), *filter(None, [without])]:
             print(f"note: {note}", file=sys.stderr)
 

@@ -145,6 +145,13 @@ def _read(files: list[Path]) -> tuple[Any, str | None]:
         return {key: contents[shard][0][key] for key, shard in index.items()}, contents[shards[0].name][1]
     with suppress(SafetensorError, OSError):  # the file has another format, is damaged or cannot be read
         return _read_safetensors(path)
+    content, wrappers = _unwrap(_read_torch(path))
+    # Several wrappers mean a training checkpoint, which is not a format for publishing.
+    return content, None if len(wrappers) > 1 else "".join(wrappers)
+
+
+def _read_torch(path: Path) -> Any:
+    """Return the content of a file of ``torch.save``, memory-mapped if its format allows it."""
     archive = zipfile.is_zipfile(require_regular_file(path))
     if archive:
         with zipfile.ZipFile(path) as members:
@@ -156,17 +163,19 @@ def _read(files: list[Path]) -> tuple[Any, str | None]:
                 f"{path}: is a compressed archive, which torch.save never writes; unpack it and save it again"
             )
     with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings(action="ignore"):
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    wrappers: list[str] = []
-    while (
-        isinstance(content, dict)
-        and len(wrappers) < 8  # a dict may contain itself
-        and (inner := next((k for k in WRAPPERS if isinstance(content.get(k), dict)), None))
-    ):
-        content = content[inner]
-        wrappers.append(inner)
-    # Several wrappers mean a training checkpoint, which is not a format for publishing.
-    return content, None if len(wrappers) > 1 else "".join(wrappers)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+
+
+def _unwrap(content: Any) -> tuple[Any, list[str]]:
+    """Return what the dicts under the keys WRAPPERS contain, and these keys, the outermost first."""
+    keys = list[str]()
+    while isinstance(content, dict) and len(keys) < 8:  # a dict may contain itself
+        key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+        if key is None:
+            break
+        content = content[key]
+        keys.append(key)
+    return content, keys
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -265,38 +274,29 @@ def _is_finite(tensor: Tensor) -> bool:
     return not has_values or all(math.isfinite(end) for end in tensor.detach().aminmax())
 
 
-Guess = Callable[[dict[str, Tensor]], str | None]
-
-
-def fit_weights(
+def load_weights(
     module: nn.Module,
-    state: dict[str, Tensor],
-    source: str | Path,
+    path: str | Path,
     what: str,
-    guess: Guess = lambda state: None,
+    guess: Callable[[dict[str, Tensor]], str | None] = lambda state: None,
 ) -> None:
-    """Load a state dict into a module, after a check that all tensors fit and all elements are finite.
+    """Load a weights file into a module, after a check that all tensors fit and all elements are finite.
 
     Args:
-        source: name of the weights in errors.
         what: name of the module in errors.
         guess: may return the name of the model that unsuitable weights belong to.
 
     Raises:
-        UserError: the tensors do not fit or are not finite.
+        UserError: the file cannot be read, or its tensors do not fit or are not finite.
     """
+    state = read_state_dict(path)
     if problem := mismatch(module, state):
         likely = f"; it looks like {other}" if (other := guess(state)) else ""
-        raise UserError(f"{source}: does not fit {what}: tensors {problem}{likely}")
+        raise UserError(f"{path}: does not fit {what}: tensors {problem}{likely}")
     weights = {k: v.float() if v.is_floating_point() else v for k, v in state.items() if not is_constant(k)}
     if wrong := not_finite(weights):
-        raise UserError(f"{source}: holds weights that are not finite (NaN or infinite): {wrong}")
+        raise UserError(f"{path}: holds weights that are not finite (NaN or infinite): {wrong}")
     module.load_state_dict(weights, strict=False, assign=True)  # float32 tensors are not copied
-
-
-def load_weights(module: nn.Module, path: str | Path, what: str, guess: Guess = lambda state: None) -> None:
-    """Load a weights file into ``module``; arguments and errors are those of ``fit_weights``."""
-    fit_weights(module, read_state_dict(path), path, what, guess)
 
 
 def save_published(state: dict[str, Tensor], path: Path, key: str = "") -> None:

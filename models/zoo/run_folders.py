@@ -31,23 +31,21 @@ def run_weights(text: str, checkpoint_name: str) -> Path | None:
     Raises:
         UserError: the folder has neither an exported model nor a checkpoint.
     """
-    if text.startswith(HUB):
-        return None
     path, average = Path(text.removesuffix(":ema")), text.endswith(":ema")
-    exported = path / (ema_name(checkpoint_name) if average else checkpoint_name)
-    if text in ("base", "cca") or any(path.glob(INDEX)):  # a folder with an index holds published weights
+    if text in ("base", "cca") or text.startswith(HUB):
         return None
+    if path.is_file():
+        return path if path.name in (checkpoint_name, ema_name(checkpoint_name)) and not average else None
     if checkpoint_folder(path):
         return Path(text)
+    if not path.is_dir() or any(path.glob(INDEX)):  # a folder with an index holds published weights
+        return None
+    exported = path / (ema_name(checkpoint_name) if average else checkpoint_name)
     if exported.exists():
         return exported
-    if not path.is_dir():
-        is_exported = path.name in (checkpoint_name, ema_name(checkpoint_name)) and Path(text).is_file()
-        return path if is_exported else None
-    steps = saved_steps(path)
-    if not steps:
-        raise UserError(f"--weights: {path} holds no {exported.name} and no checkpoint")
-    return path / "state" / f"step-{steps[-1]}{':ema' if average else ''}"
+    if steps := saved_steps(path):
+        return path / "state" / f"step-{steps[-1]}{':ema' if average else ''}"
+    raise UserError(f"--weights: {path} holds no {exported.name} and no checkpoint")
 
 
 def run_config(weights: Path) -> dict:
