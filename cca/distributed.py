@@ -16,6 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the process group as a default argument. If torch.compile's modules imported it after the
+# group is made, these functions would keep gloo's threads alive until Python ends. A thread that then frees a
+# tensor aborts the process.
+import torch.distributed.nn  # noqa: F401
 from torch import Tensor
 
 from models.utils.errors import UserError

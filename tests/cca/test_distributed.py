@@ -30,6 +30,23 @@ processes.barrier()
 """
 
 
+# What is registered first runs last. Building a model imports torch.compile's modules.
+AT_EXIT = """
+import atexit, os
+from pathlib import Path
+def show():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    print("threads of gloo:", sum("gloo" in name for name in names))
+atexit.register(show)
+from cca.distributed import Ranks
+from models.zoo.loading import build_model
+processes = Ranks()
+show()
+build_model("llamagen-mini")
+processes.barrier()
+"""
+
+
 # The process is told that it sees one GPU; this machine has none.
 ONE_GPU = """
 import os, sys, types
@@ -50,6 +67,14 @@ run_command(lambda: print("on GPU", Ranks().device.index))
 def test_three_processes(tmp_path):
     (tmp_path / "collectives.py").write_text(COLLECTIVES)
     run(tmp_path / "collectives.py", processes=3, PYTHONPATH=".")
+
+
+def test_no_thread_of_gloo_outlives_the_work(tmp_path):
+    """One that frees a tensor while Python ends would abort the process."""
+    (tmp_path / "at_exit.py").write_text(AT_EXIT)
+    said = run(tmp_path / "at_exit.py", processes=2, PYTHONPATH=".").stdout.splitlines()
+    counts = sorted(int(line.split(": ")[1]) for line in said if "threads of gloo" in line)
+    assert counts[:2] == [0, 0] and min(counts[2:]) > 0 and len(counts) == 4, said
 
 
 def test_hosts_tell_each_other_nothing_by_way_of_their_gpus(monkeypatch):
