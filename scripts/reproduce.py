@@ -74,7 +74,8 @@ from cca.evaluation.references import find_reference
 from cca.losses import LOSSES
 from models import UserError, zoo_entry
 from models.utils.files import read_json
-from models.zoo.loading import build_model, find_files
+from models.zoo.hub import HUB
+from models.zoo.loading import build_model
 from scripts.pixel_distance import pixel_distance
 from scripts.recipes import EXPERIMENTS, SHEET, Row, Run, left_out, table_rows
 from scripts.report import Figures, with_best_guided, write_report
@@ -191,8 +192,10 @@ def check_inputs(args: Namespace, trains: bool) -> None:
     UserError.
     """
     for seed, name in product(range(args.seed, args.seed + args.seeds), args.models):
-        if not args.dry_run:
-            find_files(name, base_weights(args, name, seed))
+        base = base_weights(args, name, seed)
+        is_file = base != "base" and not base.startswith(HUB)
+        if is_file and not args.dry_run and not Path(base.removesuffix(":ema")).exists():
+            raise UserError(f"--base: {base}: no such file")
     for name, is_used in (("data", trains), ("reference", args.experiment != "samples")):
         value = getattr(args, name)
         if is_used and args.dry_run:

@@ -21,7 +21,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {self.path}")
         repository, _, rest = self.path[1:].partition("/resolve/")
         content = self.server.files.get(f"{repository}/{rest.partition('/')[2]}")
-        if self.server.refusal and len(self.server.requests) > self.server.answers:
+        files = sum("/resolve/" in request for request in self.server.requests)
+        if self.server.refusal and files > self.server.answers:
             self.send_response(self.server.refusal)
             if self.server.is_gated:
                 self.send_header("X-Error-Code", "GatedRepo")
@@ -65,7 +66,7 @@ class Hub(ThreadingHTTPServer):
 
     cut: end each download half-way. ranges: answer range requests with that part. sent: the first byte of
     each answer. refusal: the status of every answer, if any. is_gated: refuse as a repository with terms.
-    answers: number of answers before the refusals.
+    answers: number of answers about files before the refusals.
     """
 
     daemon_threads = True

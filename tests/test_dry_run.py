@@ -133,7 +133,7 @@ def test_sizes_and_room(folder, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**9, used=0, total=10**9))
     for arguments in (command, [*command, "--dry-run"]):
         with pytest.raises(
-            UserError, match=r"--weights: .*var_d16.pth .*\(~1.2 GB in all\), but .* 1.0 GB free"
+            UserError, match=r"--weights: .*var_d16.pth .*\(~1.7 GB in all\), but .* 1.0 GB free"
         ):
             sample.main(arguments)
     assert not list(folder.glob("s.npz*"))

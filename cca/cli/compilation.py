@@ -29,7 +29,8 @@ def decide_compile(option: bool | None, default: bool, status: OutputStatus, ran
         return is_wanted
     problem = f"torch.compile needs a compiler ({' or '.join(names)}), and this machine has none"
     if option:
-        raise UserError(f"--compile: {problem}; install one, or use --no-compile")
+        other = "--no-compile" if "compile" not in status.options else "another --output with --no-compile"
+        raise UserError(f"--compile: {problem}; install one, or use {other}")
     if ranks.is_main:
         print(f"note: --compile is off: {problem}", file=sys.stderr)
     return False

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import posixpath
+import socket
 import stat
 import struct
 import tarfile
@@ -179,8 +180,9 @@ def read_index(path: Path, file: BinaryIO) -> tuple[list[str], np.ndarray]:
     """Return the index of an archive: sorted names [N], and int64 [N, 5] (see ``Member``)."""
     status, real_path = os.fstat(file.fileno()), os.path.realpath(path)
     stamp = (INDEX_FORMAT, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
-    key, name = f"{real_path}\n{stamp}", hashlib.sha256(os.fsencode(real_path)).hexdigest()[:16]
-    cache = cache_folder() / "archives" / f"{name}.npz"
+    key, place = f"{real_path}\n{stamp}", f"{socket.gethostname()}\n{real_path}"
+    # Nodes may share the cache folder and have an archive of their own at the same path.
+    cache = cache_folder() / "archives" / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.npz"
     # One rank builds the index, the others read it. The cache folder may not be writable.
     with suppress(OSError), cache_lock(cache):
         if (index := _cached_index(read_cached(cache), key)) is None:

@@ -185,8 +185,7 @@ class RunFolder:
 
     def draw_curves(self) -> None:
         """Draw ``curves.png`` of all steps if it is missing; print a warning if that fails."""
-        rows = self._rows()
-        if not rows or (self.path / "curves.png").exists():
+        if (self.path / "curves.png").exists():
             return
         loss = self.options["loss"]
         values = {"beta": f"β = {self.options['beta']:g}", "lambda_": f"λ = {self.options['lam']:g}"}
@@ -197,7 +196,8 @@ class RunFolder:
             # Imported late: matplotlib takes longer to import than all else that a training command needs.
             from cca.training.curves import draw_curves
 
-            draw_curves(self.path / "curves.png", rows, title)
+            if rows := self._rows():
+                draw_curves(self.path / "curves.png", rows, title)
         except Exception as error:  # for example an MPLBACKEND that a notebook set
             print(f"warning: no curves.png: {reason(error)}", file=sys.stderr)
 

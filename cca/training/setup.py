@@ -90,7 +90,8 @@ class Training:
         self.rank_images = math.ceil(config.batch_size / ranks.world_size)  # images of a step on this rank
         self.keep_states = args.keep_states or number_in_config(args.output, self.status, KEPT) or 1
         # A run that is resumed elsewhere keeps its micro-batch, since dropout's masks depend on it.
-        self.previous_micro_batch = number_in_config(args.output, self.status, MICRO_BATCH)
+        previous = 0 if args.micro_batch_size else number_in_config(args.output, self.status, MICRO_BATCH)
+        self.previous_micro_batch = previous
         self.micro_batch_size = self.choose_micro_batch(self.parallel == "fsdp" and ranks.world_size > 1)
 
     def choose_micro_batch(self, is_sharded: bool) -> int | None:
@@ -124,7 +125,7 @@ class Training:
         micro = "the largest micro-batch that fits in GPU memory"
         if self.micro_batch_size:
             micro = f"a micro-batch of {min(self.micro_batch_size, self.rank_images)} images"
-            micro += " as before" if self.previous_micro_batch and not self.args.micro_batch_size else ""
+            micro += " as before" if self.previous_micro_batch else ""
         rows = {
             "data": f"{data.source.root if data.source else self.path}, {self.images:,} images{classes}",
             "training": ", ".join([config.loss, *values, f"learning rate {config.lr:g}"]).replace("_ ", " "),

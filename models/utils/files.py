@@ -18,6 +18,7 @@ from huggingface_hub.utils import WeakFileLock
 from models.utils.errors import UserError
 
 VERSION = "1.0.0"  # also in CITATION.cff
+CACHE_LOCK_SECONDS = 600  # without file locks, a process that was killed leaves its lock behind
 FORMAT = 1  # format number of every JSON record on disk; outputs of another format are not resumed
 
 
@@ -62,9 +63,12 @@ def cache_folder() -> Path:
 
 @contextmanager
 def cache_lock(path: Path) -> Iterator[None]:
-    """Context manager that lets one process at a time make a file of the cache folder. Raises OSError."""
+    """Context manager that lets one process at a time make a file of the cache folder.
+
+    Raises OSError: the folder is not writable, or another process holds the lock for ``CACHE_LOCK_SECONDS``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(path.with_suffix(".lock")):
+    with WeakFileLock(path.with_suffix(".lock"), timeout=CACHE_LOCK_SECONDS):
         yield
 
 

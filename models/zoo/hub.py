@@ -46,8 +46,9 @@ def require_space(downloads: Sequence[Download]) -> None:
     """Raise UserError if a download's folder is not writable or, by the approximate sizes, has no room."""
     needed = Counter[Path]()
     for file in downloads:
+        needed[existing_part(file.folder)] += file.size
+    for file in downloads:
         folder = existing_part(file.folder)
-        needed[folder] += file.size
         free = shutil.disk_usage(folder).free
         message = f"{file.option}: {file.name} must be downloaded"
         if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():

@@ -114,7 +114,7 @@ def test_losses_without_published_values_are_left_out(capsys):
         (["ablation", "--from-released"], "--from-released: applies only to tables"),
         (["var-tables", "--data", "nowhere", "--reference", "none.npz"], "--data: nowhere: no such file"),
         (["var-tables", "--data", ".", "--reference", "none.npz"], "--reference: none.npz: no such file"),
-        (["quickstart", "--base", "none/{model}-{seed}.pth"], "--weights: none/llamagen-mini-0.pth: no such"),
+        (["quickstart", "--base", "none/{model}-{seed}.pth"], "--base: none/llamagen-mini-0.pth: no such"),
         (["with-guidance", "--models", "var-d24", "--dry-run"], "no recipe for CCA with guidance on top"),
         (["tradeoff", "--mini", "--models", "var-d36"], "var-d36 does not go with --mini"),
         (["tradeoff", "--mini", "--class", "0"], "--class: .*samples"),

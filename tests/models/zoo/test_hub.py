@@ -151,6 +151,13 @@ def test_a_hub_that_refuses(status, token, message, hub, tmp_path, monkeypatch):
     assert "hf_" not in result.stderr.replace("hf_hub", "")  # the token itself is told nobody
 
 
+def test_a_hub_that_ends_after_its_first_answer(hub, tmp_path):
+    """The client then says that the file is not in its cache; the hub has it all the same."""
+    hub.refusal, hub.answers = 400, 1  # of 503 the client would ask again for half a minute
+    result = sample(tmp_path, hub.endpoint, "--model", "llamagen-b")
+    one_line(result, tmp_path, "--weights: FoundationVision/LlamaGen/c2i_B_384.pt: the download failed")
+
+
 def test_truncated_download(hub, tmp_path):
     hub.cut = True
     result = sample(tmp_path, hub.endpoint, "--model", "var-mini", "--tokenizer-weights", "vae_ch160v4096z32")
