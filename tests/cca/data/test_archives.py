@@ -185,6 +185,12 @@ def test_the_index_is_kept_until_the_archive_changes(files, model, monkeypatch):
         spoil()
         assert open_labelled_images(Path("data.tar"), model).source.keys == first.source.keys
         assert [*kept.parent.glob("*.npz")] == [kept]
+    index = kept.read_bytes()
+    with monkeypatch.context() as patch:  # of a node with another archive at this path
+        patch.setattr(archives.socket, "gethostname", lambda: "another")
+        make_nested("data.tar", files)
+        open_labelled_images(Path("data.tar"), model)
+    assert kept.read_bytes() == index
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # no place to keep it
     assert open_labelled_images(Path("data.tar"), model).source.keys == first.source.keys
 
