@@ -1,4 +1,4 @@
-"""Helpers that run the commands as users do: in processes of their own, alone or under torchrun with gloo."""
+"""Helpers that run the commands as users do: in new processes, alone or under torchrun with gloo."""
 
 import json
 import os
@@ -15,22 +15,24 @@ REFERENCE = "assets/fashion-mnist-test-10k.npz"
 
 
 def command_line(arguments: list, processes: int = 1) -> list[str]:
+    """Return the command line of a Python program, under torchrun if ``processes`` (ranks) is above 1."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [sys.executable, *(torchrun if processes > 1 else []), *map(str, arguments)]
 
 
 def environment(**variables: str) -> dict[str, str]:
+    """Return the environment of a command: one CPU thread, no GPU, and ``variables``."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
 
 
 def call(arguments, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
-    """Run a command and return its result, failed or not. ``variables`` are added to the environment."""
+    """Run a command and return its result, whether it failed or not. ``variables`` extend the environment."""
     line, variables = command_line(arguments, processes), environment(**variables)
     return subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True)
 
 
 def run(*arguments, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
-    """Run a command that must succeed without a Python warning from this project."""
+    """Run a command and return its result. It must succeed without a Python warning from this project."""
     result = call(arguments, processes, **variables)
     assert result.returncode == 0, result.stderr
     own = [
@@ -61,6 +63,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def free_port() -> int:
+    """Return a TCP port that no process uses."""
     with socket.socket() as connection:
         connection.bind(("localhost", 0))
         return connection.getsockname()[1]
@@ -88,7 +91,7 @@ def start_agents(arguments: list, folders: list[Path]) -> list[subprocess.Popen]
 
 
 def start(line: list[str], folder: Path = ROOT, **variables: str) -> subprocess.Popen:
-    """Start a process in a session of its own."""
+    """Start a process in a new session: a signal to its process group does not reach the tests."""
     variables = environment(PYTHONPATH=str(ROOT), **variables)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(line, cwd=folder, env=variables, start_new_session=True, **pipes)
@@ -101,7 +104,7 @@ def wait_until(process: subprocess.Popen, ready: Callable[[], bool]) -> None:
 
 
 def lines(path: Path) -> list[str]:
-    """Return the lines of a file, or none if it does not exist yet."""
+    """Return the lines of a file, or an empty list if it does not exist yet."""
     return path.read_text().splitlines() if path.exists() else []
 
 
@@ -111,7 +114,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def finish(processes: list[subprocess.Popen], timeout: int = 300) -> list[tuple[int, str, str]]:
-    """Wait for all processes; return exit status, stdout and stderr of each. Kill those that are left."""
+    """Wait for all processes and return exit status, stdout and stderr of each. Kill those that still run."""
     try:
         return [(process.wait(timeout), *process.communicate(timeout=timeout)) for process in processes]
     finally:

@@ -9,12 +9,12 @@ from specimens import SPECIMENS, register
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, SIGHUP is ignored
 
 
 @pytest.fixture
 def disk(tmp_path, monkeypatch):
-    """The specimens copied to the current folder (their options hold relative paths), their models known."""
+    """Register the specimen models, and change to a copy of the folder that their options refer to."""
     shutil.copytree(SPECIMENS, tmp_path / "disk")
     monkeypatch.chdir(tmp_path / "disk")
     register(monkeypatch)

@@ -1,9 +1,9 @@
 """A simulated GPU: tensors on "cuda" without data, and generated code that is not run.
 
 FakeTensorMode computes the shapes, precision and device of each operator, and refuses to mix devices as a GPU
-does. It raises where a value or a number of elements depends on data. This module answers what PyTorch would
-ask the GPU. It needs a CUDA build of PyTorch. It cannot check values, time, memory, streams, CUDA graphs or
-NCCL.
+does. It raises where a value or a number of elements depends on data. This module answers the queries that
+PyTorch would send to the GPU. It needs a CUDA build of PyTorch. It cannot check values, time, memory,
+streams, CUDA graphs or NCCL.
 """
 
 import re
@@ -29,7 +29,7 @@ from models.zoo.loading import build_model
 
 GPU = torch.device("cuda", 0)
 PRODUCT = f"{ROOT}/models", f"{ROOT}/cca"
-KERNELS = {"sort": 4, "topk": 4}  # per call if not one, from ATen's CUDA sources
+KERNELS = {"sort": 4, "topk": 4}  # kernels per call, if not one; from ATen's CUDA sources
 EXTERNAL = re.compile(r"(?:extern_kernels|torch\.ops\.\w+|aten)\.(\w+)[\w.]*\(")
 H100 = SimpleNamespace(
     name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, regs_per_multiprocessor=65536,
@@ -38,7 +38,7 @@ H100 = SimpleNamespace(
 )  # fmt: skip
 
 
-DRIVER = SimpleNamespace(  # what Triton asks for while Inductor generates code
+DRIVER = SimpleNamespace(  # the calls that Triton makes while Inductor generates code
     utils=SimpleNamespace(),
     get_current_target=lambda: GPUTarget("cuda", 90, 32),
     get_current_device=lambda: 0,
@@ -47,7 +47,7 @@ DRIVER = SimpleNamespace(  # what Triton asks for while Inductor generates code
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None) -> Tensor:
-    """Compute scaled_dot_product_attention with the kernel that PyTorch would choose on the GPU."""
+    """Replace scaled_dot_product_attention: call the kernel that PyTorch would choose on the GPU."""
     if torch.is_autocast_enabled("cuda"):
         query, key, value = (t.to(torch.get_autocast_dtype("cuda")) for t in (query, key, value))
     width = query.shape[-1]
@@ -63,7 +63,7 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
 
 @torch.no_grad()
 def _apply(root: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Replace Module._apply, which cannot change the data of a fake parameter: replace the parameter."""
+    """Replace Module._apply, which cannot change the data of a fake parameter: create new parameters."""
     for module in root.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -74,12 +74,12 @@ def _apply(root: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool 
 
 @torch.no_grad()
 def _backward(root: Tensor) -> None:
-    """Replace autograd's engine, which would ask the GPU for its streams.
+    """Replace Tensor.backward, whose engine would ask the GPU for its streams.
 
     Run the backward passes that are written in Python, and set gradients without data.
     """
     nodes = [root.grad_fn]
-    for node in nodes:  # the list grows meanwhile
+    for node in nodes:  # the loop appends to the list
         nodes += {following for following, _ in node.next_functions if following} - set(nodes)
         if hasattr(node, "variable"):
             node.variable.grad = torch.zeros_like(node.variable)
@@ -89,7 +89,7 @@ def _backward(root: Tensor) -> None:
 
 
 @contextmanager
-def entered(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
+def enter_all(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
     """Context manager that enters all ``contexts``."""
     with ExitStack() as stack:
         for context in contexts:
@@ -99,7 +99,7 @@ def entered(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
 
 def fake_gpu() -> AbstractContextManager[None]:
     """Context manager in which tensors can be created on, or moved to, the device "cuda"."""
-    return entered([
+    return enter_all([
         warnings.catch_warnings(action="ignore"),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
@@ -108,7 +108,7 @@ def fake_gpu() -> AbstractContextManager[None]:
         mock.patch.object(nn.Module, "_apply", _apply),
         mock.patch.object(Tensor, "backward", _backward),
         mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor),
-        # One wait, not one per element.
+        # Record one wait for the tensor instead of one per element.
         mock.patch.object(FakeTensor, "tolist", lambda tensor: [tensor.sum().item()] * len(tensor)),
         mock.patch("torch.set_float32_matmul_precision"),  # the commands set it permanently
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -116,7 +116,7 @@ def fake_gpu() -> AbstractContextManager[None]:
 
 
 def fake_model(name: str, layers: int | None = None) -> ARImageModel:
-    """Return a model of the zoo on the fake GPU, without data and with at most ``layers`` blocks."""
+    """Return a model of the zoo on the fake GPU, without data; ``layers`` limits the number of blocks."""
     with _disable_current_modes():
         model = build_model(name)
     if layers:
@@ -133,7 +133,7 @@ def tensors_of(tree: object) -> list[Tensor]:
 class Recorder(TorchDispatchMode):
     """Context manager that records why and where the host waits for the GPU, and counts kernels.
 
-    It counts one kernel per operator. Where the host asks for a value, the answer is 1.
+    It counts one kernel per operator. If the host asks for the value of a tensor, it gets 1.
     """
 
     def __init__(self):
@@ -141,7 +141,7 @@ class Recorder(TorchDispatchMode):
         self.waits: list[str] = []
         self.kernels = 0
 
-    def note(self, why: str) -> None:
+    def record_wait(self, why: str) -> None:
         frames = [f for f in traceback.extract_stack() if f.filename.startswith(PRODUCT)]
         self.waits.append(f"{why} in {frames[-1] if frames else 'autograd'}")
 
@@ -151,18 +151,18 @@ class Recorder(TorchDispatchMode):
         on_gpu = any(tensor.is_cuda for tensor in inputs)
         if name in ("item", "_local_scalar_dense", "nonzero"):
             if on_gpu:
-                self.note(name)
+                self.record_wait(name)
             if name == "nonzero":  # the largest possible result
                 return inputs[0].new_empty((inputs[0].numel(), inputs[0].dim()), dtype=torch.int64)
             return False if inputs[0].dtype == torch.bool else 1
         result = func(*args, **kwargs)
         outputs = tensors_of(result)
         self.kernels += on_gpu and bool(outputs) and not func.is_view
-        is_copy = name in ("to", "_to_copy")  # for other operators a CPU scalar is a constant
+        is_copy = name in ("to", "_to_copy")  # other operators take a CPU scalar as a constant
         devices = {t.device.type for t in (*inputs, *outputs) if t.dim() or is_copy}
         is_async = kwargs.get("non_blocking") or any(argument is True for argument in args)
         if len(devices) > 1 and not is_async:
-            self.note(f"{name} of CPU and GPU")
+            self.record_wait(f"{name} of CPU and GPU")
         return result
 
 
@@ -171,7 +171,7 @@ def _inductor_sees_an_h100() -> AbstractContextManager[None]:
     properties = {"get_device_properties": H100, "current_device": 0, "device_count": 1}
     more = {**properties, "is_available": True, "is_bf16_supported": True}
     module = "torch._dynamo.device_interface"
-    return entered([
+    return enter_all([
         *(mock.patch(f"{module}.CudaInterface.{key}", return_value=value) for key, value in more.items()),
         *(mock.patch(f"torch.cuda.{key}", return_value=value) for key, value in properties.items()),
         mock.patch.dict(f"{module}.caching_worker_device_properties", {"cuda": [H100]}),
@@ -199,7 +199,10 @@ class Writer:
     def __call__(
         self, module: fx.GraphModule, inputs: Sequence[Any], options: dict | None = None
     ) -> Callable:
-        """``options``: the options of torch.compile."""
+        """Generate code for ``module`` and return a function that runs the eager operators.
+
+        options: the options of torch.compile.
+        """
         sources: list[str] = []
 
         def stop(lowering: graph.GraphLowering) -> None:

@@ -1,4 +1,4 @@
-"""The tiny models of the golden files, with weights computed from the names of tensors."""
+"""The tiny models of the golden files. Their weights are computed from the names of the tensors."""
 
 import json
 import zlib
@@ -96,7 +96,8 @@ def logits_error(name: str, device: torch.device) -> float:
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logprob, expected["sequence_logprob"], rtol=0, atol=1e-3)
     for key in (key for key in expected if key.startswith("greedy_tokens_cfg") and "interval" not in key):
-        scale = float(key.removeprefix("greedy_tokens_cfg")) + (name in VAR_CASES)  # VAR counts from 0
+        # In VAR's official code a scale of 0 means no guidance, here 1 does.
+        scale = float(key.removeprefix("greedy_tokens_cfg")) + (name in VAR_CASES)
         options = SamplingOptions(scale, model.default_cfg_schedule, top_k=1)
         noise = torch.rand(4, model.sequence_length, device=device)
         tokens = model.generate(torch.arange(4, device=device), noise, options)

@@ -1,6 +1,6 @@
-"""Local server with enough of the Hugging Face hub's protocol for real huggingface_hub calls.
+"""Local server with the part of the Hugging Face hub's protocol that huggingface_hub needs.
 
-With ``Hub.ranges`` it answers range requests, as servers of plain files do.
+With ``Hub.ranges`` it also answers range requests, as servers of plain files do.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ COMMIT = "0123456789" * 4
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers /REPOSITORY/resolve/REVISION/FILE: HEAD sends size, commit and ETag, GET also the file."""
+    """Handler of /REPOSITORY/resolve/REVISION/FILE. HEAD returns size, commit and ETag, GET also the file."""
 
     protocol_version = "HTTP/1.1"
 
@@ -62,11 +62,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Hub(ThreadingHTTPServer):
-    """Server of ``files``, a map of "OWNER/REPOSITORY/FILE" to a path.
+    """Server of ``files``, a dict from "OWNER/REPOSITORY/FILE" to a path.
 
-    cut: end each download half-way. ranges: answer range requests with that part. sent: the first byte of
-    each answer. refusal: the status of every answer, if any. is_gated: refuse as a repository with terms.
-    answers: number of answers about files before the refusals.
+    cut: whether each download ends half-way. ranges: whether range requests are answered with that part.
+    sent: the index of the first byte of each answer. refusal: the HTTP status of all refusals, or None if
+    nothing is refused. is_gated: whether refusals are those of a gated repository. answers: the number of
+    requests for files that are answered before the first refusal.
     """
 
     daemon_threads = True

@@ -1,11 +1,11 @@
-"""Kill a command before its n-th file event, run it again, compare with an uninterrupted run.
+"""Kill a command before its n-th file event, run it again, and compare with an uninterrupted run.
 
-    PYTHONPATH=.:tests python tests/killing.py SCENARIO=N,N...     # in an empty folder; N 0: every event
+    PYTHONPATH=.:tests python tests/killing.py SCENARIO=N,N...     # in an empty folder; N = 0: every event
 
-This is a program so that it can fork: it imports everything once, and each attempt is a forked child. It
-prints one JSON object per scenario: the number of events and, for each N, what went wrong, if anything.
-Writers in C++ cause no audit events. With N 0 the scenarios are therefore also killed when a file grows
-beyond a limit.
+This is a separate program, so that it can import everything once and fork a child for each attempt. It
+prints one JSON object per scenario: the number of events, the number of attempts, and the attempts that went
+wrong. Code in C++ that writes files causes no audit events. With N = 0 the scenarios are therefore also
+killed when a file grows beyond a limit.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import sys
 import traceback
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401, may fill a cache at its first import
+import matplotlib.figure  # noqa: F401, its first import may write a cache
 import pytest
 import torch
 from specimens import SPECIMENS, extract, register, weights
@@ -56,7 +56,7 @@ SCENARIOS = {
 
 
 class Counter:
-    """Audit hook that counts changes below a folder and ends the process before the n-th."""
+    """Audit hook that counts changes below a folder and ends the process before change ``stop_at``."""
 
     def __init__(self, folder: Path, stop_at: int = 0):
         self.folder, self.stop_at, self.count = str(folder.resolve()), stop_at, 0
@@ -72,7 +72,7 @@ class Counter:
             return
         if isinstance(path, int) or path is None:
             return
-        # When a folder's content is removed, names are relative to the open folder.
+        # shutil.rmtree gives names relative to an open folder.
         inside = os.path.abspath(os.fsdecode(path)).startswith(self.folder)
         if inside or event in ("os.remove", "os.rmdir"):
             self.count += 1
@@ -81,7 +81,11 @@ class Counter:
 
 
 def attempt(work, output: Path, stop_at: int = 0, largest: int = 0) -> tuple[int, int, str]:
-    """Run ``work`` in a forked child; return exit status, number of events and output."""
+    """Run ``work`` in a forked child and return exit status, number of events and output.
+
+    The child is killed before event ``stop_at``, or when a file grows beyond ``largest`` bytes; 0 means no
+    limit.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -110,7 +114,7 @@ def attempt(work, output: Path, stop_at: int = 0, largest: int = 0) -> tuple[int
 
 
 def content(output: Path) -> dict:
-    """Return what must agree: the names of all files, and the content of those without times in it."""
+    """Return what must be equal in two runs: all names, and the content of files that contain no times."""
     contents: dict = {}
     for path in sorted(p for p in output.rglob("*") if p.is_file() and "tensorboard" not in p.parts):
         name = str(path.relative_to(output))
@@ -132,7 +136,7 @@ def content(output: Path) -> dict:
 
 
 def try_all(scenario: str, points: list[int]) -> dict:
-    """Kill a scenario at each point, resume it, and return what differs from an uninterrupted run."""
+    """Kill a scenario at each point, resume it, and return how it differs from an uninterrupted run."""
     work, whole = SCENARIOS[scenario], Path(f"{scenario}-whole")
     status, count, text = attempt(work, whole)
     assert status == 0, text
@@ -143,7 +147,7 @@ def try_all(scenario: str, points: list[int]) -> dict:
         output, name = Path(f"{scenario}-cut"), f"{scenario} {stop_at} {largest}"
         before, after = attempt(work, output, stop_at, largest), attempt(work, output)
         contents = content(output)
-        if before[0] not in (STOPPED, -signal.SIGXFSZ) and not largest:  # files may all be smaller
+        if before[0] not in (STOPPED, -signal.SIGXFSZ) and not largest:  # all files may be below the limit
             wrong[name] = f"was not stopped: {before}"
         elif after[0]:
             wrong[name] = after[2]

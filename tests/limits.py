@@ -18,5 +18,5 @@ def largest_file(size: int):
 
 
 def memory_full(*_, **__):
-    """Raise the error of a function that runs out of GPU memory; replaces that function."""
+    """Raise the error of a full GPU. A test replaces a function that uses the GPU with this one."""
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")

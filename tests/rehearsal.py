@@ -1,4 +1,4 @@
-"""Run commands in this process with --dry-run, and write small placeholders for their outputs."""
+"""Run commands with --dry-run in this process, and write small placeholders for their outputs."""
 
 import json
 from argparse import Namespace
@@ -17,7 +17,10 @@ METRICS = dict.fromkeys(("fid", "is", "sfid", "precision", "recall"), 1.5)
 
 
 def rehearse(line: str) -> None:
-    """Run a command line such as "torchrun --standalone sample.py ..." with --dry-run; pass on its errors."""
+    """Run a command line such as "torchrun --standalone sample.py ..." with --dry-run.
+
+    Write a placeholder for its output, so that later commands can read it. Errors of the command propagate.
+    """
     module, options = module_and_options(line)
     module.main([*options, "--dry-run"])
     args = module.make_parser().parse_args(options)

@@ -1,4 +1,4 @@
-"""Two tiny models. Their weights are in ``fixtures/specimens``, with images and codes for them."""
+"""Two tiny models. ``fixtures/specimens`` contains their weights, and images and codes for them."""
 
 from pathlib import Path
 
@@ -54,6 +54,6 @@ def tokenizer(family: str) -> list[str]:
 
 
 def extract(output, data: str = "images.npz") -> None:
-    """Extract the codes of a file of images to a folder."""
+    """Extract the codes of a file of images into the folder ``output``."""
     with torch.no_grad():
         extract_codes.main([*tokenizer("llamagen"), "--data", data, "--output", str(output)])

@@ -1,4 +1,4 @@
-"""README and docs: every command parses, every Python block runs, every link leads somewhere."""
+"""README and docs: every command parses, every Python block runs, every relative link leads to a file."""
 
 import importlib
 import itertools
@@ -20,13 +20,13 @@ COMMANDS = re.compile(r"^(?:torchrun [^|]*?|python )(-m [a-z_.]+|[a-z_]+\.py)( .
 
 
 def module_and_options(line):
-    """Of a command as it is shown."""
+    """Return the module and the options of a command line."""
     name, options = COMMANDS.match(line).groups(default="")
     return importlib.import_module(name.removeprefix("-m ").removesuffix(".py")), shlex.split(options)
 
 
 def command_lines(page):
-    """Of the page's shell blocks, continued lines joined, comments gone."""
+    """Yield the lines of a page's shell blocks, with continued lines joined and comments removed."""
     for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             yield line.partition("  #")[0].strip()
@@ -36,15 +36,14 @@ LINES = [(page, line) for page in PAGES for line in command_lines(page) if not l
 
 
 @pytest.mark.parametrize("page, line", [pair for pair in LINES if COMMANDS.match(pair[1])])
-def test_commands_are_parsed(page, line):
-    """By the parsers of the commands themselves."""
+def test_commands_parse(page, line):
     module, options = module_and_options(line)
     module.make_parser().parse_args(options)
 
 
 @pytest.mark.parametrize("page, line", [pair for pair in LINES if not COMMANDS.match(pair[1])])
-def test_other_lines_name_what_is_there(page, line):
-    """Scripts that exist; what else is shown is the shell's own."""
+def test_other_lines_name_existing_scripts(page, line):
+    """Lines that are no Python command call a script that exists, or a common shell command."""
     words = itertools.dropwhile(re.compile("[A-Z_]+=").match, shlex.split(line.replace(">", " ")))
     first, *rest = words
     assert first in ("bash", "sbatch", "source", "echo", "pip", "hf"), line
@@ -55,7 +54,7 @@ def test_other_lines_name_what_is_there(page, line):
 
 
 def python_blocks():
-    """Of all pages, but scripts that take arguments (docs/data.md), which have a test of their own."""
+    """Yield the Python blocks of all pages, except the script in docs/data.md, which takes arguments."""
     for page in PAGES:
         for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
             if "sys.argv" not in block:
@@ -70,7 +69,7 @@ def test_python_blocks_run(block, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links(page):
+def test_relative_links_exist(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
         if not target.startswith("http"):
             assert (ROOT / page).parent.joinpath(target).exists(), target

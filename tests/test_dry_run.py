@@ -1,4 +1,4 @@
-"""--dry-run: the plan of every command in README and docs, without network, and nothing on disk."""
+"""--dry-run prints the plan of every command in README and docs. It uses no network and writes nothing."""
 
 import json
 import re
@@ -34,8 +34,10 @@ PLANNED = [
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty home without network on a large disk, and in the current folder small stand-ins for what the
-    pages name."""
+    """Change to a folder with small placeholders for the files that README and docs name.
+
+    Caches are empty, the disk has free space, and the network fails the test.
+    """
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a dry run uses the network"))
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**13, total=10**14))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -66,17 +68,18 @@ def folder(tmp_path, monkeypatch):
     return here
 
 
-def everything(folder):
+def snapshot(folder):
+    """Return the modification time of each path in the parent of ``folder``, which includes the caches."""
     return {str(path): path.lstat().st_mtime_ns for path in folder.parent.rglob("*")}
 
 
 @pytest.mark.parametrize("page, line", PLANNED)
-def test_every_command_of_the_pages(page, line, folder, capsys):
+def test_plan_of_documented_command(page, line, folder, capsys):
     for text, file in re.findall(r"^echo '(.*)' > (\S+)", (ROOT / page).read_text(), re.M):
         (folder / file).write_text(text)
-    for output in re.findall(r"--output (\S+)", line):  # which other lines read
+    for output in re.findall(r"--output (\S+)", line):  # the fixture wrote it for commands that read it
         shutil.rmtree(folder / output) if (folder / output).is_dir() else (folder / output).unlink(True)
-    before = everything(folder)
+    before = snapshot(folder)
     module, options = module_and_options(line)
     module.main([*options, "--dry-run"])
     printed = capsys.readouterr()
@@ -87,7 +90,7 @@ def test_every_command_of_the_pages(page, line, folder, capsys):
     assert rows.keys() & {"writes", "serves"} and len(columns) == 1, printed.out
     published = any(model in line for model in ("var-d16", "var-d30", "var-d36", "llamagen-l "))
     assert ("downloads" in rows) == (published or "eval_fid" in line or "make_reference" in line), printed.out
-    assert everything(folder) == before
+    assert snapshot(folder) == before
 
 
 EXPERIMENTS = [line for _, line in LINES if "scripts/reproduce_" in line and "--mini" not in line] + [
@@ -100,8 +103,8 @@ EXPERIMENTS = [line for _, line in LINES if "scripts/reproduce_" in line and "--
 
 
 @pytest.mark.parametrize("line", EXPERIMENTS)
-def test_every_command_that_a_script_starts(line, folder, monkeypatch):
-    """As the script starts it, after what it read was made; and the report of it all."""
+def test_plan_of_reproduce_commands(line, folder, monkeypatch):
+    """Plan each command that a reproduce script starts, with placeholders for the outputs of earlier ones."""
     (folder / "IMAGENET").symlink_to("imagenet")
     _, script, *options = shlex.split(line)
     started = []
@@ -119,8 +122,8 @@ def test_every_command_that_a_script_starts(line, folder, monkeypatch):
     assert (folder / f"runs/reproduce/{experiment}.md").exists()
 
 
-def test_sizes_and_room(folder, capsys, monkeypatch):
-    """The size of what is downloaded follows from the parameters; a disk that is too small is named."""
+def test_download_size_and_free_space(folder, capsys, monkeypatch):
+    """The plan shows the size of a download. A disk that is too small is refused."""
     command = ["--model", "var-d16", "--num-samples", "8", "--output", "s.npz"]
     sample.main([*command, "--dry-run"])
     out = capsys.readouterr().out
@@ -139,8 +142,8 @@ def test_sizes_and_room(folder, capsys, monkeypatch):
     assert not list(folder.glob("s.npz*"))
 
 
-def test_what_cannot_be_evaluated_is_refused_before_the_plan(folder, capsys):
-    """And so before a reference of gigabytes is downloaded (``folder`` refuses the network)."""
+def test_bad_images_are_refused_before_plan(folder, capsys):
+    """The refusal comes before gigabytes of a reference are downloaded (``folder`` refuses the network)."""
     np.savez("few.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     np.savez("none.npz", arr_0=np.zeros((0, 8, 8, 3), np.uint8))
     np.savez("nan.npz", mu=np.full(2, np.nan), sigma=np.eye(2), arr_0=np.zeros((9, 8, 8, 3), np.uint8))
@@ -170,19 +173,19 @@ def test_what_cannot_be_evaluated_is_refused_before_the_plan(folder, capsys):
         ),
     ],
 )
-def test_missing_data_is_refused_as_always(main, options, message, folder):
-    before = everything(folder)
+def test_missing_data_is_refused(main, options, message, folder):
+    before = snapshot(folder)
     with pytest.raises((UserError, FileNotFoundError), match=message):
         main([*options, "--dry-run"])
-    assert everything(folder) == before
+    assert snapshot(folder) == before
 
 
 TRAIN = ["--model", "var-mini", "--data", "assets/fashion-mnist-train-10k.npz", "--max-steps", "3", "--seed"]
 CODES = ["--model", "llamagen-mini", "--data", "few.npz", "--output"]
 
 
-def test_what_the_output_holds_already(folder, capsys):
-    """The plan says what is taken from a run before; other options are refused before it, as without it."""
+def test_plan_with_existing_output(folder, capsys):
+    """The plan says what is resumed. Other options are refused before the plan, also without --dry-run."""
     np.savez("few.npz", arr_0=np.zeros((2500, 32, 32), np.uint8), arr_1=np.zeros(2500, np.int64))
     sampled = ["--model", "var-mini", "--num-samples", "3", "--output", "s.npz"]
     sample.main(sampled)
@@ -202,7 +205,7 @@ def test_what_the_output_holds_already(folder, capsys):
         json.dumps({"format": 1, "kind": "samples", "options": {"num_samples": 300, "seed": 0}})
     )
     np.save(unfinished / "00000256.npy", np.zeros((44, 32, 32, 3), np.uint8))
-    before = everything(folder)
+    before = snapshot(folder)
     for main, options, row in (
         (sample.main, sampled, "finished   s.npz is there already, with these options"),
         (
@@ -217,7 +220,7 @@ def test_what_the_output_holds_already(folder, capsys):
         main([*options, "--dry-run"])
         assert row in capsys.readouterr().out.splitlines()
     (folder / "made/header.json").write_text(json.dumps({"format": 1, "kind": "finished codes", "crops": 10}))
-    before |= everything(folder)
+    before |= snapshot(folder)
     for main, options, message in (
         (sample.main, [*sampled, "--seed", "1"], "s.npz holds samples with seed 0 instead of 1"),
         (sample.main, [*sampled[:2], "--output", "parts.npz"], "num_samples 300 instead of 50000"),
@@ -232,11 +235,11 @@ def test_what_the_output_holds_already(folder, capsys):
             with pytest.raises(UserError, match=message):
                 main([*options, *dry])
             assert not capsys.readouterr().out, "said before a plan"
-    assert everything(folder) == before
+    assert snapshot(folder) == before
 
 
-def test_other_options_are_refused_before_a_download(folder, monkeypatch):
-    """``folder`` refuses the network: a published model's weights are not fetched for nothing."""
+def test_other_options_are_refused_before_download(folder, monkeypatch):
+    """Published weights are not downloaded in vain (``folder`` refuses the network)."""
     described = {"format": 1, "kind": "samples", "options": {"num_samples": 3, "model": "var-d16"}}
     (folder / "s.json").write_text(json.dumps(described))
     np.savez(folder / "s.npz", arr_0=np.zeros((3, 256, 256, 3), np.uint8))
@@ -244,7 +247,7 @@ def test_other_options_are_refused_before_a_download(folder, monkeypatch):
         sample.main(["--model", "var-d16", "--num-samples", "8", "--output", "s.npz"])
 
 
-def test_all_that_training_writes(folder, capsys):
+def test_plan_lists_all_files_of_training(folder, capsys):
     extra = ["--ema", "0.9", "--sample-every", "2", "--keep-states", "3"]
     options = ["--batch-size", "4", "--micro-batch-size", "8", "--save-every", "1", *extra]
     train_var_cca.main([*TRAIN, "0", *options, "--output", "run"])
@@ -255,10 +258,10 @@ def test_all_that_training_writes(folder, capsys):
     states = list((folder / "run/state").iterdir())
     assert len(states) == 3
     size = sum(file.stat().st_size for file in states[0].iterdir())
-    assert abs(size / 1e6 - int(planned[2])) < 1  # rounded, and what torch writes around it
+    assert abs(size / 1e6 - int(planned[2])) < 1  # the plan is rounded and leaves out torch's metadata
 
 
-def test_the_state_of_a_run_stands_where_weights_do(folder, capsys):
+def test_plan_names_checkpoint_of_run(folder, capsys):
     state = folder / "run/state/step-2"
     state.mkdir(parents=True)
     (state / ".metadata").touch()
@@ -272,7 +275,7 @@ def test_the_state_of_a_run_stands_where_weights_do(folder, capsys):
 
 
 @pytest.mark.parametrize("given", ["run", "run/state/step-2", "run/state/step-2:ema", "done"])
-def test_a_run_of_another_model_is_refused(given, folder):
+def test_run_of_another_model_is_refused(given, folder):
     state = folder / "run/state/step-2"
     state.mkdir(parents=True)
     (state / ".metadata").touch()
@@ -284,15 +287,15 @@ def test_a_run_of_another_model_is_refused(given, folder):
         sample.main(["--model", "var-mini", "--weights", given, "--output", "s.npz", "--dry-run"])
 
 
-def test_names_that_would_steer_a_terminal(folder, capsys):
+def test_control_characters_are_escaped(folder, capsys):
     sample.main(["--model", "var-mini", "--output", "two\nlines \033[31m.npz", "--dry-run"])
     assert (
         r"writes     two\nlines \x1b[31m.npz (~154 MB), two\nlines \x1b[31m.json" in capsys.readouterr().out
     )
 
 
-def test_training_is_planned_with_hashes_and_sizes(folder, capsys):
-    """A micro-batch holds no more images than a batch."""
+def test_plan_of_training(folder, capsys):
+    """The plan contains the hash of the weights, and a micro-batch no larger than the batch."""
     train_var_cca.main([*TRAIN[:4], "--micro-batch-size", "128", "--output", "r", "--dry-run"])
     out = capsys.readouterr().out
     assert "weights    base: assets/var-mini.safetensors, sha256 fb6ee1ebe220" in out
@@ -300,8 +303,8 @@ def test_training_is_planned_with_hashes_and_sizes(folder, capsys):
     assert "a micro-batch of 64 images\n" in out
 
 
-def test_the_command_is_kept(folder, monkeypatch):
-    """Ready to be pasted: what it parses to makes the same samples."""
+def test_command_is_recorded(folder, monkeypatch):
+    """The recorded command is quoted, so that it can be pasted into a shell."""
     sample.main(["--model", "var-mini", "--num-samples", "3", "--output", "a sample.npz"])
     assert json.loads((folder / "a sample.json").read_text())["command"] == (
         "python sample.py --model var-mini --num-samples 3 --output 'a sample.npz'"

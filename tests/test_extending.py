@@ -1,7 +1,7 @@
-"""What CONTRIBUTING.md says of extending, done: a backbone, a loss, a metric, a data format.
+"""Add a backbone, a loss, a metric and a data format as CONTRIBUTING.md describes.
 
-The third backbone is one class and its rows in the zoo; it is trained, sampled and evaluated, also by
-scripts/reproduce.py. Nothing else in the code knows of any of these.
+The backbone is one class and its rows in the zoo. scripts/reproduce.py trains, samples and evaluates it. No
+other code changes.
 """
 
 import json
@@ -40,7 +40,7 @@ class ToyState(DecodingState):
 
 
 class Table(ARTransformer):
-    """A vector per class and position; the output layer makes logits of it. Earlier tokens play no part."""
+    """One vector per class and position, from which the output layer computes logits; tokens are not used."""
 
     def __init__(self, width):
         super().__init__()
@@ -61,7 +61,7 @@ class Table(ARTransformer):
 
 
 class Pixels(ImageTokenizer):
-    """A token is a pixel's grey level."""
+    """Tokenizer whose tokens are the grey levels of pixels."""
 
     def encode(self, images):
         return ((images.mean(1).flatten(1) + 1) / 2 * (GREYS - 1)).round().long()
@@ -117,7 +117,7 @@ class Toy(ARImageModel[ToyState]):
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """The model in the zoo, its random weights on disk, and images whose grey tells their class."""
+    """Add the model to the zoo; write random weights, and images whose grey level depends on the class."""
     recipe = Recipe(beta=0.5, lambda_=1.0, lr=0.03, batch_size=16, grad_clip=10.0, dtype="float32", epochs=20)
     monkeypatch.setitem(TOKENIZERS, "pixels", TokenizerEntry(Toy, None, None))
     base, recipes = {SIDE: WeightsFile("base.pt")}, {"cca": recipe, "hinge": recipe}
@@ -135,15 +135,15 @@ def toy(tmp_path, monkeypatch):
 
 
 def train(folder, run, *options, open_data=open_labelled_images, data="images.npz"):
-    """Run the training command of the toy; returns its metrics."""
+    """Train the toy model and return the metrics of its run."""
     fixed = ["--model", "toy", "--data", data, "--output", str(run)]
     parser = training_parser("toy", Toy.training_command, "--data", "images")
     run_training(parser.parse_args([*fixed, *options]), folder / data, open_data)
     return metrics(run)
 
 
-def test_backbone_is_trained_sampled_and_evaluated(toy):
-    """By the commands themselves, as scripts/reproduce.py calls them for its tables."""
+def test_new_backbone_runs_in_all_commands(toy):
+    """scripts/reproduce.py runs the commands for its table of FIDs."""
     images, folder = str(toy / "images.npz"), toy / "out"
     where = ["--data", images, "--reference", images, "--output", str(folder), "--nproc", "1"]
     reproduce.main(["tables", "--mini", "--models", "toy", "--num-samples", "100", *where])
@@ -152,7 +152,7 @@ def test_backbone_is_trained_sampled_and_evaluated(toy):
     assert torch.load(folder / "toy-cca/model.pt", weights_only=True).keys() == {"state_dict"}
     rows = (line.split(" | ") for line in (folder / "tables.md").read_text().splitlines() if " | " in line)
     fids = {label.strip("| "): fid for label, fid, *_ in rows}
-    # The best is bold.
+    # The best FID is bold.
     own, base = (
         float(fids[row].strip("*")) for row in ("CCA trained here, no guidance", "base, no guidance")
     )
@@ -167,8 +167,8 @@ def test_generation_follows_teacher_forcing(toy):
     assert torch.equal(model.encode(model.decode(tokens)), tokens)
 
 
-def test_loss_with_its_own_negatives(toy, monkeypatch):
-    """A hinge on the margin, against the class that follows the true one."""
+def test_new_loss_with_own_negatives(toy, monkeypatch):
+    """The loss is a hinge on the margin. The negative class is the class after the true one."""
     seen = []
 
     def hinge_loss(reward, negative_reward, same_label, beta, lambda_):
@@ -178,12 +178,12 @@ def test_loss_with_its_own_negatives(toy, monkeypatch):
     hinge = Loss(hinge_loss, negatives=lambda labels: (labels + 1) % CLASSES)
     monkeypatch.setitem(LOSSES, "hinge", hinge)
     first, *_, last = train(toy, toy / "run", "--loss", "hinge", "--uncond-ratio", "0", "--max-steps", "30")
-    assert not any(same.any() for same in seen)  # no pair shares its class, unlike rolled labels
+    assert not any(same.any() for same in seen)  # with rolled labels, some pairs share their class
     assert last["rewards/accuracies"] == 1
     assert last["rewards/margins"] > first["rewards/margins"] + 0.5
 
 
-def test_metric(toy, monkeypatch):
+def test_new_metric(toy, monkeypatch):
     def brightness(compared):
         return float(compared.samples.pooled.mean()) if compared.labels is not None else None
 
@@ -202,7 +202,7 @@ def test_metric(toy, monkeypatch):
 
 
 class TextFile(LabelledDataset):
-    """One image a line: its class, then its grey levels."""
+    """Data set of a text file. A line is an image: its class, then its grey levels."""
 
     def __init__(self, path, model, seed):
         rows = torch.from_numpy(np.loadtxt(path, dtype=np.int64))
@@ -212,7 +212,7 @@ class TextFile(LabelledDataset):
         return self.all_tokens[index]
 
 
-def test_data_format(toy):
+def test_new_data_format(toy):
     with np.load(toy / "images.npz") as file:
         levels = (file["arr_0"].reshape(96, -1) / 255 * (GREYS - 1)).round().astype(int)
         np.savetxt(toy / "images.txt", np.c_[file["arr_1"], levels], fmt="%d")

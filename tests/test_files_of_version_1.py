@@ -1,7 +1,7 @@
-"""Files that version 1.0.0 wrote keep working: they are resumed, taken as finished, and read.
+"""Files that version 1.0.0 wrote keep working: they are resumed, recognised as finished, and read.
 
-``PYTHONPATH=.:tests python tests/test_files_of_version_1.py FOLDER`` wrote them. It is not run again:
-later versions have to read what lies in ``fixtures/version-1.0.0`` and ``fixtures/specimens/codes``.
+``PYTHONPATH=.:tests python tests/test_files_of_version_1.py FOLDER`` wrote them. Do not run it again: later
+versions must read the files in ``fixtures/version-1.0.0`` and ``fixtures/specimens/codes``.
 """
 
 import json
@@ -27,8 +27,8 @@ EVALUATE = ["--samples", "samples.npz", "--reference", "images.npz", "--features
 EVALUATE += ["--metrics", "fid", "--output", "results.json"]
 
 
-def write() -> None:
-    """Write one output of each kind into the current folder; training stops after two of four steps."""
+def write_outputs() -> None:
+    """Write one output of each kind into the current folder. Training stops after two of four steps."""
     step = Trainer.optimizer_step
 
     def stopping_step(trainer, done, batch):
@@ -51,19 +51,19 @@ def written(disk):
 
 
 @pytest.mark.parametrize("name", ["run/config.json", "codes/header.json", "samples.json", "results.json"])
-def test_files_say_which_version_wrote_them(written, name):
+def test_files_record_version(written, name):
     content = json.loads(Path(name).read_text())
     assert content["format"] == 1 and content["version"] == "1.0.0" and content["kind"]
 
 
-def test_training_is_resumed(written):
+def test_training_resumes(written):
     before = metrics(Path("run"))
     train_var_cca.main(TRAIN)
     assert len(before) == 2 and metrics(Path("run"))[:2] == before
     assert len(metrics(Path("run"))) == 4 and Path("run/model.pth").exists()
 
 
-def test_codes_samples_and_results_are_taken_as_finished(written, capsys):
+def test_finished_outputs_are_kept(written, capsys):
     names = ("codes/codes.npy", "samples.npz", "results.json")
     before = [Path(name).read_bytes() for name in names]
     extract("codes", "few.npz")
@@ -86,7 +86,7 @@ if __name__ == "__main__":
     shutil.rmtree("codes")
     with pytest.MonkeyPatch.context() as patch:
         register(patch)
-        write()
+        write_outputs()
     for file in SPECIMENS.iterdir():
         if file.is_file():
             (place / file.name).unlink()

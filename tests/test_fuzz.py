@@ -1,12 +1,15 @@
-"""Damaged files and random option values, by the thousand; by hand with -m slow.
+"""Fuzz the commands with thousands of damaged files and random option values. Run by hand with -m slow.
 
     FUZZ_FILES=200 FUZZ_OPTIONS=50 pytest -m slow tests/test_fuzz.py
 
-Each case is a command in a child forked from this process, which has imported everything. It ends with
-status 0, or with status 2, one line and nothing changed on disk; within 30 s of computing and 2 GB of
-resident memory. Where a file is read while the work is on, the command goes on after it is mended.
-FUZZ_FILES damaged files per reader (default 2000), FUZZ_OPTIONS command lines per
-command (300), FUZZ_SEED (0). A summary of each is printed.
+Each case runs a command in a forked child of this process, which has imported everything. The command must
+end with status 0, or print one error line, change nothing on disk and end with status 2. It may take 30 s of
+CPU time and 2 GB of resident memory. Some files are read only during the work. If such a file is damaged, the
+work may stop, and the same command must resume after the file is restored.
+
+Environment variables: FUZZ_FILES is the number of damaged files per reader (default: 2000). FUZZ_OPTIONS is
+the number of command lines per command (default: 300). FUZZ_SEED is the seed (default: 0). Each test prints a
+summary.
 """
 
 import collections
@@ -43,13 +46,13 @@ from scripts import convert_weights, extract_codes, make_reference
 FILES = int(os.environ.get("FUZZ_FILES", 2000))
 LINES = int(os.environ.get("FUZZ_OPTIONS", 300))
 SEED = int(os.environ.get("FUZZ_SEED", 0))
-PROGRESS = re.compile(r"%\||/s\]|\[\d\d:\d\d")  # bars of tqdm
-DIVERGED = "the trained weights are not finite"  # no refusal: what came of the work, which is on disk
-SECONDS, PATIENCE, MEGABYTES = 30, 300, 2000  # of computing; on the clock; resident
+PROGRESS = re.compile(r"%\||/s\]|\[\d\d:\d\d")  # progress bars of tqdm
+DIVERGED = "the trained weights are not finite"  # not a refusal: the work was done and is on disk
+SECONDS, PATIENCE, MEGABYTES = 30, 300, 2000  # limits: CPU time; wall time; resident memory
 
 pytestmark = pytest.mark.slow
 
-# Commands on the mini models, whose options are tried; and on the specimens, which are small and fast.
+# Random options are tried on the mini models, damaged files mostly on the specimens, which are faster.
 STEP = ["--batch-size", "8", "--max-steps", "1", "--output", "out"]
 SAMPLE = ["--model", "llamagen-mini", "--num-samples", "1", "--output", "out.npz"]
 ENCODE = ["--model", "llamagen-mini", "--data", "good.npz", "--output", "out"]
@@ -57,7 +60,7 @@ EVAL = ["--reference", "good.npz", "--features", "mini", "--samples"]
 SMALL_SAMPLE = [*weights("llamagen"), "--num-samples", "1", "--output"]
 SMALL_ENCODE = [*tokenizer("llamagen"), "--data", "small.npz"]
 SMALL_TRAIN = [*weights("llamagen"), *STEP]
-# Reader: (the files that are damaged in turn, the command that reads them).
+# Reader: (files, of which each case damages one; module and options of the command that reads them).
 READERS = {
     "codes": (
         ["small-codes/codes.npy", "small-codes/labels.npy", "small-codes/header.json"],
@@ -122,7 +125,8 @@ READERS = {
     ),
     "weights-converted": (["w.pt", "w.safetensors"], convert_weights, ["w.pt", "out.safetensors"]),
 }  # fmt: skip
-# Read while the work is on: a damaged one stops the command, which goes on where the file is mended.
+# Files that are read during the work. A damaged one may stop the command, which must resume once the file is
+# restored.
 READ_AT_WORK = re.compile(r"published/.*|(parts.npz.parts|unfinished/progress)/00000000.npy")
 COMMANDS = {
     "sample": (sample, SAMPLE),
@@ -132,7 +136,8 @@ COMMANDS = {
     "extract_codes": (extract_codes, ENCODE),
     "make_reference": (make_reference, ["--images", "good.npz", "--features", "mini", "--output", "out.npz"]),
 }
-# What one asks for in earnest and gets, or takes minutes to compile.
+# ENDLESS: a large value is valid, but takes hours or starts many processes. LEFT_OUT: compilation takes
+# minutes, and --help runs nothing.
 ENDLESS = ("--max-steps", "--epochs", "--workers")
 LEFT_OUT = ("--compile", "--help")
 SMALL = (
@@ -159,9 +164,9 @@ JSON_VALUES = (
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
-    """A folder with one good file of each kind."""
+    """Return a folder with undamaged files of each kind."""
     register(pytest.MonkeyPatch())
-    recognise({})  # each child would build all models anew to name what does not fit
+    recognise({})  # fill its cache; otherwise each child would build all models again
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("fuzz") / "template"
     folder.mkdir()
@@ -201,16 +206,16 @@ def template(tmp_path_factory):
         (folder / f"published/imagenet8_{kind}").mkdir(parents=True)
         for i, row in enumerate(np.load(folder / "small-codes" / f"{kind}.npy")):
             np.save(folder / f"published/imagenet8_{kind}/{i}.npy", row[None])
-    shutil.copytree(folder / "run", folder / "old-run")  # as before there were checksums
+    shutil.copytree(folder / "run", folder / "old-run")  # like a run whose version wrote no checksums
     (folder / "old-run" / "state" / "step-1" / "sha256-0.json").unlink()
-    parts = folder / "parts.npz.parts"  # an unfinished run whose only part is made
+    parts = folder / "parts.npz.parts"  # unfinished samples with all their parts
     parts.mkdir()
     made = json.loads((folder / "made.json").read_text())
     marker = {"format": 1, "kind": "samples", "options": made["options"]}
     (parts / "options.json").write_text(json.dumps(marker))
     with np.load(folder / "made.npz") as file:
         np.save(parts / "00000000.npy", file["arr_0"])
-    progress = folder / "unfinished" / "progress"  # codes whose only part is made
+    progress = folder / "unfinished" / "progress"  # unfinished codes with all their parts
     progress.mkdir(parents=True)
     shutil.copy2(folder / "small-codes" / "header.json", progress)
     shutil.copy2(folder / "small-codes" / "codes.npy", progress / "00000000.npy")
@@ -221,14 +226,14 @@ Outcome = collections.namedtuple("Outcome", "status errors seconds megabytes")
 
 
 def run_child(main, arguments: list[str], folder: Path) -> Outcome:
-    """The command in a forked child; status: its exit status, or minus the signal that ended it."""
+    """Run a command in a forked child. The status is its exit status, or minus the signal that ended it."""
     log = folder.parent / "stderr"
     child = os.fork()
     if child == 0:
         try:
             os.chdir(folder)
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
-            resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30, 8 * 2**30))  # to spare the machine
+            resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30, 8 * 2**30))  # protects the machine
             signal.alarm(PATIENCE)
             for name, target, path in (("stdout", 1, os.devnull), ("stderr", 2, log)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), target)
@@ -252,13 +257,13 @@ def run_child(main, arguments: list[str], folder: Path) -> Outcome:
 
 
 def snapshot(folder: Path) -> dict[str, tuple]:
-    """Kind and rights of everything in a folder, and when files were last written to."""
+    """Return type and permissions of each path in a folder, and the modification times of files."""
     found = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
     return {name: (p.lstat().st_mode, p.is_file() and p.lstat().st_mtime_ns) for name, p in found.items()}
 
 
-def complaint(outcome: Outcome, changed: set[str]) -> str | None:
-    """What is wrong with how a case ended; None if nothing is."""
+def find_problem(outcome: Outcome, changed: set[str]) -> str | None:
+    """Return what is wrong with the outcome of a case, or None. ``changed``: the paths that it changed."""
     diverged = outcome.status == 2 and DIVERGED in outcome.errors
     printed = outcome.errors.replace("\r", "\n").splitlines()
     lines = [line for line in printed if line.strip() and not PROGRESS.search(line)]
@@ -283,19 +288,19 @@ def copy_if_missing(source: str, target: str) -> None:
 
 
 class Campaign:
-    """Cases of one kind in one folder, which is mended after each that changed it; and what was found."""
+    """Cases of one kind, run in one folder that is restored after each case. Collects the problems."""
 
     def __init__(self, name: str, template: Path):
         self.name, self.template, self.folder = name, template, template.parent / "work" / "here"
         self.statuses: collections.Counter[int] = collections.Counter()
-        self.found: dict[str, list] = {}
+        self.problems: dict[str, list] = {}
         self.slowest = self.largest = 0.0
         shutil.rmtree(self.folder.parent, ignore_errors=True)
         shutil.copytree(self.template, self.folder)
 
-    def mend(self, changed: set[str]) -> None:
-        """Make these paths as they are in the template."""
-        for name in sorted(changed, reverse=True):  # what is in a folder, then the folder
+    def restore(self, changed: set[str]) -> None:
+        """Make these paths equal to the template again."""
+        for name in sorted(changed, reverse=True):  # content before its folder
             path = self.folder.parent / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -303,8 +308,12 @@ class Campaign:
                 path.unlink(missing_ok=True)
         shutil.copytree(self.template, self.folder, copy_function=copy_if_missing, dirs_exist_ok=True)
 
-    def case(self, main, arguments: list[str], about: str, damaged: str | None = None) -> None:
-        """One command; ``damaged``: the file that is to be mended after it, which the work may stop at."""
+    def run_case(self, main, arguments: list[str], about: str, damaged: str | None = None) -> None:
+        """Run one command and record its problem, if any.
+
+        about: a description of the case. damaged: the damaged file, which is restored afterwards. If it is
+        read during the work, the command may stop and must then resume.
+        """
         before = snapshot(self.folder.parent)
         outcome = run_child(main, arguments, self.folder)
         after = snapshot(self.folder.parent)
@@ -313,50 +322,56 @@ class Campaign:
         self.statuses[outcome.status] += 1
         self.slowest, self.largest = max(self.slowest, outcome.seconds), max(self.largest, outcome.megabytes)
         at_work = outcome.status == 2 and changed and READ_AT_WORK.fullmatch(damaged or "")
-        if problem := complaint(outcome, set() if at_work else changed):
-            self.found.setdefault(problem[:160], []).append(about)
+        if problem := find_problem(outcome, set() if at_work else changed):
+            self.problems.setdefault(problem[:160], []).append(about)
         if at_work:
-            self.mend({f"here/{damaged}"})
+            self.restore({f"here/{damaged}"})
             again = run_child(main, arguments, self.folder)
             (self.folder.parent / "stderr").unlink()
             if again.status:
-                self.found.setdefault(f"does not go on: {again.errors[-120:]}", []).append(about)
+                self.problems.setdefault(f"does not go on: {again.errors[-120:]}", []).append(about)
             after = snapshot(self.folder.parent)
             changed = {k for k in {**before, **after} if before.get(k) != after.get(k)} - {"here"}
-        self.mend(changed | ({f"here/{damaged}"} if damaged else set()))
+        self.restore(changed | ({f"here/{damaged}"} if damaged else set()))
 
-    def end(self, capsys) -> None:
+    def report(self, capsys) -> None:
+        """Print a summary, and fail the test if there were problems."""
         ended = ", ".join(f"{n} with status {status}" for status, n in sorted(self.statuses.items()))
         text = [
             f"\n{self.name}: {ended}; at most {self.slowest:.1f} s and {self.largest:.0f} MB; "
-            f"{sum(map(len, self.found.values()))} found"
+            f"{sum(map(len, self.problems.values()))} found"
         ]
-        text += [f"  {len(abouts)} x {problem!r}, e.g. {abouts[0]}" for problem, abouts in self.found.items()]
+        text += [
+            f"  {len(abouts)} x {problem!r}, e.g. {abouts[0]}" for problem, abouts in self.problems.items()
+        ]
         with capsys.disabled():
             print("\n".join(text))
-        assert not self.found, "\n".join(text)
+        assert not self.problems, "\n".join(text)
 
 
-def damaged(data: bytes, draw: random.Random, text: bool) -> bytes:
-    """The same bytes with one kind of damage; in half of the cases near an end, where the structure is."""
+def damage_bytes(data: bytes, rng: random.Random, text: bool) -> bytes:
+    """Return the bytes with one kind of damage; ``text``: whether they may be damaged as JSON, too.
+
+    Two of three times the damage is near the start or the end, where the structure of the file is.
+    """
     size = len(data)
-    near = min(size, draw.choice([150, 2000]))
-    place = draw.choice([draw.randrange(size), draw.randrange(near), size - 1 - draw.randrange(near)])
-    length = draw.choice([1, 2, 8, 64, 1000])
-    kind = draw.choice(
+    near = min(size, rng.choice([150, 2000]))
+    place = rng.choice([rng.randrange(size), rng.randrange(near), size - 1 - rng.randrange(near)])
+    length = rng.choice([1, 2, 8, 64, 1000])
+    kind = rng.choice(
         ["flip", "flip", "cut", "zero", "ones", "drop", "double", "random", *["value"] * 4 * text]
     )
     if kind == "flip":
         out = bytearray(data)
-        for _ in range(draw.choice([1, 1, 3, 10])):
-            out[min(size - 1, place + draw.randrange(100))] ^= 1 << draw.randrange(8)
+        for _ in range(rng.choice([1, 1, 3, 10])):
+            out[min(size - 1, place + rng.randrange(100))] ^= 1 << rng.randrange(8)
         return bytes(out)
-    if kind == "value":  # another JSON value after a colon, or in place of everything
-        value = draw.choice(JSON_VALUES).encode()
+    if kind == "value":  # another JSON value after a colon, or instead of the whole file
+        value = rng.choice(JSON_VALUES).encode()
         colons = [i for i, byte in enumerate(data) if byte == ord(":")]
-        if not colons or draw.random() < 0.2:
+        if not colons or rng.random() < 0.2:
             return value
-        start = draw.choice(colons) + 1
+        start = rng.choice(colons) + 1
         ends = [i for i in (data.find(mark, start) for mark in (b",", b"}", b"\n")) if i > 0]
         return data[:start] + b" " + value + data[min(ends, default=size) :]
     new = {
@@ -365,21 +380,21 @@ def damaged(data: bytes, draw: random.Random, text: bool) -> bytes:
         "double": data[place : place + length] + data[place:],
         "zero": bytes(length) + data[place + length :],
         "ones": b"\xff" * length + data[place + length :],
-        "random": draw.randbytes(length) + data[place + length :],
+        "random": rng.randbytes(length) + data[place + length :],
     }
     return data[:place] + new[kind]
 
 
-def damaged_inside(data: bytes, draw: random.Random) -> bytes:
-    """A zip archive with damage in a member, whose checksum fits: what reads the member has to notice."""
+def damage_zip_member(data: bytes, rng: random.Random) -> bytes:
+    """Return a zip archive with one damaged member and a valid checksum, so that its reader must notice."""
     changed = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as before, zipfile.ZipFile(changed, "w") as after:
         members = before.infolist()
         pickles = [m for m in members if m.filename.endswith(".pkl")]
-        chosen = draw.choice(pickles if pickles and draw.random() < 0.7 else members)
+        chosen = rng.choice(pickles if pickles and rng.random() < 0.7 else members)
         for member in members:
             content = before.read(member)
-            after.writestr(member, damaged(content, draw, False) if member is chosen else content)
+            after.writestr(member, damage_bytes(content, rng, False) if member is chosen else content)
     return changed.getvalue()
 
 
@@ -387,20 +402,20 @@ def damaged_inside(data: bytes, draw: random.Random) -> bytes:
 def test_damaged_files(template, capsys, name):
     files, module, arguments = READERS[name]
     campaign = Campaign(name, template)
-    campaign.case(module.main, arguments, "undamaged")
-    assert campaign.statuses == {0: 1}, campaign.found
+    campaign.run_case(module.main, arguments, "undamaged")
+    assert campaign.statuses == {0: 1}, campaign.problems
     for i in range(FILES):
-        draw = random.Random(f"{SEED} {name} {i}")
-        file = draw.choice(files)
+        rng = random.Random(f"{SEED} {name} {i}")
+        file = rng.choice(files)
         data = (template / file).read_bytes()
-        if zipfile.is_zipfile(io.BytesIO(data)) and draw.random() < 0.6:
-            data = damaged_inside(data, draw)
+        if zipfile.is_zipfile(io.BytesIO(data)) and rng.random() < 0.6:
+            data = damage_zip_member(data, rng)
         else:
-            data = damaged(data, draw, file.endswith((".json", ".jsonl")))
+            data = damage_bytes(data, rng, file.endswith((".json", ".jsonl")))
         (campaign.folder / file).write_bytes(data)
         given = [file if name == "weights-converted" and a == "w.pt" else a for a in arguments]
-        campaign.case(module.main, given, f"case {i}, {file}", file)
-    campaign.end(capsys)
+        campaign.run_case(module.main, given, f"case {i}, {file}", file)
+    campaign.report(capsys)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -409,13 +424,13 @@ def test_random_options(template, capsys, name):
     actions, campaign = module.make_parser()._actions, Campaign(name, template)
     options = [a for a in actions if a.option_strings and a.option_strings[-1] not in LEFT_OUT]
     for i in range(LINES):
-        draw = random.Random(f"{SEED} {name} {i}")
+        rng = random.Random(f"{SEED} {name} {i}")
         arguments = list(base)
-        for action in draw.sample(options, draw.choice([1, 1, 2, 3])):
+        for action in rng.sample(options, rng.choice([1, 1, 2, 3])):
             option = action.option_strings[-1]
             values = [*SMALL, *(() if option in ENDLESS else LARGE), *(action.choices or ())]
             flag = action.nargs == 0
-            chosen = draw.choice([str(c) for c in action.choices] if action.choices and i % 2 else values)
-            arguments += [option] if flag else draw.choice([[option, chosen], [f"{option}={chosen}"]])
-        campaign.case(module.main, arguments, repr(arguments[len(base) :])[:300])
-    campaign.end(capsys)
+            chosen = rng.choice([str(c) for c in action.choices] if action.choices and i % 2 else values)
+            arguments += [option] if flag else rng.choice([[option, chosen], [f"{option}={chosen}"]])
+        campaign.run_case(module.main, arguments, repr(arguments[len(base) :])[:300])
+    campaign.report(capsys)

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Each test prints what it measured: ``pytest tests/test_gpu.py -n 4 -rP``."""
+"""Tests that need a GPU. ``pytest tests/test_gpu.py -n 4 -rP`` also prints what each test measures."""
 
 import itertools
 import json
@@ -40,17 +40,17 @@ OPTIONS = {
     "guided": SamplingOptions(2.0, "linear", top_k=100, top_p=0.9, temperature=0.9),
     "guided in part": SamplingOptions(2.0, "constant", cfg_interval=3),
 }
-# Beyond what rounding to a precision does by itself, as a share of images.
+# Limit on the share of images that differ, in addition to those that rounding to the precision changes.
 BESIDES = 0.02
 CASES = list(itertools.product(MINI, ("float32", "bfloat16", "float16"), OPTIONS))
-# Seen on an H200 with PyTorch 2.11, when VAR's levels were resized by PyTorch's kernel.
+# Cases that exceeded this limit on an H200 with PyTorch 2.11, when PyTorch's kernel resized VAR's levels.
 SEEN_ON = torch.cuda.is_available() and "H200" in torch.cuda.get_device_name()
 BEYOND = {("var-mini", "float32", "guided in part"): "other batch size 12.9 %, precision 8.2 %"}
 
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    """What the product sets for good is taken back."""
+    """Restore the global settings of PyTorch that the project changes."""
     precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield
     torch.set_float32_matmul_precision(precision)
@@ -64,7 +64,7 @@ def request(options: SamplingOptions, dtype: str, images: int, classes: int = 10
 
 
 def tokens_of(name, options, dtype="float32", device=GPU, images=256, batch=256, compiled=False, exact=False):
-    """Tokens on the CPU; ``exact``: float32 without TF32."""
+    """Sample tokens and return them on the CPU. ``exact`` turns TF32 off."""
     model, asked = load_model(name), request(options, dtype, images)
     prepare(model, dtype, device, compiled)
     if exact:
@@ -74,14 +74,14 @@ def tokens_of(name, options, dtype="float32", device=GPU, images=256, batch=256,
     return torch.cat([sampler.tokens(part).cpu() for part in batches])
 
 
-def differing(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Share of rows that are not equal."""
+def share_that_differs(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the share of batch entries that differ."""
     return (a != b).flatten(1).any(1).double().mean().item()
 
 
 @pytest.mark.parametrize("name", LLAMAGEN_CASES + VAR_CASES)
-def test_figures_of_the_published_code(name):
-    """In float32, nothing rounded to TF32: tokens equal, logits within 1e-4 as on a CPU."""
+def test_matches_official_code(name):
+    """In float32 without TF32, tokens are equal and logits differ by less than 1e-4, as on a CPU."""
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     error = logits_error(name, GPU)
@@ -90,10 +90,10 @@ def test_figures_of_the_published_code(name):
 
 
 @pytest.mark.parametrize("name", MINI)
-def test_same_images_as_on_a_cpu(name):
-    """Random tokens in float32."""
+def test_tokens_match_cpu(name):
+    """Sample tokens at random in float32 without TF32."""
     gpu, cpu = (tokens_of(name, OPTIONS["free"], device=device, exact=True) for device in (GPU, CPU))
-    share = differing(gpu, cpu)
+    share = share_that_differs(gpu, cpu)
     print(f"{name}: on a CPU {share:.2%} of images differ")
     assert share <= BESIDES
 
@@ -103,8 +103,11 @@ def test_same_images_as_on_a_cpu(name):
     [("llamagen-mini", "float32", 0.1), ("var-mini", "float32", 0.1), ("var-mini", "float16", 0.1),
      ("var-mini", "bfloat16", 1)],
 )  # fmt: skip
-def test_pixels_as_on_a_cpu(name, dtype, most):
-    """Decoded as sampling does, eager and compiled: ``most`` of 255 apart on average; LlamaGen in float32."""
+def test_pixels_match_cpu(name, dtype, most):
+    """Decode as sampling does, eager and compiled. The mean error must be below ``most`` of 255.
+
+    LlamaGen decodes in float32.
+    """
     asked, pixels = request(OPTIONS["free"], dtype, 40), {}
     uniforms = torch.rand(40, load_model(name).sequence_length, generator=torch.Generator().manual_seed(0))
     for device, compiled in ((CPU, False), (GPU, False), (GPU, True)):
@@ -128,20 +131,21 @@ def test_pixels_as_on_a_cpu(name, dtype, most):
         for case in CASES
     ],
 )
-def test_compiled_and_other_batch_sizes(name, dtype, what):
-    """Replayed as CUDA graphs, the last batch filled up, twice the same; and in eager batches of 100.
+def test_compile_and_batch_size_change_few_images(name, dtype, what):
+    """Compare eager batches of 256 and 100, and the latter with CUDA graphs, whose last batch is padded.
 
-    Neither changes more images than the precision itself does.
+    Neither may change more images than the precision does, plus ``BESIDES``. CUDA graphs must give the same
+    tokens twice.
     """
     torch._dynamo.reset()
     options = OPTIONS[what]
     exact, eager = (tokens_of(name, options, d, exact=e) for d, e in (("float32", True), (dtype, False)))
     others = tokens_of(name, options, dtype, batch=100)
     once, again = (tokens_of(name, options, dtype, batch=100, compiled=True) for _ in range(2))
-    precision = differing(eager, exact)
+    precision = share_that_differs(eager, exact)
     shares = {
-        "other batch size": differing(eager, others),
-        "compiled": differing(others, once),
+        "other batch size": share_that_differs(eager, others),
+        "compiled": share_that_differs(others, once),
     }
     shown = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
     print(f"{name}, {dtype}, {what}: precision {precision:.2%} of images, {shown}")
@@ -150,8 +154,8 @@ def test_compiled_and_other_batch_sizes(name, dtype, what):
 
 
 @pytest.mark.parametrize("head_dim", [64, 100])
-def test_attention_over_a_static_cache(head_dim):
-    """Told how much counts, at every position of nine blocks: as in float32, but for one rounding."""
+def test_attention_over_static_cache(head_dim):
+    """At every position of nine cache blocks, bfloat16 differs from float32 by about one rounding."""
     length, rows, heads = 576, 4, 3
     cache = StaticCache(1, rows, heads, length, head_dim, torch.empty(0, dtype=torch.bfloat16, device=GPU))
     exact = KVCache(1, rows, heads, length, head_dim, torch.empty(0, device=GPU))
@@ -169,7 +173,8 @@ def test_attention_over_a_static_cache(head_dim):
 
 
 @contextmanager
-def no_waits():
+def forbid_waits():
+    """Context manager in which PyTorch raises an error if the host waits for the GPU."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -180,14 +185,14 @@ def no_waits():
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", MINI)
-def test_the_host_does_not_wait_while_tokens_are_drawn(name, compiled):
+def test_sampling_does_not_wait(name, compiled):
     model, options = load_model(name), OPTIONS["guided in part"]
     prepare(model, "bfloat16", GPU, compiled)
     generate = Sampler(model, request(options, "bfloat16", 16), 16, GPU, compiled).generate
     labels = torch.arange(16, device=GPU) % 10
     uniforms = torch.rand(16, model.sequence_length, dtype=torch.float64, device=GPU)
     generate(labels, uniforms)
-    with no_waits():
+    with forbid_waits():
         generate(labels, uniforms)
 
 
@@ -197,37 +202,37 @@ def batch_of(model: ARImageModel, images: int) -> Batch:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", MINI)
-def test_the_host_does_not_wait_in_a_micro_batch(name, dtype):
+def test_micro_batch_does_not_wait(name, dtype):
     trainer = Trainer(load_model(name), recipe_config(name, 8, dtype, ema=0.9), 4, Ranks())
     batch = batch_of(trainer.model, 8)
     trainer.optimizer_step(0, batch)
-    with no_waits():
+    with forbid_waits():
         loss, _ = trainer.micro_loss(batch)
         trainer.scaler.scale(loss).backward()
     assert torch.isfinite(loss)
 
 
-def split(trainer: Trainer, processes: Ranks) -> None:
-    """What the trainer does with --parallel fsdp, which it leaves out where there is one process."""
+def shard_trainer(trainer: Trainer, ranks: Ranks) -> None:
+    """Shard the trainer as --parallel fsdp does. The trainer itself does not shard on a single rank."""
     if not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     trainer.sharded = True
     for net in filter(None, (trainer.net, trainer.reference)):
-        shard(net, processes, DTYPES[trainer.config.dtype])
+        shard(net, ranks, DTYPES[trainer.config.dtype])
     trainer.optimizer = make_optimizer(trainer.model, trainer.config)
 
 
 @pytest.mark.parametrize("name", MINI)
-def test_compiled_and_sharded_training(name):
-    """Two steps in bfloat16 against eager ones; FSDP with one process."""
+def test_compile_and_fsdp_match_eager(name):
+    """Compare two optimizer steps in bfloat16. FSDP runs on one rank."""
     allow_tf32(GPU)
     found, config = {}, recipe_config(name, 8, "bfloat16", lr=1e-4, grad_clip=1.0)
     for compile, sharded in itertools.product((False, True), repeat=2):
         torch._dynamo.reset()
-        processes = Ranks()
-        trainer = Trainer(load_model(name), config, 4, processes, compile=compile)
+        ranks = Ranks()
+        trainer = Trainer(load_model(name), config, 4, ranks, compile=compile)
         if sharded:
-            split(trainer, processes)
+            shard_trainer(trainer, ranks)
         torch.manual_seed(0)
         batch = batch_of(trainer.model, 8)
         found[compile, sharded] = [trainer.optimizer_step(step, batch) for step in range(2)]
@@ -240,15 +245,16 @@ def test_compiled_and_sharded_training(name):
             assert max(errors) < (1e-3 if key == "logps/chosen" else 2e-2)
 
 
-def trained(folder, name) -> dict[str, torch.Tensor]:
+def trained_weights(folder, name) -> dict[str, torch.Tensor]:
+    """Return the weights that a run exported."""
     (file,) = folder.glob("model.pt*")
     return load_model(name, str(file)).transformer.state_dict()
 
 
 @pytest.mark.parametrize("compile", ["--no-compile", "--compile"])
 @pytest.mark.parametrize("name", MINI)
-def test_resumed_bit_for_bit(name, compile, tmp_path):
-    """With --deterministic."""
+def test_resume_is_bit_identical(name, compile, tmp_path):
+    """With --deterministic, the weights equal those of an uninterrupted run."""
     codes = tmp_path / "codes"
     data = ["--data", TRAIN] if name == "var-mini" else ["--codes", str(codes)]
     if name == "llamagen-mini":
@@ -259,16 +265,16 @@ def test_resumed_bit_for_bit(name, compile, tmp_path):
     for folder in ("whole", "again"):
         train([*command, "--output", str(tmp_path / folder)])
     again = tmp_path / "again"
-    shutil.rmtree(again / "state" / "step-6")  # as if killed before
+    shutil.rmtree(again / "state" / "step-6")  # as if the run was killed before this checkpoint
     for file in again.glob("model.pt*"):
         file.unlink()
     train([*command, "--output", str(again)])
-    whole, resumed = trained(tmp_path / "whole", name), trained(again, name)
+    whole, resumed = trained_weights(tmp_path / "whole", name), trained_weights(again, name)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
-def test_codes_of_a_cpu(tmp_path):
-    """TF32 in the encoder's convolutions moves few images to another code, as in the published scripts."""
+def test_codes_match_cpu(tmp_path):
+    """The encoder's convolutions use TF32, as in the published scripts, which changes few codes."""
     extract = ["-m", "scripts.extract_codes", "--model", "llamagen-mini", "--data", TRAIN]
     for folder, seen in (("gpu", "0"), ("cpu", "")):
         run(*extract, "--output", tmp_path / folder, CUDA_VISIBLE_DEVICES=seen)
@@ -278,8 +284,8 @@ def test_codes_of_a_cpu(tmp_path):
 
 
 @pytest.mark.parametrize("name", MINI)
-def test_from_samples_to_scores(name, tmp_path):
-    """10,000 images, compiled by themselves, and eager: the same scores."""
+def test_compile_keeps_fid(name, tmp_path):
+    """Compare the FID of 10,000 images, compiled (the default for so many) and eager."""
     scores = {}
     for way, options in (("compiled", []), ("eager", ["--no-compile"])):
         file, output = tmp_path / f"{way}.npz", tmp_path / f"{way}-scores.json"
@@ -299,13 +305,13 @@ def test_from_samples_to_scores(name, tmp_path):
     assert scores["compiled"]["fid"] == pytest.approx(scores["eager"]["fid"], rel=0.03)
 
 
-def test_memory_that_runs_out(tmp_path):
-    """One line that names the option, while sampling and while training."""
+def test_out_of_memory_is_user_error(tmp_path):
+    """The error names the option, in sampling and in training."""
     model, many = ["--model", "var-mini"], ["--batch-size", "8192"]
     training = ["--data", TRAIN, *many, "--micro-batch-size", "8192", "--max-steps", "1"]
     torch.cuda.set_per_process_memory_fraction(0.004)
     try:
-        with pytest.raises(UserError, match="--batch-size: 8192 images at once do not fit in the GPU's"):
+        with pytest.raises(UserError, match="--batch-size: 8192 images at once do not fit in GPU memory"):
             sample.main([*model, *many, "--num-samples", "8192", "--output", str(tmp_path / "out.npz")])
         with pytest.raises(UserError, match="--micro-batch-size: .*memory") as error:
             train_var_cca.main([*model, *training, "--output", str(tmp_path / "run")])
@@ -314,7 +320,7 @@ def test_memory_that_runs_out(tmp_path):
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-BIG = {  # images at once chosen by the product, with the guidance of the published samples
+BIG = {  # options with the guidance of the published samples
     "llamagen-xl": SamplingOptions(1.75),
     "var-d36": SamplingOptions(3.0, "linear", top_k=900, top_p=0.96),
 }
@@ -324,8 +330,8 @@ BIG = {  # images at once chosen by the product, with the guidance of the publis
 @pytest.mark.parametrize(
     "name, compiled", [("llamagen-xl", False), ("llamagen-xl", True), ("var-d36", False)]
 )
-def test_the_batch_chosen_for_sampling_fits(name, compiled):
-    """All steps, but of LlamaGen, eager, the first ones, at which its whole cache is there."""
+def test_default_sampling_batch_fits(name, compiled):
+    """Run all steps, except in eager LlamaGen: 12 steps suffice, because its cache is allocated at once."""
     options, dtype = BIG[name], ZOO[name].recipes["cca"].dtype
     model = random_model(name, CPU)
     asked = request(options, dtype, 256, model.num_classes)
@@ -348,7 +354,7 @@ def test_the_batch_chosen_for_sampling_fits(name, compiled):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llamagen-l", "var-d16"])
-def test_the_micro_batch_chosen_for_training_fits(name):
+def test_default_micro_batch_fits(name):
     model = random_model(name, GPU)
     config = recipe_config(name, 1024, ZOO[name].recipes["cca"].dtype, ema=0.9)
     trainer = Trainer(model, config, 1, Ranks())

@@ -1,7 +1,8 @@
-"""The dry run: the project's real code on a GPU that is not there (``fake_gpu``), every operator seen.
+"""Dry run of the project's code on a simulated GPU (``fake_gpu``), which sees every operator.
 
-A fault is an exception (a mix of devices among them), the host waiting while tokens are drawn, more waits of
-an optimizer step than the budget, or more kernels of what is compiled. At the end faults are planted.
+The tests fail on exceptions (such as a mix of devices) and if the host waits for the GPU while tokens are
+sampled. They also limit the waits of an optimizer step and the kernels of compiled code. The last test plants
+faults in the code and checks that they are detected.
 """
 
 import pytest
@@ -22,15 +23,16 @@ pytestmark = pytest.mark.skipif(not torch.version.cuda, reason="the dry run need
 
 # How often the host may wait for the GPU.
 WAITS_IN_GENERATE = 0
-WAITS_PER_OPTIMIZER_STEP = 1  # none of them of a micro-batch
-# Of compiled decoding: kernels of the last step, drawing included, and graphs that are compiled.
+WAITS_PER_OPTIMIZER_STEP = 1  # no micro-batch waits
+# Compiled decoding: (limit on the kernels of the last step, sampling included; limit on the compiled graphs;
+# model; batch size; precision; options).
 COMPILED_STEPS = {
     "llamagen-b, one token": (148, 3, "llamagen-b", 64, "bfloat16", SamplingOptions()),
     "llamagen-3b, heads of 100": (358, 3, "llamagen-3b", 8, "bfloat16", SamplingOptions(1.65)),
     "var-d16, the last level": (220, 7, "var-d16", 64, "float16",
         SamplingOptions(1.0, "linear", top_k=900, top_p=0.96)),
 }  # fmt: skip
-# Few layers where the others would be the same.
+# (Model, batch size, precision, options). Two blocks of each model run: more would run the same operators.
 SAMPLING = {
     "LlamaGen, no guidance": ("llamagen-b", 64, "bfloat16", SamplingOptions()),
     "LlamaGen in float32": ("llamagen-xl", 8, "float32", SamplingOptions(1.75)),
@@ -41,7 +43,7 @@ SAMPLING = {
     "VAR in float32, guided for four levels": ("var-d30", 8, "float32", SamplingOptions(2.5, cfg_interval=4)),
     "VAR at 512, shared AdaLN": ("var-d36", 4, "bfloat16", SamplingOptions()),
 }  # fmt: skip
-TRAINING = {  # model, precision, loss, and whether blocks are computed again in the backward pass
+TRAINING = {  # (model, precision, loss, whether blocks are recomputed in the backward pass)
     "LlamaGen": ("llamagen-b", "bfloat16", "cca", False),
     "LlamaGen in float32": ("llamagen-l", "float32", "unlearning", False),
     "LlamaGen, heads of 100": ("llamagen-3b", "float16", "sft", True),
@@ -51,14 +53,15 @@ TRAINING = {  # model, precision, loss, and whether blocks are computed again in
 }
 
 
-def cases(table: dict, slow: str = "") -> pytest.MarkDecorator:
+def parametrize_cases(table: dict, slow: str = "") -> pytest.MarkDecorator:
+    """Return the decorator that runs a test on each row of a table. ``slow``: the row to mark as slow."""
     marks = {slow: pytest.mark.slow}
     rows = [pytest.param(case, id=name, marks=marks.get(name, ())) for name, case in table.items()]
     return pytest.mark.parametrize("case", rows)
 
 
 def check_sampling(name: str, images: int, dtype: str, options: SamplingOptions) -> None:
-    """The first steps of a batch, eager, in a model of two blocks."""
+    """Run up to ten eager decoding steps of a model of two blocks, and assert that the host does not wait."""
     with fake_gpu():
         model = fake_model(name, layers=2)
         prepare(model, dtype, GPU)
@@ -71,21 +74,21 @@ def check_sampling(name: str, images: int, dtype: str, options: SamplingOptions)
     assert len(recorder.waits) <= WAITS_IN_GENERATE, recorder.waits
 
 
-@cases(SAMPLING)
-def test_sampling(case):
+@parametrize_cases(SAMPLING)
+def test_sampling_does_not_wait(case):
     check_sampling(*case)
 
 
-@cases(TRAINING)
-def test_training(case):
-    """The second of two optimizer steps on two micro-batches of two images, in a model of two blocks."""
+@parametrize_cases(TRAINING)
+def test_waits_of_optimizer_step(case):
+    """Check the second of two optimizer steps, on two micro-batches of two images."""
     name, dtype, loss, checkpointing = case
-    processes, config = Ranks(), recipe_config(name, 4, dtype, loss=loss, ema=0.99)
-    processes.device = GPU
+    ranks, config = Ranks(), recipe_config(name, 4, dtype, loss=loss, ema=0.99)
+    ranks.device = GPU
     with fake_gpu():
         model = fake_model(name, layers=2)
         model.transformer.checkpointing = checkpointing
-        trainer = Trainer(model, config, 2, processes)
+        trainer = Trainer(model, config, 2, ranks)
         batch = random_batch(model, torch.zeros(4, dtype=torch.bool))
         for step in range(2):
             with Recorder() as recorder:
@@ -94,8 +97,8 @@ def test_training(case):
     assert len(recorder.waits) <= WAITS_PER_OPTIMIZER_STEP, recorder.waits
 
 
-@cases(COMPILED_STEPS, slow="llamagen-3b, heads of 100")
-def test_compiled_steps(case, monkeypatch):
+@parametrize_cases(COMPILED_STEPS, slow="llamagen-3b, heads of 100")
+def test_kernels_of_compiled_step(case, monkeypatch):
     budget, graphs, name, images, dtype, options = case
     writer, recorder = Writer(), Recorder()
     torch._dynamo.reset()
@@ -104,7 +107,7 @@ def test_compiled_steps(case, monkeypatch):
         prepare(model, dtype, GPU, compile=True)
         eager = model.block_arguments
 
-        def block_arguments(*arguments):  # what runs between the compiled parts
+        def block_arguments(*arguments):  # eager code between the compiled parts
             with recorder:
                 return eager(*arguments)
 
@@ -121,8 +124,8 @@ def test_compiled_steps(case, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by_channel", [True, False], ids=["as it is", "PyTorch's own normalisation"])
-def test_compiled_decoder_copies_nothing(by_channel, monkeypatch):
-    """Convolutions and what lies between them take one layout."""
+def test_compiled_decoder_keeps_layout(by_channel, monkeypatch):
+    """All layers use one memory layout, so no kernel transposes. With PyTorch's GroupNorm some kernels do."""
     if not by_channel:
         monkeypatch.setattr(GroupNorm, "forward", torch.nn.GroupNorm.forward)
     writer = Writer()
@@ -138,7 +141,7 @@ def test_compiled_decoder_copies_nothing(by_channel, monkeypatch):
     assert (writer.transposed == 0) == by_channel
 
 
-# Faults, planted where logits are made, and what each is called. The check must see it.
+# (A fault to add where logits are computed, the message that the check must give).
 PLANTED = {
     "item": (lambda logits: logits.sum().item(), "item in .*models/"),
     "nonzero": (lambda logits: (logits > 0).nonzero(), "nonzero in .*models/"),
@@ -153,8 +156,8 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("name", ["llamagen-mini", "var-mini"])
-@cases(PLANTED)
-def test_a_fault_in_sampling_is_seen(case, name, monkeypatch):
+@parametrize_cases(PLANTED)
+def test_planted_fault_is_detected(case, name, monkeypatch):
     (fault, message), own = case, ARTransformer.to_logits
 
     def to_logits(self, hidden):

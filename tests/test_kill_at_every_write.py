@@ -1,4 +1,4 @@
-"""Sampling, training and extraction are stopped between any two changes to the disk, and go on."""
+"""Sampling, training and extraction are killed between any two changes on disk, and resume."""
 
 import json
 import subprocess
@@ -8,7 +8,8 @@ import pytest
 from commands import ROOT, environment
 
 
-def killed(tmp_path, *points):
+def kill_and_resume(tmp_path, *points):
+    """Run killing.py, assert that all scenarios resumed, and return its result for each scenario."""
     result = subprocess.run(
         [sys.executable, ROOT / "tests" / "killing.py", *points],
         cwd=tmp_path,
@@ -22,13 +23,13 @@ def killed(tmp_path, *points):
     return found
 
 
-def test_a_few_moments(tmp_path):
-    """Early, in the middle, and among the last changes."""
-    killed(tmp_path, "sampling=5,16,29", "extraction=6,22", "training=60")
+def test_kills_at_some_writes(tmp_path):
+    """Kill early, in the middle, and shortly before the end."""
+    kill_and_resume(tmp_path, "sampling=5,16,29", "extraction=6,22", "training=60")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["sampling", "training", "training_on_codes", "extraction"])
-def test_every_moment(scenario, tmp_path):
-    (found,) = killed(tmp_path, f"{scenario}=0")
+def test_kills_at_every_write(scenario, tmp_path):
+    (found,) = kill_and_resume(tmp_path, f"{scenario}=0")
     assert found["tries"] == found["events"] + 3 > 20

@@ -1,4 +1,4 @@
-"""The layers point one way: what may import what, read from the source."""
+"""Imports point one way. The tests read them from the source code."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
-# Each may import itself and what stands behind it; the longest prefix counts.
+# Each layer may import itself and the layers in its row. The longest matching prefix decides the layer.
 BASIS = ("models", "cca.random_streams", "cca.distributed", "cca.config", "cca.losses", "cca.progress")
 LAYERS = {
     "models": (),
@@ -23,14 +23,17 @@ LAYERS = {
     "cca.training": (*BASIS, "cca.cli", "cca.data", "cca.sampling"),
     "cca": ("models", "cca"),
 }
+COMMANDS = ("sample", "eval_fid", "train_var_cca", "train_llamagen_cca", "scripts", "benchmarks", "tests")
 FILES = [path.relative_to(ROOT) for folder in ("models", "cca") for path in (ROOT / folder).rglob("*.py")]
 
 
 def layer_of(module: str) -> str | None:
+    """Return the layer of a module, or None if it belongs to none."""
     return max((name for name in LAYERS if f"{module}.".startswith(f"{name}.")), key=len, default=None)
 
 
-def imported(tree: ast.AST) -> list[str]:
+def imported_names(tree: ast.AST) -> list[str]:
+    """Return the full names of all modules and objects that a file imports."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -42,11 +45,12 @@ def imported(tree: ast.AST) -> list[str]:
 
 
 def violations(file: Path, source: str) -> list[str]:
+    """Return the imports in ``source`` that ``file`` must not contain, as text."""
     own = layer_of(".".join(file.with_suffix("").parts))
     wrong = []
-    for name in imported(ast.parse(source)):
+    for name in imported_names(ast.parse(source)):
         other = layer_of(name)
-        commands = name.split(".")[0] in ("sample", "eval_fid", "scripts", "benchmarks", "tests")
+        commands = name.split(".")[0] in COMMANDS
         if commands or (other and other != own and other not in LAYERS[own] and "cca" not in LAYERS[own]):
             wrong.append(f"{file} imports {name}")
     return wrong
@@ -57,7 +61,7 @@ def test_imports_point_one_way(file):
     assert violations(file, (ROOT / file).read_text()) == []
 
 
-def test_a_wrong_import_is_seen():
+def test_wrong_import_is_detected():
     for file, line in (
         ("models/base.py", "from cca.losses import cca_loss"),
         ("models/var.py", "import cca"),
@@ -67,8 +71,8 @@ def test_a_wrong_import_is_seen():
         assert violations(Path(file), line) != []
 
 
-def test_backbones_are_not_asked_for_by_name_outside_models():
-    """No isinstance of a backbone, and no comparison with its name."""
+def test_only_models_checks_the_backbone():
+    """No other code calls isinstance with a backbone or compares a value with its name."""
     names = {"VAR", "LlamaGen", "VARTransformer", "LlamaGenTransformer"}
     for path in (
         p

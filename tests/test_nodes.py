@@ -1,4 +1,4 @@
-"""Several nodes: the same results as on one, and one line where they do not share what they must."""
+"""Several nodes give the results of one. Nodes that do not share their files end with one error line."""
 
 import json
 
@@ -9,7 +9,7 @@ from commands import ROOT, TRAIN, content, finish, run, start_agents, start_proc
 from made_data import bundled
 from safetensors.torch import load_file, save_file
 
-# Every command in one process of each node. Each says what it was refused with, if it was.
+# Run each command on one rank per node, and print the messages of those that are refused.
 COMMANDS = """
 import json, sys
 import cca.distributed, eval_fid, sample, train_var_cca
@@ -33,7 +33,7 @@ print(json.dumps(found))
 
 @pytest.fixture
 def nodes(tmp_path):
-    """Two folders with the same in data.npz, and not the same in other.npz and weights.safetensors."""
+    """Return two folders with equal data.npz, and with different other.npz and weights.safetensors."""
     (tmp_path / "commands.py").write_text(COMMANDS)
     weights = load_file(ROOT / "assets" / "var-mini.safetensors")
     images, labels = bundled(20).values()
@@ -46,7 +46,7 @@ def nodes(tmp_path):
     return folders
 
 
-def test_what_is_not_shared_is_refused_by_all(nodes, tmp_path):
+def test_nodes_without_shared_files_are_refused(nodes, tmp_path):
     var, codes, data, output = ["--model", "var-mini"], ["--model", "llamagen-mini"], "data.npz", "--output"
     train, mini = [*var, "--batch-size", "4", "--max-steps", "2", "--data"], ["--features", "mini"]
     place, files = "--output: {} on ", "all nodes need the same options and files"
@@ -77,18 +77,18 @@ def test_what_is_not_shared_is_refused_by_all(nodes, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_agents_make_what_one_makes(tmp_path):
-    def train(output):
+def test_two_torchruns_match_one(tmp_path):
+    def train_arguments(output):
         common = ["--model", "var-mini", "--data", ROOT / TRAIN, "--batch-size", 8, "--max-steps", 3]
         return [ROOT / "train_var_cca.py", *common, "--save-every", 2, "--output", output]
 
-    def draw(output):
+    def sample_arguments(output):
         weights = ["--weights", tmp_path / "one" / "model.pth"]
         return [ROOT / "sample.py", "--model", "var-mini", *weights, "--num-samples", 600, "--output", output]
 
     for command, one, two in (
-        (train, tmp_path / "one", tmp_path / "two"),
-        (draw, tmp_path / "one.npz", tmp_path / "two.npz"),
+        (train_arguments, tmp_path / "one", tmp_path / "two"),
+        (sample_arguments, tmp_path / "one.npz", tmp_path / "two.npz"),
     ):
         run(*command(one), processes=2)
         ended = finish(start_agents(command(two), [tmp_path, tmp_path]))

@@ -1,4 +1,4 @@
-"""Outputs that cannot be, or that would overwrite inputs: one line, before the work, nothing new on disk."""
+"""Outputs that cannot be written or would overwrite an input are refused in one line before the work."""
 
 import shutil
 from pathlib import Path
@@ -69,7 +69,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("module, arguments, message", CASES, ids=lambda value: None)
-def test_one_line_and_nothing_new(folder, capsys, module, arguments, message):
+def test_bad_output_is_refused(folder, capsys, module, arguments, message):
     before = sorted(folder.rglob("*"))
     with pytest.raises(SystemExit) as caught:
         run_command(lambda: module.main(arguments))
@@ -80,8 +80,8 @@ def test_one_line_and_nothing_new(folder, capsys, module, arguments, message):
     assert sorted(folder.rglob("*")) == before
 
 
-def test_converted_weights_replace_no_file(folder):
-    """Not even a file that this command wrote: there is no record beside it that says so."""
+def test_convert_weights_replaces_no_file(folder):
+    """It does not even replace its own output, because no file beside it records who wrote it."""
     command = [str(ROOT / "assets/var-mini.safetensors"), "w.pth"]
     convert_weights.main(command)
     made = Path("w.pth").read_bytes()
@@ -92,7 +92,7 @@ def test_converted_weights_replace_no_file(folder):
     assert Path("w.pth").read_bytes() == made and Path("own.pt").read_bytes() == b"somebody's"
 
 
-def test_the_evaluator_goes_on_without_a_cache(folder, monkeypatch, capsys):
+def test_evaluator_runs_without_cache(folder, monkeypatch, capsys):
     command = ["--features", "mini", "--samples", "good.npz", "--reference", "other.npz", "--metrics", "fid"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "file"))
     eval_fid.main([*command, "--output", "first.json"])

@@ -1,4 +1,4 @@
-"""Users' mistakes: one line on stderr, exit status 2, no traceback, nothing half-written."""
+"""Mistakes of users give one line on stderr and exit status 2, without a traceback or a file on disk."""
 
 import io
 import os
@@ -26,7 +26,7 @@ EVAL = ["--reference", REFERENCE, "--features", "mini", "--samples"]
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Broken inputs in the current folder; the bundled files are reachable as from the checkout."""
+    """Change to a folder with broken inputs, and with the bundled files in assets/."""
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "junk.npz").write_bytes(b"junk" * 100)
@@ -40,7 +40,7 @@ def folder(tmp_path, monkeypatch):
     np.savez("good.npz", **whole)
     np.savez("unlabelled.npz", arr_0=whole["arr_0"])
     np.save(array := io.BytesIO(), whole["arr_0"])
-    with zipfile.ZipFile("short.npz", "w") as archive:  # it promises more images than it holds
+    with zipfile.ZipFile("short.npz", "w") as archive:  # its header promises more images than it holds
         archive.writestr("arr_0.npy", array.getvalue().replace(b"(50, 32, 32)", b"(99, 32, 32)"))
     for name, shape in (
         ("negative", b"(-9, 32, 32)"),
@@ -243,7 +243,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("module, arguments, message", CASES, ids=lambda value: None)
-def test_one_line(folder, capsys, module, arguments, message):
+def test_wrong_input_is_one_error_line(folder, capsys, module, arguments, message):
     before = sorted(folder.iterdir())
     with pytest.raises(SystemExit) as caught:
         run_command(lambda: module.main(arguments))
@@ -255,7 +255,7 @@ def test_one_line(folder, capsys, module, arguments, message):
 
 
 @pytest.mark.parametrize("script", ["sample.py", "train_var_cca.py", "train_llamagen_cca.py", "eval_fid.py"])
-def test_in_a_process_of_its_own(script):
+def test_wrong_option_in_new_process(script):
     result = call([script, "--model", "gpt"])
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")

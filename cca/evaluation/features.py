@@ -18,7 +18,13 @@ from torch_fidelity.utils import create_feature_extractor
 from cca.cli.parser import Parser, add_workers_option, count
 from cca.distributed import Ranks
 from models import UserError
-from models.utils.precision import ELSEWHERE, EXTRACTED_IMAGES, exact_matmuls, oom_as_user_error
+from models.utils.precision import (
+    DOES_NOT_FIT,
+    EXTRACTED_IMAGES,
+    TOO_MANY_IMAGES,
+    exact_matmuls,
+    oom_as_user_error,
+)
 from models.zoo.checkpoint_formats import not_finite, read_state_dict, tensors_sha256
 from models.zoo.hub import ASSETS, Download
 
@@ -108,7 +114,7 @@ class Extractor:
         self.logits_layer = kind.get_default_feature_layer_for_metric("isc")
         layers = dict.fromkeys((self.layer, self.logits_layer))  # some networks use one layer for both
         self.module = build_network(self.name, list(layers), weights)
-        with oom_as_user_error(f"--features: {self.name} does not fit in GPU memory; {ELSEWHERE}"):
+        with oom_as_user_error(f"--features: {self.name} {DOES_NOT_FIT}"):
             self.module.to(device)
         self.is_inception = self.name == INCEPTION
         if self.is_inception:
@@ -123,13 +129,7 @@ class Extractor:
 
         Raise UserError if GPU memory runs out.
         """
-        with (
-            oom_as_user_error(
-                f"--batch-size: {len(images)} images at once do not fit in the GPU's memory; "
-                f"take fewer, or {ELSEWHERE}"
-            ),
-            exact_matmuls(),
-        ):
+        with oom_as_user_error(f"--batch-size: {len(images)} {TOO_MANY_IMAGES}"), exact_matmuls():
             outputs = self.module.convert_features_tuple_to_dict(self.module(images.to(self.device)))
         return Features(
             pooled=outputs[self.layer].float().cpu(),

@@ -41,7 +41,7 @@ ELSEWHERE = "stop other processes on that GPU, or choose another GPU with CUDA_V
 # error replaces {why}.
 DOES_NOT_FIT = f"does not fit in GPU memory ({{why}}); {ELSEWHERE}"
 TOO_MANY_IMAGES = (
-    f"images at once do not fit in the GPU's memory ({{why}}); take a smaller value, or {ELSEWHERE}"
+    f"images at once do not fit in GPU memory ({{why}}); use a smaller value, or {ELSEWHERE}"
 )
 
 

@@ -1,4 +1,4 @@
-"""Options that no command takes are refused by Python's classes as well, and limits stand in one place."""
+"""The dataclasses of options refuse the same values as the commands, and take their limits from one place."""
 
 from dataclasses import fields, replace
 
@@ -41,21 +41,21 @@ NAN = float("nan")
         (CONFIG, "dtype", ("half",)),
     ],
 )
-def test_values_outside_the_limits(options, name, values):
+def test_values_outside_limits_are_refused(options, name, values):
     for value in values:
         with pytest.raises(UserError, match=f"^{name}: "):
             replace(options, **{name: value})
 
 
 @pytest.mark.parametrize("classes", [(10,), (0, -1), ()])
-def test_classes_that_the_model_does_not_have(classes):
+def test_unknown_classes_are_refused(classes):
     model, request = load_model("var-mini"), replace(REQUEST, classes=classes)
     with pytest.raises(UserError, match="^--classes: .*expected"):
         Sampler(model, request, 4, torch.device("cpu"))
 
 
-def test_commands_take_their_limits_from_the_classes():
-    """Every field that has limits and an option: both refuse the same values."""
+def test_commands_and_dataclasses_share_limits():
+    """For every field with limits and an option, the parser and the dataclass refuse the same values."""
     training = training_parser("x", "train_var_cca", "--data", "x")
     for parser, options in ((sample.make_parser(), (SamplingOptions(), REQUEST)), (training, (CONFIG,))):
         actions = {action.dest: action for action in parser._actions}
@@ -69,11 +69,11 @@ def test_commands_take_their_limits_from_the_classes():
                     continue
                 for text in ("-1", "0", "1e-7", "0.5", "1", "1.5", "2", "nan", "inf"):
                     assert refuses(lambda: actions[name].type(text)) == refuses(  # noqa: B023, called at once
-                        lambda: replace(instance, **{name: number(text)})  # noqa: B023
+                        lambda: replace(instance, **{name: parse_number(text)})  # noqa: B023
                     ), (name, text)
 
 
-def number(text):
+def parse_number(text):
     return float(text) if not text.lstrip("-").isdecimal() else int(text)
 
 

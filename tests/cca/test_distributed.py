@@ -1,4 +1,4 @@
-"""Shares, sums and gathers over real processes (gloo), and alone."""
+"""Ranks and their collectives, in several processes (gloo) and in one."""
 
 import re
 import signal
@@ -30,7 +30,8 @@ processes.barrier()
 """
 
 
-# What is registered first runs last. Building a model imports torch.compile's modules.
+# Python calls the functions of atexit in reverse order, so `show` runs last. Building a model imports
+# torch.compile's modules.
 AT_EXIT = """
 import atexit, os
 from pathlib import Path
@@ -47,7 +48,7 @@ processes.barrier()
 """
 
 
-# The process is told that it sees one GPU; this machine has none.
+# Simulates one visible GPU per rank; this machine has none.
 ONE_GPU = """
 import os, sys, types
 import torch
@@ -64,22 +65,22 @@ run_command(lambda: print("on GPU", Ranks().device.index))
 """
 
 
-def test_three_processes(tmp_path):
+def test_collectives_of_three_ranks(tmp_path):
     (tmp_path / "collectives.py").write_text(COLLECTIVES)
     run(tmp_path / "collectives.py", processes=3, PYTHONPATH=".")
 
 
-def test_no_thread_of_gloo_outlives_the_work(tmp_path):
-    """One that frees a tensor while Python ends would abort the process."""
+def test_gloo_threads_end_before_exit(tmp_path):
+    """A gloo thread that frees a tensor while Python ends would abort the process."""
     (tmp_path / "at_exit.py").write_text(AT_EXIT)
-    said = run(tmp_path / "at_exit.py", processes=2, PYTHONPATH=".").stdout.splitlines()
-    counts = sorted(int(line.split(": ")[1]) for line in said if "threads of gloo" in line)
-    assert counts[:2] == [0, 0] and min(counts[2:]) > 0 and len(counts) == 4, said
+    printed = run(tmp_path / "at_exit.py", processes=2, PYTHONPATH=".").stdout.splitlines()
+    counts = sorted(int(line.split(": ")[1]) for line in printed if "threads of gloo" in line)
+    assert counts[:2] == [0, 0] and min(counts[2:]) > 0 and len(counts) == 4, printed
 
 
-def test_hosts_tell_each_other_nothing_by_way_of_their_gpus(monkeypatch):
-    """The other of two processes sends nothing; this machine has no GPU that a tensor could be made on."""
-    backends, exchanged = [], []
+def test_host_collectives_use_cpu_tensors(monkeypatch):
+    """Rank 0 of 2 is simulated: its collectives are replaced, and a tensor on the GPU would fail."""
+    backends, device_types = [], []
     properties = SimpleNamespace(uuid="GPU-1")
     answers = {
         "is_available": True, "device_count": 2, "set_device": None, "get_device_properties": properties
@@ -90,20 +91,20 @@ def test_hosts_tell_each_other_nothing_by_way_of_their_gpus(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "init_process_group", backends.append)
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor: exchanged.append(tensor.device.type))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: device_types.append(tensor.device.type))
     monkeypatch.setattr(dist, "all_gather_object", lambda values, own: values.__setitem__(1, None))
-    processes, done = Ranks(), []
-    assert processes.device.type == "cuda" and backends == ["cpu:gloo,cuda:nccl"]
-    assert processes.all_reduce_numbers(1.5, 2**24 + 1) == [1.5, 2**24 + 1]
-    assert processes.any_rank(True) and not processes.any_rank(False)
-    assert processes.run_or_abort_all(lambda: done.append(True), True, 3.0) == [3.0] and done
-    assert processes.digest(lambda: "abc") == "abc"
-    processes.barrier()
-    assert len(exchanged) >= 5 and set(exchanged) == {"cpu"}
+    ranks, done = Ranks(), []
+    assert ranks.device.type == "cuda" and backends == ["cpu:gloo,cuda:nccl"]
+    assert ranks.all_reduce_numbers(1.5, 2**24 + 1) == [1.5, 2**24 + 1]
+    assert ranks.any_rank(True) and not ranks.any_rank(False)
+    assert ranks.run_or_abort_all(lambda: done.append(True), True, 3.0) == [3.0] and done
+    assert ranks.digest(lambda: "abc") == "abc"
+    ranks.barrier()
+    assert len(device_types) >= 5 and set(device_types) == {"cpu"}
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_rank_that_sees_one_gpu_takes_it_unless_another_rank_has_it(tmp_path, shared):
+def test_single_visible_gpu_is_used_unless_shared(tmp_path, shared):
     (tmp_path / "one_gpu.py").write_text(ONE_GPU)
     line = [tmp_path / "one_gpu.py", "shared" if shared else "own"]
     for status, printed, errors in finish(start_processes(line, [tmp_path] * 2)):
@@ -111,13 +112,13 @@ def test_a_rank_that_sees_one_gpu_takes_it_unless_another_rank_has_it(tmp_path, 
         assert ("error: LOCAL_RANK: ranks [0, 1] share GPUs" in errors) == shared
 
 
-def test_a_gpu_without_room_for_a_context(monkeypatch):
-    def full(device):
+def test_gpu_without_free_memory_is_refused(monkeypatch):
+    def raise_oom(device):
         raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", full)
+    monkeypatch.setattr(torch.cuda, "set_device", raise_oom)
     with pytest.raises(UserError, match="^CUDA_VISIBLE_DEVICES: GPU 0 has no free memory"):
         Ranks()
 
@@ -142,7 +143,7 @@ def test_a_gpu_without_room_for_a_context(monkeypatch):
         ),
     ],
 )
-def test_a_rank_without_a_rendezvous_is_refused(variables, message, monkeypatch):
+def test_invalid_torchrun_variables_are_refused(variables, message, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -161,22 +162,22 @@ cca.cli.main.run_command(lambda: Ranks().barrier() or print(os.environ["GLOO_SOC
 """
 
 
-def test_an_interface_that_gloo_does_not_have(tmp_path):
-    """What NCCL is told holds for gloo, which would else choose one itself.
+def test_network_interface_of_gloo(tmp_path):
+    """Gloo uses the network interface that is set for NCCL; without it, gloo would choose one itself.
 
-    Rank 0 says what is wrong; rank 1 waits to be ended by torchrun, here much longer than it would else.
-    Where they meet, none leaves before the other has come.
+    With an unknown interface, rank 0 prints the error, and rank 1 waits until torchrun ends it. Here rank 1
+    waits 60 times as long as usual. With a valid one, the barrier keeps each rank until the other arrives.
     """
     (tmp_path / "meet.py").write_text(MEET)
     found = run(tmp_path / "meet.py", processes=2, PYTHONPATH=".", NCCL_SOCKET_IFNAME="lo")
-    assert found.stdout.splitlines().count("lo") == 2  # gloo prints lines of its own in older versions
+    assert found.stdout.splitlines().count("lo") == 2  # older versions of gloo also print lines
     result = call([tmp_path / "meet.py"], 2, PYTHONPATH=".", GLOO_SOCKET_IFNAME="none0")
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
     assert line.startswith("error: GLOO_SOCKET_IFNAME: ")
     assert "none0" in line
 
 
-def test_signals_that_are_ignored_stay_ignored():
+def test_ignored_signals_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     with StopRequest():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -199,7 +200,7 @@ run_command(lambda: WORK)
 @pytest.mark.parametrize(
     "work", ["processes.run_or_abort_all(refuse)", "refuse() or processes.all_reduce_numbers(1)"]
 )
-def test_all_stop_where_one_refuses(work, tmp_path):
+def test_error_on_one_rank_stops_all_ranks(work, tmp_path):
     (tmp_path / "refusal.py").write_text(REFUSAL.replace("WORK", work))
     result = call([tmp_path / "refusal.py"], 2, PYTHONPATH=".")
     assert result.returncode != 0 and "RuntimeError" not in result.stderr

@@ -1,4 +1,4 @@
-"""Losses and their gradients against the figures of the published code, in float64."""
+"""Losses, their gradients and the reward metrics compared with the published code, in float64."""
 
 import math
 
@@ -17,7 +17,7 @@ SETTINGS = [(0.02, 50.0), (0.02, 1000.0), (0.1, 0.5)]
 @pytest.mark.parametrize("beta, lam", SETTINGS)
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("name", GOLDEN_LOSSES)
-def test_loss_and_gradient(name, masked, beta, lam):
+def test_losses_equal_published_code(name, masked, beta, lam):
     mask = FIGURES["uncond_mask"] & masked
     labels, negatives = pair_labels(FIGURES["labels"], mask, int(FIGURES["num_classes"]))
     positive, negative = (FIGURES[k].clone().requires_grad_() for k in ("positive_logp", "negative_logp"))
@@ -30,8 +30,7 @@ def test_loss_and_gradient(name, masked, beta, lam):
 
 
 @pytest.mark.parametrize("name", GOLDEN_LOSSES)
-def test_shapes_that_would_broadcast(name):
-    """And hyperparameters that no loss has; what a loss does not use may be anything."""
+def test_losses_refuse_wrong_shapes_and_hyperparameters(name):
     rows, loss = torch.zeros(4), LOSSES[name].objective
     same = torch.zeros(4, dtype=torch.bool)
     for wrong in (
@@ -48,28 +47,28 @@ def test_shapes_that_would_broadcast(name):
     assert loss(rows, rows, same, 0.1, 0.0).isfinite()
 
 
-def test_pair_labels_of_one_shape():
+def test_pair_labels_refuse_wrong_shapes():
     labels = torch.arange(4)
     for wrong in ((labels, torch.zeros(1, dtype=torch.bool)), (labels, torch.zeros(4, 1, dtype=torch.bool))):
         with pytest.raises(ValueError, match=r"expected \[B\]"):
             pair_labels(*wrong, 9)
 
 
-def test_pair_labels():
+def test_pair_labels_equal_published_code():
     null = int(FIGURES["num_classes"])
     labels, negatives = pair_labels(FIGURES["labels"], FIGURES["uncond_mask"], null)
     assert torch.equal(labels, FIGURES["labels_masked"])
     assert torch.equal(negatives, FIGURES["negative_labels_masked"])
-    nobody = torch.zeros_like(FIGURES["uncond_mask"])
-    assert torch.equal(pair_labels(FIGURES["labels"], nobody, null)[1], FIGURES["negative_labels"])
+    no_uncond = torch.zeros_like(FIGURES["uncond_mask"])
+    assert torch.equal(pair_labels(FIGURES["labels"], no_uncond, null)[1], FIGURES["negative_labels"])
 
 
-def test_metrics():
-    """Rewards and their difference times beta; the share of rows in which the true class is preferred."""
+def test_reward_metrics_equal_published_code():
+    """Rewards and margins are scaled by beta. Accuracy is the share of entries that prefer the true class."""
     reward = FIGURES["positive_logp"] - FIGURES["ref_positive_logp"]
     negative = FIGURES["negative_logp"] - FIGURES["ref_negative_logp"]
     logps = FIGURES["positive_logp"], FIGURES["negative_logp"]
-    null_rows = FIGURES["uncond_mask"].nonzero().flatten()
+    null_entries = FIGURES["uncond_mask"].nonzero().flatten()
     metrics = reward_metrics(logps, (reward, negative), FIGURES["uncond_mask"], scale=0.02)
     found = {name: values.double().mean().item() for name, values in metrics.items()}
     found["rewards/null"] /= found.pop("null")
@@ -79,7 +78,7 @@ def test_metrics():
             "rewards/margins": 0.02 * float(FIGURES["metric_margin"]),
             "rewards/chosen": 0.02 * float(FIGURES["metric_chosen_reward"]),
             "rewards/rejected": 0.02 * float(FIGURES["metric_rejected_reward"]),
-            "rewards/null": 0.02 * reward[null_rows].mean().item(),
+            "rewards/null": 0.02 * reward[null_entries].mean().item(),
             "logps/chosen": logps[0].mean().item(),
             "logps/rejected": logps[1].mean().item(),
         },
@@ -87,5 +86,5 @@ def test_metrics():
     )
 
 
-def test_rewards_are_scaled_where_the_loss_has_beta():
+def test_reward_scale_is_beta_if_used():
     assert [LOSSES[name].reward_scale(0.02) for name in GOLDEN_LOSSES] == [0.02, 0.02, 1.0]

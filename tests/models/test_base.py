@@ -1,4 +1,4 @@
-"""Models against the figures of the published code, and what their interface promises."""
+"""Models against results of the published code, and the guarantees of their interface."""
 
 import pytest
 import torch
@@ -19,48 +19,48 @@ def case(request):
         yield build(request.param), golden(request.param)
 
 
-def close(actual, expected):
+def assert_close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 def test_encoder_and_tokens(case):
     model, expected = case
-    close(model.tokenizer.latents(expected["image"]), expected["encoder_out"])
+    assert_close(model.tokenizer.latents(expected["image"]), expected["encoder_out"])
     assert torch.equal(model.encode(expected["image"]), expected["tokens"])
 
 
 def test_decoded_images(case):
     model, expected = case
-    # VAR's figures were clamped by the published code, LlamaGen's were not.
+    # The published code clamps VAR's images, but not LlamaGen's.
     is_var = model.checkpoint_name == "model.pth"
     decode = model.decode if is_var else model.tokenizer.decode
-    close(decode(expected["tokens"]), expected["reconstruction"])
-    for scale in (0.0, 1.5, 4.0) if is_var else (1.0, 2.0, 4.0):  # VAR counts from 0
+    assert_close(decode(expected["tokens"]), expected["reconstruction"])
+    for scale in (0.0, 1.5, 4.0) if is_var else (1.0, 2.0, 4.0):  # VAR's scale counts from 0
         images = decode(expected[f"greedy_tokens_cfg{scale}"].long())
-        close((images + 1) / 2 if is_var else images, expected[f"greedy_image_cfg{scale}"])
+        assert_close((images + 1) / 2 if is_var else images, expected[f"greedy_image_cfg{scale}"])
 
 
 @pytest.mark.parametrize("name", VAR_CASES)
 def test_teacher_forcing_input(name):
     expected = golden(name)
     with torch.no_grad():
-        close(
+        assert_close(
             build(name).tokenizer.teacher_forcing_input(expected["tokens"]), expected["teacher_forcing_input"]
         )
 
 
-def greedy(model, scale, interval=None):
+def greedy_tokens(model, scale, interval=None):
     options = SamplingOptions(scale, model.default_cfg_schedule, interval, top_k=1)
     return model.generate(torch.arange(4), torch.rand(4, model.sequence_length), options)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_logits_log_likelihoods_and_greedy_tokens(name):
+def test_outputs_match_published_code(name):
     assert logits_error(name, torch.device("cpu")) < 1e-4
 
 
 @pytest.mark.parametrize("function", ["sequence_logprob", "logits", "decode"])
-def test_tokens_that_do_not_fit(case, function):
+def test_invalid_tokens_raise(case, function):
     model, length = case[0], case[0].sequence_length
 
     def call(tokens, labels):
@@ -80,41 +80,41 @@ def test_tokens_that_do_not_fit(case, function):
 
 
 @pytest.mark.parametrize("name", LLAMAGEN_CASES)
-def test_guidance_from_a_step_on(name):
-    """The published interval 5 counts decode steps 0 to 5 after the first token: 7 tokens in all."""
+def test_guidance_interval(name):
+    """The published interval 5 guides the first token and the decoding steps 0 to 5 after it: 7 tokens."""
     expected = golden(name)["greedy_tokens_cfg4.0_interval5"].long()
-    assert torch.equal(greedy(build(name), 4.0, interval=7), expected)
+    assert torch.equal(greedy_tokens(build(name), 4.0, interval=7), expected)
 
 
 def test_generation_agrees_with_teacher_forcing(case):
-    """Cached decoding gives the teacher-forced distribution: the greedy token is its argmax."""
+    """Each greedy token of cached decoding is the argmax of the teacher-forced logits."""
     model, _ = case
-    tokens = greedy(model, 1.0)
+    tokens = greedy_tokens(model, 1.0)
     assert torch.equal(model.logits(torch.arange(4), tokens).argmax(-1), tokens)
 
 
 def test_no_unconditional_pass_without_guidance(case, monkeypatch):
     model, _ = case
-    rows = []
+    batch_sizes = []
     begin = type(model).begin
     monkeypatch.setattr(
-        type(model), "begin", lambda self, labels: rows.append(len(labels)) or begin(self, labels)
+        type(model), "begin", lambda self, labels: batch_sizes.append(len(labels)) or begin(self, labels)
     )
-    greedy(model, 1.0)
-    greedy(model, 2.0)
-    assert rows == [4, 8]
+    greedy_tokens(model, 1.0)
+    greedy_tokens(model, 2.0)
+    assert batch_sizes == [4, 8]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_operations_are_counted_as_the_framework_does(name):
-    """Within 0.1 % of a forward pass; a backward pass takes twice as many, within 0.5 %."""
+def test_forward_flops(name):
+    """PyTorch counts the same FLOPs within 0.1 %, and twice as many in the backward pass within 0.5 %."""
     model = build(name)
     labels, tokens = (
         torch.zeros(2, dtype=torch.int64),
         torch.zeros(2, model.sequence_length, dtype=torch.int64),
     )
     inputs = model.inputs(tokens)
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # others are not counted on a CPU
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # on a CPU, PyTorch counts only this kernel
         with FlopCounterMode(display=False) as forward:
             logits = model.transformer.logits(labels, inputs)
         with FlopCounterMode(display=False) as backward:
@@ -124,8 +124,8 @@ def test_operations_are_counted_as_the_framework_does(name):
     assert backward.get_total_flops() == pytest.approx(2 * expected, rel=5e-3)
 
 
-def test_the_nearest_code_is_searched_in_float32():
-    """Whatever is allowed or cast around: here codes that 16 bits cannot tell from one another."""
+def test_nearest_code_uses_float32():
+    """Autocast and the matmul precision have no effect. In 16 bits, some of these codes are equal."""
     codebook = torch.stack([1 + torch.arange(64) / 1000, torch.ones(64)], dim=1)
     expected, before = torch.arange(64), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -141,8 +141,8 @@ def test_the_nearest_code_is_searched_in_float32():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llamagen-mini", "var-mini"])
-def test_the_output_layer_has_the_precision_of_autocast(name, dtype):
-    """As in the published code: logits are numbers of 16 bits, at most one rounding from those of float32."""
+def test_output_layer_uses_autocast(name, dtype):
+    """As in the published code, logits have 16 bits, and are one rounding or less from float32 logits."""
     torch.manual_seed(0)
     model, labels = load_model(name), torch.arange(8)
     tokens = torch.randint(model.vocab_size, (8, model.sequence_length))
@@ -150,6 +150,6 @@ def test_the_output_layer_has_the_precision_of_autocast(name, dtype):
         hidden = model.transformer.hidden(labels, model.inputs(tokens))
         logits = model.transformer.to_logits(hidden)
         with torch.autocast("cpu", enabled=False):
-            whole = model.transformer.to_logits(hidden.float())
+            exact = model.transformer.to_logits(hidden.float())
     assert torch.equal(logits.to(dtype).float(), logits)
-    assert (logits - whole).abs().max() < torch.finfo(dtype).eps * whole.abs().max()
+    assert (logits - exact).abs().max() < torch.finfo(dtype).eps * exact.abs().max()

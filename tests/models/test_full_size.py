@@ -1,7 +1,7 @@
-"""Published sizes on the CPU with weights made from tensor names; minutes, so run by hand with -m slow.
+"""Models of published size on the CPU, with weights computed from the names of tensors.
 
-The files are made from the manifests of the published checkpoints, in the layouts that they have,
-and come by name from a local hub.
+The tests write weights files from the manifests of the published checkpoints, in the published layouts. A
+local hub serves them under their published names. The tests take minutes and run only with -m slow.
 """
 
 import argparse
@@ -21,12 +21,15 @@ from models.zoo.checkpoint_formats import is_constant
 from models.zoo.loading import build_model
 
 
-def official_file(path, manifest, constants, llamagen):
-    """A checkpoint with every key of a manifest, without a model of ours; ``constants`` holds the buffers."""
-    described = json.loads((GOLDEN / "manifests" / f"{manifest}.json").read_text())["state_dict"]
+def write_official_file(path, manifest, constants, llamagen):
+    """Write a weights file with the keys and shapes of a manifest, and return its path.
+
+    constants: the values of the buffers.
+    """
+    tensors = json.loads((GOLDEN / "manifests" / f"{manifest}.json").read_text())["state_dict"]
     state = {
         key: constants[key] if is_constant(key) else named_tensor(key, tuple(shape))
-        for key, (_, shape) in described.items()
+        for key, (_, shape) in tensors.items()
     }
     torch.save(
         {"model": state, "args": argparse.Namespace(lr=1e-4), "steps": 300_000} if llamagen else state, path
@@ -52,10 +55,10 @@ MODELS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, size, manifests, published", MODELS)
-def test_official_files_sample_greedily(tmp_path, name, size, manifests, published):
+def test_sampling_from_published_files(tmp_path, name, size, manifests, published):
     empty = build_model(name, size)
     paths = [
-        official_file(tmp_path / manifest, manifest, module.state_dict(), name.startswith("llamagen"))
+        write_official_file(tmp_path / manifest, manifest, module.state_dict(), name.startswith("llamagen"))
         for module, manifest in zip((empty.transformer, empty.tokenizer), manifests)
     ]
     command = [
@@ -80,13 +83,13 @@ def test_official_files_sample_greedily(tmp_path, name, size, manifests, publish
         logits = model.logits(labels, tokens)
         best, chosen = logits.amax(-1), logits.gather(-1, tokens[..., None])[..., 0]
         images = model.to_uint8(model.decode(tokens)).permute(0, 2, 3, 1)
-        # As traced for compilation: the static cache, all positions or each level as one graph.
+        # This runs the code that --compile traces, with a static cache, but does not compile it.
         compiled = CompiledGenerate(
             model, SamplingOptions(top_k=1), "float32", 2, torch.device("cpu"), "eager"
         )
         assert torch.equal(compiled(labels, torch.zeros(2, model.sequence_length)), tokens)
-    assert (best - chosen).max() < 1e-3  # the cached decoding agrees with the teacher-forced model
+    assert (best - chosen).max() < 1e-3  # cached decoding agrees with teacher forcing
     with np.load(tmp_path / "s.npz") as file:
         assert file["arr_0"].shape == (2, size, size, 3) and file["arr_1"].tolist() == [207, 360]
         difference = np.abs(file["arr_0"].astype(int) - images.numpy())
-    assert difference.max() <= 1  # one grey level: the batch of two is decoded here without filling up
+    assert difference.max() <= 1  # rounding: sample.py pads the batch of two, and this test does not

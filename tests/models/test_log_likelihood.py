@@ -1,4 +1,4 @@
-"""The chunked log-likelihood against the plain one, and compiled."""
+"""The log-likelihood in chunks compared with the plain one, and compiled code compared with eager code."""
 
 from functools import cache, partial
 
@@ -13,8 +13,8 @@ from models.log_likelihood import linear_sequence_logprob, sequence_logprob
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_chunked_logprob_equals_the_plain_one(monkeypatch, bias):
-    # 7 rows at a time: chunks cut through sequences.
+def test_chunked_logprob_equals_plain(monkeypatch, bias):
+    # A chunk has 7 tokens, so chunks end inside sequences.
     monkeypatch.setitem(models.utils.precision.LIKELIHOOD_LOGITS, "cpu", 101 * 7)
     hidden, weight, offset = torch.randn(3, 13, 16), torch.randn(101, 16), torch.randn(101)
     tokens, outer = torch.randint(0, 101, (3, 13)), torch.randn(3)
@@ -32,8 +32,8 @@ def test_chunked_logprob_equals_the_plain_one(monkeypatch, bias):
 
 
 @pytest.mark.parametrize("function", ["from logits", "from hidden states"])
-def test_tokens_that_do_not_fit(function):
-    """Also where the counts agree, and -100, which PyTorch's cross-entropy leaves out."""
+def test_invalid_tokens_raise(function):
+    """Shapes with the right number of tokens raise too, and so does -100, which cross-entropy ignores."""
     hidden, weight = torch.randn(2, 5, 8), torch.randn(11, 8)
 
     def logprob(tokens):
@@ -51,23 +51,30 @@ def test_tokens_that_do_not_fit(function):
             logprob(tokens)
 
 
-def one_pass(hidden: Tensor, layer: list[Tensor], tokens: Tensor, compiled: bool):
-    """Log-likelihoods, those of a reference, the gradients of their sum, and what is kept for these."""
-    kept: list[tuple[torch.Size, torch.dtype]] = []
+def forward_backward(hidden: Tensor, layer: list[Tensor], tokens: Tensor, compiled: bool):
+    """Run ``linear_sequence_logprob`` in inference mode, and with gradients forward and backward.
+
+    Return [log-likelihoods, those of inference mode, gradients of the inputs], and shape and dtype of each
+    tensor that is saved for the backward pass.
+    """
+    saved: list[tuple[torch.Size, torch.dtype]] = []
     inputs = [t.clone().requires_grad_() for t in (hidden, *layer)]
     arguments = (*inputs, *[None] * (2 - len(layer)), tokens, compiled)
     with torch.inference_mode():
         reference = linear_sequence_logprob(*arguments)
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append((t.shape, t.dtype)) or t, lambda t: t
+        lambda t: saved.append((t.shape, t.dtype)) or t, lambda t: t
     ):
         value = linear_sequence_logprob(*arguments)
     (value * torch.linspace(-1, 1, len(value))).sum().backward()
-    return [value.detach(), reference, *(t.grad for t in inputs)], kept
+    return [value.detach(), reference, *(t.grad for t in inputs)], saved
 
 
 def compiled_and_eager(monkeypatch, backend: str, dtype: torch.dtype, bias: bool):
-    """Pairs of ``one_pass`` for batches of several sizes, in chunks of 7 tokens; three graphs serve all."""
+    """Yield the results of ``forward_backward``, compiled and eager, for batches of several sizes.
+
+    A chunk has 7 tokens. Assert that three graphs serve all batches.
+    """
     torch._dynamo.reset()
     counters.clear()
     compiler = partial(torch.compile, fullgraph=True, backend=backend)
@@ -77,27 +84,29 @@ def compiled_and_eager(monkeypatch, backend: str, dtype: torch.dtype, bias: bool
     layer = [t.to(dtype) for t in (torch.randn(512, 16), torch.randn(512))[: 2 if bias else 1]]
     for images, length in ((3, 13), (3, 13), (2, 17), (4, 14), (1, 5)):
         hidden, tokens = torch.randn(images, length, 16, dtype=dtype), torch.randint(512, (images, length))
-        yield [one_pass(hidden, layer, tokens, compiled) for compiled in (True, False)]
-        # Of policy and reference forward, and of the gradients.
+        yield [forward_backward(hidden, layer, tokens, compiled) for compiled in (True, False)]
+        # One is for the policy's forward pass, one for the reference's, and one for the backward pass.
         assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("dtype, bias", [(torch.float32, False), (torch.bfloat16, True)])
-def test_compiled_as_traced(dtype, bias, monkeypatch):
-    """Equal to the bit, nothing more is kept, and no other graph for the last chunk or another batch."""
-    for (compiled, kept), (eager, kept_by_eager) in compiled_and_eager(monkeypatch, "aot_eager", dtype, bias):
+def test_aot_eager_is_bit_equal(dtype, bias, monkeypatch):
+    """Compiled code saves no more tensors than eager code, and needs no new graph for another size."""
+    for (compiled, saved), (eager, saved_by_eager) in compiled_and_eager(
+        monkeypatch, "aot_eager", dtype, bias
+    ):
         assert all(map(torch.equal, compiled, eager)) and len(compiled) == len(eager)
-        assert kept == kept_by_eager
-        assert max(shape.numel() for shape, _ in kept) == 512 * 16  # the weight
+        assert saved == saved_by_eager
+        assert max(shape.numel() for shape, _ in saved) == 512 * 16  # the weight
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_generated_code(dtype, bias, monkeypatch):
-    """By the compiler that users get, for which a C++ compiler is needed.
+def test_inductor_agrees_with_eager(dtype, bias, monkeypatch):
+    """Inductor is the default compiler, and needs a C++ compiler.
 
-    Measured: log-likelihoods to 1e-7, relative; gradients to 1e-7 in float32, and to the bit in bfloat16.
+    Measured relative errors: log-likelihoods 1e-7; gradients 1e-7 in float32 and 0 in bfloat16.
     """
     for (compiled, _), (eager, _) in compiled_and_eager(monkeypatch, "inductor", dtype, bias):
         for ours, expected in zip(compiled[:2], eager[:2], strict=True):

@@ -1,4 +1,4 @@
-"""Filters and noise of the draw, and frequencies of whole samples against enumerated probabilities."""
+"""Filters and noise of sampling; frequencies of sampled sequences against their exact probabilities."""
 
 import itertools
 import math
@@ -35,7 +35,7 @@ OPTIONS = {
 }
 
 
-def tiny(backbone):
+def tiny_model(backbone):
     torch.manual_seed(0)
     if backbone == "var":
         model = var.VAR(
@@ -55,8 +55,8 @@ def tiny(backbone):
 
 
 @torch.no_grad()
-def probabilities(model, label, options):
-    """log p of every sequence, from teacher-forced logits of the conditional and the unconditional model."""
+def sequence_probabilities(model, label, options):
+    """Return the probability of every sequence, from teacher-forced logits with and without the class."""
     sequences = torch.tensor(list(itertools.product(range(4), repeat=model.sequence_length)))
     labels = torch.full((len(sequences),), label)
     cond = model.logits(labels, sequences)
@@ -72,9 +72,9 @@ def probabilities(model, label, options):
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("backbone", ["var", "llamagen"])
-def test_frequencies(backbone, name):
-    model, options = tiny(backbone), OPTIONS[name]
-    expected = SAMPLES * probabilities(model, 1, options)
+def test_frequencies_of_sequences(backbone, name):
+    model, options = tiny_model(backbone), OPTIONS[name]
+    expected = SAMPLES * sequence_probabilities(model, 1, options)
     assert expected.sum() == pytest.approx(SAMPLES, rel=1e-5) and expected.max() < 0.5 * SAMPLES
     request = SampleRequest(SAMPLES, (1,), "balanced", 7, None, "float32", options)
     counts = torch.zeros(len(expected), dtype=torch.float64)
@@ -83,14 +83,14 @@ def test_frequencies(backbone, name):
         tokens = Sampler(model, request, 20_000, CPU).tokens(range(start, start + 20_000))
         counts += torch.bincount((tokens * place).sum(1), minlength=len(expected))
     assert counts[expected == 0].sum() == 0
-    rare = expected < 5  # too few for the chi-square: taken together
-    observed, wanted = (torch.cat([t[~rare], t[rare].sum()[None]]) for t in (counts, expected))
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    statistic = ((observed - wanted) ** 2 / wanted).sum().item()
-    assert statistic < chi2.ppf(0.999, len(wanted) - 1)
+    rare = expected < 5  # the chi-square test needs at least 5, so these are added up
+    observed, predicted = (torch.cat([t[~rare], t[rare].sum()[None]]) for t in (counts, expected))
+    observed, predicted = observed[predicted > 0], predicted[predicted > 0]
+    statistic = ((observed - predicted) ** 2 / predicted).sum().item()
+    assert statistic < chi2.ppf(0.999, len(predicted) - 1)
 
 
-def test_sampling_filters():
+def test_filters_match_published_code():
     figures = golden("sampling_filters")
     for name, expected in figures.items():
         if name != "logits":
@@ -102,7 +102,7 @@ def test_sampling_filters():
 
 
 def keyed_triple_32(counter, uniform):
-    """The hash in Python's unbounded integers."""
+    """Return the hash triple32 of a counter, computed in Python's unbounded integers."""
     mask = 2**32 - 1
     (key,) = struct.unpack("<Q", struct.pack("<d", uniform))
     z = (counter * 0x9E3779B9 + key) & mask
@@ -112,7 +112,7 @@ def keyed_triple_32(counter, uniform):
     return z ^ (z >> 14)
 
 
-def test_noise_is_the_hash():
+def test_noise_matches_the_hash():
     for uniform in (0.0, 0.3, 1 - 2**-53):
         expected = [((keyed_triple_32(i, uniform) >> 1) + 0.5) * 2**-31 for i in range(1000)]
         noise = exponential_noise(torch.tensor(uniform, dtype=torch.float64), 1000)
@@ -122,39 +122,39 @@ def test_noise_is_the_hash():
 def test_noise_is_independent():
     uniforms = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise = exponential_noise(uniforms, 16).double()
-    assert (noise.mean(0) - 1).abs().max() < 4.5 / 100_000**0.5  # of deviation 1
-    pairs = torch.cat([noise, noise.roll(1, 0)], 1)  # with each other and the row before
+    assert (noise.mean(0) - 1).abs().max() < 4.5 / 100_000**0.5  # Exp(1) has a standard deviation of 1
+    pairs = torch.cat([noise, noise.roll(1, 0)], 1)  # of a row, and of the row before it
     correlation = torch.corrcoef(pairs.T)
     assert (correlation - torch.eye(32)).abs().max() < 5.5 / 100_000**0.5
 
 
 @pytest.mark.parametrize("backbone", ["var", "llamagen"])
 @pytest.mark.parametrize("options", [SamplingOptions(), SamplingOptions(cfg_scale=2.0, top_k=2, top_p=0.5)])
-def test_logits_that_are_not_finite_mark_their_row(backbone, options):
-    """One class is broken: its rows are marked, others drawn as ever, and the API refuses the batch."""
-    model, labels = tiny(backbone), torch.tensor([0, 1, 0])
+def test_nonfinite_logits_mark_their_image(backbone, options):
+    """One class gives NaN: its image is marked, other images do not change, and ``generate`` raises."""
+    model, labels = tiny_model(backbone), torch.tensor([0, 1, 0])
     uniforms = torch.rand(3, model.sequence_length, dtype=torch.float64)
-    whole = generate_tokens(model, labels, uniforms, options)
+    unchanged = generate_tokens(model, labels, uniforms, options)
     embedding = next(m for m in model.transformer.modules() if isinstance(m, torch.nn.Embedding))
-    assert embedding.num_embeddings == 3  # classes, and none
+    assert embedding.num_embeddings == 3  # two classes and the null class
     with torch.no_grad():
         embedding.weight[1, 0] = torch.nan
     tokens = generate_tokens(model, labels, uniforms, options)
-    assert (tokens[1] == NOT_FINITE).all() and torch.equal(tokens[[0, 2]], whole[[0, 2]])
+    assert (tokens[1] == NOT_FINITE).all() and torch.equal(tokens[[0, 2]], unchanged[[0, 2]])
     with pytest.raises(UserError, match="1 of 3 images are not finite; in float32"):
         model.generate(labels, uniforms, options)
     with pytest.raises(UserError, match="float16 overflow is the likely cause"):
         require_finite(tokens, torch.float16)
 
 
-def test_guidance_that_overflows():
-    model = tiny("llamagen")
+def test_overflow_of_guidance_raises():
+    model = tiny_model("llamagen")
     with pytest.raises(UserError, match="not finite"):
         model.generate(torch.tensor([0]), torch.rand(1, 4), SamplingOptions(cfg_scale=1e300))
 
 
 @pytest.mark.parametrize(
-    "name, values, wanted",
+    "name, values, limits",
     [
         ("cfg_scale", (-0.5, math.nan, math.inf, "2", None, True), "at least 0|a number"),
         ("cfg_schedule", ("cosine", "", None, ["linear"]), "one of constant, linear"),
@@ -164,21 +164,21 @@ def test_guidance_that_overflows():
         ("temperature", (-1, 0, 1e-45, LOWEST_TEMPERATURE / 2), "at least 1e-06"),
     ],
 )
-def test_options_outside_their_limits(name, values, wanted):
+def test_options_outside_limits_raise(name, values, limits):
     for value in values:
-        with pytest.raises(UserError, match=f"^{name}: .* must be ({wanted})"):
+        with pytest.raises(UserError, match=f"^{name}: .* must be ({limits})"):
             SamplingOptions(**{name: value})
 
 
-def test_options_at_their_limits():
+def test_options_at_limits():
     SamplingOptions(0, "linear", 1, 2**63 - 1, 1, LOWEST_TEMPERATURE)
     SamplingOptions(np.float32(2), "constant", None, np.int64(5), np.float64(0.5), 1e30)
 
 
 @pytest.mark.parametrize("backbone", ["var", "llamagen"])
-def test_inputs_that_would_be_taken_for_others(backbone):
-    """Uniform numbers of another shape or outside [0, 1), labels that are no [B]."""
-    model, labels = tiny(backbone), torch.tensor([0, 1])
+def test_generate_checks_its_inputs(backbone):
+    """Uniform numbers outside [0, 1) raise, and so do uniform numbers or labels of a wrong shape."""
+    model, labels = tiny_model(backbone), torch.tensor([0, 1])
     good = torch.full((2, model.sequence_length), 0.5)
     for value in (1.0, -0.1, math.nan, math.inf):
         uniforms = good.clone()
@@ -198,8 +198,8 @@ def test_inputs_that_would_be_taken_for_others(backbone):
 
 
 @pytest.mark.parametrize("backbone", ["var", "llamagen"])
-def test_the_lowest_temperature_is_greedy(backbone):
-    model, labels = tiny(backbone), torch.arange(64) % 2
+def test_lowest_temperature_is_greedy(backbone):
+    model, labels = tiny_model(backbone), torch.arange(64) % 2
     uniforms = torch.rand(64, model.sequence_length, dtype=torch.float64)
     coldest = model.generate(labels, uniforms, SamplingOptions(temperature=LOWEST_TEMPERATURE))
     assert torch.equal(coldest, model.generate(labels, uniforms, SamplingOptions(top_k=1)))

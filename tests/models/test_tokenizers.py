@@ -1,4 +1,4 @@
-"""What the tokenizers do otherwise on a GPU."""
+"""Code that the tokenizers use only on a GPU or compiled, compared on a CPU with the code it replaces."""
 
 import pytest
 import torch
@@ -9,41 +9,41 @@ from models.autoencoder import GroupNorm, PixelConv
 from models.var_tokenizer import MultiScaleQuantizer, bicubic_taps, resize_lines
 from models.zoo.registry import TOKENIZERS
 
-SIDES = [
-    (side, entry.config.patch_nums[-1])
+GRID_SIZES = [
+    (size, entry.config.patch_nums[-1])
     for name, entry in TOKENIZERS.items()
     if entry.backbone.family == "var"
-    for side in entry.config.patch_nums[:-1]
+    for size in entry.config.patch_nums[:-1]
 ]
 
 
-@pytest.mark.parametrize("source, target", SIDES)
-def test_resizing_by_taps(source, target):
-    """As ``F.interpolate`` resizes, of all levels."""
+@pytest.mark.parametrize("source, target", GRID_SIZES)
+def test_resize_lines(source, target):
+    """The result for each level is that of ``F.interpolate``."""
     x = torch.randn(2, 3, source, source, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(x.double(), (target, target), mode="bicubic")
     line = bicubic_taps(source, target)
-    found = resize_lines(resize_lines(x, *line).mT, *line).mT
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+    result = resize_lines(resize_lines(x, *line).mT, *line).mT
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", VAR_CASES)
-def test_figures_of_the_published_code(name, monkeypatch):
-    """As without it, in test_base.py: tokens are equal, numbers to 1e-4."""
+def test_enlarge_by_taps_matches_published_code(name, monkeypatch):
+    """The tolerances are those of test_base.py: tokens are equal, and other values agree to 1e-4."""
     monkeypatch.setattr(MultiScaleQuantizer, "enlarge", MultiScaleQuantizer.enlarge_by_taps)
     assert logits_error(name, torch.device("cpu")) < 1e-4
     model, expected = build(name), golden(name)
     with torch.no_grad():
-        for found, key in (
+        for result, key in (
             (model.decode(expected["tokens"]), "reconstruction"),
             (model.tokenizer.teacher_forcing_input(expected["tokens"]), "teacher_forcing_input"),
         ):
-            torch.testing.assert_close(found, expected[key], rtol=0, atol=1e-4)
+            torch.testing.assert_close(result, expected[key], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("mean", [0.0, 30.0])
-def test_normalisation_by_channel(mean):
-    """What compiled decoders compute is PyTorch's group normalisation."""
+def test_group_norm_by_channel(mean):
+    """``by_channel``, which compiled decoders use, agrees with PyTorch's group normalisation."""
     generator = torch.Generator().manual_seed(0)
     norm, x = GroupNorm(96), torch.randn(2, 96, 9, 7, generator=generator)
     x = x * torch.linspace(0.5, 2, 96)[:, None, None] + mean * torch.linspace(-1, 1, 96)[:, None, None]
@@ -55,7 +55,7 @@ def test_normalisation_by_channel(mean):
         assert (norm(x) - expected).abs().max() < 2e-5
 
 
-def test_more_channels_than_pixels_have():
+def test_convolution_with_eight_channels():
     torch.manual_seed(0)
     layer, x = PixelConv(16, 3, 3, padding=1), torch.randn(2, 16, 8, 8)
     torch.testing.assert_close(layer.with_eight_channels(x), layer(x), rtol=0, atol=1e-6)

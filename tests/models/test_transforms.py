@@ -1,4 +1,4 @@
-"""Crops of training images against torchvision, which the published trainers use."""
+"""Crops of training images against those of torchvision, which the published trainers use."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from models.transforms import RandomCrop, TenCrops, centre_crop
 
 
 @pytest.mark.parametrize("width, height, size", [(60, 47, 32), (33, 120, 17), (50, 50, 23), (301, 200, 64)])
-def test_crops_are_those_of_torchvision(width, height, size):
+def test_crops_match_torchvision(width, height, size):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     image, generator = Image.fromarray(pixels), np.random.default_rng(1)
     resized = torchvision.resize(image, round(1.125 * size), torchvision.InterpolationMode.LANCZOS)

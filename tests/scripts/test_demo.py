@@ -1,4 +1,4 @@
-"""The page's requests against sample.py, its refusals, and a served page asked by Gradio's client."""
+"""The demo page: its images against those of sample.py, its errors, and requests to a served page."""
 
 import re
 import shlex
@@ -31,13 +31,13 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def made(*arguments):
+def make_demo(*arguments):
     return demo.Demo(demo.make_parser().parse_args(["--model", MODEL, *arguments]), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    """A run with weights that are not the base's, at a path that would be markup in HTML."""
+def fine_tuned_file(tmp_path_factory):
+    """Write weights that differ from the base, and return their path, which contains HTML."""
     path = tmp_path_factory.mktemp("demo") / "<b>a run" / "model.pt"
     path.parent.mkdir()
     generator = torch.Generator().manual_seed(1)
@@ -48,12 +48,12 @@ def tuned(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def three_ways(tuned):
-    return made("--weights", str(tuned.parent), "--batch-size", "2")
+def three_panels(fine_tuned_file):
+    return make_demo("--weights", str(fine_tuned_file.parent), "--batch-size", "2")
 
 
-def sampled(line):
-    """Images and classes of the file that this sample.py command makes."""
+def run_sample(line):
+    """Run a sample.py command, and return the images and classes of its file."""
     python, file, *arguments = shlex.split(line)
     assert (python, file) == ("python", "sample.py")
     sample.main(arguments)
@@ -61,28 +61,28 @@ def sampled(line):
         return samples["arr_0"], samples["arr_1"].tolist()
 
 
-def test_commands_make_the_same_pixels(three_ways, tuned, monkeypatch, tmp_path):
+def test_commands_reproduce_the_pixels(three_panels, fine_tuned_file, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    panels, shown = three_ways.plan(OPTIONS), []
+    panels, pixels = three_panels.plan(OPTIONS), []
     assert [panel.title for panel in panels] == [
         "Base, no guidance", "Base, guidance 2.5", "CCA, no guidance",
     ]  # fmt: skip
     for panel in panels:
         sizes = []
-        for images in three_ways.sample(panel):
+        for images in three_panels.sample(panel):
             sizes.append(len(images))
-        assert sizes == [2, 4, 5]  # batch by batch
-        expected, classes = sampled(panel.command)
+        assert sizes == [2, 4, 5]  # each batch adds its images
+        expected, classes = run_sample(panel.command)
         assert np.array_equal(expected, np.stack(images)) and classes == [3, 7, 3, 7, 3]
-        shown.append(expected)
-    first, *others = shown
+        pixels.append(expected)
+    first, *others = pixels
     assert all((images != first).any() for images in others)
-    assert f"--weights '{tuned}'" in panels[2].command
+    assert f"--weights '{fine_tuned_file}'" in panels[2].command
     assert "--cfg-scale" not in panels[0].command + panels[2].command
 
 
-def test_without_weights_two_ways_and_as_many_images_as_wanted():
-    few = made("--max-images", "5")
+def test_no_weights_and_fewer_images():
+    few = make_demo("--max-images", "5")
     assert [panel.title for panel in few.plan(OPTIONS)] == ["Base, no guidance", "Base, guidance 2.5"]
     with pytest.raises(UserError, match="^--num-samples: 6 must be at most 5 here"):
         few.plan({**OPTIONS, "--num-samples": "6"})
@@ -107,32 +107,32 @@ def test_without_weights_two_ways_and_as_many_images_as_wanted():
         ("--top-p", "1.5", "--top-p: 1.5 must be above 0 and at most 1"),
     ],
 )
-def test_wrong_values_are_refused_before_anything_is_made(three_ways, option, value, message):
+def test_invalid_values_raise(three_panels, option, value, message):
     with pytest.raises(UserError) as caught:
-        three_ways.plan({**OPTIONS, option: value})
+        three_panels.plan({**OPTIONS, option: value})
     assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(
     "place, message",
     [
-        ("generate_tokens", "--batch-size: 2 images at once do not fit in the GPU's memory"),
+        ("generate_tokens", "--batch-size: 2 images at once do not fit in GPU memory"),
         ("to_pixels", "--model: decoding does not fit in GPU memory"),
     ],
 )
-def test_memory_that_runs_out_ends_a_request_and_not_the_page(place, message, three_ways, monkeypatch):
-    panel = three_ways.plan(OPTIONS)[2]
+def test_oom_ends_only_the_request(place, message, three_panels, monkeypatch):
+    panel = three_panels.plan(OPTIONS)[2]
     with monkeypatch.context() as patch:
         patch.setattr(sampler, place, memory_full)
         with pytest.raises(UserError) as caught:
-            list(three_ways.sample(panel))
+            list(three_panels.sample(panel))
     assert str(caught.value).startswith(message)
-    *_, images = three_ways.sample(panel)
+    *_, images = three_panels.sample(panel)
     assert len(images) == 5
 
 
 @pytest.mark.parametrize("model", sorted(ZOO))
-def test_the_page_starts_with_options_that_are_right(model):
+def test_defaults_are_valid_options(model):
     classes = zoo_entry(model).transformer.num_classes
     start = demo.defaults(model, classes, 16)
     arguments = [word for pair in start.items() for word in pair]
@@ -142,30 +142,33 @@ def test_the_page_starts_with_options_that_are_right(model):
         assert int(args.classes) < classes
 
 
-def test_of_a_run_the_state_is_named_that_is_shown(tmp_path):
-    def pinned(weights):
+def test_weights_name_the_newest_checkpoint(tmp_path):
+    def resolve_weights(weights):
         args = demo.make_parser().parse_args(["--model", MODEL, "--weights", weights])
         return list(demo.files_by_weights(args))[-1]
 
     for step in (3, 12):
         (tmp_path / "state" / f"step-{step}").mkdir(parents=True)
-    assert pinned(f"{tmp_path}") == f"{tmp_path}/state/step-12"
-    assert pinned(f"{tmp_path}:ema") == f"{tmp_path}/state/step-12:ema"
+    assert resolve_weights(f"{tmp_path}") == f"{tmp_path}/state/step-12"
+    assert resolve_weights(f"{tmp_path}:ema") == f"{tmp_path}/state/step-12:ema"
     (tmp_path / "model_ema.pt").touch()
-    assert pinned(f"{tmp_path}:ema") == f"{tmp_path}/model_ema.pt"
-    assert pinned("base") == "base"
+    assert resolve_weights(f"{tmp_path}:ema") == f"{tmp_path}/model_ema.pt"
+    assert resolve_weights("base") == "base"
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys, tmp_path):
-    """The one line of a command that is refused, which leaves nothing; Gradio need not be there."""
+def error_line(monkeypatch, capsys, tmp_path):
+    """Return a function that runs a command, which must fail, and returns its only line on stderr.
+
+    The command must leave no file. A fake module stands in for Gradio.
+    """
     for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     newest = types.SimpleNamespace(__version__="99.0.0")
 
-    def message(*arguments, gradio=newest):
+    def run(*arguments, gradio=newest):
         monkeypatch.setitem(sys.modules, "gradio", gradio)
         with pytest.raises(SystemExit) as caught:
             run_command(lambda: demo.main(["--model", MODEL, *arguments]))
@@ -173,39 +176,39 @@ def refused(monkeypatch, capsys, tmp_path):
         assert caught.value.code == 2 and not list(tmp_path.iterdir())
         return line
 
-    return message
+    return run
 
 
-def test_wrong_command_lines(refused, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
+def test_invalid_command_lines(error_line, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
         message = f"--host, --port: 127.0.0.1:{port} cannot be served (Address already in use"
-        assert message in refused("--port", port)
+        assert message in error_line("--port", port)
     for arguments, message in (
         (("--host", "192.0.2.1", "--port", "0"), "--host, --port: 192.0.2.1:0 cannot be served"),
         (("--port", "70000"), "--port: 70000 must be"),
         (("--weights", "nothing.pt", "--port", "0"), "--weights: nothing.pt: no such file"),
         (("--max-images", "0"), "--max-images: 0 must be at least 1"),
     ):
-        assert message in refused(*arguments)
+        assert message in error_line(*arguments)
     monkeypatch.setenv("WORLD_SIZE", "0")
-    assert "WORLD_SIZE" in refused()
+    assert "WORLD_SIZE" in error_line()
 
 
-def test_without_gradio_or_with_an_old_one_a_line_says_what_to_install(refused):
+def test_missing_or_old_gradio(error_line):
     install = "pip install -r requirements-demo.txt"
-    assert refused(gradio=None) == f"error: the page needs Gradio: {install}"
+    assert error_line(gradio=None) == f"error: the page needs Gradio: {install}"
     old = types.SimpleNamespace(__version__="6.4.0rc1")
-    assert refused(gradio=old) == f"error: the page needs Gradio 6.31 or newer, not 6.4.0rc1: {install}"
+    assert error_line(gradio=old) == f"error: the page needs Gradio 6.31 or newer, not 6.4.0rc1: {install}"
 
 
 @pytest.fixture(scope="module")
-def url(tuned, tmp_path_factory):
-    """A page that is served; it ends when it is told to, says nothing and leaves nothing."""
+def url(fine_tuned_file, tmp_path_factory):
+    """Serve a page and return its URL. On SIGTERM it must exit without errors and leave no files."""
     pytest.importorskip("gradio", reason="pip install -r requirements-demo.txt")
     temporary = tmp_path_factory.mktemp("temporary")
     errors = temporary / "errors"
-    line = command_line(["-m", "scripts.demo", "--model", MODEL, "--weights", tuned, "--port", 0])
+    line = command_line(["-m", "scripts.demo", "--model", MODEL, "--weights", fine_tuned_file, "--port", 0])
     variables = environment(TMPDIR=str(temporary), PYTHONUNBUFFERED="1")
     with (
         open(errors, "w") as stderr,
@@ -224,14 +227,14 @@ def url(tuned, tmp_path_factory):
     assert errors.read_text() == "" and not list(temporary.glob("cca-demo-*"))
 
 
-def test_the_page_shows_what_sample_py_makes(url, monkeypatch, tmp_path):
+def test_served_page_matches_sample_py(url, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     client = pytest.importorskip("gradio_client").Client(url, verbose=False, download_files=tmp_path)
     job = client.submit([3, 7], "11", 5, 2.5, 0.9, 50, 0.95, api_name="/sample")
     *_, download, commands = job.result(timeout=600)
     steps = job.outputs()
     for place, line in enumerate(commands.splitlines(), 1):
-        expected, classes = sampled(line)
+        expected, classes = run_sample(line)
         names = [FASHION_CLASSES[label] for label in classes]
         (picture,) = [step[place] for step in steps if step[place].get("value")]
         assert " s per image" in picture["label"]
@@ -241,7 +244,7 @@ def test_the_page_shows_what_sample_py_makes(url, monkeypatch, tmp_path):
         assert place == 3 and image.width > 3 * 2 * 96
 
 
-def test_what_is_wrong_is_a_line_on_the_page(url):
+def test_served_page_shows_errors(url):
     client = pytest.importorskip("gradio_client").Client(url, verbose=False)
     for values, message in (
         (([], "<i>", 5, 2.5, 0.9, 50, 0.95), "Seed: &#x27;&lt;i&gt;&#x27; is not an integer"),
@@ -252,10 +255,11 @@ def test_what_is_wrong_is_a_line_on_the_page(url):
         assert status == f"<p class='error' role='alert'>{message}</p>"
 
 
-def test_the_page_asks_nobody_else_and_samples_in_its_queue_alone(url):
+def test_served_page_is_safe(url):
+    """The page escapes paths, loads nothing from other servers, and samples only through its queue."""
     httpx = pytest.importorskip("httpx")
     html, config = (httpx.get(url + path).text for path in ("", "config"))
     assert "&lt;b&gt;a run" in config and "<b>a run" not in html + config
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", html)
-    past_the_queue = httpx.post(f"{url}gradio_api/run/sample", json={"data": []})
-    assert past_the_queue.is_error and "Please join the queue" in past_the_queue.text
+    response = httpx.post(f"{url}gradio_api/run/sample", json={"data": []})
+    assert response.is_error and "Please join the queue" in response.text

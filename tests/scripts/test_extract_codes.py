@@ -1,4 +1,4 @@
-"""Extraction of codes as users run it."""
+"""Extraction of codes: the command, resuming, full disks and damaged parts."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from models.utils.errors import UserError
 from scripts import extract_codes
 
 
-def test_extraction_from_a_folder(tmp_path, capsys):
-    """Bit for bit the same whatever the number of workers; with several processes, nearly all codes."""
+def test_extraction_from_folder(tmp_path, capsys):
+    """Codes do not depend on the number of data-loading workers. With two ranks, nearly all are equal."""
     make_image_folder(tmp_path / "data", 60)
     common = ["--model", "llamagen-mini", "--data", str(tmp_path / "data"), "--output"]
     for name, workers in (("one", "0"), ("workers", "2")):
@@ -30,7 +30,7 @@ def test_extraction_from_a_folder(tmp_path, capsys):
     one, two = (np.load(tmp_path / name / "codes.npy") for name in ("one", "two"))
     assert one.shape == (60, 10, 64) and (one != two).mean() < 1e-3
     header, other = (json.loads((tmp_path / name / "header.json").read_text()) for name in ("one", "two"))
-    assert header == other and header["crop_range"] == 1.1  # one process takes the data's fingerprint
+    assert header == other and header["crop_range"] == 1.1  # one rank computes the fingerprint of the data
     assert header["classes"] == {f"class{i}": i for i in range(10)} and len(header["data_sha256"]) == 64
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["codes.npy", "header.json", "labels.npy"]
     labels = np.load(tmp_path / "one" / "labels.npy")
@@ -46,36 +46,36 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(extract_codes, "CHUNK", 256)
 
 
-def test_memory_that_runs_out_is_one_line(disk, monkeypatch):
-    """What is encoded before stays, and the same command goes on."""
+def test_resume_after_oom(disk, monkeypatch):
+    """Finished chunks stay on disk, and the same command resumes."""
     original, calls = ARImageModel.encode, []
 
-    def full(model, images):
+    def fail_once(model, images):
         calls.append(len(images))
         if len(calls) == 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return original(model, images)
 
-    monkeypatch.setattr(ARImageModel, "encode", full)
+    monkeypatch.setattr(ARImageModel, "encode", fail_once)
     with pytest.raises(UserError, match=r"^--model: the tokenizer of specimen-llamagen does not fit in"):
         extract("new")
     extract("new")
-    assert sum(calls[4:]) == 1100 - 256  # a chunk was whole
+    assert sum(calls[4:]) == 1100 - 256  # one chunk was finished
     extract("whole")
     assert content(disk / "new") == content(disk / "whole")
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGHUP]], ids=str)
-def test_a_signal_ends_with_one_line_and_keeps_finished_chunks(numbers, disk, monkeypatch, capsys):
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGHUP]], ids=str)
+def test_signal_keeps_finished_chunks(signals, disk, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         write = Parts.write
 
-        def pretend(self, part, rows):
+        def write_and_signal(self, part, rows):
             write(self, part, rows)
-            for number in numbers if part.start == 256 else ():
+            for number in signals if part.start == 256 else ():
                 os.kill(os.getpid(), number)
 
-        patch.setattr(Parts, "write", pretend)
+        patch.setattr(Parts, "write", write_and_signal)
         extract("new")
     line = "stopped; 512 of 1100 images are stored, repeat the command to resume\n"
     assert after_plan(capsys.readouterr().out) == line and not (disk / "new" / "header.json").exists()
@@ -85,7 +85,7 @@ def test_a_signal_ends_with_one_line_and_keeps_finished_chunks(numbers, disk, mo
     assert sorted(content(disk / "new")) == ["codes.npy", "header.json", "labels.npy"]
 
 
-def test_a_full_disk(disk, monkeypatch):
+def test_full_disk(disk, monkeypatch):
     with largest_file(300), pytest.raises(UserError, match="new/progress/.*: cannot be written .File too"):
         extract("new")
     assert not (disk / "new").exists()
@@ -98,7 +98,7 @@ def test_a_full_disk(disk, monkeypatch):
     assert not (disk / "new").exists()
 
 
-def test_codes_that_are_in_the_way(disk):
+def test_other_codes_are_not_overwritten(disk):
     (disk / "new").mkdir()
     (disk / "new" / "codes.npy").write_bytes(b"mine")
     with pytest.raises(UserError, match=r"codes\.npy exists, but no file beside it"):
@@ -106,15 +106,15 @@ def test_codes_that_are_in_the_way(disk):
     assert content(disk / "new") == {"codes.npy": b"mine"}
 
 
-def disk_full(*_):
+def raise_disk_full(*_):
     raise UserError("no room")
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "other"])
-def test_a_damaged_part_is_made_again(damage, disk, monkeypatch):
+def test_damaged_part_is_written_again(damage, disk, monkeypatch):
     extract("whole")
     with monkeypatch.context() as patch:
-        patch.setattr(extract_codes, "write_npy", disk_full)
+        patch.setattr(extract_codes, "write_npy", raise_disk_full)
         with pytest.raises(UserError, match="no room"):
             extract("new")
     part = disk / "new" / "progress" / "00000256.npy"

@@ -1,4 +1,4 @@
-"""Reconstruction through a tokenizer as users run it."""
+"""Reconstruction through a tokenizer: the command, its batches and parts, and GPU memory that runs out."""
 
 import json
 
@@ -16,7 +16,7 @@ from models.utils.precision import DECODED_PIXELS, ENCODED_PIXELS
 from scripts import reconstruct
 
 
-def test_reconstruction_and_its_fid(tmp_path, monkeypatch):
+def test_reconstruction_and_fid(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     images, labels = bundled(50, REFERENCE).values()
     np.savez(tmp_path / "images.npz", arr_0=images, arr_1=labels)
@@ -46,33 +46,33 @@ def test_reconstruction_and_its_fid(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["var-mini", "llamagen-mini"])
-def test_pixels_do_not_depend_on_the_batch_size(name, tmp_path, monkeypatch):
-    """The encoder sees 5 images at a time and the decoder 3, whatever is read at once."""
+def test_pixels_do_not_depend_on_batch_size(name, tmp_path, monkeypatch):
+    """The encoder gets 5 images at a time and the decoder 3, for every --batch-size."""
     monkeypatch.setitem(ENCODED_PIXELS, "cpu", 5 * 32**2)
     monkeypatch.setitem(DECODED_PIXELS, "cpu", 3 * 32**2)
-    seen = {"encode": set(), "decode": set()}
-    for function, original in [(f, getattr(ARImageModel, f)) for f in seen]:
+    batch_sizes = {"encode": set(), "decode": set()}
+    for function, original in [(f, getattr(ARImageModel, f)) for f in batch_sizes]:
 
-        def noted(model, batch, *rest, function=function, original=original):
-            seen[function].add(len(batch))
+        def record_size(model, batch, *rest, function=function, original=original):
+            batch_sizes[function].add(len(batch))
             return original(model, batch, *rest)
 
-        monkeypatch.setattr(ARImageModel, function, noted)
+        monkeypatch.setattr(ARImageModel, function, record_size)
     np.savez(tmp_path / "images.npz", arr_0=bundled(23, REFERENCE)["arr_0"])
     for size in ("1", "7", "23"):
         common = ["--model", name, "--images", str(tmp_path / "images.npz"), "--batch-size", size]
         reconstruct.main([*common, "--output", str(tmp_path / f"{size}.npz")])
-    assert seen == {"encode": {5}, "decode": {3}}
+    assert batch_sizes == {"encode": {5}, "decode": {3}}
     first, *others = [(tmp_path / f"{size}.npz").read_bytes() for size in ("1", "7", "23")]
     assert all(other == first for other in others)
 
 
 @pytest.mark.parametrize("place", ["encode", "decode"])
-def test_memory_that_runs_out_is_one_line(place, tmp_path, monkeypatch):
-    def full(*_):
+def test_oom_is_a_user_error(place, tmp_path, monkeypatch):
+    def raise_oom(*_):
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
-    monkeypatch.setattr(ARImageModel, place, full)
+    monkeypatch.setattr(ARImageModel, place, raise_oom)
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((9, 32, 32), np.uint8))
     common = ["--model", "var-mini", "--images", str(tmp_path / "a.npz")]
     with pytest.raises(UserError) as caught:
@@ -84,7 +84,7 @@ def test_memory_that_runs_out_is_one_line(place, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
-def test_folder_is_cut_to_the_models_size(tmp_path):
+def test_folder_is_cropped_to_model_resolution(tmp_path):
     for i, size in enumerate([(40, 48), (64, 33), (32, 32)]):
         make_picture(tmp_path / "images" / f"{i}.png", 80 * i, size)
     output = tmp_path / "out.npz"
@@ -94,8 +94,8 @@ def test_folder_is_cut_to_the_models_size(tmp_path):
         assert file.files == ["arr_0"] and file["arr_0"].shape == (3, 32, 32, 3)
 
 
-def test_batches_that_end_in_the_middle_of_a_part(tmp_path, monkeypatch):
-    """Parts get their own rows, whatever is read at once."""
+def test_batches_that_end_inside_a_part(tmp_path, monkeypatch):
+    """Each part stores its own images, for every --batch-size."""
     monkeypatch.setattr(reconstruct, "PART_IMAGES", 16)
     np.savez(tmp_path / "images.npz", arr_0=bundled(40, REFERENCE)["arr_0"])
     for size in ("8", "7", "21"):

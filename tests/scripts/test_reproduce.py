@@ -1,4 +1,4 @@
-"""The experiments: every command that they would run, going on where they stopped, and their reports."""
+"""The experiments: the commands that they plan, resuming, and their reports."""
 
 import hashlib
 import json
@@ -20,19 +20,19 @@ from scripts.recipes import CCA, EXPERIMENTS, Row, Run, base_rows
 from scripts.report import distances_to_curve, figures_table
 from scripts.reproduce import Pipeline
 
-GIVEN = (("dpo", "--beta 1 --lr 1e-6"), ("unlearning", "--lambda 1 --lr 1e-7"))
+LOSS_OPTIONS = (("dpo", "--beta 1 --lr 1e-6"), ("unlearning", "--lambda 1 --lr 1e-7"))
 OPTIONS = {
     "var-tables": [],
     "llamagen-tables": ["--from-released"],
     "tradeoff": [],
     "with-guidance": [],
     "samples": [],
-    "ablation": [word for loss, options in GIVEN for word in ("--loss-options", loss, options)],
+    "ablation": [word for loss, options in LOSS_OPTIONS for word in ("--loss-options", loss, options)],
 }
 
 
-def planned(capsys, *arguments):
-    """Commands of a dry run, as (module, arguments)."""
+def planned_commands(capsys, *arguments):
+    """Return the commands of a dry run, as (module, arguments)."""
     reproduce.main([*arguments, "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
     return [module_and_options(line.removeprefix("$ ")) for line in lines if line.startswith("$ ")]
@@ -40,12 +40,12 @@ def planned(capsys, *arguments):
 
 @pytest.mark.parametrize("mini", [False, True])
 @pytest.mark.parametrize("experiment", [*OPTIONS, "quickstart"])
-def test_every_planned_command_is_understood(experiment, mini, capsys, tmp_path, monkeypatch):
-    """By the parsers of the commands themselves; nothing is written, and no step stands there twice."""
+def test_planned_commands_parse(experiment, mini, capsys, tmp_path, monkeypatch):
+    """The parsers of the commands accept them, no two have the same output, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     seeds = "1" if experiment == "samples" else "2"
     options = ["--mini", "--seeds", seeds] if mini else OPTIONS.get(experiment, ["--control"])
-    commands = planned(capsys, experiment, *options)
+    commands = planned_commands(capsys, experiment, *options)
     for module, arguments in commands:
         parsed = module.make_parser().parse_args(arguments)
         assert parsed.output.is_relative_to("runs")
@@ -55,23 +55,23 @@ def test_every_planned_command_is_understood(experiment, mini, capsys, tmp_path,
 
 
 @pytest.mark.parametrize("model", ["llamagen-l", "var-d24", "llamagen-xl", "var-mini"])
-def test_the_tradeoff_trains_nothing_twice(model):
+def test_tradeoff_trainings_are_distinct(model):
     rows = EXPERIMENTS["tradeoff"].rows(model, Namespace())
     recipe = ZOO[model].recipes["cca"]
     defaults = {"--beta": f"{recipe.beta:g}", "--lambda": f"{recipe.lambda_:g}"}
-    trained = []
+    trainings = []
     for row in rows:
         if isinstance(row.weights, Run) and row.name != "sft":
-            given = dict(zip(row.weights.options[::2], row.weights.options[1::2]))
-            trained.append(tuple((defaults | given).values()))
-    assert len(trained) == len(set(trained)) > 4
+            options = dict(zip(row.weights.options[::2], row.weights.options[1::2]))
+            trainings.append(tuple((defaults | options).values()))
+    assert len(trainings) == len(set(trainings)) > 4
     lines = {name: [row.series[name] for row in rows if name in row.series] for name in ("lambda", "beta")}
     assert recipe.lambda_ in lines["lambda"] and all(len(set(line)) == len(line) for line in lines.values())
     assert (0 in lines["lambda"]) == (model != "var-mini")
 
 
-def test_unguided_var_is_sampled_with_filters_and_without(capsys):
-    commands = planned(capsys, "var-tables", "--models", "var-d24", "--from-released")
+def test_unguided_var_with_and_without_filters(capsys):
+    commands = planned_commands(capsys, "var-tables", "--models", "var-d24", "--from-released")
     filters = {
         tuple(a[a.index(option) + 1] if option in a else "preset" for option in ("--top-k", "--top-p"))
         for module, a in commands
@@ -82,24 +82,26 @@ def test_unguided_var_is_sampled_with_filters_and_without(capsys):
     assert [row.published for row in rows if "no guidance" in row.label] == [None, None, 2.63]
 
 
-def test_it_says_first_how_much_there_is_to_do(capsys):
+def test_first_line_counts_the_work(capsys):
     reproduce.main(["ablation", "--mini", "--seeds", "2", "--models", "var-mini", "--dry-run"])
-    said = capsys.readouterr().out.splitlines()[0]
-    assert said == "ablation: 8 trainings and 10 samplings of 5,000 images, 50,000 in all."
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line == "ablation: 8 trainings and 10 samplings of 5,000 images, 50,000 in all."
 
 
-def test_a_base_of_ones_own(capsys):
-    commands = planned(capsys, "quickstart", "--seeds", "2", "--base", "bases/{model}-{seed}.safetensors")
-    found = {
+def test_custom_base(capsys):
+    commands = planned_commands(
+        capsys, "quickstart", "--seeds", "2", "--base", "bases/{model}-{seed}.safetensors"
+    )
+    bases = {
         (Path(a[a.index("--weights") + 1]).name, a[a.index("--seed") + 1])
         for module, a in commands
         if module in (sample, train_var_cca) and "var-mini" in a and "bases" in a[a.index("--weights") + 1]
     }
-    assert found == {("var-mini-0.safetensors", "0"), ("var-mini-1.safetensors", "1")}
+    assert bases == {("var-mini-0.safetensors", "0"), ("var-mini-1.safetensors", "1")}
 
 
-def test_losses_without_published_values_are_left_out(capsys):
-    commands = planned(capsys, "ablation", "--models", "var-d24")
+def test_losses_without_published_options(capsys):
+    commands = planned_commands(capsys, "ablation", "--models", "var-d24")
     assert {"cca", "sft"} == {a[a.index("--loss") + 1] for module, a in commands if module is train_var_cca}
     rows = EXPERIMENTS["ablation"].rows("var-mini", Namespace(loss_options=[]))
     assert [row.name for row in rows] == ["base", "cca", "dpo", "unlearning", "sft"]
@@ -122,14 +124,14 @@ def test_losses_without_published_values_are_left_out(capsys):
         (["samples", "--mini", "--seeds", "2"], "--seeds: must be 1 for the experiment samples"),
     ],
 )
-def test_wrong_options(arguments, message, tmp_path, monkeypatch):
+def test_invalid_options(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         reproduce.main(arguments)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_published_reference_needs_no_file(tmp_path, monkeypatch):
+def test_published_reference_needs_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["var-tables", "--data", ".", "--reference", "imagenet256"]
     rows = reproduce.resolve(reproduce.make_parser().parse_args(arguments))
@@ -139,36 +141,39 @@ def test_a_published_reference_needs_no_file(tmp_path, monkeypatch):
         reproduce.main(arguments)
 
 
-def test_the_help_names_every_option():
+def test_help_names_every_option():
     parser = reproduce.make_parser()
     options = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
     assert all(re.search(rf"{name}\b(?!-)", parser.format_help()) for name in options | EXPERIMENTS.keys())
 
 
-def test_small_models_run_under_torchrun(monkeypatch, tmp_path):
-    """Started once; the options that torchrun would take for its own are not handed on."""
-    started = []
-    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command) or exit())
-    for given in (["--nproc", "3"], ["--nproc=3"]):
+def test_mini_models_run_under_torchrun(monkeypatch, tmp_path):
+    """``--nproc`` is not passed on, because torchrun would read it as an option of its own."""
+    commands = []
+    monkeypatch.setattr(os, "execv", lambda program, command: commands.append(command) or exit())
+    for nproc in (["--nproc", "3"], ["--nproc=3"]):
         with pytest.raises(SystemExit):
-            reproduce.main(["quickstart", *given, "--output", str(tmp_path), "--control"])
-        command = started.pop()
+            reproduce.main(["quickstart", *nproc, "--output", str(tmp_path), "--control"])
+        command = commands.pop()
         assert command[command.index("--nproc_per_node") + 1] == "3"
         assert command[-5:] == ["scripts.reproduce", "quickstart", "--output", str(tmp_path), "--control"]
 
 
-class Pretender:
-    """Launcher that writes what the commands would, and stops at the n-th of them."""
+class FakeLauncher:
+    """Launcher that writes placeholders for the outputs of commands.
+
+    stop_at: the number of the command, from 1, at which it raises KeyboardInterrupt; 0: never.
+    """
 
     main, dry, world_size = True, False, 2
 
     def __init__(self, stop_at=0):
-        self.done, self.stop_at = [], stop_at
+        self.commands, self.stop_at = [], stop_at
 
     def run(self, module, arguments):
-        if len(self.done) + 1 == self.stop_at:
+        if len(self.commands) + 1 == self.stop_at:
             raise KeyboardInterrupt
-        self.done.append((module, arguments))
+        self.commands.append((module, arguments))
         options = dict(zip(arguments[::2], arguments[1::2]))
         output = Path(options["--output"])
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +191,7 @@ class Pretender:
         return {"fid": 1.5, "is": 2.0}
 
 
-def pipeline(folder, launcher, seed=0):
+def make_pipeline(folder, launcher, seed=0):
     options = {"data": "data.npz", "reference": "reference.npz", "features": "mini", "num_samples": 100}
     return Pipeline(folder, seed, launcher, Namespace(**options, base="base", output=folder, mini=False))
 
@@ -198,24 +203,28 @@ ROWS = [
 ]
 
 
-def test_goes_on_after_every_command(tmp_path):
-    whole = Pretender()
-    figures = pipeline(tmp_path / "whole", whole).run(ROWS)
-    assert len(whole.done) == 1 + 3 + 3  # one training serves two rows
+def test_resume_after_every_command(tmp_path):
+    whole = FakeLauncher()
+    figures = make_pipeline(tmp_path / "whole", whole).run(ROWS)
+    assert len(whole.commands) == 1 + 3 + 3  # one training serves two rows
     assert figures["var-mini-cca"] == {"fid": 1.5, "is": 2.0, "images_per_second": 7.0}
-    for stop_at in range(1, len(whole.done) + 1):
-        folder, cut, rest = tmp_path / f"{stop_at}", Pretender(stop_at), Pretender()
+    for stop_at in range(1, len(whole.commands) + 1):
+        folder, interrupted, resumed = tmp_path / f"{stop_at}", FakeLauncher(stop_at), FakeLauncher()
         with pytest.raises(KeyboardInterrupt):
-            pipeline(folder, cut).run(ROWS)
-        assert pipeline(folder, rest).run(ROWS) == figures
-        assert [m for m, _ in rest.done] == [m for m, _ in whole.done]  # each knows what it has done
+            make_pipeline(folder, interrupted).run(ROWS)
+        assert make_pipeline(folder, resumed).run(ROWS) == figures
+        # A resumed experiment runs all commands again. Those that are finished return at once.
+        assert [m for m, _ in resumed.commands] == [m for m, _ in whole.commands]
 
 
 @pytest.fixture
-def pretended(monkeypatch, tmp_path):
-    """Run an experiment whose commands are pretended, with figures of each row and seed; its folder."""
+def run_experiment(monkeypatch, tmp_path):
+    """Return a function that runs an experiment with a fake launcher, and returns its folder.
 
-    class Launcher(Pretender):
+    Each row and seed has metrics of its own.
+    """
+
+    class Launcher(FakeLauncher):
         def metrics(self, output):
             generator = np.random.default_rng(list(hashlib.sha256(str(output).encode()).digest()))
             names = ("fid", "is", "precision", "recall", "accuracy")
@@ -233,9 +242,9 @@ def pretended(monkeypatch, tmp_path):
     return run
 
 
-def test_quickstart(pretended):
-    folder = pretended("quickstart", "--control", "--seeds", "3")
-    report = (folder / "report.md").read_text().replace("**", "")  # the best are bold
+def test_report_of_quickstart(run_experiment):
+    folder = run_experiment("quickstart", "--control", "--seeds", "3")
+    report = (folder / "report.md").read_text().replace("**", "")  # the best figures are bold
     for model in ("llamagen-mini", "var-mini"):
         seeds = [
             {
@@ -244,8 +253,11 @@ def test_quickstart(pretended):
             }
             for name in (".", "seed-1", "seed-2")
         ]
-        best = [min(fid for row, fid in found.items() if "cfg" in row) for found in seeds]
-        fids = [best, *([found[row] for found in seeds] for row in ("base", "cca", "sft", "base-t0.8"))]
+        best = [min(fid for row, fid in fid_by_row.items() if "cfg" in row) for fid_by_row in seeds]
+        fids = [
+            best,
+            *([fid_by_row[row] for fid_by_row in seeds] for row in ("base", "cca", "sft", "base-t0.8")),
+        ]
         for values in fids:
             assert f"| {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} |" in report
         guided, base, cca, *_ = fids
@@ -259,9 +271,9 @@ def test_quickstart(pretended):
 
 
 @pytest.mark.parametrize("experiment", OPTIONS)
-def test_reports_of_the_paper(experiment, pretended):
+def test_reports_of_the_paper(experiment, run_experiment):
     seeds = "1" if experiment == "samples" else "2"
-    folder = pretended(experiment, "--seeds", seeds, "--models", "llamagen-mini")
+    folder = run_experiment(experiment, "--seeds", seeds, "--models", "llamagen-mini")
     report = (folder / f"{experiment}.md").read_text().replace("**", "")
     assert f"scripts.reproduce {experiment} --mini" in report and "## llamagen-mini" in report
     assert ("seed 0, 1. Mean ±" in report) != (experiment == "samples")
@@ -275,10 +287,10 @@ def test_reports_of_the_paper(experiment, pretended):
     assert expected.get(experiment, "| base, guidance 2 | 1.") in report
 
 
-def test_distances_to_the_guidance_curve():
+def test_distances_to_guidance_curve():
     curve = [(4.0, 1.0), (6.0, 0.5), (5.0, 0.6)]  # (IS, FID), in any order
-    found = distances_to_curve(curve, [(4.5, 0.8), (5.5, 0.5), (7.0, 0.1)])  # the last lies beyond the curve
-    assert found == pytest.approx([0.0, -0.05])
+    points = [(4.5, 0.8), (5.5, 0.5), (7.0, 0.1)]  # the last is beyond the curve
+    assert distances_to_curve(curve, points) == pytest.approx([0.0, -0.05])
 
 
 def test_table_states_published_figures_and_spread():

@@ -1,4 +1,4 @@
-"""What every script does first, with Pythons that only say what they are asked for."""
+"""The setup that all scripts share, with a fake Python that prints its arguments."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import sys
 import pytest
 from commands import ROOT
 
-# It answers what requirements it has, makes a .venv of itself, and says all else.
+# It checks requirements with the real Python, creates .venv with a copy of itself, and prints its arguments.
 PYTHON = f"""#!/bin/sh
 [ "$1" != - ] || exec {sys.executable} "$@"
 echo "python $*"
@@ -18,7 +18,7 @@ echo "python $*"
 
 @pytest.fixture
 def run(tmp_path):
-    """Run a script in a copy of the project's scripts, with those requirements; what it says."""
+    """Return a function that runs a script in a copy of scripts/, and returns what it printed."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python3").write_text(PYTHON)
@@ -42,14 +42,14 @@ def test_help_needs_no_python(script, run, tmp_path):
     assert '"""' not in printed and "import" not in printed
 
 
-def test_an_active_environment_with_the_requirements_is_used(run, tmp_path):
+def test_active_environment_is_used(run, tmp_path):
     printed = run("reproduce_var.sh", "--mini", requirements="-r more.txt\nnumpy>=1.9\n")
     assert printed == "python -m scripts.reproduce var-tables --mini\n"
     assert not (tmp_path / ".venv").exists()
 
 
 @pytest.mark.parametrize("requirements", ["numpy>=99", "no-such-package", "-r more.txt\ntorch>=99"])
-def test_what_will_be_installed_is_said_first(run, requirements):
+def test_installation_is_announced(run, requirements):
     lines = run("reproduce_var.sh", requirements=requirements).splitlines()
     assert "lacks some of requirements.txt: installing it into" in lines[-4]
     assert lines[-3:] == [

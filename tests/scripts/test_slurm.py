@@ -1,4 +1,4 @@
-"""The batch script without a scheduler: srun and scontrol in PATH, the warning sent as a signal."""
+"""The batch script without a scheduler: with a fake srun, scontrol and torchrun, and signals of the test."""
 
 import json
 import os
@@ -31,7 +31,7 @@ if [[ "$*" == "show hostnames first,second" ]]; then echo first; echo second
 elif [[ "$*" == "show hostnames localhost" ]]; then echo localhost
 else echo "$*" >> scontrol.txt; fi
 """
-# One worker each, which ends at once or, the first time that training runs, goes on until SIGTERM.
+# Each call starts one rank, which ends at once. In training it runs until SIGTERM, unless "second" exists.
 TORCHRUN = """#!/usr/bin/env bash
 echo "$@" >> calls.txt
 [[ "$*" != *fails* ]] || exit 3
@@ -43,7 +43,7 @@ wait
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts the job as SLURM does, with these variables, in ``tmp_path``."""
+    """Return a function that starts the job in ``tmp_path`` as SLURM does, with environment variables."""
     (tmp_path / "bin").mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "torchrun": TORCHRUN}.items():
         (tmp_path / "bin" / name).write_text(text)
@@ -72,8 +72,8 @@ def start(tmp_path):
     return start
 
 
-def warn(process, ready):
-    """The scheduler's warning once ``ready`` says so; returns what the job printed."""
+def send_warning(process, ready):
+    """Send the scheduler's warning when ``ready`` returns True, and return what the job printed."""
     try:
         wait_until(process, ready)
         process.send_signal(signal.SIGUSR1)
@@ -83,18 +83,18 @@ def warn(process, ready):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def ended(process, status=0):
-    """What the job printed before it ended with that status."""
+def wait_for_end(process, status=0):
+    """Wait until the job ends with this exit status, and return what it printed."""
     text = process.communicate(timeout=600)[0]
     assert process.returncode == status, text
     return text
 
 
 @pytest.mark.parametrize("model", ["var-d16", "llamagen-l"])
-def test_a_warning_saves_and_queues_the_job_again_once(model, start, tmp_path, monkeypatch):
+def test_warning_saves_and_requeues_once(model, start, tmp_path, monkeypatch):
     job = {"nodes": "first,second", "MODEL": model, "TRAINING": "--epochs 2 --ema 0.9"}
     process = start(**job)
-    text = warn(process, lambda: len(list(tmp_path.glob("started-*"))) == 2)
+    text = send_warning(process, lambda: len(list(tmp_path.glob("started-*"))) == 2)
     assert process.returncode == 0, text
     assert lines(tmp_path / "saved.txt") == ["saved"] * 2
     assert lines(tmp_path / "scontrol.txt") == ["requeue 4711"]
@@ -103,7 +103,7 @@ def test_a_warning_saves_and_queues_the_job_again_once(model, start, tmp_path, m
     assert not any("sample.py" in call for call in calls)
 
     (tmp_path / "second").touch()
-    ended(start(**job))
+    wait_for_end(start(**job))
     assert lines(tmp_path / "scontrol.txt") == ["requeue 4711"]
     again = lines(tmp_path / "calls.txt")[len(calls) :]
     names = ["train_var_cca.py", "sample.py", "eval_fid.py"]
@@ -122,25 +122,25 @@ def test_a_warning_saves_and_queues_the_job_again_once(model, start, tmp_path, m
         rehearse(f"torchrun {call}")
 
 
-def test_a_step_that_fails_ends_the_job(start, tmp_path):
-    ended(start(MODEL="var-d16", TRAINING="--fails"), status=1)
+def test_failed_step_ends_the_job(start, tmp_path):
+    wait_for_end(start(MODEL="var-d16", TRAINING="--fails"), status=1)
     assert len(lines(tmp_path / "calls.txt")) == 1 and not (tmp_path / "scontrol.txt").exists()
 
 
 @pytest.mark.parametrize("variable", ["DATA", "REFERENCE", "VENV"])
-def test_what_is_not_there_is_refused_before_the_work(variable, start, tmp_path):
-    text = ended(start(**{variable: "missing"}), status=2)
+def test_missing_path_is_an_error(variable, start, tmp_path):
+    text = wait_for_end(start(**{variable: "missing"}), status=2)
     assert text.startswith("error: missing") and text.count("\n") == 1
     assert not (tmp_path / "calls.txt").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["var", "llamagen"])
-def test_a_small_model_from_its_data_to_its_figures(kind, start, tmp_path):
-    """With the real commands: warned while it trains, the job goes on in its second run."""
+def test_real_commands_with_mini_model(kind, start, tmp_path):
+    """The job gets the warning while it trains, and resumes in its second run."""
     for name in ("train_var_cca.py", "train_llamagen_cca.py", "sample.py", "eval_fid.py", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
-    number = {"var": "4711", "llamagen": "4811"}[kind]  # the port follows it, and both may run at once
+    number = {"var": "4711", "llamagen": "4811"}[kind]  # it sets the port, and both cases may run at once
     job = {
         "SLURM_JOB_ID": number,
         "MODEL": f"{kind}-mini", "DATA": str(ROOT / TRAIN), "REFERENCE": str(ROOT / REFERENCE),
@@ -150,15 +150,15 @@ def test_a_small_model_from_its_data_to_its_figures(kind, start, tmp_path):
         "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }  # fmt: skip
     process = start(**job)
-    text = warn(process, lambda: len(lines(tmp_path / "run" / "metrics.jsonl")) >= 2)
-    done = len(lines(tmp_path / "run" / "metrics.jsonl"))
-    assert process.returncode == 0 and 2 <= done < 200, text
-    assert f"stopped after step {done}, " in text
+    text = send_warning(process, lambda: len(lines(tmp_path / "run" / "metrics.jsonl")) >= 2)
+    steps = len(lines(tmp_path / "run" / "metrics.jsonl"))
+    assert process.returncode == 0 and 2 <= steps < 200, text
+    assert f"stopped after step {steps}, " in text
     assert lines(tmp_path / "scontrol.txt") == [f"requeue {number}"]
-    assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == [f"step-{done}"]
+    assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == [f"step-{steps}"]
 
-    ended(start(**job))
+    wait_for_end(start(**job))
     assert lines(tmp_path / "scontrol.txt") == [f"requeue {number}"]
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 200
-    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert found["samples"]["count"] == 16 and found["metrics"]["fid"] > 0
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert evaluation["samples"]["count"] == 16 and evaluation["metrics"]["fid"] > 0

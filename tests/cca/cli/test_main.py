@@ -1,4 +1,4 @@
-"""What reaches the terminal: one line whatever the message holds, and streams that close or lack letters."""
+"""Output of commands: error messages of one line; closed, full or ASCII-only streams; no home folder."""
 
 import os
 import subprocess
@@ -30,8 +30,8 @@ def start(done, wrong=False, **options):
 
 
 @pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
-def test_a_reader_that_leaves(tmp_path, unbuffered):
-    """As ``| head -1``: nothing on stderr, and the work is done."""
+def test_reader_closes_the_pipe(tmp_path, unbuffered):
+    """As with ``| head -1``: the command writes nothing to stderr and finishes its work."""
     process = start(tmp_path / "done", stdout=subprocess.PIPE, env=environment(PYTHONUNBUFFERED=unbuffered))
     process.stdout.readline()
     process.stdout.close()
@@ -40,14 +40,14 @@ def test_a_reader_that_leaves(tmp_path, unbuffered):
     assert (tmp_path / "done").exists()
 
 
-def test_no_standard_output(tmp_path):
+def test_closed_stdout(tmp_path):
     command = f"exec {sys.executable} -m models >&-"
     result = subprocess.run(command, shell=True, cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
     assert result.returncode == 0 and result.stderr == b""
 
 
 @pytest.mark.parametrize("closed", [pytest.param("2>&-", marks=pytest.mark.slow), ">&- 2>&-"])
-def test_no_standard_error(tmp_path, closed):
+def test_closed_stderr(tmp_path, closed):
     line = f"sample.py --model var-mini --num-samples 2 --output {tmp_path}/s.npz"
     result = subprocess.run(f"exec {sys.executable} {line} {closed}", shell=True, cwd=ROOT, env=environment())
     assert result.returncode == 0 and (tmp_path / "s.npz").exists()
@@ -65,7 +65,7 @@ run_command(eval_fid.main)
 
 @pytest.mark.parametrize("reference", [pytest.param(REFERENCE, marks=pytest.mark.slow), "imagenet256"])
 def test_no_home(tmp_path, reference):
-    """A user without an entry in passwd: the cache is done without, or one line says what is missing."""
+    """Without a home folder, the command warns that it cannot use a cache, or its error says what to set."""
     variables = environment(PYTHONPATH=str(ROOT))
     for name in ("HOME", "XDG_CACHE_HOME"):
         variables.pop(name, None)
@@ -92,7 +92,7 @@ def test_no_home(tmp_path, reference):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_full_standard_output(tmp_path):
+def test_full_stdout(tmp_path):
     with open("/dev/full", "wb") as full:
         _, errors = start(tmp_path / "done", stdout=full, env=environment()).communicate()
     assert errors.decode() == "error: standard output cannot be written (No space left on device)\n"
@@ -106,14 +106,14 @@ def test_full_standard_output(tmp_path):
         {"PYTHONIOENCODING": "latin-1:strict"},
     ],
 )
-def test_a_terminal_without_these_letters(tmp_path, variables):
+def test_unencodable_characters_are_escaped(tmp_path, variables):
     process = start(tmp_path / "done", True, stdout=subprocess.PIPE, env=environment(**variables))
     output, errors = process.communicate()
     assert process.returncode == 2 and errors.decode() == "error: goes beyond 0 \\u2026 9\n"
     assert output.startswith(b"line \\u2013 0\n") and output.count(b"\n") == 20_000
 
 
-def test_what_no_check_foresaw_of_the_disk_is_one_line(tmp_path):
+def test_unexpected_disk_error_is_one_line(tmp_path):
     path = str(tmp_path / ("x" * 300))
     code = f"from cca.cli.main import run_command; run_command(lambda: open({path!r}, 'w'))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -124,6 +124,6 @@ def test_what_no_check_foresaw_of_the_disk_is_one_line(tmp_path):
 def test_one_line():
     assert one_line(UserError("a\nb.npz: no such file\n")) == r"a\nb.npz: no such file"
     assert one_line(UserError("\x1b[31mred\udcff … ü")) == r"\x1b[31mred\udcff … ü"
-    # What a data loader's worker process hands on.
-    handed = "Caught UserError in worker 0.\nTraceback:\nmodels.utils.errors.UserError: --data: a\nb is bad\n"
-    assert one_line(UserError(handed)) == r"--data: a\nb is bad"
+    # The message of an error that a data-loading worker passes on.
+    error = "Caught UserError in worker 0.\nTraceback:\nmodels.utils.errors.UserError: --data: a\nb is bad\n"
+    assert one_line(UserError(error)) == r"--data: a\nb is bad"

@@ -1,4 +1,4 @@
-"""What may be written where, and by one run at a time."""
+"""The output of a command: where it may be written, its lock, and outputs in another format."""
 
 import errno
 import fcntl
@@ -25,13 +25,13 @@ with Output(Path(sys.argv[1])).lock():
 """
 
 
-def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # who runs the tests may write anywhere
+def test_folder_without_write_permission(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
     with pytest.raises(UserError, match="--output: .*no permission"):
         Output(tmp_path / "s.npz").check_place()
 
 
-def test_an_output_belongs_to_one_run_and_not_to_a_dead_one(tmp_path):
+def test_lock_ends_with_its_process(tmp_path):
     path = tmp_path / "s.npz"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, path], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True
@@ -45,14 +45,14 @@ def test_an_output_belongs_to_one_run_and_not_to_a_dead_one(tmp_path):
     assert os.listdir(tmp_path) == [".s.npz.lock"]
     holder.kill()
     holder.wait()
-    with Output(path).lock():  # its child lives on, and holds nothing
+    with Output(path).lock():  # the child still runs, but does not hold the lock
         assert os.listdir(tmp_path) == [".s.npz.lock"]
     os.killpg(holder.pid, 9)
     assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_folders_made_for_nothing_are_removed(folder, tmp_path):
+def test_empty_new_folders_are_removed(folder, tmp_path):
     with pytest.raises(UserError, match="refused"), Output(tmp_path / "a" / "b", folder).lock():
         raise UserError("refused")
     assert not os.listdir(tmp_path)
@@ -61,7 +61,7 @@ def test_folders_made_for_nothing_are_removed(folder, tmp_path):
     assert os.listdir(tmp_path / "a") == ["kept"]
 
 
-def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsys):
+def test_file_system_without_locks_warns(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -71,9 +71,9 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsy
     assert "warning: --output: locks do not work" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("found", ["", '"format": 2, ', '"format": "1", '])
+@pytest.mark.parametrize("format_key", ["", '"format": 2, ', '"format": "1", '])
 @pytest.mark.parametrize("kind", ["samples", "described samples", "codes", "finished codes", "run"])
-def test_nothing_of_another_format_is_resumed(kind, found, tmp_path):
+def test_other_format_or_kind_is_refused(kind, format_key, tmp_path):
     output, marker = {
         "samples": (Output.npz(tmp_path / "s.npz", "samples"), "s.npz.parts/options.json"),
         "described samples": (Output.npz(tmp_path / "s.npz", "samples"), "s.json"),
@@ -84,11 +84,11 @@ def test_nothing_of_another_format_is_resumed(kind, found, tmp_path):
     path = tmp_path / marker
     path.parent.mkdir(exist_ok=True)
     content = f'"kind": "{output.noun}", "options": {{"seed": 0}}}}'
-    path.write_text(f"{{{found}{content}")
+    path.write_text(f"{{{format_key}{content}")
     with pytest.raises(UserError, match=f"{path.name}: holds format"):
         output.look()
     path.write_text('{"format": 1, "kind": "something else", "options": {"seed": 0}}')
     with pytest.raises(UserError, match=f"{path.name} describes 'something else', not {output.noun}"):
         output.look()
     path.write_text('{"format": 1, ' + content)
-    assert output.look().options in ({}, {"seed": 0})  # {} where the described samples are gone
+    assert output.look().options in ({}, {"seed": 0})  # {} for a description without its samples

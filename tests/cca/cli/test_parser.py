@@ -1,4 +1,4 @@
-"""Numbers on the command line: finite, within their range, integers exact."""
+"""The parser: ranges of numbers, exact integers, options without a value, and ``~`` in paths."""
 
 import argparse
 
@@ -32,15 +32,15 @@ def test_seeds_are_exact():
     assert [count(0)(str(seed)) for seed in (0, 2**53 + 1, 2**63 - 1)] == [0, 2**53 + 1, 2**63 - 1]
 
 
-@pytest.mark.parametrize("given", [["--seed=--"], ["--seed", "--"], ["--seed"], ["--seed=", "1"]])
-def test_options_without_a_value(given):
+@pytest.mark.parametrize("arguments", [["--seed=--"], ["--seed", "--"], ["--seed"], ["--seed=", "1"]])
+def test_option_without_a_value(arguments):
     parser = Parser("made", "made")
     parser.add_argument("--seed", type=count(0))
     with pytest.raises(UserError, match="--seed: (expected one argument|'' is not an integer)"):
-        parser.parse_args(given)
+        parser.parse_args(arguments)
 
 
-def test_a_home_folder_that_the_shell_left(monkeypatch):
+def test_tilde_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     parser = Parser("made", "made")
     parser.add_argument("--output")

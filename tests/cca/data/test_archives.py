@@ -1,4 +1,4 @@
-"""Archives are read in place, and give the same run as the folder that they were made from."""
+"""Archives: images are read without unpacking, and a run equals one on the unpacked folder."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def make_tar(path, files):
 
 
 def make_nested(path, files):
-    """A tar of one tar per class, as ImageNet's training set is downloaded."""
+    """Write a tar that holds one tar per class, as in the download of ImageNet's training set."""
     with tarfile.open(path, "w") as outer:
         for folder in dict.fromkeys(name.split("/")[0] for name in files):
             inner = io.BytesIO()
@@ -64,7 +64,7 @@ def make_nested(path, files):
 
 
 def make_archives(files):
-    """One archive of each of KINDS in the current folder; members in the reverse order of the folder's."""
+    """Write one archive of each of KINDS to the current folder, with the members in reverse order."""
     files = {name: files[name] for name in sorted(files, reverse=True)}
     make_zip("stored.zip", files)
     make_zip("deflated.zip", files, zipfile.ZIP_DEFLATED)
@@ -74,7 +74,10 @@ def make_archives(files):
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """JPEGs of three classes in ``data/``, of which one is broken; returns their contents by name."""
+    """Write JPEGs of three classes, one of them damaged, to ``data/`` and to archives.
+
+    Return the contents of the JPEGs by name.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for i, (image, label) in enumerate(zip(*bundled(60).values())):
@@ -84,9 +87,9 @@ def files(tmp_path, monkeypatch):
             Image.fromarray(image).resize((40, 48)).save(target)
     broken = sorted(Path("data/2").iterdir())[1]
     broken.write_bytes(broken.read_bytes()[:100])
-    found = {str(path.relative_to("data")): path.read_bytes() for path in Path("data").rglob("*.JPEG")}
-    make_archives(found)
-    return found
+    contents = {str(path.relative_to("data")): path.read_bytes() for path in Path("data").rglob("*.JPEG")}
+    make_archives(contents)
+    return contents
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +97,17 @@ def model():
     return load_model("var-mini")
 
 
-def described(data):
+def describe(data):
     items = [data[1, index] for index in range(len(data))]
     pixels = b"".join(pixels.numpy().tobytes() for pixels, _ in items)
-    noted = [data.source.record(i) for i in sorted(data.unreadable)]
-    return data.source.keys, data.all_labels.tolist(), data.classes, pixels, data.fingerprint(), noted
+    unreadable = [data.source.record(i) for i in sorted(data.unreadable)]
+    return data.source.keys, data.all_labels.tolist(), data.classes, pixels, data.fingerprint(), unreadable
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_archive_is_the_folder(files, model, kind):
+def test_archive_equals_folder(files, model, kind):
     folder, archive = (open_labelled_images(Path(name), model) for name in ("data", kind))
-    assert described(folder) == described(archive) and len(archive.unreadable) == 1
+    assert describe(folder) == describe(archive) and len(archive.unreadable) == 1
     for name in files:
         if "2/" in name:
             Path("data", name).unlink()
@@ -119,30 +122,32 @@ def test_an_archive_is_the_folder(files, model, kind):
 def train(data, output, *options):
     line = ["--model", "var-mini", "--data", data, "--output", output, "--batch-size", "4"]
     train_var_cca.main([*line, "--max-steps", "4", "--save-every", "2", *options])
-    logged = [{k: v for k, v in row.items() if k != "images_per_second"} for row in metrics(Path(output))]
+    rows = [{k: v for k, v in row.items() if k != "images_per_second"} for row in metrics(Path(output))]
     config = json.loads(Path(output, "config.json").read_text())
-    return logged, Path(output, "model.pth").read_bytes(), config["options"], config["unreadable"]
+    return rows, Path(output, "model.pth").read_bytes(), config["options"], config["unreadable"]
 
 
 @pytest.mark.parametrize("kind", ["deflated.zip", "nested.tar"])
-def test_training_is_the_same_bit_for_bit_and_goes_on_with_the_other(files, kind, monkeypatch):
+def test_training_from_archive_equals_folder(files, kind, monkeypatch):
+    """Results are equal bit for bit, also if a run starts with the folder and resumes with the archive."""
     whole = train("data", "run")
     assert train(kind, "alone", "--workers", "2") == whole
     step = Trainer.optimizer_step
 
-    def interrupted(trainer, done, batch):
+    def interrupt(trainer, done, batch):
         if done == 3:
             raise KeyboardInterrupt
         return step(trainer, done, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "optimizer_step", interrupted)
+        patch.setattr(Trainer, "optimizer_step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train("data", "resumed")
     assert train(kind, "resumed") == whole
 
 
-def wrong_reads(archive, files, seed):
+def exit_with_wrong_reads(archive, files, seed):
+    """Read the files of an archive in random order, and exit with the number of wrong reads."""
     names = np.random.default_rng(seed).permutation(sorted(files) * 100).tolist()
     wrong = 0
     for name in names:
@@ -154,11 +159,11 @@ def wrong_reads(archive, files, seed):
 
 
 @pytest.mark.parametrize("kind", ["stored.zip", "data.tar"])
-def test_forked_processes_do_not_read_each_others_images(files, kind):
-    """They would if they shared a position in the file."""
+def test_forked_processes_read_one_archive(files, kind):
+    """With a shared file position, processes would read the images of each other."""
     archive = Archive(Path(kind))
     fork = multiprocessing.get_context("fork").Process
-    readers = [fork(target=wrong_reads, args=(archive, files, seed)) for seed in range(4)]
+    readers = [fork(target=exit_with_wrong_reads, args=(archive, files, seed)) for seed in range(4)]
     for reader in readers:
         reader.start()
     for reader in readers:
@@ -175,27 +180,30 @@ def test_workers_of_several_ranks_read_one_archive(files):
     assert content(place / "of-tar") == content(place / "of-folder")
 
 
-def test_the_index_is_kept_until_the_archive_changes(files, model, monkeypatch):
+def test_index_is_cached_until_the_archive_changes(files, model, monkeypatch):
     first = open_labelled_images(Path("data.tar"), model)
     with monkeypatch.context() as patch:
         patch.setattr(archives, "_list_tar", lambda *_: pytest.fail("listed again"))
         assert open_labelled_images(Path("data.tar"), model).source.keys == first.source.keys
-    (kept,) = (cache_folder() / "archives").glob("*.npz")  # also after the changes below
-    for spoil in (lambda: kept.write_bytes(kept.read_bytes()[:-50]), lambda: make_nested("data.tar", files)):
-        spoil()
+    (index_file,) = (cache_folder() / "archives").glob("*.npz")  # the same file after each change
+    for change in (
+        lambda: index_file.write_bytes(index_file.read_bytes()[:-50]),
+        lambda: make_nested("data.tar", files),
+    ):
+        change()
         assert open_labelled_images(Path("data.tar"), model).source.keys == first.source.keys
-        assert [*kept.parent.glob("*.npz")] == [kept]
-    index = kept.read_bytes()
-    with monkeypatch.context() as patch:  # of a node with another archive at this path
+        assert [*index_file.parent.glob("*.npz")] == [index_file]
+    index = index_file.read_bytes()
+    with monkeypatch.context() as patch:  # a node that has another archive at this path
         patch.setattr(archives.socket, "gethostname", lambda: "another")
         make_nested("data.tar", files)
         open_labelled_images(Path("data.tar"), model)
-    assert kept.read_bytes() == index
-    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # no place to keep it
+    assert index_file.read_bytes() == index
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # the index cannot be stored
     assert open_labelled_images(Path("data.tar"), model).source.keys == first.source.keys
 
 
-def test_folders_inside_an_archive(files, model):
+def test_folder_in_an_archive(files, model):
     for name, maker in (("a.zip", make_zip), ("a.tar", make_tar)):
         inner = {f"ILSVRC/Data/train/{name}": data for name, data in files.items()}
         maker(name, {**inner, "ILSVRC/Data/val/a.JPEG": b"", "ILSVRC/.hidden/a.JPEG": b"", "list.csv": b""})
@@ -206,7 +214,8 @@ def test_folders_inside_an_archive(files, model):
             open_labelled_images(Path(name, "ILSVRC/Date"), model)
 
 
-def test_links_are_left_out_and_the_last_of_a_name_counts(tmp_path, monkeypatch, model):
+def test_links_and_duplicate_names(tmp_path, monkeypatch, model):
+    """Links are left out. If several members have the same name, the last one is read."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     pictures = [io.BytesIO(), io.BytesIO()]
     for grey, file in zip((10, 200), pictures):
@@ -232,8 +241,8 @@ def test_damaged_members_are_unreadable(files, model):
         assert data[0, 0][1] and not data[0, 1][1] and data.fingerprint()
 
 
-def flagless(path):
-    """As Info-ZIP's ``zip`` writes names: UTF-8 without the flag that says so."""
+def clear_utf8_flags(path):
+    """Clear the flag that marks names as UTF-8, as in archives of Info-ZIP's ``zip``."""
     content = bytearray(path.read_bytes())
     for signature, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
         place = content.find(signature)
@@ -243,16 +252,16 @@ def flagless(path):
     path.write_bytes(content)
 
 
-def test_names_in_utf8_that_do_not_say_so(files, model):
+def test_utf8_names_without_flag(files, model):
     whole = open_labelled_images(Path("stored.zip"), model)
-    flagless(Path("stored.zip"))
+    clear_utf8_flags(Path("stored.zip"))
     data = open_labelled_images(Path("stored.zip"), model)
     assert data.source.keys == whole.source.keys and data.fingerprint() == whole.fingerprint()
     assert not data[0, 0][1]
 
 
-def test_a_list_of_members_that_names_other_files_is_damage(files):
-    """A bit of the central directory made one member's name another's."""
+def test_name_in_index_differs_from_header(files):
+    """A damaged byte in the central directory gives a member another name."""
     name = min(files).encode()
     content = Path("stored.zip").read_bytes()
     place = content.rindex(name)
@@ -261,16 +270,16 @@ def test_a_list_of_members_that_names_other_files_is_damage(files):
         Archive(Path("stored.zip")).open(f"3{min(files)[1:]}")
 
 
-def test_members_that_do_not_fit_in_the_archive_are_refused(files):
+def test_member_larger_than_archive_is_refused(files):
     content = bytearray(Path("stored.zip").read_bytes())
     place = content.rindex(b"PK\1\2")
-    content[place + 20 : place + 28] = b"\xf0" * 8  # its sizes
+    content[place + 20 : place + 28] = b"\xf0" * 8  # the member's compressed and uncompressed size
     Path("stored.zip").write_bytes(content)
     with pytest.raises(UserError, match="stored.zip: is cut off or damaged: .* does not fit"):
         Archive(Path("stored.zip"))
 
 
-def test_another_archive_of_equal_size_and_time_is_listed_again(files):
+def test_archive_replaced_with_same_size_and_time(files):
     names = set(Archive(Path("data.tar"))._names)
     status = os.stat("data.tar")
     make_tar("other.tar", {f"3{name[1:]}": data for name, data in files.items()})
@@ -280,7 +289,7 @@ def test_another_archive_of_equal_size_and_time_is_listed_again(files):
     assert not names & set(Archive(Path("data.tar"))._names)
 
 
-def test_hidden_and_empty_tars_in_a_tar_are_no_classes(files, model):
+def test_hidden_and_empty_inner_tars_are_not_classes(files, model):
     with tarfile.open("nested.tar", "a") as tar:
         add(tar, "._0.tar", b"no tar")
         add(tar, "9.tar", b"")
@@ -288,24 +297,24 @@ def test_hidden_and_empty_tars_in_a_tar_are_no_classes(files, model):
     assert data.source.keys == open_labelled_images(Path("data"), model).source.keys
 
 
-def cut_off(path, count):
+def truncate(path, count):
     content = path.read_bytes()
     path.write_bytes(content[:count])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0.3, 0.7])
-def test_an_archive_that_ends_early_is_refused(files, kind, share):
-    cut_off(Path(kind), int(Path(kind).stat().st_size * share))
+def test_truncated_archive_is_refused(files, kind, share):
+    truncate(Path(kind), int(Path(kind).stat().st_size * share))
     with pytest.raises(UserError, match=f"{kind}: is (not a readable archive|cut off or damaged)"):
         Archive(Path(kind))
 
 
-def test_tars_that_end_or_break_between_members_are_refused(files):
-    """Where tarfile itself ends without an error."""
+def test_tar_damaged_between_members_is_refused(files):
+    """The module tarfile stops at such places without an error."""
     with open("data.tar", "rb") as file:
         _, (start, size, *_) = next(archives._list_tar(Path("data.tar"), file))
-    offset = start + -(-size // 512) * 512  # where the header of the second one begins
+    offset = start + -(-size // 512) * 512  # of the header of the second member
     whole = Path("data.tar").read_bytes()
     for damaged in (whole[:offset], whole[:offset] + b"x" * 512 + whole[offset + 512 :], whole + whole):
         Path("data.tar").write_bytes(damaged)
@@ -330,7 +339,7 @@ def test_tars_that_end_or_break_between_members_are_refused(files):
         ("empty.tar", "holds no images"),
     ],
 )
-def test_other_files_are_refused(tmp_path, monkeypatch, model, name, message):
+def test_unsupported_files_are_refused(tmp_path, monkeypatch, model, name, message):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / name
     if name == "lzma.zip":
@@ -347,8 +356,8 @@ def test_other_files_are_refused(tmp_path, monkeypatch, model, name, message):
         open_labelled_images(path, model)
 
 
-def shard_of(path, rows):
-    """Parquet as the hub keeps ImageNet, or a tar of WebDataset."""
+def write_shard(path, rows):
+    """Write a Parquet file as the Hugging Face Hub stores ImageNet, or a tar of WebDataset."""
     if path.suffix == ".parquet":
         images = [{"bytes": content, "path": None} for content, _ in rows]
         table = pyarrow.table({"image": images, "label": [label for _, label in rows]})
@@ -361,21 +370,21 @@ def shard_of(path, rows):
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".tar"])
-def test_shards_become_a_zip_by_the_script_of_the_page(files, model, suffix):
+def test_script_in_docs_converts_shards_to_zip(files, model, suffix):
     (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
     Path("to_zip.py").write_text(script)
     rows = [(data, int(name[0])) for name, data in sorted(files.items())]
     shards = [Path(f"train-{i}{suffix}") for i in range(2)]
     for i, shard in enumerate(shards):
-        shard_of(shard, rows[i::2])
+        write_shard(shard, rows[i::2])
     subprocess.run([sys.executable, "to_zip.py", "all.zip", *shards], check=True)
     data = open_labelled_images(Path("all.zip"), model)
     contents = [(data.source.open(i).read(), int(data.all_labels[i])) for i in range(len(data))]
     assert sorted(contents) == sorted(rows)
 
 
-def test_classes_that_dataset_json_lists(tmp_path, monkeypatch, model):
-    """As EDM's tools write them, beside folders 00000, 00001, … that are no classes."""
+def test_classes_in_dataset_json(tmp_path, monkeypatch, model):
+    """EDM's tools write dataset.json beside folders 00000, 00001, …, which are not classes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     png = io.BytesIO()
     Image.new("L", (32, 32), 10).save(png, "png")
@@ -383,15 +392,15 @@ def test_classes_that_dataset_json_lists(tmp_path, monkeypatch, model):
     images = dict.fromkeys(names, png.getvalue())
     listed = [[name, 7 - i % 3] for i, name in enumerate(names)]
 
-    def opened(labels, below="", **options):
+    def open_with_labels(labels, below="", **options):
         whole = {**images, "dataset.json": json.dumps({"labels": labels}).encode()}
         make_zip(tmp_path / "a.zip", {f"{below}{name}": content for name, content in whole.items()})
         return open_labelled_images(tmp_path / "a.zip", model, **options)
 
-    data = opened(listed)
+    data = open_with_labels(listed)
     assert {key: int(label) for key, label in zip(data.source.keys, data.all_labels)} == dict(listed)
     assert data.classes is None
-    assert opened(listed, "train/").all_labels.tolist() == data.all_labels.tolist()
+    assert open_with_labels(listed, "train/").all_labels.tolist() == data.all_labels.tolist()
     for labels, message in (
         (None, "a.zip/dataset.json: does not list one class for each image"),
         ([*listed, listed[0]], "does not list one class for each image"),
@@ -400,6 +409,6 @@ def test_classes_that_dataset_json_lists(tmp_path, monkeypatch, model):
         ([[name, [0.5]] for name in names], "does not list one class for each image"),
     ):
         with pytest.raises(UserError, match=message):
-            opened(labels)
+            open_with_labels(labels)
     with pytest.raises(UserError, match="--classes-from: needs class folders"):
-        opened(listed, classes={"00000": 1})
+        open_with_labels(listed, classes={"00000": 1})

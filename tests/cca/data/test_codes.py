@@ -1,4 +1,4 @@
-"""Codes as the trainer reads them."""
+"""Codes as the trainer reads them: two folders of crops, damaged files, fingerprints, tokenizers."""
 
 import json
 import shutil
@@ -20,10 +20,10 @@ def model():
     return load_model("llamagen-mini")
 
 
-def test_sister_folders_that_do_not_fit(tmp_path, model):
+def test_mismatched_second_folder_is_refused(tmp_path, model):
     path = make_codes(tmp_path)
-    shutil.copytree(path, sister := tmp_path / "codes_105")
-    np.save(sister / "labels.npy", (np.arange(40) + 1) % 10)
+    shutil.copytree(path, second := tmp_path / "codes_105")
+    np.save(second / "labels.npy", (np.arange(40) + 1) % 10)
     with pytest.raises(UserError, match="--codes: .*codes and .*codes_105 have different labels"):
         Codes(path, model)
     published = make_codes(tmp_path / "published", published=True)
@@ -32,7 +32,7 @@ def test_sister_folders_that_do_not_fit(tmp_path, model):
         Codes(published, model)
 
 
-def test_a_link_that_leads_nowhere_among_published_codes(tmp_path, model):
+def test_broken_link_in_published_codes(tmp_path, model):
     path = make_codes(tmp_path, published=True)
     (path / "imagenet32_codes/3.npy").unlink()
     (path / "imagenet32_codes/3.npy").symlink_to("gone.npy")
@@ -40,17 +40,17 @@ def test_a_link_that_leads_nowhere_among_published_codes(tmp_path, model):
         Codes(path, model).fingerprint()
 
 
-def test_sister_folder_is_drawn_half_of_the_time(tmp_path, model, monkeypatch):
+def test_second_folder_gives_half_of_the_crops(tmp_path, model, monkeypatch):
     path = make_codes(tmp_path)
     shifted = np.load(path / "codes.npy") % 256
     np.save(path / "codes.npy", shifted)
     monkeypatch.chdir(path)
     shutil.copytree(path, tmp_path / "codes_105")
     np.save(tmp_path / "codes_105" / "codes.npy", shifted + 256)
-    for name in (path, Path(), Path("../codes")):  # the current folder has a sister, too
+    for name in (path, Path(), Path("../codes")):  # a relative path has a second folder, too
         data = Codes(name, model)
-        sister = [bool(data.item(epoch, index)[0] >= 256) for epoch in range(10) for index in range(40)]
-        assert 160 < sum(sister) < 240
+        is_second = [bool(data.item(epoch, index)[0] >= 256) for epoch in range(10) for index in range(40)]
+        assert 160 < sum(is_second) < 240
 
 
 NO_ARRAY = b"\x93NUMPY\x01\x00v\x00{(((((("
@@ -70,7 +70,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("arrays, message", BROKEN, ids=lambda value: None)
-def test_broken_codes_are_refused_when_opened(tmp_path, model, arrays, message):
+def test_invalid_codes_are_refused(tmp_path, model, arrays, message):
     path = make_codes(tmp_path)
     for name, array in arrays.items():
         np.save(path / f"{name}.npy", array)
@@ -82,7 +82,7 @@ HEADERS = [("header.json", text) for text in (b"[]", b"{", b'"x"', b"[" * 50_000
 
 
 @pytest.mark.parametrize("name, content", [("codes.npy", NO_ARRAY), ("labels.npy", NO_ARRAY), *HEADERS])
-def test_a_broken_file_is_refused(tmp_path, model, name, content):
+def test_damaged_file_is_refused(tmp_path, model, name, content):
     path = make_codes(tmp_path)
     (path / name).write_bytes(content)
     why = rf"{name}: is missing or damaged" if content == NO_ARRAY else ""
@@ -123,7 +123,7 @@ def test_fingerprint_changes_with_codes_and_labels(tmp_path, model):
 
 @pytest.mark.parametrize("name", ["imagenet32_codes/0", "imagenet32_codes/3", "imagenet32_labels/3"])
 @pytest.mark.parametrize("damage", ["cut", "missing", "broken header"])
-def test_published_files_cut_off_are_found_before_training(tmp_path, model, name, damage):
+def test_damaged_published_files_are_refused(tmp_path, model, name, damage):
     path = make_codes(tmp_path, published=True)
     file = path / f"{name}.npy"
     if damage == "missing":

@@ -1,4 +1,4 @@
-"""Pixels become tokens in parts, whatever the batch; an .npz is mapped into memory, or read once."""
+"""Encoding of images to tokens in parts, and images in an .npz."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from models.utils.precision import ENCODED_PIXELS
 
 @pytest.mark.parametrize("name", ["var-mini", "llamagen-mini"])
 @pytest.mark.parametrize("pixels", [1, 5 * 32 * 32, 2**18])
-def test_encoding_in_parts_makes_the_same_tokens(name, pixels, monkeypatch):
+def test_encoding_in_parts_gives_the_same_tokens(name, pixels, monkeypatch):
     model = load_model(name)
     data, sizes, encode = ImageArray(TRAIN, model), [], model.encode
     batch = torch.stack([data.item(0, index) for index in range(12)])
@@ -26,14 +26,14 @@ def test_encoding_in_parts_makes_the_same_tokens(name, pixels, monkeypatch):
     tokens = to_tokens(model, batch, torch.device("cpu"))
     assert torch.equal(tokens, expected)
     assert sizes == {1: [1] * 12, 5 * 32 * 32: [5, 5, 2], 2**18: [12]}[pixels]
-    # Training takes them as they are: a layer's inputs are kept for its gradient.
+    # Training uses these tokens: the backward pass would refuse inference tensors.
     model.sequence_logprob(torch.zeros(12, dtype=torch.int64), tokens).sum().backward()
 
 
 @pytest.mark.parametrize("colour", [False, True])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_images_of_an_npz(tmp_path, save, colour):
-    """Mapped into memory where they are stored uncompressed; the same items either way."""
+    """Uncompressed images are memory-mapped, compressed ones are read; the items are the same."""
     content = bundled(30)
     if colour:
         content["arr_0"] = np.stack([content["arr_0"], 255 - content["arr_0"], content["arr_0"] // 2], -1)
@@ -48,8 +48,8 @@ def test_images_of_an_npz(tmp_path, save, colour):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_damaged_npz_is_found_before_training(tmp_path, save):
-    """By its checksum: what is mapped when the fingerprint is taken, what is read when it is read."""
+def test_damaged_npz_is_refused(tmp_path, save):
+    """The checksum of a mapped array is checked by ``fingerprint``, that of a compressed one on reading."""
     save(tmp_path / "a.npz", **bundled(200))
     damaged = bytearray((tmp_path / "a.npz").read_bytes())
     damaged[len(damaged) // 2] ^= 1

@@ -1,4 +1,4 @@
-"""Folders of images: what is read, what is left out, and pictures of every depth."""
+"""Folders of images: which files are read, bit depths, fingerprints, names and EXIF orientation."""
 
 import os
 import unicodedata
@@ -25,7 +25,7 @@ def labels_of(data):
     return data.labels(np.arange(len(data))).tolist()
 
 
-def test_some_of_the_classes_train_as_themselves(tmp_path, model):
+def test_folders_of_some_classes(tmp_path, model):
     for name in ("2/a", "5/a", "7/a", ".ipynb_checkpoints/a", "outside"):
         make_picture(tmp_path / f"{name}.png")
     data = open_labelled_images(tmp_path, model)
@@ -33,8 +33,8 @@ def test_some_of_the_classes_train_as_themselves(tmp_path, model):
     assert data.notes() == [f"{tmp_path}: 1 images outside class folders are left out"]
 
 
-def test_numbered_folders_in_the_order_of_their_names(tmp_path, model):
-    """The image behind an index stays what it was, whatever class it has now."""
+def test_numbered_folders_are_sorted_by_name(tmp_path, model):
+    """The index of an image depends on the names of the folders, not on their classes."""
     for name in ("0", "1", "10", "9"):
         make_picture(tmp_path / "train" / name / "a.png")
     with pytest.raises(UserError, match="class 10 .* outside 0 … 9"):
@@ -49,7 +49,8 @@ def test_numbered_folders_in_the_order_of_their_names(tmp_path, model):
     ]
 
 
-def test_one_list_of_suffixes_and_links_followed_once(tmp_path, model):
+def test_suffixes_and_links(tmp_path, model):
+    """Training and evaluation read files with the same suffixes, and follow each link once."""
     data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     suffixes = ("png", "JPG", "jpeg", "webp", "bmp", "tif", "tiff", "ppm", "pgm")
     for name in (*(f"0/a.{suffix}" for suffix in suffixes), "0/.hidden.png", "../elsewhere/b.png"):
@@ -65,14 +66,14 @@ def test_one_list_of_suffixes_and_links_followed_once(tmp_path, model):
     assert left_out in open_image_set(data).notes() and left_out in open_labelled_images(data, model).notes()
 
 
-def test_unreadable_images_are_replaced_by_others_of_their_class(tmp_path, model):
+def test_unreadable_image_is_replaced_within_its_class(tmp_path, model):
     for name in ("0/a", "1/a", "1/b", "1/c"):
         make_picture(tmp_path / f"{name}.png", grey=40 * len(name) + ord(name[-1]))
     (tmp_path / "1" / "c.png").write_bytes(b"no picture")
     data = open_labelled_images(tmp_path, model, transform=TenCrops(16, 2))
-    for index, stands_in in ((0, 0), (1, 1), (3, 1)):
+    for index, replacement in ((0, 0), (1, 1), (3, 1)):
         pixels, replaced = data[0, index]
-        assert replaced == (index != stands_in) and bool((pixels == data[0, stands_in][0]).all())
+        assert replaced == (index != replacement) and bool((pixels == data[0, replacement][0]).all())
     assert data.unreadable == {3}
     for name in ("a", "b"):
         (tmp_path / "1" / f"{name}.png").write_bytes(b"no picture")
@@ -80,7 +81,7 @@ def test_unreadable_images_are_replaced_by_others_of_their_class(tmp_path, model
         data.item(0, 3)
 
 
-def test_grey_of_16_bits_is_scaled(tmp_path, model):
+def test_16_bit_grey_is_scaled(tmp_path, model):
     levels = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
     expected = np.rint(levels / 257).astype(np.uint8)
     for name in ("0/a.png", "1/a.tif", "2/a.pgm"):
@@ -97,13 +98,13 @@ def test_grey_of_16_bits_is_scaled(tmp_path, model):
     "pixels, message",
     [(np.zeros((4, 4), np.float32), "floating-point"), (np.full((4, 4), 70_000, np.int32), "65,535")],
 )
-def test_other_depths_are_refused(tmp_path, pixels, message):
+def test_other_bit_depths_are_refused(tmp_path, pixels, message):
     Image.fromarray(pixels).save(tmp_path / "a.tif")
     with pytest.raises(UserError, match=message):
         FileList(Folder(tmp_path), ["a.tif"]).image(0)
 
 
-def test_long_and_huge_pictures_are_refused(tmp_path, monkeypatch):
+def test_long_and_huge_images_are_refused(tmp_path, monkeypatch):
     make_picture(tmp_path / "a.png", size=(400_000, 1))
     with pytest.raises(UserError, match="400000 x 1 pixels: too long"):
         open_image_set(tmp_path, resolution=256)
@@ -112,8 +113,8 @@ def test_long_and_huge_pictures_are_refused(tmp_path, monkeypatch):
         FileList(Folder(tmp_path), ["a.png"]).image(0)
 
 
-def test_fingerprint_sees_contents_behind_equal_names_and_sizes(tmp_path):
-    """Of 1,400 files the 1,000 at i * 1,400 // 1,000; of fewer all."""
+def test_fingerprint_depends_on_contents(tmp_path):
+    """The fingerprint reads 1,000 of 1,400 files (at i * 1,400 // 1,000), and all files of a small set."""
     names = [f"{i:04d}.bmp" for i in range(1400)]
     for name in names:
         (tmp_path / name).write_bytes(b"a" * 70)
@@ -129,8 +130,8 @@ def test_fingerprint_sees_contents_behind_equal_names_and_sizes(tmp_path):
     assert files.fingerprint() == before
 
 
-def test_composed_and_decomposed_names_are_one(tmp_path, model):
-    found = []
+def test_nfc_and_nfd_names_are_equal(tmp_path, model):
+    results = []
     for form in ("NFC", "NFD"):
         for name in ("2/z\u00e9", "2/zf", "2/zd", "2/\u00e9/a"):
             make_picture(
@@ -138,18 +139,18 @@ def test_composed_and_decomposed_names_are_one(tmp_path, model):
             )
         for i, folder in enumerate(("caf\u00e9", "cafz", "cafa")):
             make_picture(tmp_path / form / unicodedata.normalize(form, folder) / "a.png", grey=i)
-        given = {"2": 2, "caf\u00e9": 3, "cafz": 4, "cafa": 5}
-        data = open_labelled_images(tmp_path / form, model, classes=given)
+        classes_of_folders = {"2": 2, "caf\u00e9": 3, "cafz": 4, "cafa": 5}
+        data = open_labelled_images(tmp_path / form, model, classes=classes_of_folders)
         pixels = np.concatenate(list(open_image_set(tmp_path / form).batches(slice(0, 7), 7)))
-        found.append((data.classes, labels_of(data), data.fingerprint(), pixels.tobytes()))
-        found[-1] += (
+        results.append((data.classes, labels_of(data), data.fingerprint(), pixels.tobytes()))
+        results[-1] += (
             open_image_set(tmp_path / form).content_hash(),
             open_image_set(tmp_path / form).fingerprint(),
         )
-    assert found[0] == found[1]
+    assert results[0] == results[1]
 
 
-def test_folders_without_images_are_no_classes(tmp_path, model, monkeypatch):
+def test_folders_without_images_are_not_classes(tmp_path, model, monkeypatch):
     for i in range(10):
         make_picture(tmp_path / f"class{i}" / "a.png")
     for name in ("annotations", "train/notes"):
@@ -160,8 +161,8 @@ def test_folders_without_images_are_no_classes(tmp_path, model, monkeypatch):
     assert data.notes()[-1].endswith(
         "names of their folders: " + ", ".join(f"{i} class{i}" for i in range(10))
     )
-    given = open_labelled_images(tmp_path, model, classes={f"class{i}": i for i in range(10)})
-    assert not any("numbered" in note for note in given.notes())
+    with_classes = open_labelled_images(tmp_path, model, classes={f"class{i}": i for i in range(10)})
+    assert not any("numbered" in note for note in with_classes.notes())
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
@@ -184,7 +185,7 @@ def test_exif_orientation(tmp_path, model, suffix):
     assert all(np.abs(first - other).max() < 60 and np.abs(first - other).mean() < 2 for other in others)
     plain = open_image_set(tmp_path, resolution=32)
     lying = next(plain.batches(slice(0, 8), 8)).astype(int)
-    if suffix == "tif":  # Pillow turns them in any case
+    if suffix == "tif":  # Pillow itself rotates TIFFs
         assert not any("EXIF" in note for note in plain.notes()) and (lying == lying[0]).all()
         return
     assert np.array_equal(lying[0], first) and all(np.abs(first - other).mean() > 9 for other in lying[1:])
@@ -195,6 +196,6 @@ def test_exif_orientation(tmp_path, model, suffix):
         crops = [data.item(0, index) for index in (0, 5)]
         assert (np.abs(crops[0].numpy().astype(int) - crops[1].numpy()).mean() < 2) == turned
         assert "7 of 8" in data.notes()[-1] and data.exif_orientation == turned
-    # Damaged EXIF data turn nothing.
+    # Damaged EXIF data do not rotate the image.
     upright.save(tmp_path / "2" / f"9.{suffix}", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05broken")
     assert FileList(Folder(tmp_path), [f"2/9.{suffix}"], upright=True).image(0).size == (48, 32)

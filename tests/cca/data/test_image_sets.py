@@ -1,4 +1,4 @@
-"""mu and sigma of a reference: numbers of a Gaussian, or refused."""
+"""mu and sigma of a reference file: valid statistics are read, invalid ones are refused."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ MU, ROWS = RANDOM.normal(size=6), RANDOM.normal(size=(40, 6))
 SIGMA = np.cov(ROWS, rowvar=False)
 
 
-def changed(array, place, value):
+def with_value(array, place, value):
     array = array.copy()
     array[place] = value
     return array
@@ -20,13 +20,13 @@ def changed(array, place, value):
 @pytest.mark.parametrize(
     "mu, sigma, message",
     [
-        (changed(MU, 2, np.nan), SIGMA, "mu holds values that are not finite"),
-        (MU, changed(SIGMA, (1, 1), np.inf), "sigma holds values that are not finite"),
-        (changed(MU, 1, -1e200), SIGMA, r"mu holds 1e\+200; expected at most 1e\+100"),
+        (with_value(MU, 2, np.nan), SIGMA, "mu holds values that are not finite"),
+        (MU, with_value(SIGMA, (1, 1), np.inf), "sigma holds values that are not finite"),
+        (with_value(MU, 1, -1e200), SIGMA, r"mu holds 1e\+200; expected at most 1e\+100"),
         (MU, 1e300 * np.eye(6), r"sigma holds 1e\+300; expected at most 1e\+100"),
-        (MU, changed(SIGMA, (0, 5), 3.0), "sigma is not symmetric"),
+        (MU, with_value(SIGMA, (0, 5), 3.0), "sigma is not symmetric"),
         (MU, np.triu(SIGMA), "not symmetric"),
-        (MU, changed(SIGMA, (3, 3), -1.0), "negative variances"),
+        (MU, with_value(SIGMA, (3, 3), -1.0), "negative variances"),
         (MU, SIGMA.astype(complex), "sigma is complex128"),
         (MU.astype(str), SIGMA, "mu is <U.*; expected a mean"),
         (MU[None], SIGMA, r"mu is float64 \[1, 6\]"),
@@ -35,14 +35,14 @@ def changed(array, place, value):
         (np.zeros(0), np.zeros((0, 0)), "expected a mean"),
     ],
 )
-def test_refused(tmp_path, mu, sigma, message):
+def test_invalid_statistics_are_refused(tmp_path, mu, sigma, message):
     np.savez(tmp_path / "r.npz", mu=mu, sigma=sigma)
     with pytest.raises(UserError, match=f"r.npz: {message}|r.npz: .*{message}"):
         _ = NpzImages(tmp_path / "r.npz").statistics
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_taken(tmp_path, dtype):
+def test_statistics_are_read(tmp_path, dtype):
     centred = (ROWS - ROWS.mean(0)).astype(dtype)
     np.savez(tmp_path / "r.npz", mu=MU.astype(dtype), sigma=(centred.T @ centred) / dtype(39))
     found = NpzImages(tmp_path / "r.npz").statistics

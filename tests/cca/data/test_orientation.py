@@ -1,4 +1,4 @@
-"""--exif-orientation: every command that reads pictures from folders applies, compares and records it."""
+"""``--exif-orientation``: each command that reads images from folders applies and records it."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from scripts import extract_codes, make_reference, reconstruct
 
 @pytest.fixture
 def photographs(tmp_path, monkeypatch):
-    """Folders of the same 12 pictures, of which "upright" stores them as they are, "lying" two turned."""
+    """Write the same 12 images to two folders; ``lying`` stores two of them rotated, with EXIF data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     exif = Image.Exif()
@@ -52,9 +52,8 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command, arguments, output, record, result", COMMANDS)
-def test_commands_apply_record_and_compare_it(
-    photographs, capsys, command, arguments, output, record, result
-):
+def test_exif_orientation_of_each_command(photographs, capsys, command, arguments, output, record, result):
+    """A command rotates the images, records the option, and refuses another value for the same output."""
     results = []
     for place, images, options in (
         ("first", "upright", []),
@@ -63,10 +62,10 @@ def test_commands_apply_record_and_compare_it(
     ):
         line = [*arguments, images, "--output", f"{place}/{output}"]
         command.main([*line, *options])
-        said = "".join(capsys.readouterr())
-        assert ("2 of 12 checked images have an EXIF rotation" in said) == (images == "lying")
-        noted = json.loads(Path(place, record).read_text())
-        assert noted.get("options", noted)["exif_orientation"] == bool(options)
+        messages = "".join(capsys.readouterr())
+        assert ("2 of 12 checked images have an EXIF rotation" in messages) == (images == "lying")
+        content = json.loads(Path(place, record).read_text())
+        assert content.get("options", content)["exif_orientation"] == bool(options)
         results.append(result(Path(place)))
     assert results[0] == results[2] != results[1]
     with pytest.raises(UserError, match="exif_orientation True instead of False"):

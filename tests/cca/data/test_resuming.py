@@ -1,4 +1,4 @@
-"""A run goes on with the data that it began with, wherever that lies now, and with no other."""
+"""A run resumes with the data it started with, which may have moved, and refuses other data."""
 
 import json
 import shutil
@@ -74,10 +74,10 @@ def test_folder_may_move_but_not_change(disk):
         train("var", "moved")
 
 
-def test_extraction_does_not_go_on_with_other_images(disk, monkeypatch):
+def test_extraction_does_not_resume_with_other_images(disk, monkeypatch):
     encode, calls = ARImageModel.encode, []
 
-    def interrupted(model, images):
+    def interrupt(model, images):
         calls.append(images)
         if len(calls) == 2:  # the first part is stored
             raise KeyboardInterrupt
@@ -85,7 +85,7 @@ def test_extraction_does_not_go_on_with_other_images(disk, monkeypatch):
 
     monkeypatch.setattr(extract_codes, "CHUNK", 8)
     with monkeypatch.context() as patch:
-        patch.setattr(ARImageModel, "encode", interrupted)
+        patch.setattr(ARImageModel, "encode", interrupt)
         with pytest.raises(KeyboardInterrupt):
             extract("new", "few.npz")
     shutil.copy("few.npz", "other.npz")
@@ -98,11 +98,11 @@ def test_extraction_does_not_go_on_with_other_images(disk, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [["--batch-size", "1"], []])
-def test_missing_negatives_are_said(disk, capsys, options):
+def test_missing_negatives_are_reported(disk, capsys, options):
     with np.load("few.npz") as file:
         np.savez("one.npz", arr_0=file["arr_0"], arr_1=np.zeros(len(file["arr_0"]), np.int64))
     train("var", "few.npz" if options else "one.npz", *options)
-    said = capsys.readouterr().err
-    assert said.count("without negatives") == 1 and "note: " in said
+    messages = capsys.readouterr().err
+    assert messages.count("without negatives") == 1 and "note: " in messages
     train("var", "few.npz", output="usual")
     assert "without negatives" not in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the tests of the evaluator share: some of the bundled images, and the command."""
+"""Fixtures of the evaluator's tests: bundled images, and functions that evaluate and write images."""
 
 import json
 from pathlib import Path
@@ -14,9 +14,10 @@ import eval_fid
 
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch, request):
-    """Run the command; returns the results that it wrote.
+    """Return a function that runs eval_fid.py and returns the results that it wrote.
 
-    The current folder holds samples.npz and reference.npz, with the module's number of images.
+    The current folder holds samples.npz and reference.npz, each with as many images as the test module's
+    ``IMAGES``.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -30,7 +31,7 @@ def evaluate(tmp_path, monkeypatch, request):
         features=("--features", "mini"),
         output="out.json",
     ):
-        if output == "out.json":  # the one of every call
+        if output == "out.json":  # the default output, which each call replaces
             Path(output).unlink(missing_ok=True)
         files = ["--samples", samples, "--reference", reference, "--output", output]
         eval_fid.main([*features, *files, *options])
@@ -41,7 +42,7 @@ def evaluate(tmp_path, monkeypatch, request):
 
 @pytest.fixture
 def write_folder(evaluate):
-    """Write images to a folder, each to a class folder where labels are given."""
+    """Return a function that writes images to a folder, or to class folders if it is called with labels."""
 
     def write(path, images, labels=None, suffix=".png"):
         for i, image in enumerate(images):

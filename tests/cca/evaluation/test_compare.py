@@ -1,4 +1,4 @@
-"""Results side by side: what they depend on, and when a difference from a published figure is given."""
+"""``--compare``: the columns of the table, and the difference from a published figure."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from models import ZOO
 from models.utils.errors import UserError
 
 IMAGES = 20
-# What sample.py records of --preset published-cfg.
+# What sample.py records with --preset published-cfg.
 GUIDED = {
     "model": "var-d16", "weights": "base", "weights_sha256": "0123456789", "image_size": 256,
     "num_samples": 50_000, "classes": list(range(1000)), "eval_size": 256, "cfg_scale": 2.5,
@@ -25,7 +25,7 @@ CCA = {**GUIDED, "weights": "runs/own", "loss": "cca", "cfg_scale": 1.0}
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Write the record of an evaluation as published, but for what is given."""
+    """Return a function that writes the results of an evaluation as published, except for its arguments."""
     monkeypatch.chdir(tmp_path)
 
     def write(path, sampling=None, fid=4.0, samples=None, reference=None, features=None, **other):
@@ -47,7 +47,7 @@ def write(tmp_path, monkeypatch):
 
 
 def table(capsys, *paths):
-    """The rows of the table, each as a dict by column."""
+    """Return the rows of the table, each as a dict by column."""
     capsys.readouterr()
     eval_fid.main(["--compare", *paths])
     lines = [[cell.strip() for cell in line.split(" | ")] for line in capsys.readouterr().out.splitlines()]
@@ -57,7 +57,7 @@ def table(capsys, *paths):
 
 
 def test_differences_from_published_figures(write, capsys):
-    """With guidance the base's, without it CCA's, for a run of one's own by its recorded loss."""
+    """The published FID of the guided base is the base's; that of CCA weights and CCA runs is CCA's."""
     published = {**GUIDED, "weights": "cca", "cfg_scale": 1.0}
     rows = table(capsys, write("a", GUIDED), write("b", published), write("c", CCA))
     assert [(row["published FID"], row["difference"]) for row in rows] == [
@@ -99,15 +99,15 @@ def test_differences_from_published_figures(write, capsys):
         ({"model": "other"}, "the sampling is not recorded"),
     ],
 )
-def test_the_reason_stands_where_there_is_no_difference(write, capsys, changed, reason):
-    of_record = {key: value for key, value in changed.items() if key not in (*GUIDED, "loss")}
-    sampling = {**GUIDED, **{key: value for key, value in changed.items() if key not in of_record}}
-    (row,) = table(capsys, write("a", sampling, **of_record))
+def test_reason_for_a_missing_difference(write, capsys, changed, reason):
+    other_changes = {key: value for key, value in changed.items() if key not in (*GUIDED, "loss")}
+    sampling = {**GUIDED, **{key: value for key, value in changed.items() if key not in other_changes}}
+    (row,) = table(capsys, write("a", sampling, **other_changes))
     assert row["difference"].startswith(reason)
 
 
-def test_columns_of_what_differs(write, capsys):
-    """The filters always; a file by its content, not by its name."""
+def test_columns(write, capsys):
+    """The columns are what differs, and always the filters. Files are compared by content, not by name."""
     same = write("a", GUIDED), write("b", {**GUIDED, "weights": "a-copy.pth"}, reference={"file": "b.npz"})
     figures = ["fid", "sfid", "is", "precision", "recall", "kid", "published FID", "difference"]
     assert list(table(capsys, *same)[0]) == ["samples", "filters", *figures]
@@ -130,7 +130,7 @@ def test_columns_of_what_differs(write, capsys):
     assert unknown["filters"] == "not recorded" and unknown["published FID"] == "–"
 
 
-def test_names_that_would_break_the_table(write, capsys):
+def test_file_name_is_escaped(write, capsys):
     write("odd", GUIDED, samples={"file": "runs/a|b\nc.npz"})
     assert table(capsys, "odd")[0]["samples"] == "a\\|b c.npz"
 
@@ -144,22 +144,22 @@ def test_names_that_would_break_the_table(write, capsys):
         {"samples": {"count": "x"}}, {"reference": {"sha256": 5}}, {"kind": "samples"},
     ],
 )  # fmt: skip
-def test_what_eval_fid_does_not_write_is_refused(write, changed):
+def test_invalid_results_are_refused(write, changed):
     write("r.json", **{"sampling": GUIDED, **changed})
     with pytest.raises(UserError, match="--compare: r.json is not a result of eval_fid.py"):
         eval_fid.main(["--compare", "r.json"])
 
 
 @pytest.mark.parametrize("option", ["--output", "--samples", "--reference"])
-def test_it_goes_with_no_evaluation(write, option):
+def test_compare_excludes_other_options(write, option):
     write("r.json", GUIDED)
     with pytest.raises(UserError, match=f"{option}: does not go with --compare"):
         eval_fid.main(["--compare", "r.json", option, "new.json"])
     assert [path.name for path in Path().iterdir()] == ["r.json"]
 
 
-def test_the_record_of_samples_takes_the_loss_over(evaluate, capsys):
-    """From the config.json of the run whose weights they were sampled with."""
+def test_loss_is_recorded_with_samples(evaluate, capsys):
+    """The loss comes from config.json of the run whose weights are sampled."""
     run = Path("run")
     run.mkdir()
     weights = run / ZOO["var-mini"].backbone.checkpoint_name

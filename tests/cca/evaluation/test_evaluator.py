@@ -1,4 +1,4 @@
-"""The evaluator as users run it: files in, table, JSON and warnings out."""
+"""The evaluator as users run it: metrics, layouts of the inputs, cached features and notes."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ GUIDED = {"num_samples": 600, "cfg_scale": 2.5, "model": "var-d16", "weights": "
 
 
 def test_agrees_with_torch_fidelity(evaluate):
-    found = evaluate("samples.npz", "--metrics", "fid,is,kid")["metrics"]
+    metrics = evaluate("samples.npz", "--metrics", "fid,is,kid")["metrics"]
     inputs = [torch.from_numpy(np.load(f"{name}.npz")["arr_0"]) for name in ("samples", "reference")]
     samples, reference = (Subset(pixels[:, None].expand(-1, 3, -1, -1), range(IMAGES)) for pixels in inputs)
     expected = torch_fidelity.calculate_metrics(
@@ -32,9 +32,9 @@ def test_agrees_with_torch_fidelity(evaluate):
         feature_extractor="mini", feature_layer_fid="96", feature_layer_kid="96", feature_layer_isc="logits",
         samples_shuffle=False, cuda=False, verbose=False, cache=False, save_cpu_ram=True,
     )  # fmt: skip
-    assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
-    assert found["is"] == pytest.approx(expected["inception_score_mean"], rel=1e-4)
-    assert found["kid"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+    assert metrics["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
+    assert metrics["is"] == pytest.approx(expected["inception_score_mean"], rel=1e-4)
+    assert metrics["kid"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_agrees_with_torch_fidelity(evaluate):
         ("cca.evaluation.features.MiniFeatures.to", "--features: mini does not fit in GPU memory"),
         (
             "cca.evaluation.features.MiniFeatures.forward",
-            "--batch-size: 250 images at once do not fit in the GPU's memory; take fewer",
+            "--batch-size: 250 images at once do not fit in GPU memory",
         ),
         (
             "cca.evaluation.evaluator.precision_recall",
@@ -51,7 +51,7 @@ def test_agrees_with_torch_fidelity(evaluate):
         ),
     ],
 )
-def test_memory_that_runs_out_is_one_line(place, message, evaluate, monkeypatch):
+def test_out_of_memory_is_one_line(place, message, evaluate, monkeypatch):
     monkeypatch.setattr(place, memory_full)
     with pytest.raises(UserError) as caught:
         evaluate()
@@ -59,7 +59,7 @@ def test_memory_that_runs_out_is_one_line(place, message, evaluate, monkeypatch)
 
 
 @pytest.mark.slow
-def test_layouts_give_the_same_figures(evaluate, write_folder):
+def test_layouts_give_the_same_metrics(evaluate, write_folder):
     expected = evaluate()["metrics"]
     paths = ["--samples", Path("samples.npz").resolve(), "--reference", Path("reference.npz").resolve()]
     output = Path("two.json").resolve()
@@ -74,22 +74,23 @@ def test_layouts_give_the_same_figures(evaluate, write_folder):
         assert evaluate(samples)["metrics"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_made_reference_is_taken_at_its_word(evaluate):
+def test_reference_of_make_reference(evaluate):
+    """Metrics equal those with the images; without images, metrics that need them are left out."""
     expected = evaluate()
     options = ["--images", "reference.npz", "--features", "mini", "--kept-images", "600"]
     make_reference.main([*options, "--output", "made.npz"])
-    found = evaluate(reference="made.npz")
-    assert found["metrics"]["fid"] == pytest.approx(expected["metrics"]["fid"], rel=1e-6)
-    assert found["metrics"]["precision"] == expected["metrics"]["precision"]
+    from_reference = evaluate(reference="made.npz")
+    assert from_reference["metrics"]["fid"] == pytest.approx(expected["metrics"]["fid"], rel=1e-6)
+    assert from_reference["metrics"]["precision"] == expected["metrics"]["precision"]
     assert "no mu and sigma" in " ".join(expected["notes"])
-    assert "no mu and sigma" not in " ".join(found["notes"])
+    assert "no mu and sigma" not in " ".join(from_reference["notes"])
     with np.load("made.npz") as file:
         np.savez("bare.npz", mu=file["mu"], sigma=file["sigma"])
     bare = evaluate(reference="bare.npz")
     assert set(bare["metrics"]) == {"fid", "is", "accuracy"}
     assert any("precision is left out" in note for note in bare["notes"])
-    asked = evaluate("samples.npz", "--metrics", "kid,fid", reference="bare.npz")
-    assert set(asked["metrics"]) == {"fid"} and "kid is left out" in " ".join(asked["notes"])
+    selected = evaluate("samples.npz", "--metrics", "kid,fid", reference="bare.npz")
+    assert set(selected["metrics"]) == {"fid"} and "kid is left out" in " ".join(selected["notes"])
 
 
 def test_reference_features_are_cached_by_content(evaluate, monkeypatch):
@@ -101,10 +102,10 @@ def test_reference_features_are_cached_by_content(evaluate, monkeypatch):
 
 @pytest.fixture(scope="module")
 def inception_weights(tmp_path_factory):
-    """Random weights in torch-fidelity's format."""
+    """Return the path of random weights in torch-fidelity's format."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    # The extractor's constructor downloads; here it keeps what it was initialised with.
+    # The extractor's constructor would download weights. With the patches it keeps its random ones.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             torch_fidelity.feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {}
@@ -114,21 +115,21 @@ def inception_weights(tmp_path_factory):
     return path
 
 
-def test_inception_path(evaluate, inception_weights):
+def test_inception_features(evaluate, inception_weights):
     images = np.random.default_rng(0).integers(0, 256, (2, 6, 256, 256, 3), np.uint8)
     for name, some in zip(("a.npz", "b.npz"), images):
         np.savez(name, arr_0=some)
     save_file(torch.load(inception_weights, weights_only=True), "inception.safetensors")
     own = ("--inception-weights", str(inception_weights)), ("--features", "inception.safetensors")
-    found = evaluate("a.npz", reference="b.npz", features=own[0])
+    first = evaluate("a.npz", reference="b.npz", features=own[0])
     again = evaluate("a.npz", "--metrics", "is,kid", reference="b.npz", features=own[1])
-    assert set(found["metrics"]) == {"fid", "sfid", "is", "precision", "recall", "kid"}
-    assert all(np.isfinite(value) for value in found["metrics"].values())
-    assert again["metrics"].items() <= found["metrics"].items() and len(again["metrics"]) == 2
-    assert again["features"] == found["features"]
-    # Channels last, as TensorFlow flattens: mu_s and sigma_s of a reference file are in that order.
+    assert set(first["metrics"]) == {"fid", "sfid", "is", "precision", "recall", "kid"}
+    assert all(np.isfinite(value) for value in first["metrics"].values())
+    assert again["metrics"].items() <= first["metrics"].items() and len(again["metrics"]) == 2
+    assert again["features"] == first["features"]
+    # Spatial features are flattened with channels last as in TensorFlow; mu_s and sigma_s have this order.
     extractor, branch = Extractor("inception", inception_weights, torch.device("cpu")), []
-    extractor.module.Mixed_6d.branch1x1.register_forward_hook(lambda *seen: branch.append(seen[-1]))
+    extractor.module.Mixed_6d.branch1x1.register_forward_hook(lambda *arguments: branch.append(arguments[-1]))
     features = extractor(torch.from_numpy(images[0, :2]).permute(0, 3, 1, 2))
     assert features.pooled.shape == (2, 2048) and features.probabilities.shape == (2, 1008)
     assert features.spatial.shape == (2, 2023)
@@ -141,7 +142,7 @@ def test_notes(evaluate, write_folder):
         assert part in text
     assert "sorted" not in text and "unbalanced" not in text and "guidance" not in text
     images, labels = bundled(IMAGES).values()
-    # Without labels: seen in what the classifier predicts.
+    # Without labels, the classifier's predictions show the order.
     np.savez("sorted.npz", arr_0=images[np.argsort(labels, kind="stable")])
     skewed = np.sort(np.r_[np.flatnonzero(labels == 1), np.flatnonzero(labels != 1)[:100]])
     np.savez("skewed.npz", arr_0=images[skewed], arr_1=labels[skewed])
@@ -158,7 +159,7 @@ def test_notes(evaluate, write_folder):
 
 @pytest.mark.parametrize("newer", [False, True], ids=["legacy settings", "newer settings"])
 def test_features_are_computed_without_tf32(newer):
-    """Whatever is set around, by either of PyTorch's ways; that is as before afterwards."""
+    """The extractor disables TF32, whichever of PyTorch's settings enabled it, and restores the setting."""
     matmul, conv, seen = torch.backends.cuda.matmul, torch.backends.cudnn.conv, []
     extractor = Extractor("mini", None, torch.device("cpu"))
 
@@ -182,5 +183,5 @@ def test_features_are_computed_without_tf32(newer):
         matmul.fp32_precision, conv.fp32_precision = before
 
 
-def test_names_of_metrics_may_be_spaced(evaluate):
+def test_spaces_between_names_of_metrics(evaluate):
     assert set(evaluate("samples.npz", "--metrics", "is, fid")["metrics"]) == {"fid", "is"}

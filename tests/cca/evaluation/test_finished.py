@@ -1,4 +1,4 @@
-"""Evaluations and references that are finished, of other options, or somebody else's."""
+"""Outputs that exist: finished evaluations and references, other options, and files of other programs."""
 
 import json
 import os
@@ -26,26 +26,26 @@ DESCRIPTION = json.dumps(
 
 
 def contents():
-    """All files of the current folder, by name."""
+    """Return the content of each file in the current folder, by name."""
     return {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()}
 
 
 @pytest.fixture(params=COMMANDS)
-def made(evaluate, request, capsys):
-    """Make the output once; gives the command, its options and the output."""
+def finished_output(evaluate, request, capsys):
+    """Run a command; return its module, its options and its output."""
     module, options, output = COMMANDS[request.param]
     module.main([*options, "--output", str(output)])
     capsys.readouterr()
     return module, options, output
 
 
-def test_again_does_nothing_but_say_so(made, monkeypatch, capsys):
-    module, options, output = made
+def test_finished_output_is_not_computed_again(finished_output, monkeypatch, capsys):
+    module, options, output = finished_output
     before = contents()
     for place in ("extract", "extract_batches"):
         monkeypatch.setattr(f"cca.evaluation.evaluator.{place}", lambda *_: pytest.fail("extracted again"))
     monkeypatch.setattr(make_reference, "extract_batches", lambda *_: pytest.fail("extracted again"))
-    shutil.copy("samples.npz", "moved.npz")  # the content counts, not the path
+    shutil.copy("samples.npz", "moved.npz")  # inputs are compared by content, not by path
     module.main([*("moved.npz" if option == "samples.npz" else option for option in options),
                  "--output", str(output)])  # fmt: skip
     printed = capsys.readouterr().out
@@ -57,8 +57,8 @@ def test_again_does_nothing_but_say_so(made, monkeypatch, capsys):
         assert f"{metrics['fid']:10.4f}" in printed and "note: " in printed
 
 
-def test_other_options_and_inputs_are_refused(made):
-    module, options, output = made
+def test_other_options_and_inputs_are_refused(finished_output):
+    module, options, output = finished_output
     other = ["--metrics", "fid"] if module is eval_fid else ["--seed", "1"]
     command, before = [*options, "--output", str(output)], contents()
     with pytest.raises(UserError, match=f"--output: {output} holds .*(metrics|seed) .* instead of"):
@@ -73,8 +73,8 @@ def test_other_options_and_inputs_are_refused(made):
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("record", [None, DESCRIPTION, "{}", "[]", "notes of mine"])
-def test_what_others_wrote_is_not_replaced(evaluate, command, record):
-    """A file of that name without a record, or with one that another command wrote, sample.py for one."""
+def test_files_of_other_programs_are_not_replaced(evaluate, command, record):
+    """The output exists without a record, or with one that another command such as sample.py wrote."""
     module, options, output = COMMANDS[command]
     output.write_bytes(b"somebody's")
     if record is not None:
@@ -87,14 +87,14 @@ def test_what_others_wrote_is_not_replaced(evaluate, command, record):
     assert contents() == before
 
 
-def test_a_record_without_figures_is_no_finished_evaluation(evaluate):
+def test_record_without_metrics_is_refused(evaluate):
     Path("made.json").write_text('{"format": 1, "kind": "results", "options": {}}')
     with pytest.raises(UserError, match="--output: made.json is not a result of eval_fid.py"):
         eval_fid.main([*EVALUATION, "--output", "made.json"])
 
 
-def test_a_record_of_samples_stops_a_reference(evaluate):
-    """Also where the samples are gone: the record would be taken for the reference's."""
+def test_record_of_samples_is_not_replaced(evaluate):
+    """The samples do not exist any more, but their record would be read as that of the reference."""
     Path("made.json").write_text(DESCRIPTION)
     with pytest.raises(UserError, match="made.json describes 'samples', not a reference"):
         make_reference.main([*REFERENCE, "--output", "made.npz"])
@@ -111,12 +111,13 @@ def test_a_record_of_samples_stops_a_reference(evaluate):
         (make_reference, "--images", "photos/new/r.npz"),
     ],
 )
-def test_no_output_below_a_folder_that_is_read(evaluate, write_folder, module, option, output):
+def test_output_inside_an_input_folder_is_refused(evaluate, write_folder, module, option, output):
     write_folder("photos", bundled(IMAGES)["arr_0"])
     Path("link").symlink_to("photos")
     before = sorted(Path("photos").rglob("*"))
     options = EVALUATION if module is eval_fid else REFERENCE
-    options = [*options, option, "photos", "--output", output]  # the last one counts
+    # The last value of an option overrides the others.
+    options = [*options, option, "photos", "--output", output]
     with pytest.raises(UserError, match=f"--output: {output} lies in what {option} reads"):
         module.main(options)
     assert sorted(Path("photos").rglob("*")) == before and "out.json" not in os.listdir()

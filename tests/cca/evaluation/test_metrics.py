@@ -1,4 +1,4 @@
-"""Metrics against the figures of the published evaluator."""
+"""Metrics compared with the figures of the published evaluator."""
 
 import numpy as np
 import pytest
@@ -19,8 +19,8 @@ REFERENCE, SAMPLES = FIGURES["reference_features"], FIGURES["sample_features"]
 
 
 def test_fid():
-    found = frechet_distance(Gaussian.of(SAMPLES), Gaussian.of(REFERENCE))
-    assert found == pytest.approx(float(FIGURES["fid"]), rel=1e-6)
+    distance = frechet_distance(Gaussian.of(SAMPLES), Gaussian.of(REFERENCE))
+    assert distance == pytest.approx(float(FIGURES["fid"]), rel=1e-6)
 
 
 def test_inception_score():
@@ -29,9 +29,10 @@ def test_inception_score():
     )
 
 
-def test_inception_score_is_the_mean_over_runs_in_file_order():
-    runs = FIGURES["class_probabilities"].reshape(4, 500, 10)
-    expected = np.mean([inception_score(run) for run in runs])
+def test_inception_score_is_the_mean_over_splits():
+    """A split holds consecutive images in the order of the file."""
+    splits = FIGURES["class_probabilities"].reshape(4, 500, 10)
+    expected = np.mean([inception_score(part) for part in splits])
     assert inception_score(FIGURES["class_probabilities"], split=500) == pytest.approx(expected, rel=1e-12)
 
 
@@ -50,7 +51,7 @@ def test_radii():
         )
 
 
-def test_identical_sets_with_a_singular_covariance():
+def test_identical_sets_with_singular_covariance():
     flat = np.concatenate([SAMPLES, SAMPLES[:, :5]], axis=1)
     assert frechet_distance(Gaussian.of(flat), Gaussian.of(flat)) == pytest.approx(0, abs=1e-6)
     assert precision_recall(flat, flat) == (1.0, 1.0)

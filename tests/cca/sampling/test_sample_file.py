@@ -1,4 +1,4 @@
-"""Sample files: whose parts are taken, what is refused, and what stays on the disk."""
+"""Sample files: stop signals and resuming, damaged parts, refused outputs, and full disks."""
 
 import json
 import os
@@ -29,27 +29,27 @@ def make(path, *options, samples=40):
     sample.main([*fixed, "--output", str(path), *options])
 
 
-def stopped_after(monkeypatch, parts, number=signal.SIGTERM, times=1):
-    """Signals reach the process while it makes the part after so many, each a batch."""
-    original, made = Sampler.tokens, []
+def signal_after(monkeypatch, parts, number=signal.SIGTERM, times=1):
+    """Patch the sampler to send signals to this process after ``parts`` parts; a part is one batch."""
+    original, batches = Sampler.tokens, []
 
-    def pretend(self, indices):
-        made.append(indices)
-        if len(made) == parts + 1:
+    def tokens_with_signal(self, indices):
+        batches.append(indices)
+        if len(batches) == parts + 1:
             for _ in range(times):
                 os.kill(os.getpid(), number)
         return original(self, indices)
 
-    monkeypatch.setattr(Sampler, "tokens", pretend)
+    monkeypatch.setattr(Sampler, "tokens", tokens_with_signal)
 
 
 @pytest.mark.parametrize(
     "number, times", [(signal.SIGTERM, 1), (signal.SIGINT, 2), (signal.SIGHUP, 1)], ids=str
 )
-def test_a_signal_ends_with_one_line_and_keeps_what_is_made(number, times, tmp_path, monkeypatch, capsys):
+def test_signal_stops_and_keeps_finished_parts(number, times, tmp_path, monkeypatch, capsys):
     path, before = tmp_path / "s.npz", signal.getsignal(number)
     with monkeypatch.context() as patch:
-        stopped_after(patch, 1, number, times)
+        signal_after(patch, 1, number, times)
         make(path)
     assert after_plan(capsys.readouterr().out) == (
         "stopped; 16 of 40 images are stored, repeat the command to resume\n"
@@ -62,22 +62,22 @@ def test_a_signal_ends_with_one_line_and_keeps_what_is_made(number, times, tmp_p
     assert sorted(os.listdir(tmp_path)) == ["s.json", "s.npz", "whole.json", "whole.npz"]
 
 
-def test_a_signal_in_the_last_piece_of_a_part_keeps_the_part(tmp_path, monkeypatch, capsys):
-    decode, made = Sampler.decode, []
+def test_signal_while_a_part_is_decoded_keeps_it(tmp_path, monkeypatch, capsys):
+    decode, counts = Sampler.decode, []
 
-    def pretend(self, tokens):
-        made.append(len(tokens))
-        if sum(made) == 2 * PART:
+    def decode_with_signal(self, tokens):
+        counts.append(len(tokens))
+        if sum(counts) == 2 * PART:
             os.kill(os.getpid(), signal.SIGTERM)
         return decode(self, tokens)
 
-    monkeypatch.setattr(Sampler, "decode", pretend)
+    monkeypatch.setattr(Sampler, "decode", decode_with_signal)
     make(tmp_path / "s.npz")
     assert "stopped; 32 of 40 images are stored" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["00000000.npy", "thesis.txt"])
-def test_parts_without_a_marker_are_neither_taken_nor_removed(name, tmp_path):
+def test_parts_without_a_marker_are_refused(name, tmp_path):
     (tmp_path / "s.npz.parts").mkdir()
     (tmp_path / "s.npz.parts" / name).touch()
     with pytest.raises(UserError, match=rf"s\.npz\.parts holds {name} but no options"):
@@ -85,10 +85,10 @@ def test_parts_without_a_marker_are_neither_taken_nor_removed(name, tmp_path):
     assert [*tmp_path.rglob("*.*")] == [tmp_path / "s.npz.parts", tmp_path / "s.npz.parts" / name]
 
 
-def test_a_damaged_part_is_made_again(tmp_path, monkeypatch):
+def test_damaged_part_is_sampled_again(tmp_path, monkeypatch):
     path = tmp_path / "s.npz"
     with monkeypatch.context() as patch:
-        stopped_after(patch, 2)
+        signal_after(patch, 2)
         make(path)
     first, second = sorted((tmp_path / "s.npz.parts").glob("*.npy"))
     first.write_bytes(first.read_bytes()[:-5])
@@ -100,12 +100,12 @@ def test_a_damaged_part_is_made_again(tmp_path, monkeypatch):
     assert np.load(path)["arr_0"][PART : 2 * PART].tobytes() == content[128:]
 
 
-def test_a_finished_file(tmp_path, capsys):
+def test_finished_file(tmp_path, capsys):
     path = tmp_path / "s.npz"
     make(path, "--grid", str(tmp_path / "g.png"), samples=5)
     before = {p.name: (p.read_bytes(), p.stat().st_ino) for p in tmp_path.iterdir()}
     capsys.readouterr()
-    # The same weights under another path are the same options.
+    # Weights are compared by content, not by path.
     make(path, "--batch-size", "2", "--weights", "assets/var-mini.safetensors", samples=5)
     assert after_plan(capsys.readouterr().out) == (
         f"{path} is finished already, with these options; nothing is left to do\n"
@@ -114,7 +114,7 @@ def test_a_finished_file(tmp_path, capsys):
         make(path, "--seed", "1", samples=5)
     assert {p.name: (p.read_bytes(), p.stat().st_ino) for p in tmp_path.iterdir()} == before
     path.unlink()
-    make(path, "--seed", "1", samples=5)  # the description of what is gone stands in nobody's way
+    make(path, "--seed", "1", samples=5)  # the description of a removed file does not matter
     assert json.loads((tmp_path / "s.json").read_text())["options"]["seed"] == 1
     damaged = before["s.npz"][0].replace(b"(5, 32, 32, 3)", b"((((((((((((((")
     for content in (Path("assets/fashion-mnist-test-10k.npz").read_bytes(), damaged):
@@ -123,7 +123,7 @@ def test_a_finished_file(tmp_path, capsys):
             make(path, "--seed", "1", samples=5)
 
 
-def test_what_sample_did_not_write_is_not_overwritten(tmp_path):
+def test_other_files_are_not_overwritten(tmp_path):
     (tmp_path / "config.json").write_text('{"mine": 1}')
     (tmp_path / "data.npz").write_bytes(b"mine")
     with pytest.raises(UserError, match=r"config\.json: holds format None"):
@@ -133,8 +133,8 @@ def test_what_sample_did_not_write_is_not_overwritten(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "data.npz"]
 
 
-def test_logits_that_are_not_finite_leave_nothing(tmp_path):
-    """Another --dtype is the remedy: what the first try left must not refuse it."""
+def test_nonfinite_logits_leave_no_files(tmp_path):
+    """The user then needs another ``--dtype``; files of the failed run would make the command refuse it."""
     state = read_state_dict("assets/llamagen-mini.safetensors")
     save_published({**state, "output.weight": state["output.weight"].float() * 1e7}, tmp_path / "w.pt")
     model = ["--model", "llamagen-mini", "--weights", str(tmp_path / "w.pt")]
@@ -145,7 +145,7 @@ def test_logits_that_are_not_finite_leave_nothing(tmp_path):
     make(tmp_path / "new" / "s.npz", *model, samples=5)
 
 
-def test_a_full_disk(tmp_path):
+def test_full_disk(tmp_path):
     path = tmp_path / "s.npz"
     with largest_file(80_000), pytest.raises(UserError, match=r"s\.npz: cannot be written .File too large"):
         make(path)
@@ -164,8 +164,8 @@ run_command(sample.main)
 """
 
 
-def test_a_full_disk_of_one_rank(tmp_path):
-    """Its line ends all ranks, and none of its parts is there; what the other one stored is."""
+def test_full_disk_of_one_rank(tmp_path):
+    """The error of rank 1 ends all ranks; no part of rank 1 is stored, and those of rank 0 are complete."""
     (tmp_path / "full.py").write_text(FULL_ON_RANK_1)
     path, fixed = tmp_path / "s.npz", ["--model", "var-mini", "--num-samples", 120, "--batch-size", PART]
     result = call([tmp_path / "full.py", *fixed, "--output", path], 2, PYTHONPATH=".")

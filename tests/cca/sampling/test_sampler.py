@@ -1,4 +1,4 @@
-"""Sampling: images belong to (seed, index), not to batches, processes or interruptions."""
+"""Sampling: an image depends on (seed, index), not on batch size, number of ranks or interruptions."""
 
 import json
 import signal
@@ -22,9 +22,9 @@ def request(samples=64, order="balanced", seed=0, size=None, **options):
     return SampleRequest(samples, tuple(range(10)), order, seed, size, "float32", SamplingOptions(**options))
 
 
-def in_batches(model, batch_size, asked):
-    sampler = Sampler(model, asked, batch_size, torch.device("cpu"))
-    third, count = asked.num_samples // 3, asked.num_samples
+def sample_images(model, batch_size, sample_request):
+    sampler = Sampler(model, sample_request, batch_size, torch.device("cpu"))
+    third, count = sample_request.num_samples // 3, sample_request.num_samples
     return np.concatenate([*sampler.images([range(third), range(third, count)])])
 
 
@@ -32,21 +32,21 @@ def in_batches(model, batch_size, asked):
 @pytest.mark.parametrize("name", MODELS)
 def test_batch_size_does_not_matter(name, options):
     model = load_model(name)
-    whole = in_batches(model, 24, request(24, **options))
+    whole = sample_images(model, 24, request(24, **options))
     for batch_size in (1, 7):
-        assert np.array_equal(in_batches(model, batch_size, request(24, **options)), whole)
+        assert np.array_equal(sample_images(model, batch_size, request(24, **options)), whole)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_seed_and_class_matter(name):
+def test_seed_matters(name):
     model = load_model(name)
-    first, other = (in_batches(model, 10, request(10, seed=seed)) for seed in (0, 1))
+    first, other = (sample_images(model, 10, request(10, seed=seed)) for seed in (0, 1))
     assert (first != other).any((1, 2, 3)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MODELS)
-def test_stored_matrices_give_what_autocast_gives(name, dtype):
+def test_stored_weights_equal_autocast(name, dtype):
     model = load_model(name)
     labels = torch.arange(8)
     uniforms = torch.rand(
@@ -67,19 +67,19 @@ def test_stored_matrices_give_what_autocast_gives(name, dtype):
 
 def test_classes():
     assert [class_of(i, request()) for i in (0, 9, 10, 25)] == [0, 9, 0, 5]
-    drawn = [class_of(i, request(order="random")) for i in range(2000)]
-    assert drawn[:50] == [class_of(i, request(order="random")) for i in range(50)]
-    counts = np.bincount(drawn, minlength=10)
+    classes = [class_of(i, request(order="random")) for i in range(2000)]
+    assert classes[:50] == [class_of(i, request(order="random")) for i in range(50)]
+    counts = np.bincount(classes, minlength=10)
     assert ((counts - 200) ** 2 / 200).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
 
 
-def test_resizing_and_8_bit():
+def test_resized_images_are_uint8():
     model = load_model("llamagen-mini")
-    images = in_batches(model, 4, request(4, size=20))
+    images = sample_images(model, 4, request(4, size=20))
     assert images.shape == (4, 20, 20, 3) and images.dtype == np.uint8
 
 
-def test_8_bit_conversions():
+def test_conversion_to_uint8():
     x = torch.tensor([-1.0, 0.0, 0.5, 1.0])
     assert load_model("var-mini").to_uint8(x).tolist() == [0, 127, 191, 255]
     assert load_model("llamagen-mini").to_uint8(x).tolist() == [0, 128, 191, 255]
@@ -96,7 +96,7 @@ sample.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("name", [MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow)])
-def test_processes_and_interruption_do_not_matter(name, tmp_path):
+def test_ranks_and_interruption_do_not_matter(name, tmp_path):
     options = ["--model", name, "--num-samples", "600", "--seed", "3"]
     sample.main([*options, "--output", str(tmp_path / "one.npz"), "--grid", str(tmp_path / "grid.png")])
     run("sample.py", *options, "--output", tmp_path / "two.npz", "--batch-size", 50, processes=3)
@@ -113,18 +113,18 @@ def test_processes_and_interruption_do_not_matter(name, tmp_path):
         for other in ("two.npz", "cut.npz"):
             with np.load(tmp_path / other) as file:
                 different = (file["arr_0"] != one["arr_0"]).any((1, 2, 3))
-                assert different.sum() <= 3  # 0.5 %: tokens flipped by rounding
+                assert different.sum() <= 3  # 0.5 %: rounding may change tokens
                 assert np.array_equal(file["arr_1"], one["arr_1"])
     assert not parts.exists() and (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow
-def test_fifty_thousand_in_bounded_memory(tmp_path):
+def test_memory_for_50_000_images(tmp_path):
     command = command_line(
         ["sample.py", "--model", "llamagen-mini", "--batch-size", 250, "--output", tmp_path / "s.npz"],
         processes=2,
     )
-    # By a process between, since what this one has used would count as what its child has.
+    # A process in between measures it: the peak memory of a child process includes the memory of its parent.
     measure = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
     measure += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     measured = subprocess.run(
@@ -134,7 +134,7 @@ def test_fifty_thousand_in_bounded_memory(tmp_path):
         stdout=subprocess.PIPE,
         check=True,
     )
-    assert int(measured.stdout.split()[-1]) < 1.5e6  # KiB, of the largest of its processes
+    assert int(measured.stdout.split()[-1]) < 1.5e6  # KiB, of the process that uses most
     with np.load(tmp_path / "s.npz") as file:
         assert file["arr_0"].shape == (50_000, 32, 32, 3) and (np.bincount(file["arr_1"]) == 5000).all()
     run(
@@ -157,7 +157,7 @@ def test_fifty_thousand_in_bounded_memory(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, expected",
+    "options, expected",
     [
         (
             ["--model", "var-d16", "--preset", "published-cfg", "--top-k", "5"],
@@ -169,7 +169,7 @@ def test_fifty_thousand_in_bounded_memory(tmp_path):
         ),
     ],
 )
-def test_presets(given, expected):
-    arguments = sample.make_parser().parse_args([*given, "--output", "s.npz"])
+def test_presets(options, expected):
+    arguments = sample.make_parser().parse_args([*options, "--output", "s.npz"])
     sample.apply_preset(arguments)
     assert vars(arguments).items() >= expected.items()

@@ -1,4 +1,4 @@
-"""Training as users run it: processes, micro-batches, interruption, resume."""
+"""Training as users run it: several ranks, micro-batches, interruption and resume."""
 
 import contextlib
 import json
@@ -55,46 +55,47 @@ PAIR_METRICS = (
 )
 
 
-def model_file(folder):
+def find_model_file(folder):
     return next(folder.glob("model.pt*"))
 
 
-def weights(folder):
-    content = torch.load(model_file(folder), weights_only=True)
+def load_weights(folder):
+    content = torch.load(find_model_file(folder), weights_only=True)
     return content.get("model", content)
 
 
-def same_losses(a, b):
+def assert_equal_metrics(a, b):
     for x, y in zip(metrics(a), metrics(b), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5), x["step"]
         for name in (*PAIR_METRICS, "grad_norm"):
             assert x[name] == pytest.approx(y[name], rel=1e-4, abs=1e-4), name
 
 
-def here(command):
-    """Run a command that needs no process of its own."""
+def run_in_process(command):
+    """Run a training command in this process."""
     main = {"train_var_cca.py": train_var_cca, "train_llamagen_cca.py": train_llamagen_cca}[command[0]].main
     main([*map(str, command[1:])])
 
 
-def cut_differently(command, tmp_path, cuts):
-    here([*command, "--output", tmp_path / "one"])
-    for name, processes, options in cuts:
+def compare_setups(command, tmp_path, setups):
+    """Train once in one process and once with each of ``setups``; compare the metrics of all steps."""
+    run_in_process([*command, "--output", tmp_path / "one"])
+    for name, processes, options in setups:
         line = [*command, *options, "--output", tmp_path / name]
         if processes == 1:
-            here(line)
+            run_in_process(line)
         else:
             run(*line, processes=processes)
-        same_losses(tmp_path / "one", tmp_path / name)
+        assert_equal_metrics(tmp_path / "one", tmp_path / name)
     assert [m["step"] for m in metrics(tmp_path / "one")] == [1, 2, 3, 4, 5]
     first = metrics(tmp_path / "one")[0]
-    assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)  # policy and reference start as one
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)  # policy and reference are equal
     assert first["logps/chosen"] > first["logps/rejected"]
 
 
 @pytest.mark.parametrize("command", ["llamagen", pytest.param("var", marks=pytest.mark.slow)], indirect=True)
-def test_other_ways_of_computing_do_not_matter(command, tmp_path):
-    cut_differently(
+def test_setups_give_equal_metrics(command, tmp_path):
+    compare_setups(
         command,
         tmp_path,
         [
@@ -103,18 +104,20 @@ def test_other_ways_of_computing_do_not_matter(command, tmp_path):
             ("checkpointed", 1, ["--checkpointing"]),
         ],
     )
-    model = load_model(command[2], str(model_file(tmp_path / "one")))
-    assert torch.equal(next(model.transformer.parameters()), next(iter(weights(tmp_path / "one").values())))
+    model = load_model(command[2], str(find_model_file(tmp_path / "one")))
+    assert torch.equal(
+        next(model.transformer.parameters()), next(iter(load_weights(tmp_path / "one").values()))
+    )
     assert list((tmp_path / "one" / "tensorboard").iterdir())
-    whole, sharded = weights(tmp_path / "one"), weights(tmp_path / "sharded")
+    whole, sharded = load_weights(tmp_path / "one"), load_weights(tmp_path / "sharded")
     assert list(whole) == list(sharded)
     assert all(torch.allclose(whole[k], sharded[k], atol=1e-4) for k in whole)
 
 
 @pytest.mark.slow
-def test_four_processes_and_compiled(command, tmp_path):
+def test_four_ranks_and_compile(command, tmp_path):
     sharded = ("sharded", 4, ["--parallel", "fsdp", "--checkpointing"])
-    cut_differently(command, tmp_path, [("four", 4, []), sharded, ("compiled", 1, ["--compile"])])
+    compare_setups(command, tmp_path, [("four", 4, []), sharded, ("compiled", 1, ["--compile"])])
 
 
 KILLED = """
@@ -136,17 +139,17 @@ import_module(command.removesuffix(".py")).main(arguments)
 
 
 @pytest.mark.parametrize("kills, steps", [(2, 8), pytest.param(10, 40, marks=pytest.mark.slow)])
-def test_killed_run_ends_where_an_uninterrupted_one_does(command, kills, steps, tmp_path):
-    """The kernel ends each try at a random moment of its third step, SIGALRM being left as it is."""
+def test_killed_run_equals_uninterrupted_run(command, kills, steps, tmp_path):
+    """SIGALRM kills each attempt at a random moment of its third step, or SIGKILL at the end of that step."""
     command, generator = [*command, "--max-steps", steps], random.Random(0)
-    here([*command, "--output", tmp_path / "whole"])
+    run_in_process([*command, "--output", tmp_path / "whole"])
     for _ in range(kills):
         driver = ["-c", KILLED, command[0], generator.uniform(0, 1), *command[1:]]
         line = command_line([*driver, "--output", tmp_path / "cut"])
         killed = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True)
         assert killed.returncode in (-signal.SIGALRM, -signal.SIGKILL), killed.stderr
-    here([*command, "--output", tmp_path / "cut"])
-    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    run_in_process([*command, "--output", tmp_path / "cut"])
+    expected, found = load_weights(tmp_path / "whole"), load_weights(tmp_path / "cut")
     assert all(torch.equal(expected[k], found[k]) for k in expected)
     assert [m["step"] for m in metrics(tmp_path / "cut")] == list(range(1, steps + 1))
     assert (
@@ -154,8 +157,8 @@ def test_killed_run_ends_where_an_uninterrupted_one_does(command, kills, steps, 
     )
 
 
-def test_signals_save_and_end_with_one_line(command, tmp_path):
-    """As schedulers send them, to the whole process group, loaders among it; or a user, twice."""
+def test_stop_signals_save_and_print_one_line(command, tmp_path):
+    """A scheduler signals the whole process group, workers included. A user may press Ctrl-C twice."""
     numbers = [signal.SIGTERM] if "--data" in command else [signal.SIGINT, signal.SIGINT, signal.SIGHUP]
     command = [*command, "--max-steps", 10**9, "--save-every", 1000, "--workers", 1, "--output", tmp_path]
     process = start(command_line(command))
@@ -165,12 +168,12 @@ def test_signals_save_and_end_with_one_line(command, tmp_path):
             os.killpg(process.pid, number)
         out, err = process.communicate(timeout=60)
     finally:
-        with contextlib.suppress(ProcessLookupError):  # what should have ended would train for ever
+        with contextlib.suppress(ProcessLookupError):  # if the signal is ignored, the run never ends
             os.killpg(process.pid, signal.SIGKILL)
     steps = len(metrics(tmp_path))
     assert process.returncode == 0, err
     assert re.fullmatch(rf"stopped after step {steps}, .*\n", after_plan(out))
-    # Besides the progress bar, nothing.
+    # stderr contains only the progress bar.
     assert not [line for line in err.splitlines() if line.strip() and not re.search("it/s|s/it", line)]
     assert [path.name for path in (tmp_path / "state").iterdir()] == [f"step-{steps}"]
     assert not (tmp_path / ".lock").exists()
@@ -178,14 +181,14 @@ def test_signals_save_and_end_with_one_line(command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["training", "sampling"])
-def test_sigterm_to_one_process_stops_all(kind, command, tmp_path):
+def test_sigterm_to_one_rank_stops_all(kind, command, tmp_path):
     if kind == "sampling":
         command, output = ["sample.py", "--model", command[2], "--num-samples", 200_000], tmp_path / "s.npz"
     else:
         command, output = [*command, "--max-steps", 10**6, "--save-every", 1000], tmp_path
     process = start(command_line([*command, "--output", output], 2))
-    made = tmp_path / "s.npz.parts"
-    wait_until(process, lambda: len([*made.glob("*.npy"), *lines(tmp_path / "metrics.jsonl")]) >= 2)
+    parts = tmp_path / "s.npz.parts"
+    wait_until(process, lambda: len([*parts.glob("*.npy"), *lines(tmp_path / "metrics.jsonl")]) >= 2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGTERM)
     out, err = process.communicate(timeout=120)
@@ -194,7 +197,7 @@ def test_sigterm_to_one_process_stops_all(kind, command, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
+def test_folder_of_running_process_is_refused(tmp_path):
     command = ["train_var_cca.py", "--model", "var-mini", "--data", TRAIN, "--batch-size", 4]
     command += ["--max-steps", 10**6, "--output", tmp_path]
     process = start(command_line(command))
@@ -205,7 +208,7 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
     process.wait()
 
 
-def test_ten_steps_without_a_finite_gradient_stop_the_run(tmp_path):
+def test_ten_skipped_steps_stop_run(tmp_path):
     codes, output = make_codes(tmp_path), tmp_path / "run"
     common = ["--model", "llamagen-mini", "--codes", codes, "--batch-size", 4, "--max-steps", 20]
     expect_error(
@@ -213,19 +216,19 @@ def test_ten_steps_without_a_finite_gradient_stop_the_run(tmp_path):
         "10 steps in a row had no finite gradient",
         "--lr",
     )
-    # The step that failed last is neither logged nor saved; the nine before it are counted.
+    # The tenth step is neither logged nor saved. The metrics of the ninth count nine skipped steps.
     assert metrics(tmp_path / "run")[-1]["skipped_steps"] == 9
 
 
-def test_published_code_folders_equal_packed_ones(tmp_path):
+def test_published_codes_equal_packed_codes(tmp_path):
     common = ["--model", "llamagen-mini", "--batch-size", "8", "--max-steps", "6", "--output"]
     for name, published in (("packed", False), ("published", True)):
         codes = make_codes(tmp_path / name, published=published)
         train_llamagen_cca.main([*common, str(tmp_path / f"{name}-run"), "--codes", str(codes)])
-    same_losses(tmp_path / "packed-run", tmp_path / "published-run")
+    assert_equal_metrics(tmp_path / "packed-run", tmp_path / "published-run")
 
 
-def test_image_folder(tmp_path):
+def test_image_folder_with_unreadable_images(tmp_path):
     broken = make_image_folder(tmp_path / "data", 60)
     common = ["train_var_cca.py", "--model", "var-mini", "--loss", "sft", "--data", tmp_path / "data"]
     common += ["--batch-size", 30, "--lr", 0]
@@ -235,8 +238,8 @@ def test_image_folder(tmp_path):
     expect_error([*common, "--output", tmp_path / "other"], "2 of 61 images cannot be read")
 
 
-def test_workers_do_not_matter(tmp_path):
-    """Crops are drawn in the loader's processes."""
+def test_weights_do_not_depend_on_workers(tmp_path):
+    """The random crops are sampled in the data-loading workers."""
     make_image_folder(tmp_path / "data", 40).unlink()
     common = [
         "--model",
@@ -251,7 +254,7 @@ def test_workers_do_not_matter(tmp_path):
     for workers in ("0", "2"):
         torch.manual_seed(int(workers))
         train_var_cca.main([*common, "--workers", workers, "--output", str(tmp_path / workers)])
-    none, two = weights(tmp_path / "0"), weights(tmp_path / "2")
+    none, two = load_weights(tmp_path / "0"), load_weights(tmp_path / "2")
     assert all(torch.equal(none[name], two[name]) for name in none)
 
 
@@ -267,7 +270,7 @@ def test_losses_and_options(codes, tmp_path):
         train_llamagen_cca.main([*common, *more, "--loss", loss, "--output", str(tmp_path / loss)])
         found = metrics(tmp_path / loss)[-1]
         assert all(value == value for value in found.values())
-        logged = {name for name in found if "/" in name}  # no row is of the null class here
+        logged = {name for name in found if "/" in name}  # no batch entry has the null class here
         assert logged == ({"logps/chosen"} if loss == "sft" else set(PAIR_METRICS))
         assert loss != "sft" or found["loss"] == pytest.approx(-found["logps/chosen"])
         assert (tmp_path / loss / "curves.png").read_bytes()[:4] == b"\x89PNG"
@@ -291,16 +294,16 @@ assert getattr(compiler, "deterministic", True)
 """
 
 
-def test_deterministic_runs_are_equal_bit_for_bit(tmp_path):
+def test_deterministic_runs_are_bit_identical(tmp_path):
     common = ["--model", "var-mini", "--data", TRAIN, "--batch-size", 8, "--max-steps", 3]
     for name in ("one", "two"):
         options = ["--deterministic", "--sample-every", 2, "--output", tmp_path / name]
         run("-c", IN_ONE_PROCESS, *common, *options)
     one, two = tmp_path / "one", tmp_path / "two"
-    state, again = weights(one), weights(two)
-    assert state.keys() == again.keys() and all(torch.equal(state[key], again[key]) for key in state)
-    drawn, drawn_again = ((folder / "samples" / "step-000002.png").read_bytes() for folder in (one, two))
-    assert drawn == drawn_again
+    expected, found = load_weights(one), load_weights(two)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    grid, other_grid = ((folder / "samples" / "step-000002.png").read_bytes() for folder in (one, two))
+    assert grid == other_grid
     for line, other in zip(metrics(one), metrics(two), strict=True):
         del line["images_per_second"], other["images_per_second"]
         assert line == other

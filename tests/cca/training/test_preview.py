@@ -1,4 +1,4 @@
-"""Pictures that a run draws on its way."""
+"""Sample grids that a run writes during training (--sample-every)."""
 
 import weakref
 
@@ -10,28 +10,28 @@ import train_llamagen_cca
 from cca.sampling.sampler import Sampler
 
 
-def test_memory_that_runs_out_costs_a_picture_and_not_the_run(disk, monkeypatch, capsys):
-    held, alive, tokens = [], [], Sampler.tokens
+def test_out_of_memory_skips_one_sample_grid(disk, monkeypatch, capsys):
+    caches, live_caches, tokens = [], [], Sampler.tokens
 
-    def full(*arguments):
-        if len(held) == 1:
+    def fail_once(*arguments):
+        if len(caches) == 1:
             return tokens(*arguments)
         cache = torch.zeros(1)
-        held.append(weakref.ref(cache))
+        caches.append(weakref.ref(cache))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     log = command.RunFolder.log
 
-    def noted(*arguments):
-        alive.extend(cache() for cache in held)
+    def record_live_caches(*arguments):
+        live_caches.extend(cache() for cache in caches)
         log(*arguments)
 
-    monkeypatch.setattr(Sampler, "tokens", full)
-    monkeypatch.setattr(command.RunFolder, "log", noted)
+    monkeypatch.setattr(Sampler, "tokens", fail_once)
+    monkeypatch.setattr(command.RunFolder, "log", record_live_caches)
     options = ["--max-steps", "3", "--batch-size", "8", "--sample-every", "1"]
     train_llamagen_cca.main([*weights("llamagen"), "--codes", "codes", *options, "--output", "run"])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "no sample grid" in line]
     assert "step-000001.png: --sample-every: 16 images" in line and "--micro-batch-size" in line
-    assert alive == [None, None]  # in the steps that followed
+    assert live_caches == [None, None]  # the later steps do not keep the memory of the failed grid
     pictures = sorted(path.name for path in (disk / "run" / "samples").iterdir())
     assert pictures == ["step-000002.png", "step-000003.png"]

@@ -1,4 +1,4 @@
-"""Metrics go to TensorBoard, to Weights & Biases or nowhere, and a resumed run goes on in the same place."""
+"""Metrics go to TensorBoard, to Weights & Biases or nowhere; a resumed run continues its W&B run."""
 
 import importlib.util
 import sys
@@ -35,23 +35,23 @@ train_var_cca.main(sys.argv[1:])
 """
 
 
-def test_a_resumed_run_is_one_run_of_wandb(tmp_path):
+def test_resume_continues_wandb_run(tmp_path):
     pytest.importorskip("wandb", reason="pip install -r requirements-wandb.txt")
     options, run = [*OPTIONS, "--report-to", "wandb", "--output", tmp_path / "run"], tmp_path / "run"
     variables = {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
     assert call(["-c", STOPS, *options], **variables).returncode == 3
     finished = call(["train_var_cca.py", *options], **variables)
     assert finished.returncode == 0, finished.stderr
-    number = (run / "wandb" / "run-id").read_text()
-    first, second = sorted((run / "wandb").glob(f"offline-run-*-{number}"))
+    run_id = (run / "wandb" / "run-id").read_text()
+    first, second = sorted((run / "wandb").glob(f"offline-run-*-{run_id}"))
     logged = metrics(run)
     for part, rows in ((first, logged[:2]), (second, logged[2:])):
-        held = (part / f"run-{number}.wandb").read_bytes()
-        assert rows and all(name.encode() in held for row in rows for name in row.keys() - {"step"})
+        content = (part / f"run-{run_id}.wandb").read_bytes()
+        assert rows and all(name.encode() in content for row in rows for name in row.keys() - {"step"})
     assert not (run / "tensorboard").exists()
 
 
-def test_where_wandb_refuses_a_line_says_so_and_nothing_is_left(tmp_path, monkeypatch):
+def test_wandb_without_api_key_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="pip install -r requirements-wandb.txt")
     for name, value in {"WANDB_MODE": "online", "HOME": str(tmp_path), "WANDB_API_KEY": ""}.items():
         monkeypatch.setenv(name, value)
@@ -60,22 +60,22 @@ def test_where_wandb_refuses_a_line_says_so_and_nothing_is_left(tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_survives_what_it_reports_to(tmp_path, capsys):
-    """W&B's service may be killed; the run goes on, and says once that nothing more is sent."""
+def test_run_survives_wandb_failure(tmp_path, capsys):
+    """The W&B service may be killed. The run continues and prints a single warning."""
     reporter, calls = WandB.__new__(WandB), []
 
-    class Ended:
+    class BrokenRun:
         def log(self, metrics, step):
             calls.append(step)
             raise ConnectionResetError("Connection lost")
 
-    reporter.run = Ended()
+    reporter.run = BrokenRun()
     for step in (1, 2):
         reporter.log(step, {"loss": 1.0})
     assert calls == [1] and capsys.readouterr().err.count("warning: Weights & Biases gets no more") == 1
 
 
-def test_without_wandb_a_line_says_what_to_install(tmp_path, monkeypatch):
+def test_missing_wandb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(UserError, match=r"^--report-to: wandb .* pip install -r requirements-wandb.txt"):
@@ -83,7 +83,7 @@ def test_without_wandb_a_line_says_what_to_install(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_reports_to_nowhere(tmp_path):
+def test_report_to_none(tmp_path):
     train_var_cca.main([*OPTIONS, "--report-to", "none", "--output", str(tmp_path / "run")])
     assert len(metrics(tmp_path / "run")) == 3
     assert not {"tensorboard", "wandb"} & {path.name for path in (tmp_path / "run").iterdir()}

@@ -1,4 +1,4 @@
-"""Weights of a run: its size, tokenizer and classes are taken wherever it, its file or a state is given."""
+"""A run, its model file and its checkpoints carry the resolution, tokenizer and classes of the run."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ SHORT = ["--batch-size", "4", "--max-steps", "1"]
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """Two class folders of the user's own, and one whose name is its class."""
+    """Write three class folders and return the options for them; the folder "7" is named after its class."""
     monkeypatch.chdir(tmp_path)
     for name in ("my_dog", "tabby", "7"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -35,44 +35,44 @@ def photos(tmp_path, monkeypatch):
     return ["photos", "--classes-from", "my.json"]
 
 
-def names(model, weights):
+def read_class_names(model, weights):
     files = find_files(model, weights)
     return class_names(files.config.get("data"), 10)
 
 
-def test_own_classes_keep_their_names(photos, tmp_path):
+def test_class_names_of_run(photos, tmp_path):
     train_var_cca.main(
         ["--model", "var-mini", "--data", *photos, *SHORT, "--sample-every", "1", "--output", "run"]
     )
-    blank = np.zeros((12, 32, 32, 3), np.uint8)  # 4 images of each class that is trained
+    blank = np.zeros((12, 32, 32, 3), np.uint8)  # 4 images of each of the three trained classes
     assert Image.open("run/samples/step-000001.png").size == draw_grid(blank, 3).size
     for weights in ("run", "run/model.pth", "run/state/step-1"):
-        assert names("var-mini", weights)[:3] == ["tabby", "my_dog", "Pullover"]
-        assert names("var-mini", weights)[7] == "Sneaker"
-    assert names("var-mini", "base")[:2] == ["T-shirt", "Trouser"]
-    made = ["--classes", "0,1", "--num-samples", "4", "--output", "s.npz", "--grid", "g.png"]
-    sample.main(["--model", "var-mini", "--weights", "run", *made])
+        assert read_class_names("var-mini", weights)[:3] == ["tabby", "my_dog", "Pullover"]
+        assert read_class_names("var-mini", weights)[7] == "Sneaker"
+    assert read_class_names("var-mini", "base")[:2] == ["T-shirt", "Trouser"]
+    options = ["--classes", "0,1", "--num-samples", "4", "--output", "s.npz", "--grid", "g.png"]
+    sample.main(["--model", "var-mini", "--weights", "run", *options])
     (images,) = NpzImages(tmp_path / "s.npz").batches(slice(0, 4), 4)
     expected = draw_grid(images, 2, ["tabby", "my_dog"] * 2)
     assert np.array_equal(np.asarray(Image.open("g.png")), np.asarray(expected))
     (tmp_path / "run" / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json: is damaged"):
-        names("var-mini", "run")
+        read_class_names("var-mini", "run")
 
 
-def test_codes_hand_on_the_names(photos, tmp_path):
+def test_codes_pass_on_class_names(photos, tmp_path):
     extract_codes.main(["--model", "llamagen-mini", "--data", *photos, "--output", "codes"])
     train = ["--model", "llamagen-mini", "--codes", "codes", *SHORT, "--output", "run"]
     train_llamagen_cca.main(train)
-    assert names("llamagen-mini", "run")[:3] == ["tabby", "my_dog", "Pullover"]
+    assert read_class_names("llamagen-mini", "run")[:3] == ["tabby", "my_dog", "Pullover"]
     header = tmp_path / "codes" / "header.json"
     header.write_text(json.dumps(json.loads(header.read_text()) | {"classes": ["tabby"]}))
     train_llamagen_cca.main([*train[:-1], "other"])
-    assert names("llamagen-mini", "other")[:2] == ["T-shirt", "Trouser"]
+    assert read_class_names("llamagen-mini", "other")[:2] == ["T-shirt", "Trouser"]
 
 
 OWN, OTHER = "own.safetensors", "specimen-var-tokenizer.safetensors"
-EVERY_WAY = [
+SOURCES = [
     "run",
     "run:ema",
     "run/model.pth",
@@ -87,23 +87,26 @@ def train(*options, output="run"):
     train_var_cca.main([*fixed, *options, "--output", output])
 
 
-def sampled(output, weights, *options):
-    """Samples of the specimen, without the option of the tokenizer unless it is given: images and classes."""
+def sample_images(output, weights, *options):
+    """Sample from specimen-var and return images and classes.
+
+    The tokenizer is that of the run unless ``options`` contain ``--tokenizer-weights``.
+    """
     fixed = ["--model", "specimen-var", "--weights", weights, "--num-samples", "6", "--output", output]
     sample.main([*fixed, *options])
     with np.load(output) as content:
         return content["arr_0"], content["arr_1"]
 
 
-def refused(message, weights, *options):
+def assert_refused(message, weights, *options):
     with pytest.raises(UserError, match=message) as caught:
-        sampled("refused.npz", weights, *options)
+        sample_images("refused.npz", weights, *options)
     assert "\n" not in str(caught.value) and not list(Path().glob("*refused*"))
 
 
 @pytest.fixture
 def run(disk):
-    """A run on images of classes 1 and 3, whose tokenizer is the user's own; from scaled weights."""
+    """Folder of a run on images of classes 1 and 3 with the user's own tokenizer (scaled weights)."""
     weights = load_file(OTHER)
     save_file({k: 1.5 * v if v.is_floating_point() else v for k, v in weights.items()}, OWN)
     with np.load("images.npz") as content:
@@ -114,58 +117,60 @@ def run(disk):
     return disk / "run"
 
 
-def equal(first, second):
+def are_equal(first, second):
     return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_the_tokenizer_of_a_run_is_taken(run):
+def test_tokenizer_of_run_is_used(run):
     (run.parent / "elsewhere").mkdir()
-    for way in EVERY_WAY:
-        files = find_files("specimen-var", way)
-        assert files.tokenizer_file.sha256 == file_sha256(Path(OWN)), way
+    for source in SOURCES:
+        files = find_files("specimen-var", source)
+        assert files.tokenizer_file.sha256 == file_sha256(Path(OWN)), source
         assert files.image_size == 8 and files.config["data"]["labels"] == [1, 3]
-    taken = sampled("taken.npz", "run")
-    assert equal(taken, sampled("given.npz", "run", "--tokenizer-weights", OWN))
-    # A file away from its config.json is an ordinary one: all classes, and the tokenizer that is given.
+    expected = sample_images("taken.npz", "run")
+    assert are_equal(expected, sample_images("given.npz", "run", "--tokenizer-weights", OWN))
+    # Without its config.json, a model file has all classes and the tokenizer of the option.
     shutil.copy("run/model.pth", "elsewhere")
     away = ["elsewhere/model.pth", "--tokenizer-weights"]
-    assert equal(taken, sampled("away.npz", *away, OWN, "--classes", "1,3"))
-    other, classes = sampled("other.npz", *away, OTHER)
-    assert not np.array_equal(other, taken[0]) and classes.tolist() == [0, 1, 2, 3, 0, 1]
+    assert are_equal(expected, sample_images("away.npz", *away, OWN, "--classes", "1,3"))
+    other, classes = sample_images("other.npz", *away, OTHER)
+    assert not np.array_equal(other, expected[0]) and classes.tolist() == [0, 1, 2, 3, 0, 1]
 
 
-@pytest.mark.parametrize("way", EVERY_WAY)
-def test_what_the_run_was_not_trained_with_is_refused(run, way):
+@pytest.mark.parametrize("source", SOURCES)
+def test_options_that_contradict_run_are_refused(run, source):
     sha256 = file_sha256(Path(OWN))
-    refused(
-        f"^--tokenizer-weights: {OTHER} has another SHA-256 .*{sha256}", way, "--tokenizer-weights", OTHER
+    assert_refused(
+        f"^--tokenizer-weights: {OTHER} has another SHA-256 .*{sha256}", source, "--tokenizer-weights", OTHER
     )
-    refused("^--image-size: .* was trained at 8 pixels, not at 16", way, "--image-size", "16")
+    assert_refused("^--image-size: .* was trained at 8 pixels, not at 16", source, "--image-size", "16")
     with pytest.raises(UserError, match="^--weights: .* is a run of specimen-var, not of var-mini"):
-        find_files("var-mini", way)
+        find_files("var-mini", source)
 
 
-def test_a_tokenizer_that_is_gone(run):
-    sha256, taken = file_sha256(Path(OWN)), sampled("taken.npz", "run")
+def test_moved_tokenizer_of_run(run):
+    sha256, expected = file_sha256(Path(OWN)), sample_images("taken.npz", "run")
     Path(OWN).rename("moved.safetensors")
-    refused(f"^--tokenizer-weights: .*{OWN}: no such file.*{sha256}", "run")
-    refused(f"^--tokenizer-weights: nowhere: no such file.*{sha256}", "run", "--tokenizer-weights", "nowhere")
-    refused(
+    assert_refused(f"^--tokenizer-weights: .*{OWN}: no such file.*{sha256}", "run")
+    assert_refused(
+        f"^--tokenizer-weights: nowhere: no such file.*{sha256}", "run", "--tokenizer-weights", "nowhere"
+    )
+    assert_refused(
         f"^--tokenizer-weights: {OTHER} has another SHA-256 .*{sha256}", "run", "--tokenizer-weights", OTHER
     )
-    assert equal(taken, sampled("moved.npz", "run", "--tokenizer-weights", "moved.safetensors"))
-    shutil.copy(OTHER, OWN)  # another file of that name
-    refused(f"has another SHA-256 .*{sha256}", "run")
+    assert are_equal(expected, sample_images("moved.npz", "run", "--tokenizer-weights", "moved.safetensors"))
+    shutil.copy(OTHER, OWN)  # another file with the same name
+    assert_refused(f"has another SHA-256 .*{sha256}", "run")
 
 
-def test_classes_of_a_run(run, capsys):
-    assert sampled("own.npz", "run")[1].tolist() == [1, 3] * 3
+def test_classes_of_run_are_default(run, capsys):
+    assert sample_images("own.npz", "run")[1].tolist() == [1, 3] * 3
     assert "note: --classes is 1,3" in capsys.readouterr().out
-    assert sampled("all.npz", "run", "--classes", "all")[1].tolist() == [0, 1, 2, 3, 0, 1]
-    assert sampled("two-of.npz", "run", "--classes", "0,2")[1].tolist() == [0, 2] * 3
+    assert sample_images("all.npz", "run", "--classes", "all")[1].tolist() == [0, 1, 2, 3, 0, 1]
+    assert sample_images("two-of.npz", "run", "--classes", "0,2")[1].tolist() == [0, 2] * 3
 
 
-def test_load_model_takes_every_way(run):
+def test_load_model_accepts_runs_and_checkpoints(run):
     def state(text):
         model = load_model("specimen-var", text)
         return {**model.transformer.state_dict(), **model.tokenizer.state_dict()}
@@ -179,26 +184,26 @@ def test_load_model_takes_every_way(run):
         found = state(text)
         assert all(torch.equal(found[key], expected[key]) for key in expected), text
     assert any(not torch.equal(state("run/state/step-1")[key], exported[key]) for key in exported)
-    for gone in ("run/state/step-9", "run/state/step-9:ema", "nowhere:ema"):
-        with pytest.raises(UserError, match=f"^--weights: {gone}"):
-            load_model("specimen-var", gone)
+    for missing in ("run/state/step-9", "run/state/step-9:ema", "nowhere:ema"):
+        with pytest.raises(UserError, match=f"^--weights: {missing}"):
+            load_model("specimen-var", missing)
 
 
-@pytest.mark.parametrize("way", ["run", "run/state/step-1:ema"])
-def test_training_from_a_run(run, way):
-    """Its tokenizer comes along, also to the note of the new run; another is refused."""
-    train("--weights", way, output="next")
+@pytest.mark.parametrize("source", ["run", "run/state/step-1:ema"])
+def test_training_from_run_uses_its_tokenizer(run, source):
+    """The new run uses the tokenizer of the first run and records it. Another tokenizer is refused."""
+    train("--weights", source, output="next")
     config = json.loads(Path("next/config.json").read_text())
     assert config["options"]["tokenizer_sha256"] == file_sha256(Path(OWN))
-    assert config["options"]["weights"] == way
+    assert config["options"]["weights"] == source
     assert find_files("specimen-var", "next").tokenizer_file.sha256 == file_sha256(Path(OWN))
     with pytest.raises(UserError, match="another SHA-256"):
-        train("--weights", way, "--tokenizer-weights", OTHER, output="refused")
+        train("--weights", source, "--tokenizer-weights", OTHER, output="refused")
     assert not Path("refused").exists()
 
 
-def test_training_starts_from_those_weights(run):
-    """With a rate of 0 the new run exports what it began with."""
+def test_training_starts_from_weights_of_checkpoint(run):
+    """With a learning rate of 0, the new run exports the weights that it started from."""
     train("--weights", "run/state/step-1:ema", "--lr", "0", output="next")
     start = load_model("specimen-var", "run/state/step-1:ema").transformer.state_dict()
     end = load_model("specimen-var", "next").transformer.state_dict()
@@ -213,11 +218,11 @@ def test_training_starts_from_those_weights(run):
         {"format": 7, "options": {"model": "llamagen-b", "image_size": 384}},
     ],
 )
-def test_a_config_of_somebody_else(run, content):
-    """It is ignored: the weights beside it are an ordinary file."""
+def test_config_of_another_program_is_ignored(run, content):
+    """The weights beside a config.json of another program are an ordinary file."""
     Path("foreign").mkdir()
     shutil.copy("run/model.pth", "foreign")
     Path("foreign/config.json").write_text(json.dumps(content))
     assert find_files("specimen-var", "foreign/model.pth").config == {}
-    images, classes = sampled("foreign.npz", "foreign/model.pth", "--tokenizer-weights", OTHER)
+    images, classes = sample_images("foreign.npz", "foreign/model.pth", "--tokenizer-weights", OTHER)
     assert len(images) == 6 and classes.tolist() == [0, 1, 2, 3, 0, 1]

@@ -1,4 +1,4 @@
-"""The trainer's own step against six micro-steps of training with the published code."""
+"""Training steps compared with the published code; compilation, stop signals, non-finite weights."""
 
 import copy
 import signal
@@ -30,7 +30,7 @@ from models import ARImageModel, UserError, load_model
 from models.zoo.registry import TOKENIZERS, ZOO
 
 
-def config_of(backbone: str, loss: str) -> TrainingConfig:
+def make_config(backbone: str, loss: str) -> TrainingConfig:
     is_var = backbone == "var"
     return TrainingConfig(
         loss=loss, beta=0.1, lambda_=10.0, uncond_ratio=0.1, batch_size=8, lr=1e-3, weight_decay=0.05,
@@ -42,9 +42,9 @@ def config_of(backbone: str, loss: str) -> TrainingConfig:
 
 @pytest.mark.parametrize("loss", ["cca", "dpo", "unlearning"])
 @pytest.mark.parametrize("backbone, model_name", [("var", "var_tiny_a"), ("llamagen", "llamagen_tiny_vq16")])
-def test_training_trace(backbone, model_name, loss):
+def test_training_equals_published_trace(backbone, model_name, loss):
     trace = golden(f"train_trace_{backbone}_{loss}")
-    trainer = Trainer(build(model_name), config_of(backbone, loss), micro_batch_size=4, ranks=Ranks())
+    trainer = Trainer(build(model_name), make_config(backbone, loss), micro_batch_size=4, ranks=Ranks())
     micro_losses = []
     micro_loss = trainer.micro_loss
 
@@ -65,7 +65,7 @@ def test_training_trace(backbone, model_name, loss):
         assert metrics["grad_norm"] == pytest.approx(float(trace["grad_norms"][step]), rel=1e-3)
         if backbone == "var":
             assert metrics["lr"] == pytest.approx(float(trace["lrs"][2 * step + 1]), rel=1e-9)
-    # The published runs back-propagate half of each micro-batch's loss and record the whole.
+    # The published code back-propagates half of each micro-batch's loss and records the whole loss.
     torch.testing.assert_close(
         torch.tensor(micro_losses, dtype=torch.float64), trace["losses"], rtol=0, atol=1e-4
     )
@@ -77,8 +77,11 @@ def test_training_trace(backbone, model_name, loss):
             )
 
 
-def published_loop(model, batches, micro_batch_size: int, config: TrainingConfig, max_norm: float):
-    """Train as LlamaGen's trainers do: gradients of micro-batch means are summed, and the sum is clipped."""
+def train_as_published(model, batches, micro_batch_size: int, config: TrainingConfig, max_norm: float):
+    """Train as LlamaGen's trainers do and return the weights.
+
+    The trainers sum the gradients of the micro-batch means, and clip the sum.
+    """
     net, reference = model.transformer.train(), copy.deepcopy(model.transformer)
     decayed = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim <= 1]
@@ -99,14 +102,15 @@ def published_loop(model, batches, micro_batch_size: int, config: TrainingConfig
 
 
 @pytest.mark.parametrize("factor, least, most", [(1, 0, 0.005), (16, 0.3, 1)])
-def test_the_clip_of_the_published_llamagen_trainers(factor, least, most):
-    """Three steps of 16 micro-batches whose summed gradients are clipped at 1, here at 1/16 of the mean's.
+def test_clip_equals_published_llamagen_trainers(factor, least, most):
+    """The published trainers clip the summed gradients of 16 micro-batches at 1. We clip their mean at 1/16.
 
-    The weights then move alike but for AdamW's epsilon, which is 16 times as large beside our gradients.
+    After three steps the weights are nearly equal. They differ because AdamW's epsilon is 16 times as large
+    relative to our gradients.
     """
     clip, size = ZOO["llamagen-l"].recipes["cca"].grad_clip, 2 * 16
     config = replace(
-        config_of("llamagen", "cca"), batch_size=size, lambda_=300.0, grad_clip=factor * clip,
+        make_config("llamagen", "cca"), batch_size=size, lambda_=300.0, grad_clip=factor * clip,
         schedule_accumulation=16,
     )  # fmt: skip
     generator, batches = torch.Generator().manual_seed(0), []
@@ -115,10 +119,10 @@ def test_the_clip_of_the_published_llamagen_trainers(factor, least, most):
         tokens = torch.randint(512, (size, 64), generator=generator)
         pairs = pair_labels(torch.randint(10, (size,), generator=generator), uncond, 10)
         batches.append(Batch(tokens, *pairs, uncond))
-    expected = published_loop(load_model("llamagen-mini"), batches, 2, config, max_norm=1.0)
+    expected = train_as_published(load_model("llamagen-mini"), batches, 2, config, max_norm=1.0)
     trainer = Trainer(load_model("llamagen-mini"), config, 8, Ranks())
     norms = [trainer.optimizer_step(step, batch)["grad_norm"] for step, batch in enumerate(batches)]
-    assert min(norms) > clip  # all are clipped
+    assert min(norms) > clip  # every step is clipped
     found, begin = trainer.net.state_dict(), load_model("llamagen-mini").transformer.state_dict()
     apart, moved = (
         sum((weights[key] - expected[key]).abs().sum().item() for key in expected)
@@ -128,9 +132,9 @@ def test_the_clip_of_the_published_llamagen_trainers(factor, least, most):
 
 
 @pytest.mark.parametrize("is_saved", [False, True])
-def test_saving_before_the_first_finite_step_changes_nothing(is_saved, monkeypatch):
-    """As after an overflow of float16 in the first step."""
-    trainer = Trainer(load_model("llamagen-mini"), config_of("llamagen", "cca"), 8, Ranks())
+def test_saving_after_skipped_step_changes_nothing(is_saved, monkeypatch):
+    """The first step is skipped, as after an overflow in float16."""
+    trainer = Trainer(load_model("llamagen-mini"), make_config("llamagen", "cca"), 8, Ranks())
     before = copy.deepcopy(trainer.net.state_dict())
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "clip", lambda: torch.tensor(torch.inf))
@@ -139,11 +143,15 @@ def test_saving_before_the_first_finite_step_changes_nothing(is_saved, monkeypat
         trainer.state()
     trainer.optimizer_step(1, batch)
     moved = [(value - before[key]).abs().max().item() for key, value in trainer.net.state_dict().items()]
-    assert max(moved) == pytest.approx(1e-3, rel=0.06)  # AdamW's first update: the rate, and weight decay
+    # AdamW's first update is the learning rate, plus weight decay.
+    assert max(moved) == pytest.approx(1e-3, rel=0.06)
 
 
-def deep(family: str, rate: float) -> ARImageModel:
-    """Ten blocks, more than PyTorch compiles, on few tokens; ``rate`` of stochastic depth or dropout."""
+def build_deep_model(family: str, rate: float) -> ARImageModel:
+    """Return a model of ten blocks, more than PyTorch would compile one by one, and few tokens.
+
+    ``rate`` is the rate of stochastic depth (var) or dropout (llamagen).
+    """
     entry = ZOO[f"{family}-mini"]
     tokenizer = TOKENIZERS[entry.tokenizer].config
     torch.manual_seed(1)
@@ -159,10 +167,10 @@ def deep(family: str, rate: float) -> ARImageModel:
 
 
 @pytest.mark.parametrize("family, rate", [("var", 0.3), ("var", 0.0), ("llamagen", 0.1)])
-def test_one_compilation_serves_all_blocks(family, rate, monkeypatch):
-    """PyTorch gives up after eight; and no later step compiles, though its pairs are fewer.
+def test_all_blocks_share_one_compilation(family, rate, monkeypatch):
+    """The ten blocks compile once, and the second step compiles nothing, although it may have fewer pairs.
 
-    Nor do other chunks of the likelihood, of which each pass has a smaller one.
+    Chunks of the log-likelihood compile once too, although the last chunk of each pass is smaller.
     """
     graphs = []
 
@@ -176,30 +184,30 @@ def test_one_compilation_serves_all_blocks(family, rate, monkeypatch):
     monkeypatch.setattr(models.log_likelihood, "compiled_function", cache(compiler))
     monkeypatch.setitem(models.utils.precision.LIKELIHOOD_LOGITS, "cpu", 512 * 5)
 
-    def losses(compile: bool) -> list[float]:
+    def train_two_steps(compile: bool) -> list[float]:
         torch._dynamo.reset()
-        model, config = deep(family, rate), config_of(family, "cca")
+        model, config = build_deep_model(family, rate), make_config(family, "cca")
         trainer, found = Trainer(model, config, 4, Ranks(), compile=compile), []
         for step in range(2):
             uncond = torch.arange(8) < step
             pairs = pair_labels(torch.arange(8), uncond, model.null_class)
             tokens = torch.arange(model.sequence_length).expand(8, -1)
             found.append(trainer.optimizer_step(step, Batch(tokens, *pairs, uncond))["loss"])
-            # Of a block with gradients, and of the reference without; as many of a chunk, and its gradient.
+            # A block: with gradients (policy) and without (reference). A chunk: the same, and its backward.
             assert len(graphs) == (2 + 3 if compile else 0)
         return found
 
-    assert losses(compile=False) == losses(compile=True)
+    assert train_two_steps(compile=False) == train_two_steps(compile=True)
 
 
-def test_schedule_of_every_micro_step():
+def test_learning_rates_equal_published_schedule():
     expected = golden("train_trace_var_cca")["lrs"]
     found = [1e-3 * lr_factor(i, 2, 6, 0.1) for i in range(6)]
     torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-9, atol=0)
 
 
-class InterruptedProcesses(Ranks):
-    """SIGTERM arrives just after the n-th sum over the ranks."""
+class InterruptedRanks(Ranks):
+    """Ranks that receive SIGTERM just after call number ``interrupt_at`` of ``all_reduce``."""
 
     interrupt_at = sums = 0
 
@@ -211,30 +219,30 @@ class InterruptedProcesses(Ranks):
         return total
 
 
-def test_no_moment_of_a_step_loses_a_signal(tmp_path):
+def test_signal_during_step_is_not_lost(tmp_path):
     def run(interrupt_at: int) -> tuple[list[str], int]:
-        model, processes = load_model("var-mini"), InterruptedProcesses()
-        config = replace(config_of("var", "cca"), batch_size=2)
+        model, ranks = load_model("var-mini"), InterruptedRanks()
+        config = replace(make_config("var", "cca"), batch_size=2)
         output = Output.run(tmp_path / str(interrupt_at), model.checkpoint_name)
         options = {**config.options(), "model": "var-mini"}
         output.begin({"options": options})
-        folder = RunFolder(output.path, processes, options)
-        processes.interrupt_at, processes.sums = interrupt_at, 0  # a run listens from its start on
-        loader = Loader(ImageArray(Path(TRAIN), model), config, processes, model.null_class)
-        train(Trainer(model, config, 2, processes), loader, folder, save_every=100, log_every=100)
-        return [state.name for state in (folder.path / "state").iterdir()], processes.sums
+        folder = RunFolder(output.path, ranks, options)
+        ranks.interrupt_at, ranks.sums = interrupt_at, 0  # a run handles signals from its start on
+        loader = Loader(ImageArray(Path(TRAIN), model), config, ranks, model.null_class)
+        train(Trainer(model, config, 2, ranks), loader, folder, save_every=100, log_every=100)
+        return [state.name for state in (folder.path / "state").iterdir()], ranks.sums
 
     states, sums = run(0)
     assert states == ["step-3"] and sums >= 3
-    for interrupt_at in range(1, sums // 3 + 1):  # every sum of the first step
+    for interrupt_at in range(1, sums // 3 + 1):  # every all_reduce of the first step
         states, _ = run(interrupt_at)
         assert states in (["step-1"], ["step-2"])
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_weights_that_are_not_finite_are_not_exported(ema, tmp_path):
-    """The last steps of a run can break the weights after the last finite gradient."""
-    config = replace(config_of("var", "cca"), ema=ema)
+def test_non_finite_weights_are_not_exported(ema, tmp_path):
+    """The last update of a run can make weights non-finite, and no later gradient shows it."""
+    config = replace(make_config("var", "cca"), ema=ema)
     trainer = Trainer(build("var_tiny_a"), config, micro_batch_size=4, ranks=Ranks())
     assert trainer.full_weights().keys() == trainer.net.state_dict().keys()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Atomic writes, what killed writers leave behind, and what the file system refuses."""
+"""Atomic writes, full disks, damaged arrays, and JSON without NaN."""
 
 import json
 import os
@@ -20,26 +20,26 @@ from models.utils.files import (
 from models.zoo.checkpoint_formats import save_published, save_safetensors
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "f.json"
     write_json(path, {"a": 1})
     with largest_file(1000), pytest.raises(UserError, match="f.json: cannot be written .File too large"):
         write_json(path, {"a": "x" * 2000})
-    with pytest.raises(ZeroDivisionError):  # our own mistakes are no refusals of the file system
+    with pytest.raises(ZeroDivisionError):  # bugs of our own do not become UserError
         atomic_write(path, lambda temporary: 1 // 0)
     assert read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["f.json"]
-    path.write_text('{"a": 1}', encoding="utf-8-sig")  # with a byte-order mark, as some editors write it
+    path.write_text('{"a": 1}', encoding="utf-8-sig")  # some editors write a byte-order mark
     assert read_json(path) == parse_json(path.read_bytes()) == {"a": 1}
 
 
 @pytest.mark.parametrize("save", [save_published, save_safetensors])
-def test_weights_on_a_full_disk(save, tmp_path):
+def test_weights_on_full_disk(save, tmp_path):
     with largest_file(10_000), pytest.raises(UserError, match="w.pth: cannot be written"):
         save({"a": torch.zeros(100_000)}, tmp_path / "w.pth")
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("mapped", [None, "r"])
+@pytest.mark.parametrize("mmap_mode", [None, "r"])
 @pytest.mark.parametrize(
     "damage",
     [(b"(3, 2)", b"((((((")]
@@ -51,13 +51,13 @@ def test_weights_on_a_full_disk(save, tmp_path):
     ],
     ids=str,
 )
-def test_damaged_arrays(damage, mapped, tmp_path):
+def test_damaged_arrays_raise(damage, mmap_mode, tmp_path):
     path = tmp_path / "a.npy"
     np.save(path, np.arange(6).reshape(3, 2))
-    assert read_array(path, mapped).tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert read_array(path, mmap_mode).tolist() == [[0, 1], [2, 3], [4, 5]]
     path.write_bytes(path.read_bytes().replace(*damage))
     with pytest.raises(UserError, match=r"a\.npy: is missing or damaged \(."):
-        read_array(path, mapped)
+        read_array(path, mmap_mode)
 
 
 NAN, INF = float("nan"), float("inf")

@@ -1,4 +1,4 @@
-"""What is chosen by the device."""
+"""The default number of data-loading workers, and the detection of GPU memory that runs out."""
 
 import shutil
 from types import SimpleNamespace
@@ -12,24 +12,24 @@ from models.utils.precision import oom_as_user_error, oom_reason
 
 
 @pytest.mark.parametrize(
-    "gpus, cores, local, memory, expected",
+    "has_gpu, cores, local_world_size, memory, expected",
     [
         (True, 128, "8", 2**34, 8),
         (True, 128, None, 2**34, 8),
         (True, 32, "8", 2**34, 4),
         (True, 4, "8", 2**34, 0),
         (True, 6, "no number", 2**34, 6),
-        (True, 128, "8", 2**26, 0),  # what containers have unless told otherwise
+        (True, 128, "8", 2**26, 0),  # the default shared memory of a container
         (False, 128, "8", 2**34, 0),
     ],
 )
-def test_workers_by_default(gpus, cores, local, memory, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+def test_default_workers(has_gpu, cores, local_world_size, memory, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=memory))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if local is not None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    if local_world_size is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world_size)
     parser = Parser("", "made")
     add_workers_option(parser)
     assert parser.parse_args([]).workers == expected
@@ -54,20 +54,20 @@ CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(hand
         (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
     ],
 )  # fmt: skip
-def test_what_says_that_memory_ran_out(error, expected):
+def test_oom_reason(error, expected):
     assert oom_reason(error) == expected
 
 
 @pytest.mark.parametrize(
     "error", [ValueError("out of memory"), UserError("out of memory.npz"), RuntimeError()]
 )
-def test_other_errors_pass(error):
+def test_other_errors_propagate(error):
     with pytest.raises(type(error), match=f"^{error}$"), oom_as_user_error("take fewer"):
         raise error
 
 
-def test_memory_that_runs_out_while_a_graph_is_captured():
-    """The end of the capture raises an error of its own."""
+def test_oom_during_graph_capture():
+    """The end of the capture raises another error, which hides the out-of-memory error."""
 
     def capture():
         try:

@@ -1,4 +1,4 @@
-"""Weights files: every layout that occurs, every way a file can be wrong, and how they are written."""
+"""Weights files: their layouts, broken and damaged files, conversion and export."""
 
 import argparse
 import collections
@@ -34,21 +34,22 @@ def model():
     return build("var_tiny_a")
 
 
-def wrapped(state, layout):
+def wrap_state(state, layout):
+    """Return the content of a weights file with this layout."""
     return {
         "bare": state,
         "model": {"model": state, "args": argparse.Namespace(lr=1e-4), "steps": 3},
         "module": {"module": state},
         "state_dict": {"state_dict": state},
         "trainer": {"epoch": 1, "trainer": {"var_wo_ddp": state}},
-        "compiled": {"model": prefixed(state, "_orig_mod")},
-        "sharded": {"model": prefixed(state, "_fsdp_wrapped_module")},
-        "checkpointing": {"model": prefixed(state, "_checkpoint_wrapped_module")},
+        "compiled": {"model": prefix_keys(state, "_orig_mod")},
+        "sharded": {"model": prefix_keys(state, "_fsdp_wrapped_module")},
+        "checkpointing": {"model": prefix_keys(state, "_checkpoint_wrapped_module")},
     }[layout]
 
 
-def prefixed(state, inserted):
-    """The keys of a wrapped model whose first block is wrapped as well."""
+def prefix_keys(state, inserted):
+    """Return the state dict with the keys of a wrapped model whose first block is wrapped as well."""
     return {
         f"module.{inserted}.{key.replace('blocks.0.', f'blocks.0.{inserted}.')}": value
         for key, value in state.items()
@@ -62,7 +63,7 @@ LAYOUTS = ["bare", "model", "module", "state_dict", "trainer", "compiled", "shar
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(model, tmp_path, layout, constants):
     state = {k: v for k, v in model.transformer.state_dict().items() if constants or not is_constant(k)}
-    torch.save(wrapped({**state, "freqs_cis": torch.zeros(3)}, layout), tmp_path / "weights.bin")
+    torch.save(wrap_state({**state, "freqs_cis": torch.zeros(3)}, layout), tmp_path / "weights.bin")
     other = build("var_tiny_a")
     torch.nn.init.zeros_(other.transformer.head.weight)
     load_weights(other.transformer, tmp_path / "weights.bin", "it")
@@ -72,13 +73,14 @@ def test_layouts(model, tmp_path, layout, constants):
     )
 
 
-def test_safetensors_under_any_name(model, tmp_path):
-    save_file(prefixed(model.transformer.state_dict(), "_orig_mod"), tmp_path / "weights.pth")
+def test_safetensors_with_another_suffix(model, tmp_path):
+    save_file(prefix_keys(model.transformer.state_dict(), "_orig_mod"), tmp_path / "weights.pth")
     assert torch.equal(read_state_dict(tmp_path / "weights.pth")["pos_1LC"], model.transformer.pos_1LC)
 
 
 @pytest.fixture(scope="module")
-def broken(model, tmp_path_factory):
+def broken_files(model, tmp_path_factory):
+    """Write broken weights files and return their folder."""
     folder, state = tmp_path_factory.mktemp("broken"), model.transformer.state_dict()
     head, hostile, number = state["head.weight"], {"model": state, "extra": Hostile()}, torch.zeros(1)
     itself: dict = {}
@@ -144,7 +146,7 @@ def broken(model, tmp_path_factory):
         ("large-in-all.pt", "its tensors would take"),
         ("twice.pt", "holds a.w twice, once as a._orig_mod.w"),
         ("pipe.pt", "not a regular file"),
-        # Mapped into memory its numbers would be those of the compressed bytes.
+        # If this file were memory-mapped, its tensors would hold compressed bytes.
         ("deflated.pt", "compressed"),
         ("sparse.pt", "no state dict"),
         ("meta.pt", "no state dict"),
@@ -160,10 +162,10 @@ def broken(model, tmp_path_factory):
         ("shape.pt", r"head.bias \[3\] instead of \[64\]"),
     ],
 )
-def test_bad_files(broken, tmp_path, monkeypatch, name, message):
+def test_broken_files_raise(broken_files, tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings(action="error"), pytest.raises(UserError, match=message) as caught:
-        load_weights(build("var_tiny_a").transformer, broken / name, "var-tiny")
+        load_weights(build("var_tiny_a").transformer, broken_files / name, "var-tiny")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
 
@@ -172,7 +174,7 @@ def test_bad_files(broken, tmp_path, monkeypatch, name, message):
     "name, layout", [("var_tiny_a", "bare"), ("llamagen_tiny_vq8", "model"), ("llamagen_tiny_vq8", "bare")]
 )
 def test_conversion_is_lossless(tmp_path, name, layout):
-    original = wrapped(build(name).transformer.half().state_dict(), layout)
+    original = wrap_state(build(name).transformer.half().state_dict(), layout)
     torch.save(original, tmp_path / "a.pt")
     convert_weights.main([str(tmp_path / "a.pt"), str(tmp_path / "b.safetensors")])
     convert_weights.main([str(tmp_path / "b.safetensors"), str(tmp_path / "c.pt")])
@@ -182,16 +184,16 @@ def test_conversion_is_lossless(tmp_path, name, layout):
     assert all(before[k].dtype == after[k].dtype and torch.equal(before[k], after[k]) for k in before)
 
 
-def test_conversion_publishes_training_checkpoints(model, tmp_path):
+def test_conversion_of_training_checkpoints(model, tmp_path):
     state = model.transformer.state_dict()
-    torch.save(wrapped(state, "trainer"), tmp_path / "ar-ckpt-last.pth")
+    torch.save(wrap_state(state, "trainer"), tmp_path / "ar-ckpt-last.pth")
     convert_weights.main([str(tmp_path / "ar-ckpt-last.pth"), str(tmp_path / "model.pth")])
     assert torch.load(tmp_path / "model.pth", weights_only=True).keys() == state.keys()
 
 
 @pytest.mark.parametrize("name, wrapper", [("var_tiny_a", None), ("llamagen_tiny_vq8", "model")])
-def test_export_is_in_the_published_format(tmp_path, name, wrapper):
-    """And the same bytes whatever the file is called."""
+def test_export_has_published_format(tmp_path, name, wrapper):
+    """The bytes of the file do not depend on its name."""
     model = build(name)
     for path in (tmp_path / "out.pt", tmp_path / "again.pt"):
         save_published(model.transformer.state_dict(), path, model.checkpoint_key)
@@ -207,8 +209,8 @@ NOT_FINITE = [(dtype, value) for dtype in (torch.float32, torch.float16, torch.b
 
 
 @pytest.mark.parametrize("dtype, value", [*NOT_FINITE, (torch.float64, 1e300)])
-def test_weights_that_are_not_finite(model, tmp_path, dtype, value):
-    """In float32, for which 1e300 is too large."""
+def test_nonfinite_weights_raise(model, tmp_path, dtype, value):
+    """Weights are checked in float32, in which 1e300 overflows."""
     state = {k: v.to(dtype, copy=True) for k, v in model.transformer.state_dict().items()}
     state["head.weight"][1, 2] = value
     save_file(state, tmp_path / "w.safetensors")
@@ -230,8 +232,8 @@ REFUSED_CONTENT = {
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", [None, *REFUSED_CONTENT])
-def test_other_content_is_plain_or_named(model, tmp_path, name, zipped):
-    """Beside the tensors stand numbers and the like (no name), or what is refused."""
+def test_content_besides_tensors(model, tmp_path, name, zipped):
+    """Plain values are allowed (no ``name``). The message names any other type, which is refused."""
     other = REFUSED_CONTENT[name] if name else {"best": PLAIN_CONTENT}
     content = {"model": model.transformer.state_dict(), "extra": other}
     torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
@@ -242,7 +244,7 @@ def test_other_content_is_plain_or_named(model, tmp_path, name, zipped):
         read_state_dict(tmp_path / "w.pt")
 
 
-def test_tensors_may_share_their_numbers(tmp_path):
+def test_tensors_may_share_storage(tmp_path):
     number = torch.zeros(1)
     torch.save({"mask": number.expand(512, 512), "again": number}, tmp_path / "w.pt")
     assert read_state_dict(tmp_path / "w.pt")["mask"].shape == (512, 512)
@@ -250,7 +252,7 @@ def test_tensors_may_share_their_numbers(tmp_path):
 
 @pytest.mark.parametrize("layout", ["zip", "legacy", "safetensors"])
 def test_damaged_files(model, tmp_path, layout):
-    """Each gives a state dict or a UserError, whatever the readers raise."""
+    """Each damaged file gives a state dict or a UserError, whatever PyTorch or safetensors raise."""
     path, state = tmp_path / "w", {k: v for k, v in model.transformer.state_dict().items() if v.numel() < 300}
     if layout == "safetensors":
         save_file(state, path)
@@ -262,7 +264,8 @@ def test_damaged_files(model, tmp_path, layout):
         data = bytearray(whole)
         for place in random.integers(len(data), size=4):
             data[place] = random.integers(256)
-        data[random.integers(min(len(data), 3000))] ^= 1 << random.integers(8)  # where the structure is
+        # The structure of the file is described near its start.
+        data[random.integers(min(len(data), 3000))] ^= 1 << random.integers(8)
         path.write_bytes(data)
         try:
             read_state_dict(path)
@@ -273,7 +276,7 @@ def test_damaged_files(model, tmp_path, layout):
 
 @pytest.fixture
 def shards(model, tmp_path):
-    """A folder with an index and two shards, as the hub's tools write them."""
+    """Write an index and two shards, as the tools of the hub do, and return their folder."""
     state = {k: v.contiguous() for k, v in model.transformer.state_dict().items()}
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     index = {key: names[i % 2] for i, key in enumerate(state)}
@@ -284,12 +287,12 @@ def shards(model, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("given", ["model.safetensors.index.json", "."])
-def test_shards(model, shards, given):
-    load_weights(other := build("var_tiny_a").transformer, shards / given, "var-tiny")
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "."])
+def test_sharded_weights(model, shards, name):
+    load_weights(other := build("var_tiny_a").transformer, shards / name, "var-tiny")
     state = model.transformer.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
-    assert weights_sha256(shards / given) == weights_sha256(shards)
+    assert weights_sha256(shards / name) == weights_sha256(shards)
     before = weights_sha256(shards)
     shard = shards / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x07")
@@ -309,7 +312,7 @@ def test_shards(model, shards, given):
         ({"a": "model.safetensors.index.json"}, "not a weights file"),
     ],
 )
-def test_broken_indexes(shards, weight_map, message):
+def test_broken_index_raises(shards, weight_map, message):
     index = shards / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match=message):

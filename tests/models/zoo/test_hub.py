@@ -1,4 +1,4 @@
-"""Published weights through huggingface_hub, and files of any address, against a local server."""
+"""Downloads from a local server: weights through huggingface_hub, and files of any address."""
 
 import json
 import time
@@ -29,15 +29,15 @@ main([])
 """
 
 
-def url(file: str) -> str:
-    """Where the hub has "OWNER/REPOSITORY/FILE"."""
+def hub_path(file: str) -> str:
+    """Return the path at which the hub serves "OWNER/REPOSITORY/FILE"."""
     owner, repository, name = file.split("/", 2)
     return f"{owner}/{repository}/resolve/main/{name}"
 
 
 @pytest.fixture
 def hub(tmp_path):
-    """A hub with all published files, each of which holds its own name."""
+    """Run a hub that serves all published files. The content of each file is its name."""
     served = {}
     for number, file in enumerate(FILES):
         served[file] = tmp_path / f"served-{number}"
@@ -46,71 +46,80 @@ def hub(tmp_path):
         yield server
 
 
-def python(arguments, tmp_path, endpoint, offline=False):
+def run_python(arguments, tmp_path, endpoint, offline=False):
     return call(arguments, **hub_variables(tmp_path / "home", endpoint, offline))
 
 
-def sample(tmp_path, endpoint, *options, offline=False):
-    """Few images, as any disk has room for."""
+def run_sample(tmp_path, endpoint, *options, offline=False):
+    """Run sample.py for a few images, which fit on any disk, and return its result."""
     arguments = ["--num-samples", 8, *options, "--output", tmp_path / "out" / "samples.npz"]
-    return python(["sample.py", *arguments], tmp_path, endpoint, offline)
+    return run_python(["sample.py", *arguments], tmp_path, endpoint, offline)
 
 
-def one_line(result, tmp_path, *parts, alone=True):
+def expect_one_line(result, tmp_path, *parts, alone=True):
+    """Assert that sample.py failed with one error line, which contains all ``parts``, and wrote no output.
+
+    alone: stderr must have no other line.
+    """
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ") or alone]
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert len(lines) == 1 and all(part in lines[0] for part in parts), result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_every_published_file_by_name_then_from_the_cache(hub, tmp_path):
-    """All are asked for under their names, once each; the two usual tokenizers come along unprinted."""
-    first = python(["-c", EVERYTHING], tmp_path, hub.endpoint)
+def test_published_files_are_downloaded_once(hub, tmp_path):
+    """All files are requested once each, and a second run finds them in the cache.
+
+    The script downloads the two default tokenizers as well, but does not print them.
+    """
+    first = run_python(["-c", EVERYTHING], tmp_path, hub.endpoint)
     assert first.returncode == 0, first.stderr
     assert sorted(r for r in hub.requests if "/resolve/" in r and r.startswith("GET")) == sorted(
-        f"GET /{url(f)}" for f in FILES
+        f"GET /{hub_path(f)}" for f in FILES
     )
-    found, _, table = first.stdout.partition("model ")
-    assert set(FILES) - set(found.split()) == {
+    printed, _, table = first.stdout.partition("model ")
+    assert set(FILES) - set(printed.split()) == {
         "FoundationVision/var/vae_ch160v4096z32.pth",
         "FoundationVision/LlamaGen/vq_ds16_c2i.pt",
     }
     table = table.partition("FID-50k")[0]
     assert "cached" in table and "hub, ~" not in table
-    offline = python(["-c", EVERYTHING], tmp_path, "http://127.0.0.1:9", offline=True)
+    offline = run_python(["-c", EVERYTHING], tmp_path, "http://127.0.0.1:9", offline=True)
     assert offline.stdout == first.stdout
 
 
 def test_files_of_any_repository(hub, tmp_path):
-    """By address, at a revision, for both options; the hash of what was sampled is noted."""
+    """Both options take hub addresses. The record of the samples has the hash of the weights."""
     for part in ("", "-tokenizer"):
         hub.files[f"me/my-cca/runs/7/var{part}.safetensors"] = ROOT / f"assets/var-mini{part}.safetensors"
     options = ["--model", "var-mini", "--weights", "hf://me/my-cca/runs/7/var.safetensors@v1.0"]
     options += ["--tokenizer-weights", "hf://me/my-cca/runs/7/var-tokenizer.safetensors"]
-    assert "var.safetensors@v1.0, to be downloaded" in sample(tmp_path, hub.endpoint, *options).stdout
-    assert "is finished already" in sample(tmp_path, hub.endpoint, *options, offline=True).stdout
+    assert "var.safetensors@v1.0, to be downloaded" in run_sample(tmp_path, hub.endpoint, *options).stdout
+    assert "is finished already" in run_sample(tmp_path, hub.endpoint, *options, offline=True).stdout
     assert hub.requests.count("GET /me/my-cca/resolve/v1.0/runs/7/var.safetensors") == 1
-    described = json.loads((tmp_path / "out" / "samples.json").read_text())["options"]
-    assert described["weights_sha256"] == weights_sha256(ROOT / "assets/var-mini.safetensors")
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())["options"]
+    assert record["weights_sha256"] == weights_sha256(ROOT / "assets/var-mini.safetensors")
 
 
 @pytest.mark.parametrize(
     "address", ["hf://me/my-cca", "hf://me/my--cca/none.pt", "hf://me/my-cca//etc/passwd", "hf://me/a/../b"]
 )
-def test_other_addresses(address):
+def test_invalid_addresses(address):
     with pytest.raises(UserError, match="^--weights: .* is not hf://ORG/REPO/FILE"):
         find_files("var-mini", address)
 
 
-def test_an_address_without_a_file(hub, tmp_path):
-    result = sample(tmp_path, hub.endpoint, "--weights", "hf://me/my-cca/none.pt@v2", "--model", "var-mini")
-    one_line(result, tmp_path, "me/my-cca/none.pt@v2: the hub has no such file")
+def test_missing_file_at_an_address(hub, tmp_path):
+    result = run_sample(
+        tmp_path, hub.endpoint, "--weights", "hf://me/my-cca/none.pt@v2", "--model", "var-mini"
+    )
+    expect_one_line(result, tmp_path, "me/my-cca/none.pt@v2: the hub has no such file")
 
 
-def test_missing_file(hub, tmp_path):
+def test_missing_published_file(hub, tmp_path):
     hub.files.clear()
-    result = sample(tmp_path, hub.endpoint, "--model", "var-d16", "--weights", "cca")
-    one_line(
+    result = run_sample(tmp_path, hub.endpoint, "--model", "var-d16", "--weights", "cca")
+    expect_one_line(
         result,
         tmp_path,
         "--weights: ChenDRAG/CCA_VAR/CCA_VAR_Guidance_Free/VAR_d16_CCA.pth: the hub has no such file",
@@ -120,12 +129,12 @@ def test_missing_file(hub, tmp_path):
 
 @pytest.mark.parametrize("offline", [False, True])
 def test_no_network(tmp_path, offline):
-    result = sample(tmp_path, "http://127.0.0.1:9", "--model", "llamagen-b", offline=offline)
+    result = run_sample(tmp_path, "http://127.0.0.1:9", "--model", "llamagen-b", offline=offline)
     message = (
         "FoundationVision/LlamaGen/c2i_B_384.pt: it is not in the cache and the hub is out of reach; "
         "download the file by hand"
     )
-    one_line(result, tmp_path, "--weights: ", message)
+    expect_one_line(result, tmp_path, "--weights: ", message)
 
 
 @pytest.mark.parametrize(
@@ -141,28 +150,32 @@ def test_no_network(tmp_path, offline):
         (-401, "", "needs a login"),
     ],
 )
-def test_a_hub_that_refuses(status, token, message, hub, tmp_path, monkeypatch):
+def test_refusals_of_the_hub(status, token, message, hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", token)
     hub.refusal, hub.is_gated = abs(status), status < 0
-    result = sample(tmp_path, hub.endpoint, "--model", "llamagen-b")
-    one_line(
+    result = run_sample(tmp_path, hub.endpoint, "--model", "llamagen-b")
+    expect_one_line(
         result, tmp_path, "--weights: FoundationVision/LlamaGen/c2i_B_384.pt: ", message, "--weights PATH"
     )
-    assert "hf_" not in result.stderr.replace("hf_hub", "")  # the token itself is told nobody
+    assert "hf_" not in result.stderr.replace("hf_hub", "")  # the token is not printed
 
 
-def test_a_hub_that_ends_after_its_first_answer(hub, tmp_path):
-    """The client then says that the file is not in its cache; the hub has it all the same."""
-    hub.refusal, hub.answers = 400, 1  # of 503 the client would ask again for half a minute
-    result = sample(tmp_path, hub.endpoint, "--model", "llamagen-b")
-    one_line(result, tmp_path, "--weights: FoundationVision/LlamaGen/c2i_B_384.pt: the download failed")
+def test_hub_fails_after_its_first_answer(hub, tmp_path):
+    """huggingface_hub then reports that the file is not in its cache, although the hub has it."""
+    hub.refusal, hub.answers = 400, 1  # after a 503 the client would retry for half a minute
+    result = run_sample(tmp_path, hub.endpoint, "--model", "llamagen-b")
+    expect_one_line(
+        result, tmp_path, "--weights: FoundationVision/LlamaGen/c2i_B_384.pt: the download failed"
+    )
 
 
 def test_truncated_download(hub, tmp_path):
     hub.cut = True
-    result = sample(tmp_path, hub.endpoint, "--model", "var-mini", "--tokenizer-weights", "vae_ch160v4096z32")
-    # huggingface_hub tells of its tries to resume before it gives up.
-    one_line(
+    result = run_sample(
+        tmp_path, hub.endpoint, "--model", "var-mini", "--tokenizer-weights", "vae_ch160v4096z32"
+    )
+    # huggingface_hub logs its attempts to resume before it gives up.
+    expect_one_line(
         result,
         tmp_path,
         "--tokenizer-weights: FoundationVision/var/vae_ch160v4096z32.pth: the download failed",
@@ -172,13 +185,15 @@ def test_truncated_download(hub, tmp_path):
     assert not [p for p in (tmp_path / "home").rglob("vae_ch160v4096z32.pth") if p.exists()]
 
 
-def test_damaged_file_in_the_cache(hub, tmp_path):
-    """The message names the one file to delete; deleted, it is downloaded again."""
-    broken = sample(tmp_path, hub.endpoint, "--model", "var-d20")
-    one_line(broken, tmp_path, "var_d20.pth: not a weights file", "to have it downloaded again", alone=False)
+def test_damaged_file_in_cache(hub, tmp_path):
+    """The message names the file to delete. After that, the next run downloads it again."""
+    broken = run_sample(tmp_path, hub.endpoint, "--model", "var-d20")
+    expect_one_line(
+        broken, tmp_path, "var_d20.pth: not a weights file", "to have it downloaded again", alone=False
+    )
     Path(broken.stderr.rpartition("; delete ")[2].partition(" to have")[0]).unlink()
-    sample(tmp_path, hub.endpoint, "--model", "var-d20")
-    assert hub.requests.count(f"GET /{url('FoundationVision/var/var_d20.pth')}") == 2
+    run_sample(tmp_path, hub.endpoint, "--model", "var-d20")
+    assert hub.requests.count(f"GET /{hub_path('FoundationVision/var/var_d20.pth')}") == 2
 
 
 CONTENT = bytes(range(256)) * 1000
@@ -186,73 +201,75 @@ CONTENT = bytes(range(256)) * 1000
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """One that serves a file; the client reads it in small pieces and does not wait between its tries."""
+    """Run a server of one file. The client reads small pieces and does not wait between retries."""
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     (tmp_path / "served").write_bytes(CONTENT)
-    with serving({"some/where/FILE.npz": tmp_path / "served"}) as found:
-        found.ranges = True
-        yield found
+    with serving({"some/where/FILE.npz": tmp_path / "served"}) as file_server:
+        file_server.ranges = True
+        yield file_server
 
 
-def ask(server, tmp_path):
+def download_file(server, tmp_path):
     address = f"{server.endpoint}/some/where/resolve/main/FILE.npz"
     path = tmp_path / "cache" / "FILE.npz"
     return download(address, path, lambda part: part.read_bytes() == CONTENT, "--file")
 
 
-def refused(server, tmp_path, message):
+def expect_failure(server, tmp_path, message):
+    """Assert that the download fails with this message (a regular expression) and writes no file."""
     with pytest.raises(UserError, match=f"^--file: {server.endpoint}/some/where/[^\n]*{message}[^\n]*$"):
-        ask(server, tmp_path)
+        download_file(server, tmp_path)
     assert not (tmp_path / "cache" / "FILE.npz").exists()
 
 
-def left(tmp_path):
+def part_sizes(tmp_path):
+    """Return the sizes of unfinished downloads, in bytes."""
     return [path.stat().st_size for path in (tmp_path / "cache").glob(".*.part")]
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_that_was_cut_off_is_resumed(ranges, server, tmp_path):
-    """The part that came before is not asked for again, of a server that sends parts."""
+def test_interrupted_download_resumes(ranges, server, tmp_path):
+    """A server that supports range requests sends only the rest. Other servers send the whole file again."""
     server.cut = True
-    refused(server, tmp_path, "cut off after .* bytes .* resume")
-    (had,) = left(tmp_path)
+    expect_failure(server, tmp_path, "cut off after .* bytes .* resume")
+    (stored,) = part_sizes(tmp_path)
     server.cut, server.ranges, server.sent = False, ranges, []
-    assert 0 < had < len(CONTENT)
-    assert ask(server, tmp_path).read_bytes() == CONTENT and not left(tmp_path)
-    assert server.sent == [0, had if ranges else 0]  # the question for its size, then the rest
+    assert 0 < stored < len(CONTENT)
+    assert download_file(server, tmp_path).read_bytes() == CONTENT and not part_sizes(tmp_path)
+    assert server.sent == [0, stored if ranges else 0]  # the request for the size, then the rest
 
 
-def test_a_part_that_is_whole(server, tmp_path):
-    """As a process leaves it that was killed before the rename: it is not asked for again."""
+def test_complete_part_is_not_requested(server, tmp_path):
+    """A process that is killed before it renames the file leaves a complete part."""
     (tmp_path / "cache").mkdir()
     part_of(tmp_path / "cache" / "FILE.npz").write_bytes(CONTENT)
-    assert ask(server, tmp_path).read_bytes() == CONTENT and not left(tmp_path)
+    assert download_file(server, tmp_path).read_bytes() == CONTENT and not part_sizes(tmp_path)
     assert [request.split()[0] for request in server.requests] == ["HEAD"]
 
 
 @pytest.mark.parametrize("other", [CONTENT[::-1], CONTENT[:100]], ids=["other", "shorter"])
-def test_another_content_is_removed(other, server, tmp_path):
-    """Also where the file changed after a part of it had come: that part is not taken for the new one's."""
+def test_changed_content_is_removed(other, server, tmp_path):
+    """The file on the server changes after a part of it was downloaded."""
     server.cut = True
-    refused(server, tmp_path, "cut off")
+    expect_failure(server, tmp_path, "cut off")
     server.cut = False
     (tmp_path / "served").write_bytes(other)
-    refused(server, tmp_path, "is damaged and was removed")
-    assert not left(tmp_path)
+    expect_failure(server, tmp_path, "is damaged and was removed")
+    assert not part_sizes(tmp_path)
 
 
-def test_out_of_reach(server, tmp_path, monkeypatch):
-    """Nothing is made on the disk; the line says what to fetch and where to put it."""
+def test_server_out_of_reach(server, tmp_path, monkeypatch):
+    """The message says what to download by hand and where to put it. Nothing is written to disk."""
     by_hand = rf"; .* by hand .* {tmp_path}/cache/FILE\.npz"
     server.refusal = 429
-    refused(server, tmp_path, rf"is out of reach \(the rate limit is reached .*\){by_hand}")
+    expect_failure(server, tmp_path, rf"is out of reach \(the rate limit is reached .*\){by_hand}")
     server.refusal = None
     server.files.clear()
-    refused(server, tmp_path, rf"is out of reach \(.*404.*\){by_hand}")
+    expect_failure(server, tmp_path, rf"is out of reach \(.*404.*\){by_hand}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(server, tmp_path, rf"is out of reach \(.*offline.*\){by_hand}")
+    expect_failure(server, tmp_path, rf"is out of reach \(.*offline.*\){by_hand}")
     monkeypatch.undo()
     server.server_close()
-    refused(server, tmp_path, rf"is out of reach \(.*\){by_hand}")
+    expect_failure(server, tmp_path, rf"is out of reach \(.*\){by_hand}")
     assert not (tmp_path / "cache").exists()
