@@ -40,9 +40,7 @@ ELSEWHERE = "stop other processes on that GPU, or choose another GPU with CUDA_V
 # Ends of messages for ``oom_as_user_error``, which follow the option and what does not fit. The text of the
 # error replaces {why}.
 DOES_NOT_FIT = f"does not fit in GPU memory ({{why}}); {ELSEWHERE}"
-TOO_MANY_IMAGES = (
-    f"images at once do not fit in GPU memory ({{why}}); use a smaller value, or {ELSEWHERE}"
-)
+TOO_MANY_IMAGES = f"images at once do not fit in GPU memory ({{why}}); use a smaller value, or {ELSEWHERE}"
 
 
 def default_loaders() -> int:
