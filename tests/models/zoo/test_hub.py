@@ -9,15 +9,15 @@ from commands import ROOT, call
 from hub_server import hub_variables, serving
 from huggingface_hub import constants
 
-from models.utils.errors import UserError
+from models.utils.errors import UserError, one_line
 from models.zoo.checkpoint_formats import weights_sha256
 from models.zoo.hub import download, part_of
-from models.zoo.loading import find_files
+from models.zoo.loading import find_files, load_model
 
 FILES = (ROOT / "tests" / "golden" / "published_files.txt").read_text().split()
 EVERYTHING = """
 from models.__main__ import main
-from models.zoo.loading import find_files
+from models.zoo.loading import find_files, load_model
 from models import ZOO
 for name, entry in ZOO.items():
     for weights, sizes in (("base", entry.base), ("cca", entry.cca)):
@@ -44,6 +44,16 @@ def hub(tmp_path):
         served[file].write_text(file)
     with serving(served) as server:
         yield server
+
+
+@pytest.fixture
+def use_hub(hub, tmp_path, monkeypatch):
+    """Make huggingface_hub use the server and an empty cache in this process."""
+    address = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
 
 
 def run_python(arguments, tmp_path, endpoint, offline=False):
@@ -150,23 +160,21 @@ def test_no_network(tmp_path, offline):
         (-401, "", "needs a login"),
     ],
 )
-def test_refusals_of_the_hub(status, token, message, hub, tmp_path, monkeypatch):
+def test_refusals_of_the_hub(status, token, message, hub, use_hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", token)
     hub.refusal, hub.is_gated = abs(status), status < 0
-    result = run_sample(tmp_path, hub.endpoint, "--model", "llamagen-b")
-    expect_one_line(
-        result, tmp_path, "--weights: FoundationVision/LlamaGen/c2i_B_384.pt: ", message, "--weights PATH"
-    )
-    assert "hf_" not in result.stderr.replace("hf_hub", "")  # the token is not printed
+    with pytest.raises(UserError) as caught:
+        find_files("llamagen-b").fetch()
+    text = one_line(caught.value)
+    assert text.startswith("--weights: FoundationVision/LlamaGen/c2i_B_384.pt: ") and message in text
+    assert text.endswith("--weights PATH") and "hf_" not in text  # the token is not printed
 
 
-def test_hub_fails_after_its_first_answer(hub, tmp_path):
+def test_hub_fails_after_its_first_answer(hub, use_hub):
     """huggingface_hub then reports that the file is not in its cache, although the hub has it."""
     hub.refusal, hub.answers = 400, 1  # after a 503 the client would retry for half a minute
-    result = run_sample(tmp_path, hub.endpoint, "--model", "llamagen-b")
-    expect_one_line(
-        result, tmp_path, "--weights: FoundationVision/LlamaGen/c2i_B_384.pt: the download failed"
-    )
+    with pytest.raises(UserError, match="--weights: .*/c2i_B_384.pt: the download failed"):
+        find_files("llamagen-b").fetch()
 
 
 def test_truncated_download(hub, tmp_path):
@@ -185,15 +193,14 @@ def test_truncated_download(hub, tmp_path):
     assert not [p for p in (tmp_path / "home").rglob("vae_ch160v4096z32.pth") if p.exists()]
 
 
-def test_damaged_file_in_cache(hub, tmp_path):
-    """The message names the file to delete. After that, the next run downloads it again."""
-    broken = run_sample(tmp_path, hub.endpoint, "--model", "var-d20")
-    expect_one_line(
-        broken, tmp_path, "var_d20.pth: not a weights file", "to have it downloaded again", alone=False
-    )
-    Path(broken.stderr.rpartition("; delete ")[2].partition(" to have")[0]).unlink()
-    run_sample(tmp_path, hub.endpoint, "--model", "var-d20")
-    assert hub.requests.count(f"GET /{hub_path('FoundationVision/var/var_d20.pth')}") == 2
+def test_damaged_file_in_cache(hub, use_hub):
+    """The message names the file to delete. It is then downloaded again."""
+    for attempt in (1, 2):
+        with pytest.raises(UserError, match="var_d20.pth: not a weights file.* to have it down") as caught:
+            load_model("var-d20")
+        Path(str(caught.value).rpartition("; delete ")[2].partition(" to have")[0]).unlink()
+        requests = hub.requests.count(f"GET /{hub_path('FoundationVision/var/var_d20.pth')}")
+        assert requests == attempt
 
 
 CONTENT = bytes(range(256)) * 1000
