@@ -35,14 +35,13 @@ processes.barrier()
 AT_EXIT = """
 import atexit, os
 from pathlib import Path
-def show():
-    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    print("threads of gloo:", sum("gloo" in name for name in names))
-atexit.register(show)
+def gloo_threads():
+    return [path for path in Path("/proc/self/task").glob("*/comm") if "gloo" in path.read_text()]
+atexit.register(lambda: os._exit(3) if gloo_threads() else None)
 from cca.distributed import Ranks
 from models.zoo.loading import build_model
 processes = Ranks()
-show()
+assert gloo_threads()
 build_model("llamagen-mini")
 processes.barrier()
 """
@@ -73,9 +72,7 @@ def test_collectives_of_three_ranks(tmp_path):
 def test_gloo_threads_end_before_exit(tmp_path):
     """A gloo thread that frees a tensor while Python ends would abort the process."""
     (tmp_path / "at_exit.py").write_text(AT_EXIT)
-    printed = run(tmp_path / "at_exit.py", processes=2, PYTHONPATH=".").stdout.splitlines()
-    counts = sorted(int(line.split(": ")[1]) for line in printed if "threads of gloo" in line)
-    assert counts[:2] == [0, 0] and min(counts[2:]) > 0 and len(counts) == 4, printed
+    run(tmp_path / "at_exit.py", processes=2, PYTHONPATH=".")
 
 
 def test_host_collectives_use_cpu_tensors(monkeypatch):
