@@ -107,33 +107,33 @@ class WeightsFile:
             return ASSETS / self.file
         if path := self.cached():
             return path
-        problem = "it is not in the cache and the hub is out of reach"
+        is_reachable = False
         try:
             # Without a network this call fails at once. The download would retry for half a minute.
             get_hf_file_metadata(hf_hub_url(self.repository, self.file, revision=self.revision))
-            problem = "the download failed"
+            is_reachable = True
             return Path(hf_hub_download(self.repository, self.file, revision=self.revision))
         except Exception as error:  # the hub's client raises many types of errors
-            if isinstance(error, GatedRepoError) and not get_token():
-                problem = "its repository needs a login: accept its terms on the hub, then `hf auth login`"
-            elif refusal := _refusal(error, get_token()):
-                problem = refusal
-            elif isinstance(error, (EntryNotFoundError, RepositoryNotFoundError)) and not isinstance(
-                error, LocalEntryNotFoundError
-            ):
+            problem = _refusal(error, get_token())
+            is_missing = isinstance(error, (EntryNotFoundError, RepositoryNotFoundError))
+            if problem is None and is_missing and not isinstance(error, LocalEntryNotFoundError):
                 problem = "the hub has no such file"
-            elif problem == "the download failed":
-                problem = f"{problem}: {reason(error)}"
+            elif problem is None and is_reachable:
+                problem = f"the download failed: {reason(error)}"
+            elif problem is None:
+                problem = "it is not in the cache and the hub is out of reach"
         raise UserError(
             f"{option}: {self}: {problem}; download the file by hand and give its path with {option} PATH"
         )
 
 
 def _refusal(error: Exception, token: str | None = None) -> str | None:
-    """Return why a server refused the request (token or rate limit); None for other errors.
+    """Return why a server refused the request (login, token or rate limit); None for other errors.
 
     ``token`` is the one that was sent.
     """
+    if isinstance(error, GatedRepoError) and not token:
+        return "its repository needs a login: accept its terms on the hub, then `hf auth login`"
     statuses = {getattr(getattr(e, "response", None), "status_code", None) for e in causes(error)}
     if statuses & {401, 403} and token:
         return (
